@@ -1,0 +1,22 @@
+"""Fused loss kernels for SFTMix: NTP + Mixup for the matrix products of NTP alone.
+
+Which file has what: `reference.py` the formulas, `<op>.py` the op and its public function,
+`row_chunks.py` the loop over rows of logits that the losses share.
+"""
+
+from .cross_entropy import fused_cross_entropy
+from .mixup_loss import fused_mixup_loss
+from .perplexity import StreamingPerplexity, streaming_perplexity
+from .reference import SFTMixLoss
+from .row_chunks import RowChunks
+from .sftmix_loss import fused_sftmix_loss
+
+__all__ = [
+    "RowChunks",
+    "SFTMixLoss",
+    "StreamingPerplexity",
+    "fused_cross_entropy",
+    "fused_mixup_loss",
+    "fused_sftmix_loss",
+    "streaming_perplexity",
+]

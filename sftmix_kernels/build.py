@@ -1,0 +1,26 @@
+"""How the compiled part of the package was built."""
+
+import importlib
+
+_EXTENSION = "sftmix_kernels._build_info"
+
+
+def build_info() -> dict[str, str] | None:
+    """Facts about the compiled extension, or None where the package was installed without it.
+
+    Keys: `compiler` (name and version), `cxx_standard` (the value of `__cplusplus`), `torch`
+    (version it was built beside), `cuda` (toolkit version), `kernels` (names of the compiled
+    kernels, separated by commas). An empty string means "none".
+
+    Raises:
+        ImportError: the extension is there but cannot be loaded, for example because it was built
+            for another Python.
+    """
+    try:
+        module = importlib.import_module(_EXTENSION)
+    except ModuleNotFoundError as error:
+        if error.name != _EXTENSION:
+            raise
+        return None
+    info: dict[str, str] = module.build_info()
+    return info

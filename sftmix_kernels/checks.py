@@ -1,0 +1,172 @@
+"""Arguments of the public functions: what is refused, and with which words.
+
+Shapes, dtypes and numbers held by the host are always checked. The *values* of tensors are checked
+where that is free, on the CPU outside of a compiled graph, or where ``validate=True`` asks for it;
+otherwise a bad value makes its row NaN on the device and the host never waits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .reference import expand_lam
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    *,
+    name: str = "hidden",
+) -> None:
+    """Check hidden (..., D), weight (V, D), bias (V,), and the two numbers of the head."""
+    for label, tensor in ((name, hidden), ("weight", weight)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{label}: expected a Tensor, got {type(tensor).__name__}")
+    if hidden.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {hidden.dtype}")
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"weight: expected shape (V, D) with V > 0, got {tuple(weight.shape)}")
+    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{name}: expected shape (..., {weight.shape[1]}) to match weight, "
+            f"got {tuple(hidden.shape)}"
+        )
+    check_same("weight", weight, name, hidden)
+    if bias is not None:
+        if tuple(bias.shape) != (weight.shape[0],):
+            raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+        check_same("bias", bias, name, hidden)
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap: expected None or a finite number above 0, got {softcap}")
+
+
+def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Same dtype and device as another argument."""
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{name}: expected {other_name}'s dtype {other.dtype}, got {tensor.dtype}")
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name}: expected {other_name}'s device {other.device}, got {tensor.device}"
+        )
+
+
+def check_ids(name: str, ids: Tensor, hidden: Tensor) -> None:
+    """An int64 tensor of hidden's leading shape, on hidden's device."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(ids).__name__}")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name}: expected int64, got {ids.dtype}")
+    if ids.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"{name}: expected shape {tuple(hidden.shape[:-1])} to match hidden, "
+            f"got {tuple(ids.shape)}"
+        )
+    if ids.device != hidden.device:
+        raise ValueError(f"{name}: expected device {hidden.device}, got {ids.device}")
+
+
+def check_label_values(name: str, labels: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Every label in ``[0, V)`` or equal to ``ignore_index``; waits for the device."""
+    bad = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
+    if bad.any():
+        position = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}: expected values in [0, {vocab_size}) or {ignore_index}, "
+            f"got {int(labels[tuple(position)])} at position {position}"
+        )
+
+
+def check_number(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """A finite host number in ``[low, high]``."""
+    if not (math.isfinite(value) and low <= value <= high):
+        bounds = f"of at least {low}" if high == math.inf else f"in [{low}, {high}]"
+        raise ValueError(f"{name}: expected a finite number {bounds}, got {value}")
+
+
+def check_divisor(name: str, divisor: float | Tensor | None) -> None:
+    """None, a number above 0, or a scalar tensor."""
+    if isinstance(divisor, Tensor):
+        if divisor.numel() != 1:
+            raise ValueError(f"{name}: expected one number, got shape {tuple(divisor.shape)}")
+    elif divisor is not None and not (math.isfinite(divisor) and divisor > 0):
+        raise ValueError(f"{name}: expected a finite number above 0, got {divisor}")
+
+
+def check_reduction(reduction: str) -> None:
+    """One of mean, sum, none."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+
+
+def values_are_free(tensor: Tensor) -> bool:
+    """Whether reading a tensor's values costs no wait and breaks no graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def checked_lam(lam: float | Tensor, labels: Tensor, *, validate: bool) -> Tensor:
+    """``lam`` spread over labels' shape in float32; outside ``[0, 1]`` refused, or NaN on device."""
+    if not isinstance(lam, Tensor):
+        check_number("lam", lam, 0.0, 1.0)
+        return torch.full(labels.shape, lam, dtype=torch.float32, device=labels.device)
+    if not lam.is_floating_point():
+        raise TypeError(f"lam: expected a floating-point tensor or a float, got {lam.dtype}")
+    if lam.device != labels.device:
+        raise ValueError(f"lam: expected device {labels.device}, got {lam.device}")
+    if lam.shape != labels.shape[: lam.dim()]:
+        raise ValueError(
+            f"lam: expected a shape that is a prefix of {tuple(labels.shape)}, "
+            f"got {tuple(lam.shape)}"
+        )
+    inside = (lam >= 0) & (lam <= 1)
+    if (validate or values_are_free(lam)) and not inside.all():
+        raise ValueError(f"lam: expected values in [0, 1], got {lam[~inside][0].item()}")
+    return expand_lam(lam.detach().float().masked_fill(~inside, float("nan")), labels)
+
+
+def check_pairs(pair_c: Tensor, pair_u: Tensor, num_rows: int, *, validate: bool) -> None:
+    """Two int64 tensors (P,) of rows in ``[0, R)``, each row at most once in both together."""
+    for name, pair in (("pair_c", pair_c), ("pair_u", pair_u)):
+        if not isinstance(pair, Tensor) or pair.dtype != torch.int64:
+            came = pair.dtype if isinstance(pair, Tensor) else type(pair).__name__
+            raise TypeError(f"{name}: expected an int64 tensor, got {came}")
+        if pair.dim() != 1 or pair.shape != pair_c.shape:
+            raise ValueError(
+                f"{name}: expected shape (P,) for both pair_c and pair_u, "
+                f"got {tuple(pair_c.shape)} and {tuple(pair_u.shape)}"
+            )
+        if pair.shape[0] * 2 > num_rows:
+            raise ValueError(
+                f"{name}: expected each of {num_rows} rows at most once, got {pair.shape[0]} pairs"
+            )
+    if not (validate or values_are_free(pair_c)):
+        return
+    rows = torch.cat((pair_c, pair_u))
+    outside = (rows < 0) | (rows >= num_rows)
+    if outside.any():
+        raise ValueError(
+            f"pair_c, pair_u: expected rows in [0, {num_rows}), got {int(rows[outside][0])}"
+        )
+    twice = torch.bincount(rows, minlength=1) > 1
+    if twice.any():
+        raise ValueError(
+            f"pair_c, pair_u: expected each row at most once, got row {int(twice.nonzero()[0])} twice"
+        )
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast as ``F.linear`` would inside ``torch.autocast``; outside, return tensors as they are."""
+    device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)

@@ -1,0 +1,68 @@
+"""Next-token prediction alone: the rows of `mixup_loss.py` with one hidden state and one target."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import (
+    autocast,
+    check_divisor,
+    check_head,
+    check_ids,
+    check_label_values,
+    check_reduction,
+)
+from .mixup_loss import reduced_loss
+from .reference import label_weight
+from .row_chunks import RowChunks, resolve_schedule
+
+
+def fused_cross_entropy(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (...) int64, already shifted
+    *,
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    divisor: float | Tensor | None = None,
+    schedule: str | RowChunks = "auto",
+    validate: bool = False,
+) -> Tensor:
+    """Cross-entropy of the LM head's logits without ever holding them.
+
+    ``a = f(W h + b)`` with ``f(x) = softcap * tanh(logit_scale * x / softcap)``, and
+    ``loss = LSE(a) - a[y]`` in nats. Arguments, errors and the empty case are those of
+    `fused_mixup_loss`; ``labels[t]`` is the token that ``hidden[t]`` predicts.
+
+    Returns:
+        A float32 scalar, or labels' shape for ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, and what came.
+    """
+    hidden, weight, bias = autocast(hidden, weight, bias)  # type: ignore[assignment]
+    check_head(hidden, weight, bias, logit_scale, softcap)
+    check_reduction(reduction)
+    check_divisor("divisor", divisor)
+    check_ids("labels", labels, hidden)
+    if validate:
+        check_label_values("labels", labels, weight.shape[0], ignore_index)
+    counts = label_weight(labels, weight.shape[0], ignore_index)
+    return reduced_loss(
+        hidden,
+        None,
+        weight,
+        bias,
+        labels.unsqueeze(-1),
+        torch.ones_like(counts).unsqueeze(-1),
+        counts,
+        logit_scale,
+        softcap,
+        reduction,
+        divisor,
+        resolve_schedule(schedule, hidden, weight.shape[0]),
+    )

@@ -1,0 +1,326 @@
+"""Mixup alone: interpolate, project, soft cross-entropy with two targets.
+
+Legend: R positions, K rows of one chunk, T hidden states mixed in a row (2; 1 is the plain
+cross-entropy), D hidden size, V vocabulary.
+
+``m = f(W (lam h_c + (1 - lam) h_u) + b)``, ``loss = LSE(m) - lam m[y_c] - (1 - lam) m[y_u]``.
+Where Mixup alone is wanted, mixing first costs one row of logits for a pair instead of two.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .checks import (
+    autocast,
+    check_divisor,
+    check_head,
+    check_ids,
+    check_label_values,
+    check_reduction,
+    check_same,
+    checked_lam,
+)
+from .reference import both, label_weight, weighted_loss
+from .row_chunks import (
+    Gradients,
+    LogitTransform,
+    RowChunks,
+    cache_blocks,
+    counted_rows,
+    gather_rows,
+    load_rows,
+    project,
+    resolve_schedule,
+    scaled,
+    soft_cross_entropy_,
+    store_rows_,
+)
+
+
+@torch.library.custom_op("sftmix_kernels::mixup_rows", mutates_args=())
+def mixup_rows(
+    hidden: list[Tensor],  # T of (R, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (R, T) int64 in [0, V)
+    share: Tensor,  # (R, T) float32, summing to 1 over T
+    row_weight: Tensor,  # (R,) float32; a row of weight 0 is left out
+    logit_scale: float,
+    softcap: float | None,
+    chunk_rows: int,
+    needs_gradient: list[bool],  # of hidden, weight, bias
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weighted row losses (R,), and the gradients of their sum with respect to the mixed rows
+    (R, D), weight (V, D) and bias (V,), the last two in float32; empty where not needed."""
+    transform = LogitTransform(logit_scale, softcap)
+    loss = torch.zeros_like(row_weight)
+    with torch.autocast(weight.device.type, enabled=False):
+        rows = counted_rows(row_weight)
+        gradients = Gradients(hidden[0], weight, needs_gradient, rows.numel())
+        workspace = weight.new_empty(min(chunk_rows, rows.numel()), weight.shape[0])
+        for chunk in rows.split(chunk_rows) if rows.numel() else ():
+            mixed = mixed_rows(hidden, share, chunk, row_weight)
+            logits = project(mixed, weight, bias, workspace)
+            for block in cache_blocks(0, chunk.numel(), weight.shape[0]):
+                here, raw = chunk[block], load_rows(logits, block)
+                found = soft_cross_entropy_(
+                    raw, targets[here], share[here], row_weight[here], transform, gradients.needed
+                )
+                loss[here] = weighted_loss(row_weight[here], found)
+                store_rows_(logits, block, raw)
+            gradients.add_chunk(logits, mixed, weight, chunk)
+    return loss, gradients.hidden, gradients.weight, gradients.bias
+
+
+@mixup_rows.register_fake
+def _(
+    hidden: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    share: Tensor,
+    row_weight: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    chunk_rows: int,
+    needs_gradient: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gradients = Gradients(hidden[0], weight, needs_gradient, 0)
+    return torch.empty_like(row_weight), gradients.hidden, gradients.weight, gradients.bias
+
+
+def mixed_rows(
+    hidden: list[Tensor], share: Tensor, rows: Tensor, row_weight: Tensor
+) -> Tensor:  # (K, D)
+    """``sum_t share_t hidden_t`` of some rows, in float32, rounded once to hidden's dtype."""
+    if len(hidden) == 1:
+        return gather_rows(hidden[0], rows, row_weight)
+    first, second = (gather_rows(h, rows, row_weight).float() for h in hidden)
+    share_first, share_second = share[rows].split(1, dim=-1)
+    return (first * share_first + second * share_second).to(hidden[0].dtype)
+
+
+class Options(NamedTuple):
+    """What the op needs to know besides tensors."""
+
+    logit_scale: float
+    softcap: float | None
+    chunk_rows: int
+    needs_gradient: list[bool]
+
+
+class ReducedRows(torch.autograd.Function):
+    """``sum(row losses) / divisor``; gradients are made in forward and scaled in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_c: Tensor,
+        hidden_u: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        share: Tensor,
+        row_weight: Tensor,
+        divisor: Tensor,
+        options: Options,
+    ) -> Tensor:
+        loss, *gradients = mixup_rows(
+            present(hidden_c, hidden_u), weight, bias, targets, share, row_weight, *options
+        )
+        ctx.save_for_backward(share, divisor, *gradients)
+        ctx.dtype = weight.dtype
+        return (loss.sum(dtype=torch.float64) / divisor).float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        share, divisor, *gradients = ctx.saved_tensors
+        scale = upstream / divisor
+        return *input_gradients(ctx, gradients, share, scale), *(None,) * 5
+
+
+class UnreducedRows(torch.autograd.Function):
+    """The row losses; backward runs the op again, with the upstream gradient as row weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_c: Tensor,
+        hidden_u: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        share: Tensor,
+        row_weight: Tensor,
+        options: Options,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden_c, hidden_u, weight, bias, targets, share, row_weight)
+        ctx.dtype, ctx.options = weight.dtype, options
+        forward_only = options._replace(needs_gradient=[False] * 3)
+        return mixup_rows(
+            present(hidden_c, hidden_u), weight, bias, targets, share, row_weight, *forward_only
+        )[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_c, hidden_u, weight, bias, targets, share, row_weight = ctx.saved_tensors
+        row_weight = weighted_loss(row_weight, upstream)
+        _, *gradients = mixup_rows(
+            present(hidden_c, hidden_u), weight, bias, targets, share, row_weight, *ctx.options
+        )
+        return *input_gradients(ctx, gradients, share, upstream.new_ones(())), *(None,) * 4
+
+
+def present(*tensors: Tensor | None) -> list[Tensor]:
+    """The tensors that are not None."""
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def input_gradients(
+    ctx: Any, gradients: list[Tensor], share: Tensor, scale: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden_c, hidden_u, weight and bias from those of the mixed rows."""
+    mixed, weight, bias = gradients
+    one = share.shape[1] == 1
+    factors = [scale] if one else [share_t * scale for share_t in share.split(1, dim=-1)]
+    hidden = [
+        scaled(mixed, factor, ctx.dtype) if needed else None
+        for factor, needed in zip(factors, ctx.needs_input_grad, strict=False)
+    ]
+    return (
+        *hidden,
+        *((None,) if one else ()),
+        scaled(weight, scale, ctx.dtype) if ctx.needs_input_grad[2] else None,
+        scaled(bias, scale, ctx.dtype) if ctx.needs_input_grad[3] else None,
+    )
+
+
+def reduced_loss(
+    hidden_c: Tensor,  # (..., D)
+    hidden_u: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,  # (..., T)
+    share: Tensor,  # (..., T)
+    row_weight: Tensor,  # (...)
+    logit_scale: float,
+    softcap: float | None,
+    reduction: str,
+    divisor: float | Tensor | None,
+    chunk_rows: int,
+) -> Tensor:
+    """Flatten, run, and reduce: what Mixup and the plain cross-entropy have in common."""
+    inputs = (hidden_c, weight, bias)
+    if hidden_u is not None and hidden_u.requires_grad:
+        inputs = (hidden_u, weight, bias)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
+    options = Options(float(logit_scale), softcap, chunk_rows, needs)
+    size, terms = weight.shape[1], targets.shape[-1]
+    tensors = (
+        hidden_c.reshape(-1, size),
+        None if hidden_u is None else hidden_u.reshape(-1, size),
+        weight,
+        bias,
+        targets.reshape(-1, terms).clamp(0, weight.shape[0] - 1),
+        share.reshape(-1, terms),
+        row_weight.reshape(-1),
+    )
+    if reduction == "none":
+        return UnreducedRows.apply(*tensors, options).reshape(row_weight.shape)  # type: ignore[no-any-return, no-untyped-call]
+    if reduction == "sum":
+        divisor = 1.0
+    total = loss_divisor(divisor, row_weight)
+    return ReducedRows.apply(*tensors, total, options)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def loss_divisor(divisor: float | Tensor | None, row_weight: Tensor) -> Tensor:
+    """``divisor`` as a float32 scalar on the device; by default the rows that count, at least 1."""
+    if divisor is None:
+        return (row_weight != 0).sum().clamp(min=1).float()
+    if isinstance(divisor, Tensor):
+        return divisor.detach().to(row_weight.device, torch.float32).reshape(())
+    return torch.full((), divisor, dtype=torch.float32, device=row_weight.device)
+
+
+def fused_mixup_loss(
+    hidden_c: Tensor,  # (..., D)
+    hidden_u: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    labels_c: Tensor,  # (...) int64
+    labels_u: Tensor,  # (...) int64
+    lam: float | Tensor,  # shape: a prefix of labels' shape
+    *,
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    divisor: float | Tensor | None = None,
+    schedule: str | RowChunks = "auto",
+    validate: bool = False,
+) -> Tensor:
+    """Mixup loss of pairs of hidden states without ever holding their logits.
+
+    ``m = f(W (lam h_c + (1 - lam) h_u) + b)`` with ``f(x) = softcap * tanh(logit_scale * x /
+    softcap)``, and ``loss = LSE(m) - lam m[y_c] - (1 - lam) m[y_u]`` in nats
+    (arXiv 2410.05248). Drop-in for the same thing composed of dense PyTorch operations
+    (`sftmix_kernels.reference.mixup_loss`), which holds (..., V) logits.
+
+    Args:
+        hidden_c, hidden_u: what the LM head reads; float32, bfloat16 or float16.
+        weight, bias: the LM head, in hidden's dtype.
+        labels_c, labels_u: a position counts only where both are valid. ``ignore_index`` leaves it
+            out; a label outside ``[0, V)`` makes the position's loss and gradients NaN.
+        lam: share of ``c``, in ``[0, 1]``. Not differentiated.
+        reduction: ``"mean"`` over the positions that count, ``"sum"``, or ``"none"``.
+        divisor: replaces the count of positions in ``"mean"`` (a global count over ranks, say).
+        schedule: ``"auto"``, ``"row_chunks"``, or `RowChunks` for another chunk size.
+        validate: also check the values of labels and lam, which waits for the device.
+
+    Returns:
+        A float32 scalar, or labels' shape for ``"none"``. Nothing to average: 0, with gradients 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, and what came.
+    """
+    hidden_c, hidden_u, weight, bias = autocast(hidden_c, hidden_u, weight, bias)  # type: ignore[assignment]
+    check_head(hidden_c, weight, bias, logit_scale, softcap, name="hidden_c")
+    check_reduction(reduction)
+    check_divisor("divisor", divisor)
+    if hidden_u.shape != hidden_c.shape:
+        raise ValueError(
+            f"hidden_u: expected hidden_c's shape {tuple(hidden_c.shape)}, "
+            f"got {tuple(hidden_u.shape)}"
+        )
+    check_same("hidden_u", hidden_u, "hidden_c", hidden_c)
+    vocab_size = weight.shape[0]
+    for name, labels in (("labels_c", labels_c), ("labels_u", labels_u)):
+        check_ids(name, labels, hidden_c)
+        if validate:
+            check_label_values(name, labels, vocab_size, ignore_index)
+    share_c = checked_lam(lam, labels_c, validate=validate)
+    counts = both(
+        label_weight(labels_c, vocab_size, ignore_index),
+        label_weight(labels_u, vocab_size, ignore_index),
+    )
+    return reduced_loss(
+        hidden_c,
+        hidden_u,
+        weight,
+        bias,
+        torch.stack((labels_c, labels_u), dim=-1),
+        torch.stack((share_c, 1.0 - share_c), dim=-1),
+        counts,
+        logit_scale,
+        softcap,
+        reduction,
+        divisor,
+        resolve_schedule(schedule, hidden_c, vocab_size),
+    )

@@ -1,0 +1,238 @@
+"""The ``row_chunks`` schedule: logits of a chunk of rows, turned into gradients in place.
+
+A chunk's logits come from the vendor GEMM; its row losses and logit gradients are found in place,
+block by block while the block sits in cache; ``dH`` and ``dW`` follow by vendor GEMMs, all in the
+forward pass. Full (N, V) logits never exist. `reference.py` has the derivation.
+
+Legend: R rows, K rows of one chunk, B rows of one cache block, T targets of a row, D hidden size,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowChunks:
+    """How many rows of logits exist at a time: ``min(rows, max_bytes / bytes of a row)``.
+
+    ``rows=None`` takes 4096 on an accelerator (256-row chunks cost 1.5x there, measured by the
+    Liger-Kernel authors on an H200) and 512 on the CPU (5 % slower than 2048 at V = 32000, with a
+    quarter of the memory). The result is a multiple of 128 where it is above 128.
+    """
+
+    rows: int | None = None
+    max_bytes: int = 2**30
+
+    def __post_init__(self) -> None:
+        for name, value in (("rows", self.rows), ("max_bytes", self.max_bytes)):
+            if value is not None and value < 1:
+                raise ValueError(f"RowChunks: {name} must be at least 1, got {value}")
+
+    def rows_for(self, hidden: Tensor, vocab_size: int) -> int:
+        """Rows of one chunk, even, for logits of ``hidden``'s dtype on ``hidden``'s device."""
+        rows = self.rows or (512 if hidden.device.type == "cpu" else 4096)
+        rows = min(rows, self.max_bytes // (vocab_size * hidden.element_size()))
+        return max(2, rows - rows % (128 if rows > 128 else 2))
+
+
+def resolve_schedule(schedule: str | RowChunks, hidden: Tensor, vocab_size: int) -> int:
+    """Rows of one chunk for a public function's ``schedule`` argument.
+
+    ``"auto"`` is ``row_chunks`` everywhere: it does three GEMMs' work where recomputing vocabulary
+    tiles does four.
+    """
+    if isinstance(schedule, RowChunks):
+        return schedule.rows_for(hidden, vocab_size)
+    if schedule in ("auto", "row_chunks"):
+        return RowChunks().rows_for(hidden, vocab_size)
+    if schedule == "vocab_tiles":
+        raise ValueError("schedule: 'vocab_tiles' is not available in this version; use 'auto'")
+    raise ValueError(
+        f"schedule: expected 'auto', 'row_chunks', 'vocab_tiles' or RowChunks(...), got {schedule!r}"
+    )
+
+
+class LogitTransform(NamedTuple):
+    """``f(x) = cap * tanh(scale * x / cap)``, or ``scale * x`` where there is no cap."""
+
+    scale: float
+    softcap: float | None
+
+    def apply_(self, logits: Tensor, needs_slope: bool) -> Tensor | None:
+        """Turn raw logits into ``f(raw)`` in place; return ``f' / scale`` where it is not 1."""
+        if self.softcap is None:
+            if self.scale != 1.0:
+                logits.mul_(self.scale)
+            return None
+        logits.mul_(self.scale / self.softcap).tanh_()
+        slope = logits.square().neg_().add_(1.0) if needs_slope else None
+        logits.mul_(self.softcap)
+        return slope
+
+
+def soft_cross_entropy_(
+    logits: Tensor,  # (B, V) float32 raw logits; holds the gradient afterwards
+    targets: Tensor,  # (B, T) int64 in [0, V)
+    share: Tensor,  # (B, T) float32, summing to 1
+    weight: Tensor,  # (B,) float32
+    transform: LogitTransform,
+    needs_gradient: bool,
+) -> Tensor:  # (B,) float32
+    """Row losses ``-sum_t share_t log p[target_t]``; logits become ``weight * d loss / d raw``.
+
+    The target columns are found apart, from ``log p`` in float32: ``p - share`` of a confident
+    token is lost when it is read back from a rounded ``p``.
+    """
+    slope = transform.apply_(logits, needs_gradient)
+    peak = logits.amax(-1, keepdim=True)
+    log_p = logits.gather(-1, targets) - peak
+    total = logits.sub_(peak).exp_().sum(-1, keepdim=True)
+    log_p -= total.log()
+    if needs_gradient:
+        gradient_weight = (weight * transform.scale).unsqueeze(-1)
+        # Both targets may be the same token: each column then carries both shares.
+        same = (targets.unsqueeze(-1) == targets.unsqueeze(-2)).float()
+        column_share = (same * share.unsqueeze(-2)).sum(-1)
+        at_targets = log_p.expm1() + (1.0 - column_share)
+        logits.mul_(gradient_weight / total)
+        logits.scatter_(-1, targets, gradient_weight * at_targets)
+        if slope is not None:
+            logits.mul_(slope)
+    return -(share * log_p).sum(-1)
+
+
+def pair_cross_entropy_(
+    logits: tuple[Tensor, Tensor],  # two (B, V) float32 raw logits; gradients afterwards
+    labels: tuple[Tensor, Tensor],  # two (B,) int64 in [0, V)
+    lam: Tensor,  # (B,) float32
+    ntp_weight: tuple[Tensor, Tensor],  # two (B,) float32
+    mix_weight: Tensor,  # (B,) float32
+    transform: LogitTransform,
+    needs_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # NTP of c, NTP of u, Mixup: (B,) float32 each
+    """The three losses of a pair of rows; both logits become ``G_c`` and ``G_u`` in place."""
+    share = torch.stack((lam, 1.0 - lam), dim=-1)
+    share_c, share_u = share.split(1, dim=-1)
+    mixed = (logits[0] * share_c).addcmul_(logits[1], share_u)
+    mixup = soft_cross_entropy_(
+        mixed, torch.stack(labels, dim=-1), share, mix_weight, transform, needs_gradient
+    )
+    ntp_c, ntp_u = (
+        cross_entropy_(a, y, w, transform, needs_gradient)
+        for a, y, w in zip(logits, labels, ntp_weight, strict=True)
+    )
+    if needs_gradient:
+        logits[0].addcmul_(mixed, share_c)
+        logits[1].addcmul_(mixed, share_u)
+    return ntp_c, ntp_u, mixup
+
+
+def cross_entropy_(
+    logits: Tensor,  # (B, V) float32
+    labels: Tensor,  # (B,) int64 in [0, V)
+    weight: Tensor,  # (B,) float32
+    transform: LogitTransform,
+    needs_gradient: bool,
+) -> Tensor:  # (B,) float32
+    """`soft_cross_entropy_` with one target."""
+    targets = labels.unsqueeze(-1)
+    share = torch.ones_like(targets, dtype=torch.float32)
+    return soft_cross_entropy_(logits, targets, share, weight, transform, needs_gradient)
+
+
+def cache_blocks(start: int, stop: int, vocab_size: int) -> Iterator[slice]:
+    """Slices of rows whose float32 logits take about 1 MiB, so that every pass hits L2."""
+    step = max(1, 2**20 // (4 * vocab_size))
+    for row in range(start, stop, step):
+        yield slice(row, min(row + step, stop))
+
+
+class Gradients:
+    """The gradients of one op call, filled chunk by chunk; what is not needed is not allocated.
+
+    ``hidden`` (R, D) in its own dtype; ``weight`` (V, D) and ``bias`` (V,) in float32, since sums
+    over many chunks diverge in bfloat16.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, needs_gradient: list[bool], num_rows: int
+    ) -> None:
+        self.needs_hidden, self.needs_weight, self.needs_bias = needs_gradient
+        self.needed = any(needs_gradient)
+        self.first = True
+        self.hidden = hidden.new_zeros(hidden.shape if self.needs_hidden else 0)
+        # The first chunk overwrites dW, so that only an op without rows has to clear it.
+        shape = weight.shape if self.needs_weight else (0,)
+        self.weight = weight.new_empty(shape, dtype=torch.float32)
+        if num_rows == 0:
+            self.weight.zero_()
+        self.bias = weight.new_zeros(weight.shape[0] if self.needs_bias else 0, dtype=torch.float32)
+
+    def add_chunk(self, gradient: Tensor, hidden: Tensor, weight: Tensor, rows: Tensor) -> None:
+        """Add ``dH[rows] = G W``, ``dW += G^T H`` and ``db += sum G`` of one chunk's ``G``."""
+        if self.needs_hidden:
+            self.hidden.index_copy_(0, rows, gradient @ weight)
+        if self.needs_weight:
+            add_product_(self.weight, gradient.t(), hidden, overwrite=self.first)
+        if self.needs_bias:
+            self.bias += gradient.sum(0, dtype=torch.float32)
+        self.first = False
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``factor * gradient``, computed in float32 and rounded once to ``dtype``."""
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor, *, overwrite: bool) -> None:
+    """``total += left @ right`` in float32, with no temporary of total's size."""
+    if left.is_cuda and left.dtype != torch.float32:
+        if overwrite:
+            torch.mm(left, right, out_dtype=torch.float32, out=total)
+        else:
+            torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        torch.addmm(total, left.float(), right.float(), beta=0 if overwrite else 1, out=total)
+
+
+def load_rows(logits: Tensor, rows: slice) -> Tensor:
+    """Some rows of logits in float32: a view where they are float32 already."""
+    return logits[rows].float()
+
+
+def store_rows_(logits: Tensor, rows: slice, gradient: Tensor) -> None:
+    """Put the gradient of `load_rows`'s rows back, rounded once; a view is there already."""
+    if logits.dtype != torch.float32:
+        logits[rows] = gradient
+
+
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, workspace: Tensor) -> Tensor:
+    """Raw logits of a chunk, (K, V) in hidden's dtype, in the workspace's first K rows."""
+    logits = workspace[: hidden.shape[0]]
+    if bias is None:
+        return torch.mm(hidden, weight.t(), out=logits)
+    return torch.addmm(bias, hidden, weight.t(), out=logits)
+
+
+def counted_rows(weight: Tensor) -> Tensor:
+    """Rows that enter the matrix products: (K,) int64.
+
+    On the CPU those whose weight is not 0. On an accelerator all of them, since to know how many
+    count would make the host wait for the device; callers that know gather first, as the
+    trainer does.
+    """
+    if weight.device.type == "cpu":
+        return weight.nonzero().squeeze(-1)
+    return torch.arange(weight.shape[0], device=weight.device)
+
+
+def gather_rows(hidden: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """``hidden[rows]`` with zeros where the weight is 0: an ignored NaN must not reach ``dW``."""
+    return hidden.index_select(0, rows).masked_fill_((weight[rows] == 0).unsqueeze(-1), 0.0)

@@ -1,0 +1,338 @@
+"""NTP + Mixup in one op, at the price of the matrix products of NTP.
+
+Legend: R rows of hidden, P pairs, S single rows, K rows of one chunk, D hidden size, V vocabulary.
+
+Each chunk lays its rows out as ``[c rows | u rows | single rows]``; one projection serves the three
+losses, and one gradient per row serves both terms:
+
+    m   = f(lam a_c + (1 - lam) a_u)
+    g_m = mix_ratio * (softmax(m) - lam onehot(y_c) - (1 - lam) onehot(y_u)) f'
+    G_c = (softmax(f(a_c)) - onehot(y_c)) f' + lam g_m,   G_u likewise with (1 - lam)
+
+where ``mix_ratio = mu * ntp_divisor / mixup_divisor``; backward divides by ``ntp_divisor``.
+Every row that counts sits in exactly one pair or is single: left over where the longer response of
+a pair was cut, or unpaired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .checks import (
+    autocast,
+    check_divisor,
+    check_head,
+    check_ids,
+    check_label_values,
+    check_number,
+    check_pairs,
+    checked_lam,
+)
+from .mixup_loss import Options, fused_mixup_loss, loss_divisor
+from .reference import SFTMixLoss, both, label_weight, weighted_loss
+from .row_chunks import (
+    Gradients,
+    LogitTransform,
+    RowChunks,
+    cache_blocks,
+    counted_rows,
+    cross_entropy_,
+    gather_rows,
+    load_rows,
+    pair_cross_entropy_,
+    project,
+    resolve_schedule,
+    scaled,
+    store_rows_,
+)
+
+
+@torch.library.custom_op("sftmix_kernels::sftmix_rows", mutates_args=())
+def sftmix_rows(
+    hidden: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (R,) int64 in [0, V)
+    row_weight: Tensor,  # (R,) float32: 1, 0 or NaN; a row of weight 0 is left out
+    pair_c: Tensor,  # (P,) int64
+    pair_u: Tensor,  # (P,) int64
+    pair_weight: Tensor,  # (P,) float32: 1, 0 or NaN; a pair of weight 0 is not mixed
+    lam: Tensor,  # (P,) float32
+    mix_ratio: Tensor,  # () float32
+    logit_scale: float,
+    softcap: float | None,
+    chunk_rows: int,
+    needs_gradient: list[bool],  # of hidden, weight, bias
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """NTP losses of rows (R,), Mixup losses of pairs (P,), and the gradients of
+    ``sum(ntp) + mix_ratio * sum(mixup)`` with respect to hidden (R, D), weight (V, D) and bias
+    (V,), the last two in float32; empty where not needed."""
+    transform = LogitTransform(logit_scale, softcap)
+    ntp, mixup = torch.zeros_like(row_weight), torch.zeros_like(pair_weight)
+    with torch.autocast(weight.device.type, enabled=False):
+        pairs = counted_rows(pair_weight)
+        singles = single_rows(row_weight, pair_c[pairs], pair_u[pairs])
+        num_rows = 2 * pairs.numel() + singles.numel()
+        gradients = Gradients(hidden, weight, needs_gradient, num_rows)
+        workspace = weight.new_empty(min(chunk_rows, num_rows), weight.shape[0])
+        for some, single in chunks(pairs, singles, chunk_rows):
+            rows = torch.cat((pair_c[some], pair_u[some], single))
+            gathered = gather_rows(hidden, rows, row_weight)
+            logits = project(gathered, weight, bias, workspace)
+            ntp[rows], mixup[some] = chunk_losses_(
+                logits,
+                labels[rows],
+                row_weight[rows],
+                pair_weight[some],
+                lam[some],
+                mix_ratio,
+                transform,
+                gradients.needed,
+            )
+            gradients.add_chunk(logits, gathered, weight, rows)
+    return ntp, mixup, gradients.hidden, gradients.weight, gradients.bias
+
+
+@sftmix_rows.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    row_weight: Tensor,
+    pair_c: Tensor,
+    pair_u: Tensor,
+    pair_weight: Tensor,
+    lam: Tensor,
+    mix_ratio: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    chunk_rows: int,
+    needs_gradient: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gradients = Gradients(hidden, weight, needs_gradient, 0)
+    return (
+        torch.empty_like(row_weight),
+        torch.empty_like(pair_weight),
+        gradients.hidden,
+        gradients.weight,
+        gradients.bias,
+    )
+
+
+def single_rows(row_weight: Tensor, rows_c: Tensor, rows_u: Tensor) -> Tensor:
+    """Rows that count and sit in no pair: (S,) int64.
+
+    On an accelerator all rows outside of pairs: their number is known from the shapes, since each
+    row is in one pair at most, so the host need not wait.
+    """
+    paired = torch.zeros_like(row_weight, dtype=torch.bool)
+    paired[rows_c] = True
+    paired[rows_u] = True
+    if row_weight.device.type == "cpu":
+        return ((row_weight != 0) & ~paired).nonzero().squeeze(-1)
+    return paired.byte().argsort(stable=True)[: paired.numel() - 2 * rows_c.numel()]
+
+
+def chunks(pairs: Tensor, singles: Tensor, chunk_rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs first, then single rows, filling every chunk but the last up to ``chunk_rows``."""
+    pair = single = 0
+    while pair < pairs.numel() or single < singles.numel():
+        some = pairs[pair : pair + chunk_rows // 2]
+        pair += some.numel()
+        alone = singles[single : single + chunk_rows - 2 * some.numel()]
+        single += alone.numel()
+        yield some, alone
+
+
+def chunk_losses_(
+    logits: Tensor,  # (K, V): [c | u | single] raw logits; gradients afterwards
+    labels: Tensor,  # (K,)
+    row_weight: Tensor,  # (K,)
+    pair_weight: Tensor,  # (p,) pairs of this chunk
+    lam: Tensor,  # (p,)
+    mix_ratio: Tensor,  # ()
+    transform: LogitTransform,
+    needs_gradient: bool,
+) -> tuple[Tensor, Tensor]:  # NTP losses (K,), Mixup losses (p,)
+    """Losses of one chunk; its logits become gradients in place, block by block."""
+    vocab_size, num_pairs = logits.shape[1], pair_weight.numel()
+    ntp, mixup = torch.empty_like(row_weight), torch.empty_like(pair_weight)
+    for pair in cache_blocks(0, num_pairs, vocab_size):
+        both_rows = (pair, slice(pair.start + num_pairs, pair.stop + num_pairs))
+        raw_c, raw_u = (load_rows(logits, rows) for rows in both_rows)
+        label_c, label_u = (labels[rows] for rows in both_rows)
+        weight_c, weight_u = (row_weight[rows] for rows in both_rows)
+        ntp[both_rows[0]], ntp[both_rows[1]], mixup[pair] = pair_cross_entropy_(
+            (raw_c, raw_u),
+            (label_c, label_u),
+            lam[pair],
+            (weight_c, weight_u),
+            pair_weight[pair] * mix_ratio,
+            transform,
+            needs_gradient,
+        )
+        store_rows_(logits, both_rows[0], raw_c)
+        store_rows_(logits, both_rows[1], raw_u)
+    for rows in cache_blocks(2 * num_pairs, labels.numel(), vocab_size):
+        raw = load_rows(logits, rows)
+        ntp[rows] = cross_entropy_(raw, labels[rows], row_weight[rows], transform, needs_gradient)
+        store_rows_(logits, rows, raw)
+    return weighted_loss(row_weight, ntp), weighted_loss(pair_weight, mixup)
+
+
+class NTPAndMixup(torch.autograd.Function):
+    """Loss, its two terms, and the row losses of NTP; only the loss is differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        row_weight: Tensor,
+        pair_c: Tensor,
+        pair_u: Tensor,
+        pair_weight: Tensor,
+        lam: Tensor,
+        mu: float,
+        ntp_divisor: Tensor,
+        mixup_divisor: Tensor,
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mix_ratio = mu * ntp_divisor / mixup_divisor
+        row_ntp, pair_mixup, *gradients = sftmix_rows(
+            hidden,
+            weight,
+            bias,
+            labels,
+            row_weight,
+            pair_c,
+            pair_u,
+            pair_weight,
+            lam,
+            mix_ratio,
+            *options,
+        )
+        ctx.save_for_backward(ntp_divisor, *gradients)
+        ctx.dtype = weight.dtype
+        ntp = (row_ntp.sum(dtype=torch.float64) / ntp_divisor).float()
+        mixup = (pair_mixup.sum(dtype=torch.float64) / mixup_divisor).float()
+        ctx.mark_non_differentiable(ntp, mixup, row_ntp)
+        return ntp + mu * mixup, ntp, mixup, row_ntp
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        divisor, *gradients = ctx.saved_tensors
+        scale = upstream / divisor
+        inputs = (
+            scaled(gradient, scale, ctx.dtype) if needed else None
+            for gradient, needed in zip(gradients, ctx.needs_input_grad, strict=False)
+        )
+        return *inputs, *(None,) * 10
+
+
+def fused_sftmix_loss(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (...) int64, already shifted: labels[t] is what hidden[t] predicts
+    pair_c: Tensor,  # (P,) int64 rows of hidden.reshape(-1, D)
+    pair_u: Tensor,  # (P,) int64
+    lam: float | Tensor,  # () or (P,)
+    *,
+    mu: float = 0.2,
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    ntp_divisor: float | Tensor | None = None,
+    mixup_divisor: float | Tensor | None = None,
+    schedule: str | RowChunks = "auto",
+    row_ntp_out: Tensor | None = None,  # (...) float32
+    validate: bool = False,
+) -> SFTMixLoss:
+    """``NTP(all tokens) + mu * Mixup(pairs)`` for the matrix products of NTP alone.
+
+    The LM head is linear, so the mixed logits are the interpolation of logits that NTP computes
+    anyway (`reference.py` has the formula; arXiv 2410.05248 the method). No (N, V) logits are held.
+
+    Args:
+        hidden: what the LM head reads; float32, bfloat16 or float16.
+        weight, bias: the LM head, in hidden's dtype.
+        labels: ``ignore_index`` leaves a token out; a label outside ``[0, V)`` makes the row NaN,
+            and the partner it is mixed with.
+        pair_c, pair_u: rows mixed with each other, each row at most once. A pair of which one token
+            is ignored is not mixed.
+        lam: share of ``c``, in ``[0, 1]``. Not differentiated.
+        mu: weight of Mixup, at least 0. With 0, loss and gradients are bitwise NTP's.
+        ntp_divisor, mixup_divisor: replace the count of valid tokens and of mixed pairs.
+        schedule: ``"auto"``, ``"row_chunks"``, or `RowChunks` for another chunk size.
+        row_ntp_out: filled with every token's NTP loss (0 where ignored), for logging.
+        validate: also check the values of labels, pairs and lam, which waits for the device.
+
+    Returns:
+        ``(loss, ntp, mixup)``, float32 scalars in nats; ``ntp`` and ``mixup`` are detached.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, and what came.
+    """
+    hidden, weight, bias = autocast(hidden, weight, bias)  # type: ignore[assignment]
+    check_head(hidden, weight, bias, logit_scale, softcap)
+    check_ids("labels", labels, hidden)
+    check_number("mu", mu, 0.0)
+    check_divisor("ntp_divisor", ntp_divisor)
+    check_divisor("mixup_divisor", mixup_divisor)
+    check_pairs(pair_c, pair_u, labels.numel(), validate=validate)
+    vocab_size = weight.shape[0]
+    if validate:
+        check_label_values("labels", labels, vocab_size, ignore_index)
+    share = checked_lam(lam, pair_c, validate=validate)
+    flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    row_weight = label_weight(flat_labels, vocab_size, ignore_index)
+    pair_weight = both(row_weight[pair_c], row_weight[pair_u])
+    mixup_count = loss_divisor(mixup_divisor, pair_weight)
+    if mu == 0:
+        # Nothing of Mixup reaches the gradient, so no row is paired and NTP's own chunks run.
+        with torch.no_grad():
+            mixup_alone = fused_mixup_loss(
+                flat_hidden[pair_c],
+                flat_hidden[pair_u],
+                weight,
+                flat_labels[pair_c],
+                flat_labels[pair_u],
+                share,
+                bias=bias,
+                logit_scale=logit_scale,
+                softcap=softcap,
+                ignore_index=ignore_index,
+                divisor=mixup_count,
+                schedule=schedule,
+            )
+        pair_c, pair_u, pair_weight, share = (t[:0] for t in (pair_c, pair_u, pair_weight, share))
+    inputs = (hidden, weight, bias)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
+    loss, ntp, mixup, row_ntp = NTPAndMixup.apply(  # type: ignore[no-untyped-call]
+        flat_hidden,
+        weight,
+        bias,
+        flat_labels.clamp(0, vocab_size - 1),
+        row_weight,
+        pair_c,
+        pair_u,
+        pair_weight,
+        share,
+        float(mu),
+        loss_divisor(ntp_divisor, row_weight),
+        mixup_count,
+        Options(float(logit_scale), softcap, resolve_schedule(schedule, hidden, vocab_size), needs),
+    )
+    if row_ntp_out is not None:
+        row_ntp_out.copy_(row_ntp.reshape(labels.shape))
+    return SFTMixLoss(loss, ntp, mixup_alone if mu == 0 else mixup)
