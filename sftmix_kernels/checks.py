@@ -8,6 +8,7 @@ otherwise a bad value makes its row NaN on the device and the host never waits.
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -27,9 +28,8 @@ def check_head(
     name: str = "hidden",
 ) -> None:
     """Check hidden (..., D), weight (V, D), bias (V,), and the two numbers of the head."""
-    for label, tensor in ((name, hidden), ("weight", weight)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{label}: expected a Tensor, got {type(tensor).__name__}")
+    check_tensor(name, hidden)
+    check_tensor("weight", weight)
     if hidden.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {hidden.dtype}")
     if weight.dim() != 2 or weight.shape[0] == 0:
@@ -41,17 +41,24 @@ def check_head(
         )
     check_same("weight", weight, name, hidden)
     if bias is not None:
+        check_same("bias", bias, name, hidden)
         if tuple(bias.shape) != (weight.shape[0],):
             raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-        check_same("bias", bias, name, hidden)
     if not math.isfinite(logit_scale):
         raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap: expected None or a finite number above 0, got {softcap}")
 
 
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """A Tensor and nothing else."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+
+
 def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Same dtype and device as another argument."""
+    """A Tensor of the same dtype and device as another argument."""
+    check_tensor(name, tensor)
     if tensor.dtype != other.dtype:
         raise TypeError(f"{name}: expected {other_name}'s dtype {other.dtype}, got {tensor.dtype}")
     if tensor.device != other.device:
@@ -62,8 +69,7 @@ def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
 
 def check_ids(name: str, ids: Tensor, hidden: Tensor) -> None:
     """An int64 tensor of hidden's leading shape, on hidden's device."""
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(ids).__name__}")
+    check_tensor(name, ids)
     if ids.dtype != torch.int64:
         raise TypeError(f"{name}: expected int64, got {ids.dtype}")
     if ids.shape != hidden.shape[:-1]:
@@ -114,7 +120,7 @@ def values_are_free(tensor: Tensor) -> bool:
 
 
 def checked_lam(lam: float | Tensor, labels: Tensor, *, validate: bool) -> Tensor:
-    """``lam`` spread over labels' shape in float32; outside ``[0, 1]`` refused, or NaN on device."""
+    """``lam`` spread over labels' shape in float32; outside ``[0, 1]`` refused, or device NaN."""
     if not isinstance(lam, Tensor):
         check_number("lam", lam, 0.0, 1.0)
         return torch.full(labels.shape, lam, dtype=torch.float32, device=labels.device)
@@ -133,12 +139,15 @@ def checked_lam(lam: float | Tensor, labels: Tensor, *, validate: bool) -> Tenso
     return expand_lam(lam.detach().float().masked_fill(~inside, float("nan")), labels)
 
 
-def check_pairs(pair_c: Tensor, pair_u: Tensor, num_rows: int, *, validate: bool) -> None:
-    """Two int64 tensors (P,) of rows in ``[0, R)``, each row at most once in both together."""
+def check_pairs(pair_c: Tensor, pair_u: Tensor, labels: Tensor, *, validate: bool) -> None:
+    """Two int64 tensors (P,) of rows of labels, each row at most once in both together."""
+    num_rows = labels.numel()
     for name, pair in (("pair_c", pair_c), ("pair_u", pair_u)):
-        if not isinstance(pair, Tensor) or pair.dtype != torch.int64:
-            came = pair.dtype if isinstance(pair, Tensor) else type(pair).__name__
-            raise TypeError(f"{name}: expected an int64 tensor, got {came}")
+        check_tensor(name, pair)
+        if pair.dtype != torch.int64:
+            raise TypeError(f"{name}: expected int64, got {pair.dtype}")
+        if pair.device != labels.device:
+            raise ValueError(f"{name}: expected device {labels.device}, got {pair.device}")
         if pair.dim() != 1 or pair.shape != pair_c.shape:
             raise ValueError(
                 f"{name}: expected shape (P,) for both pair_c and pair_u, "
@@ -159,14 +168,37 @@ def check_pairs(pair_c: Tensor, pair_u: Tensor, num_rows: int, *, validate: bool
     twice = torch.bincount(rows, minlength=1) > 1
     if twice.any():
         raise ValueError(
-            f"pair_c, pair_u: expected each row at most once, got row {int(twice.nonzero()[0])} twice"
+            "pair_c, pair_u: expected each row at most once, "
+            f"got row {int(twice.nonzero()[0])} twice"
+        )
+
+
+def check_row_out(name: str, out: Tensor | None, labels: Tensor) -> None:
+    """None, or a float32 tensor of labels' shape and device to be filled."""
+    if out is None:
+        return
+    check_tensor(name, out)
+    if out.dtype != torch.float32:
+        raise TypeError(f"{name}: expected float32, got {out.dtype}")
+    if out.shape != labels.shape or out.device != labels.device:
+        raise ValueError(
+            f"{name}: expected labels' shape {tuple(labels.shape)} on {labels.device}, "
+            f"got {tuple(out.shape)} on {out.device}"
         )
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast as ``F.linear`` would inside ``torch.autocast``; outside, return tensors as they are."""
-    device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(device_type):
+    """Cast as ``F.linear`` would inside ``torch.autocast``; outside, return tensors as they are.
+
+    What is no tensor of a floating-point dtype that we take stays for the checks to refuse.
+    """
+    device_types = [t.device.type for t in tensors if takes_part(t)]
+    if not device_types or not torch.is_autocast_enabled(device_types[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
+    dtype = torch.get_autocast_dtype(device_types[0])
+    return tuple(t.to(dtype) if takes_part(t) else t for t in tensors)
+
+
+def takes_part(tensor: object) -> TypeGuard[Tensor]:
+    """Whether ``torch.autocast`` casts this argument."""
+    return isinstance(tensor, Tensor) and tensor.dtype in FLOAT_DTYPES

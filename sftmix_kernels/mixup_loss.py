@@ -36,6 +36,7 @@ from .row_chunks import (
     load_rows,
     project,
     resolve_schedule,
+    row_chunks,
     scaled,
     soft_cross_entropy_,
     store_rows_,
@@ -63,7 +64,7 @@ def mixup_rows(
         rows = counted_rows(row_weight)
         gradients = Gradients(hidden[0], weight, needs_gradient, rows.numel())
         workspace = weight.new_empty(min(chunk_rows, rows.numel()), weight.shape[0])
-        for chunk in rows.split(chunk_rows) if rows.numel() else ():
+        for chunk in row_chunks(rows, chunk_rows):
             mixed = mixed_rows(hidden, share, chunk, row_weight)
             logits = project(mixed, weight, bias, workspace)
             for block in cache_blocks(0, chunk.numel(), weight.shape[0]):
@@ -101,7 +102,7 @@ def mixed_rows(
     if len(hidden) == 1:
         return gather_rows(hidden[0], rows, row_weight)
     first, second = (gather_rows(h, rows, row_weight).float() for h in hidden)
-    share_first, share_second = share[rows].split(1, dim=-1)
+    share_first, share_second = share[rows].tensor_split(2, dim=-1)
     return (first * share_first + second * share_second).to(hidden[0].dtype)
 
 
@@ -135,7 +136,7 @@ class ReducedRows(torch.autograd.Function):
         )
         ctx.save_for_backward(share, divisor, *gradients)
         ctx.dtype = weight.dtype
-        return (loss.sum(dtype=torch.float64) / divisor).float()
+        return (loss.sum(dtype=torch.float64) / divisor).float()  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
@@ -163,9 +164,10 @@ class UnreducedRows(torch.autograd.Function):
         ctx.save_for_backward(hidden_c, hidden_u, weight, bias, targets, share, row_weight)
         ctx.dtype, ctx.options = weight.dtype, options
         forward_only = options._replace(needs_gradient=[False] * 3)
-        return mixup_rows(
+        loss, *_ = mixup_rows(
             present(hidden_c, hidden_u), weight, bias, targets, share, row_weight, *forward_only
-        )[0]
+        )
+        return loss  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
@@ -189,7 +191,7 @@ def input_gradients(
     """Gradients of hidden_c, hidden_u, weight and bias from those of the mixed rows."""
     mixed, weight, bias = gradients
     one = share.shape[1] == 1
-    factors = [scale] if one else [share_t * scale for share_t in share.split(1, dim=-1)]
+    factors = [scale] if one else [share_t * scale for share_t in share.tensor_split(2, dim=-1)]
     hidden = [
         scaled(mixed, factor, ctx.dtype) if needed else None
         for factor, needed in zip(factors, ctx.needs_input_grad, strict=False)
@@ -294,12 +296,12 @@ def fused_mixup_loss(
     check_head(hidden_c, weight, bias, logit_scale, softcap, name="hidden_c")
     check_reduction(reduction)
     check_divisor("divisor", divisor)
+    check_same("hidden_u", hidden_u, "hidden_c", hidden_c)
     if hidden_u.shape != hidden_c.shape:
         raise ValueError(
             f"hidden_u: expected hidden_c's shape {tuple(hidden_c.shape)}, "
             f"got {tuple(hidden_u.shape)}"
         )
-    check_same("hidden_u", hidden_u, "hidden_c", hidden_c)
     vocab_size = weight.shape[0]
     for name, labels in (("labels_c", labels_c), ("labels_u", labels_u)):
         check_ids(name, labels, hidden_c)

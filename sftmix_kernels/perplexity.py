@@ -22,7 +22,7 @@ from .checks import (
     values_are_free,
 )
 from .reference import label_weight, weighted_loss
-from .row_chunks import LogitTransform, counted_rows, gather_rows
+from .row_chunks import LogitTransform, counted_rows, gather_rows, row_chunks
 
 # Rows of one pass: 512 x 8192 float32 logits are 16 MiB.
 ROWS = 512
@@ -43,7 +43,7 @@ def token_nll(
     transform = LogitTransform(logit_scale, softcap)
     loss = torch.zeros_like(row_weight)
     with torch.autocast(weight.device.type, enabled=False):
-        for rows in counted_rows(row_weight).split(ROWS):
+        for rows in row_chunks(counted_rows(row_weight), ROWS):
             gathered = gather_rows(hidden, rows, row_weight)
             target = labels[rows].unsqueeze(-1)
             peak = torch.full_like(target, -torch.inf, dtype=torch.float32)
@@ -51,12 +51,14 @@ def token_nll(
             for start in range(0, weight.shape[0], vocab_chunk):
                 logits = chunk_logits(gathered, weight, bias, start, vocab_chunk, transform)
                 new_peak = torch.maximum(peak, logits.amax(-1, keepdim=True))
+                # A chunk masked as a whole (bias -inf) has no peak: -inf - -inf would be NaN.
+                base = new_peak.masked_fill(new_peak == -torch.inf, 0.0)
                 column = target - start
                 inside = (column >= 0) & (column < logits.shape[1])
                 found = logits.gather(-1, column.clamp(0, logits.shape[1] - 1))
                 target_logit = torch.where(inside, found, target_logit)
-                total = total * (peak - new_peak).exp()
-                total += logits.sub_(new_peak).exp_().sum(-1, keepdim=True)
+                total = total * (peak - base).exp()
+                total += logits.sub_(base).exp_().sum(-1, keepdim=True)
                 peak = new_peak
             losses = (total.log() - (target_logit - peak)).squeeze(-1)
             loss[rows] = weighted_loss(row_weight[rows], losses)

@@ -55,7 +55,8 @@ def resolve_schedule(schedule: str | RowChunks, hidden: Tensor, vocab_size: int)
     if schedule == "vocab_tiles":
         raise ValueError("schedule: 'vocab_tiles' is not available in this version; use 'auto'")
     raise ValueError(
-        f"schedule: expected 'auto', 'row_chunks', 'vocab_tiles' or RowChunks(...), got {schedule!r}"
+        "schedule: expected 'auto', 'row_chunks', 'vocab_tiles' or RowChunks(...), "
+        f"got {schedule!r}"
     )
 
 
@@ -100,9 +101,11 @@ def soft_cross_entropy_(
         # Both targets may be the same token: each column then carries both shares.
         same = (targets.unsqueeze(-1) == targets.unsqueeze(-2)).float()
         column_share = (same * share.unsqueeze(-2)).sum(-1)
-        at_targets = log_p.expm1() + (1.0 - column_share)
+        at_targets = gradient_weight * (log_p.expm1() + (1.0 - column_share))
         logits.mul_(gradient_weight / total)
-        logits.scatter_(-1, targets, gradient_weight * at_targets)
+        # Without a share (lam is 0 or 1) the column stays as it is: bitwise the plain loss.
+        at_targets = torch.where(column_share == 0, logits.gather(-1, targets), at_targets)
+        logits.scatter_(-1, targets, at_targets)
         if slope is not None:
             logits.mul_(slope)
     return -(share * log_p).sum(-1)
@@ -119,8 +122,11 @@ def pair_cross_entropy_(
 ) -> tuple[Tensor, Tensor, Tensor]:  # NTP of c, NTP of u, Mixup: (B,) float32 each
     """The three losses of a pair of rows; both logits become ``G_c`` and ``G_u`` in place."""
     share = torch.stack((lam, 1.0 - lam), dim=-1)
-    share_c, share_u = share.split(1, dim=-1)
+    share_c, share_u = share.tensor_split(2, dim=-1)
     mixed = (logits[0] * share_c).addcmul_(logits[1], share_u)
+    # 0 * -inf is NaN: where one share is 0, the mixture is the other row (a masked token stays so).
+    torch.where(share_u == 0, logits[0], mixed, out=mixed)
+    torch.where(share_c == 0, logits[1], mixed, out=mixed)
     mixup = soft_cross_entropy_(
         mixed, torch.stack(labels, dim=-1), share, mix_weight, transform, needs_gradient
     )
@@ -148,10 +154,16 @@ def cross_entropy_(
 
 
 def cache_blocks(start: int, stop: int, vocab_size: int) -> Iterator[slice]:
-    """Slices of rows whose float32 logits take about 1 MiB, so that every pass hits L2."""
-    step = max(1, 2**20 // (4 * vocab_size))
-    for row in range(start, stop, step):
-        yield slice(row, min(row + step, stop))
+    """Slices of rows whose float32 logits take about 1 MiB, so that every pass hits L2.
+
+    A last row alone joins the block before it: PyTorch sums a single long row over threads, in
+    another order, and then the bits of a row's loss would hang on its place in the chunk.
+    """
+    step = max(2, 2**20 // (4 * vocab_size))
+    while start < stop:
+        end = stop if stop - start <= step + 1 else start + step
+        yield slice(start, end)
+        start = end
 
 
 class Gradients:
@@ -231,6 +243,12 @@ def counted_rows(weight: Tensor) -> Tensor:
     if weight.device.type == "cpu":
         return weight.nonzero().squeeze(-1)
     return torch.arange(weight.shape[0], device=weight.device)
+
+
+def row_chunks(rows: Tensor, chunk_rows: int) -> Iterator[Tensor]:
+    """Pieces of at most ``chunk_rows``; none where there are no rows."""
+    for start in range(0, rows.numel(), chunk_rows):
+        yield rows[start : start + chunk_rows]
 
 
 def gather_rows(hidden: Tensor, rows: Tensor, weight: Tensor) -> Tensor:

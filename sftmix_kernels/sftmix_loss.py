@@ -31,6 +31,7 @@ from .checks import (
     check_label_values,
     check_number,
     check_pairs,
+    check_row_out,
     checked_lam,
 )
 from .mixup_loss import Options, fused_mixup_loss, loss_divisor
@@ -289,7 +290,8 @@ def fused_sftmix_loss(
     check_number("mu", mu, 0.0)
     check_divisor("ntp_divisor", ntp_divisor)
     check_divisor("mixup_divisor", mixup_divisor)
-    check_pairs(pair_c, pair_u, labels.numel(), validate=validate)
+    check_pairs(pair_c, pair_u, labels, validate=validate)
+    check_row_out("row_ntp_out", row_ntp_out, labels)
     vocab_size = weight.shape[0]
     if validate:
         check_label_values("labels", labels, vocab_size, ignore_index)

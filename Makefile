@@ -1,0 +1,60 @@
+# `make test` and `make demo` need only Python, pip and make: they set up .venv on their own.
+# `make test PYTHON=/path/to/python` uses that environment as it is and installs nothing.
+
+SYSTEM_PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+# Only a PYTHON given to make counts: one inherited from the shell is not a choice of environment.
+ifeq ($(origin PYTHON),command line)
+READY :=
+else
+PYTHON := $(VENV)/bin/python
+READY := $(STAMP)
+endif
+
+OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types bench clean
+
+help:
+	@echo "make demo    SFTMix on a small model; results in runs/demo-DATE (OUT=... to choose)"
+	@echo "make test    all tests that this machine can run"
+	@echo "make lint    ruff and clang-format"
+	@echo "make types   mypy --strict"
+	@echo "make bench   benchmarks"
+	@echo "make clean   removes build products and caches; keeps .venv and runs/"
+	@echo "PYTHON=/path/to/python uses that environment and installs nothing"
+
+demo: $(READY)
+	"$(PYTHON)" -m sftmix demo --output "$(OUT)"
+
+test: $(READY)
+	"$(PYTHON)" -m pytest
+
+lint: $(READY)
+	"$(PYTHON)" -m ruff check .
+	"$(PYTHON)" -m ruff format --check .
+	"$(PYTHON)" -c "import clang_format; clang_format.clang_format()" \
+		--dry-run -Werror $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
+
+types: $(READY)
+	"$(PYTHON)" -m mypy
+
+bench: $(READY)
+	"$(PYTHON)" -m benchmarks
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f sftmix_kernels/*.so $(STAMP)
+	find $(wildcard sftmix sftmix_kernels tests benchmarks) -name __pycache__ -prune -exec rm -rf {} +
+
+# torch comes before the package, whose build records its version; build isolation would fetch
+# a second torch. A virtual environment without pip was interrupted while it was made.
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+	"$(PYTHON)" -m pip --version >/dev/null 2>&1 || "$(SYSTEM_PYTHON)" -m venv $(VENV)
+	"$(PYTHON)" -m pip install -c constraints.txt setuptools ninja pybind11 wheel
+	"$(PYTHON)" -m pip install -c constraints.txt torch
+	"$(PYTHON)" -m pip install --no-build-isolation -c constraints.txt -e ".[dev]"
+	touch $@

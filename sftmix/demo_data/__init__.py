@@ -1,0 +1,6 @@
+"""Small bundled data: instructions of very different difficulty, made by `generate.py` (CC0)."""
+
+from pathlib import Path
+
+TRAIN = Path(__file__).parent / "train.jsonl"
+HELD_OUT = Path(__file__).parent / "held_out.jsonl"

@@ -1,0 +1,284 @@
+"""Training with NTP + mu * Mixup on top of `transformers.Trainer`.
+
+`SFTMixMixin` holds everything, so that it also sits on other trainers derived from
+`transformers.Trainer`; `SFTMixTrainer` is the mixin over the plain one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from sftmix_kernels import fused_sftmix_loss
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from .checkpoints import PREFIX, STAGING, clear_staging, latest_checkpoint
+from .head import HeadAdapter
+from .metrics import LossWindow
+from .pairing import PairedCollator, PairedExamples, PairedSampler, ShuffledSampler
+from .runs import publish_folder
+from .scoring import score_examples
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+def option(default: Any, help_text: str, source: str) -> Any:
+    """A config field whose help names where the default comes from."""
+    return field(default=default, metadata={"help": f"{help_text} [{source}]"})
+
+
+@dataclass
+class SFTMixConfig(TrainingArguments):
+    """`transformers.TrainingArguments` with SFTMix's options, and the paper's defaults.
+
+    Every help text ends in "paper" (arXiv 2410.05248) or "ours" (the paper does not say).
+    """
+
+    method: Literal["sftmix", "ntp"] = option(
+        "sftmix", "sftmix: NTP + mu * Mixup; ntp: next-token prediction alone", "paper"
+    )
+    mu: float = option(0.2, "Weight of the Mixup term", "paper")
+    alpha: float = option(0.5, "lam ~ Beta(alpha, alpha), one for each pair of examples", "paper")
+    learning_rate: float = option(2e-6, "Peak learning rate of AdamW", "paper")
+    weight_decay: float = option(0.1, "Weight decay of AdamW", "paper")
+    lr_scheduler_type: str = option("cosine", "Learning-rate schedule", "paper")
+    warmup_steps: float = option(
+        0.1, "Warm-up: a share of all steps where below 1, else a number of steps", "paper"
+    )
+    num_train_epochs: float = option(3.0, "Epochs (the paper's 3 are for Alpaca-52K)", "paper")
+    per_device_train_batch_size: int = option(
+        4, "Examples of a step on each device, an even number (the paper's 32 on 8 GPUs)", "paper"
+    )
+    logging_steps: float = option(10, "Steps between two log lines", "ours")
+    save_strategy: str = option("epoch", "When to write a checkpoint: no, steps, epoch", "ours")
+    save_total_limit: int | None = option(2, "Checkpoints kept, the newest", "ours")
+    seed: int = option(0, "Seed of pairs, lam, shuffling and initialisation", "ours")
+    report_to: str = option("none", "Reporter of the metrics: none, tensorboard, ...", "ours")
+    # Examples carry columns that no model's forward knows, and the trainer sorts them itself.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Always off"})
+
+    def __post_init__(self) -> None:
+        if self.method not in ("sftmix", "ntp"):
+            raise ValueError(f"method: expected 'sftmix' or 'ntp', got {self.method!r}")
+        if not (np.isfinite(self.mu) and self.mu >= 0):
+            raise ValueError(f"mu: expected a finite number of at least 0, got {self.mu}")
+        if not (np.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha: expected a finite number above 0, got {self.alpha}")
+        if self.method == "sftmix" and self.per_device_train_batch_size % 2:
+            raise ValueError(
+                "per_device_train_batch_size: expected an even number (pairs of examples), "
+                f"got {self.per_device_train_batch_size}"
+            )
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns: the trainer needs every column; leave it off")
+        super().__post_init__()
+
+
+class SFTMixMixin:
+    """NTP + mu * Mixup for a trainer derived from `transformers.Trainer`.
+
+    ``train_dataset`` has ``input_ids`` and ``labels`` (-100 outside of responses, not shifted), and
+    ``id`` for messages. ``confident`` (S,) says of each row whether it is in the confident half; it
+    is needed for ``method="sftmix"``. With ``method="ntp"`` it fixes the same batches and order as
+    SFTMix's, so that the loss is all that differs.
+    """
+
+    args: SFTMixConfig
+
+    def __init__(
+        self,
+        *args: Any,
+        confident: Sequence[bool] | np.ndarray[Any, Any] | None = None,
+        checkpoint_extras: Sequence[Any] = (),
+        **kwargs: Any,
+    ) -> None:
+        """See the class; other arguments are the trainer's own.
+
+        Args:
+            confident: which rows of ``train_dataset`` are in the confident half.
+            checkpoint_extras: objects with ``save(folder)`` and ``load(folder)`` whose state
+                travels with checkpoints.
+
+        Raises:
+            ValueError: no partition for SFTMix, one of another length, a model whose head is not
+                understood, or an example too few for one batch.
+        """
+        super().__init__(*args, **kwargs)
+        self.head = HeadAdapter(self.accelerator.unwrap_model(self.model))  # type: ignore[attr-defined]
+        # The loss is divided by counts over the whole accumulation window, here and not by Trainer.
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
+        self.window = LossWindow(self.args.device)
+        self.checkpoint_extras = [self.window, *checkpoint_extras]
+        self.paired = confident is not None
+        if confident is not None:
+            self._pair(np.asarray(confident, dtype=bool))
+        elif self.args.method == "sftmix":
+            raise ValueError("confident: method='sftmix' needs a partition of the training data")
+        if self.args.n_gpu > 1:
+            raise ValueError("nn.DataParallel is not supported; start one process for each GPU")
+
+    def _pair(self, confident: np.ndarray[Any, Any]) -> None:
+        dataset = self.train_dataset  # type: ignore[has-type]
+        if confident.shape != (len(dataset),):
+            raise ValueError(
+                f"confident: expected one value for each of {len(dataset)} training examples, "
+                f"got shape {confident.shape}"
+            )
+        self.confident_rows = confident.nonzero()[0]
+        self.unconfident_rows = (~confident).nonzero()[0]
+        self.train_dataset = PairedExamples(dataset)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any]:
+        batch = self.args.train_batch_size * self.args.world_size
+        examples = len(self.train_dataset)
+        if examples < batch:
+            raise ValueError(
+                f"train_dataset: expected at least one batch of {batch} examples, got {examples}"
+            )
+        if not self.paired:
+            return ShuffledSampler(examples, seed=self.args.seed)
+        return PairedSampler(
+            self.confident_rows, self.unconfident_rows, alpha=self.args.alpha, seed=self.args.seed
+        )
+
+    # ---- the loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        """Tokens with loss and mixed pairs of one accumulation window over all ranks: (2,)."""
+        counts = torch.tensor(
+            [
+                sum(batch["rows"].numel() for batch in batch_samples),
+                sum(batch["pair_c"].numel() for batch in batch_samples if "pair_c" in batch),
+            ],
+            dtype=torch.float32,
+            device=device,
+        )
+        return self.accelerator.reduce(counts, "sum").clamp(min=1)  # type: ignore[attr-defined, no-any-return]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """This micro-batch's share of ``NTP + mu * Mixup`` over the whole window and all ranks."""
+        if num_items_in_batch is None:
+            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
+        ntp_count, mixup_count = num_items_in_batch
+        rows, targets = inputs["rows"], inputs["targets"]
+        mixed = self.args.method == "sftmix"
+        pair_c, pair_u, lam = (
+            inputs[name] if mixed else inputs["rows"].new_empty(0) for name in ("pair_c", "pair_u", "lam")
+        )
+        row_ntp = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+
+        def head_function(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+            return fused_sftmix_loss(
+                hidden,
+                weight,
+                targets,
+                torch.searchsorted(rows, pair_c),
+                torch.searchsorted(rows, pair_u),
+                lam.float(),
+                mu=self.args.mu if mixed else 0.0,
+                bias=bias,
+                ntp_divisor=ntp_count,
+                mixup_divisor=mixup_count,
+                row_ntp_out=row_ntp,
+                **self.head.options,
+            )
+
+        tokens = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
+        loss = model(**tokens, use_cache=False, rows=rows, head_function=head_function)
+        self._measure(inputs, loss, row_ntp)
+        # Gradients are averaged over ranks, while the counts are of all ranks together.
+        total = loss[0] * self.accelerator.num_processes  # type: ignore[attr-defined]
+        return (total, loss) if return_outputs else total
+
+    def _measure(self, inputs: dict[str, Tensor], loss: Any, row_ntp: Tensor) -> None:
+        values: dict[str, Tensor | float] = {
+            "loss": loss[0],
+            "ntp_loss": loss[1],
+            "mixup_loss": loss[2],
+            "input_tokens": inputs["attention_mask"].sum(),
+            "tokens_confident": float(inputs["rows"].numel()),
+        }
+        if self.paired:
+            unconfident = inputs["owner"] % 2 == 1
+            values |= {
+                "nll_confident": row_ntp[~unconfident].sum(),
+                "nll_unconfident": row_ntp[unconfident].sum(),
+                "tokens_confident": (~unconfident).sum(),
+                "tokens_unconfident": unconfident.sum(),
+                "mixed_pairs": float(inputs["pair_c"].numel()),
+                "lam": inputs["lam"].sum(),
+            }
+        self.window.add(values)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """One micro-batch; a loss that is not finite stops before the optimizer's step.
+
+        Raises:
+            FloatingPointError: the loss is NaN or infinite, with the step and the examples' ids.
+        """
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"loss is {loss.item()} at step {self.state.global_step + 1}, "  # type: ignore[attr-defined]
+                f"examples {inputs['ids'].tolist()}; the model was not updated"
+            )
+        return loss
+
+    # ---- logs, evaluation
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Replace Trainer's loss by the window's exact mean, and add the terms and rates."""
+        if "loss" in logs and self.is_in_train:  # type: ignore[attr-defined]
+            self.window.steps = self.state.global_step - self.window_start  # type: ignore[attr-defined]
+            sums = self.accelerator.reduce(self.window.sums, "sum")  # type: ignore[attr-defined]
+            mixed = self.args.method == "sftmix"
+            logs = {**logs, **self.window.report(sums, paired=self.paired, mixed=mixed)}
+            self.window.reset()
+            self.window_start = self.state.global_step  # type: ignore[attr-defined]
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """NTP loss of a data set, a mean over its response tokens, and its perplexity."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset  # type: ignore[attr-defined]
+        scores = score_examples(
+            self.model,  # type: ignore[attr-defined]
+            self.head,
+            dataset,
+            collator=self.data_collator,  # type: ignore[attr-defined]
+            context=self.compute_loss_context_manager,  # type: ignore[attr-defined]
+            description="evaluate",
+            disable_progress=self.args.disable_tqdm,
+        )
+        loss = float(scores.nll_sum.sum() / scores.num_tokens.sum())
+        metrics = {
+            f"{metric_key_prefix}_loss": loss,
+            f"{metric_key_prefix}_perplexity": float(np.exp(loss)),
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(  # type: ignore[attr-defined]
+            self.args,
+            self.state,  # type: ignore[attr-defined]
+            self.control,  # type: ignore[has-type]
+            metrics,
+        )
+        return metrics
