@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from sftmix.runs import TEMPORARY_PREFIX
+
 logger = logging.getLogger(__name__)
 
-STAGING = ".staging"
+# A name that `runs.remove_leftovers` knows as a killed writer's.
+STAGING = f"{TEMPORARY_PREFIX}checkpoint"
 PREFIX = "checkpoint-"
-
-
-def clear_staging(run: Path) -> None:
-    """Remove what a killed process was still writing."""
-    shutil.rmtree(run / STAGING, ignore_errors=True)
 
 
 def list_checkpoints(run: Path) -> list[Path]:

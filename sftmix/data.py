@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -262,7 +262,6 @@ def load_examples(
     return examples
 
 
-def data_hash(examples: Sequence[Example]) -> str:
-    """SHA-256 over the content hashes in order: equal for equal content in equal order."""
-    joined = "\n".join(example.content_hash for example in examples)
-    return hashlib.sha256(joined.encode("ascii")).hexdigest()
+def data_hash(content_hashes: Iterable[str]) -> str:
+    """SHA-256 over content hashes in order: equal for equal content in equal order."""
+    return hashlib.sha256("\n".join(content_hashes).encode("ascii")).hexdigest()

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .runs import write_json
+from sftmix.runs import write_json
 
 FIELDS = (
     "loss",  # the first three are sums over steps of a step's mean
@@ -38,7 +38,7 @@ class LossWindow:
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(len(FIELDS), dtype=torch.float64, device=device)
-        self.steps = 0
+        self.first_step = 0
         self.started = time.perf_counter()
 
     def add(self, values: dict[str, Tensor | float]) -> None:
@@ -51,10 +51,10 @@ class LossWindow:
             ]
         )
 
-    def report(self, sums: Tensor, *, paired: bool, mixed: bool) -> dict[str, float]:
-        """The log line of a window from its sums over all ranks."""
+    def report(self, sums: Tensor, step: int, *, paired: bool, mixed: bool) -> dict[str, float]:
+        """The log line of a window that ends at ``step``, from its sums over all ranks."""
         total = dict(zip(FIELDS, sums.tolist(), strict=True))
-        steps = max(self.steps, 1)
+        steps = step - self.first_step
         tokens = total["tokens_confident"] + total["tokens_unconfident"]
         logs = {"loss": total["loss"] / steps, "ntp_loss": total["ntp_loss"] / steps}
         if mixed:
@@ -69,20 +69,20 @@ class LossWindow:
         logs["peak_memory_gib"] = peak_memory(sums.device) / 2**30
         return logs
 
-    def reset(self) -> None:
-        """Start the next window."""
+    def reset(self, step: int) -> None:
+        """Start the next window, after ``step``."""
         self.sums.zero_()
-        self.steps = 0
+        self.first_step = step
         self.started = time.perf_counter()
 
     def save(self, folder: Path) -> None:
         """Put the sums into a checkpoint."""
-        write_json(folder / self.FILE, {"steps": self.steps, "sums": self.sums.tolist()})
+        write_json(folder / self.FILE, {"first_step": self.first_step, "sums": self.sums.tolist()})
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint's sums."""
         state = json.loads((folder / self.FILE).read_text(encoding="utf-8"))
-        self.steps = state["steps"]
+        self.first_step = state["first_step"]
         self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
 
 

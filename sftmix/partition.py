@@ -12,6 +12,7 @@ over perplexities. The median of the confidence splits the examples into a confi
 unconfident half. Letters: S examples, C checkpoints.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -207,6 +208,13 @@ def match(
     for row in np.flatnonzero(~np.isin(partition.id, wanted))[:1]:
         raise _changed(int(partition.id[row]), "absent", partition.content_hash[row][:12])
     return np.asarray(partition.subset[rows] == CONFIDENT)
+
+
+def partition_hash(partition: Partition) -> str:
+    """SHA-256 over ids, content and halves in order: what training takes from a partition."""
+    rows = zip(partition.id, partition.content_hash, partition.subset, strict=True)
+    lines = "\n".join(f"{id} {content} {subset}" for id, content, subset in rows)
+    return hashlib.sha256(lines.encode("utf-8")).hexdigest()
 
 
 def summary(partition: Partition) -> str:

@@ -13,18 +13,18 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from sftmix_kernels import fused_sftmix_loss
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from .checkpoints import PREFIX, STAGING, clear_staging, latest_checkpoint
-from .head import HeadAdapter
-from .metrics import LossWindow
-from .pairing import PairedCollator, PairedExamples, PairedSampler, ShuffledSampler
-from .runs import publish_folder
-from .scoring import score_examples
+from sftmix.checkpoints import PREFIX, STAGING, latest_checkpoint
+from sftmix.head import HeadAdapter
+from sftmix.metrics import LossWindow
+from sftmix.pairing import PairedCollator, PairedExamples, PairedSampler, ShuffledSampler
+from sftmix.runs import publish_folder
+from sftmix.scoring import score_examples
+from sftmix_kernels import fused_sftmix_loss
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
@@ -116,6 +116,7 @@ class SFTMixMixin:
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.window = LossWindow(self.args.device)
         self.checkpoint_extras = [self.window, *checkpoint_extras]
+        self.staging: Path | None = None
         self.paired = confident is not None
         if confident is not None:
             self._pair(np.asarray(confident, dtype=bool))
@@ -176,7 +177,8 @@ class SFTMixMixin:
         rows, targets = inputs["rows"], inputs["targets"]
         mixed = self.args.method == "sftmix"
         pair_c, pair_u, lam = (
-            inputs[name] if mixed else inputs["rows"].new_empty(0) for name in ("pair_c", "pair_u", "lam")
+            inputs[name] if mixed else inputs["rows"].new_empty(0)
+            for name in ("pair_c", "pair_u", "lam")
         )
         row_ntp = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
 
@@ -244,12 +246,11 @@ class SFTMixMixin:
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Replace Trainer's loss by the window's exact mean, and add the terms and rates."""
         if "loss" in logs and self.is_in_train:  # type: ignore[attr-defined]
-            self.window.steps = self.state.global_step - self.window_start  # type: ignore[attr-defined]
+            step = self.state.global_step  # type: ignore[attr-defined]
             sums = self.accelerator.reduce(self.window.sums, "sum")  # type: ignore[attr-defined]
             mixed = self.args.method == "sftmix"
-            logs = {**logs, **self.window.report(sums, paired=self.paired, mixed=mixed)}
-            self.window.reset()
-            self.window_start = self.state.global_step  # type: ignore[attr-defined]
+            logs = {**logs, **self.window.report(sums, step, paired=self.paired, mixed=mixed)}
+            self.window.reset(step)
         super().log(logs, start_time)  # type: ignore[misc]
 
     def evaluate(
@@ -282,3 +283,62 @@ class SFTMixMixin:
             metrics,
         )
         return metrics
+
+    # ---- checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where Trainer writes: the staging folder while a checkpoint is being made."""
+        return str(self.staging or super()._get_output_dir(trial))  # type: ignore[misc]
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside its place, then rename it: it is complete or not there."""
+        run = Path(self.args.output_dir)
+        name = f"{PREFIX}{self.state.global_step}"  # type: ignore[attr-defined]
+        self.staging = run / STAGING
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            staging, self.staging = self.staging, None
+        if self.args.should_save:
+            for extra in self.checkpoint_extras:
+                extra.save(staging / name)
+            self._name_best_checkpoint(staging / name, run / name)
+            publish_folder(staging / name, run / name)
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,  # type: ignore[attr-defined]
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
+
+    def _name_best_checkpoint(self, staging: Path, final: Path) -> None:
+        if self.state.best_model_checkpoint == str(staging):  # type: ignore[attr-defined]
+            self.state.best_model_checkpoint = str(final)  # type: ignore[attr-defined]
+            self.state.save_to_json(str(staging / "trainer_state.json"))  # type: ignore[attr-defined]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.train`; ``True`` resumes from the newest whole checkpoint.
+
+        A run that has no checkpoint yet starts from the beginning, which comes to the same.
+        """
+        if resume_from_checkpoint is True:
+            newest = latest_checkpoint(Path(self.args.output_dir))
+            resume_from_checkpoint = None if newest is None else str(newest)
+        if isinstance(resume_from_checkpoint, str):
+            for extra in self.checkpoint_extras:
+                extra.load(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, **kwargs)  # type: ignore[misc]
+
+
+class SFTMixTrainer(SFTMixMixin, Trainer):
+    """`transformers.Trainer` with the loss, the pairs and the checkpoints of `SFTMixMixin`."""
+
+
+def make_collator(tokenizer: Any) -> PairedCollator:
+    """The collator that `SFTMixMixin` expects, padding with the tokenizer's token.
+
+    Padding is masked, so that a tokenizer without a padding token pads with its end token.
+    """
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return PairedCollator(0 if pad is None else pad)

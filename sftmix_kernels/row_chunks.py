@@ -88,24 +88,27 @@ def soft_cross_entropy_(
 ) -> Tensor:  # (B,) float32
     """Row losses ``-sum_t share_t log p[target_t]``; logits become ``weight * d loss / d raw``.
 
-    The target columns are found apart, from ``log p`` in float32: ``p - share`` of a confident
-    token is lost when it is read back from a rounded ``p``.
+    The exponentials of targets are kept out of the row's sum: of a confident token that leaves the
+    sum of all others, from which ``p - 1`` and ``log p`` follow without cancelling.
     """
     slope = transform.apply_(logits, needs_gradient)
     peak = logits.amax(-1, keepdim=True)
     log_p = logits.gather(-1, targets) - peak
-    total = logits.sub_(peak).exp_().sum(-1, keepdim=True)
-    log_p -= total.log()
+    exp_at = logits.sub_(peak).exp_().gather(-1, targets)
+    # Both targets may be the same token: each column then carries both shares. One without a share
+    # (lam is 0 or 1) stays in the sum like any other: bitwise the plain loss.
+    same = (targets.unsqueeze(-1) == targets.unsqueeze(-2)).float()
+    column_share = (same * share.unsqueeze(-2)).sum(-1)
+    held = exp_at.masked_fill(column_share == 0, 0.0)
+    rest = logits.scatter_(-1, targets, exp_at - held).sum(-1, keepdim=True)
+    held_sum = (held / same.sum(-1)).sum(-1, keepdim=True)
+    log_p -= torch.log1p(rest + (held_sum - 1.0))
     if needs_gradient:
-        gradient_weight = (weight * transform.scale).unsqueeze(-1)
-        # Both targets may be the same token: each column then carries both shares.
-        same = (targets.unsqueeze(-1) == targets.unsqueeze(-2)).float()
-        column_share = (same * share.unsqueeze(-2)).sum(-1)
-        at_targets = gradient_weight * (log_p.expm1() + (1.0 - column_share))
-        logits.mul_(gradient_weight / total)
-        # Without a share (lam is 0 or 1) the column stays as it is: bitwise the plain loss.
-        at_targets = torch.where(column_share == 0, logits.gather(-1, targets), at_targets)
-        logits.scatter_(-1, targets, at_targets)
+        factor = (weight * transform.scale).unsqueeze(-1) / (rest + held_sum)
+        others = rest + ((1.0 - same) * held.unsqueeze(-2)).sum(-1)
+        logits.mul_(factor)
+        at_targets = exp_at * (1.0 - column_share) - column_share * others
+        logits.scatter_(-1, targets, factor * at_targets)
         if slope is not None:
             logits.mul_(slope)
     return -(share * log_p).sum(-1)

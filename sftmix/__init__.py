@@ -1,0 +1,20 @@
+"""SFTMix for language models: confidence partition, paired training, evaluation.
+
+The command line is `sftmix --help`; the fused losses are the package `sftmix_kernels`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["SFTMixConfig", "SFTMixMixin", "SFTMixTrainer", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # transformers takes seconds to import, which `sftmix --help` need not wait for.
+    if name in ("SFTMixConfig", "SFTMixMixin", "SFTMixTrainer"):
+        from sftmix import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,136 @@
+"""Command-line arguments: dataclasses, YAML files and help.
+
+A YAML file (``--config``) holds the same names as the flags and is read as if they had been typed
+before the flags, so that flags override it and both are checked alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from sftmix.trainer import SFTMixConfig, option
+
+
+@dataclasses.dataclass
+class RunArguments:
+    """What every command that runs a model needs."""
+
+    model: str = dataclasses.field(metadata={"help": "Folder or hub name of the model"})
+    data: list[str] = dataclasses.field(
+        metadata={"help": "Data files (.json, .jsonl, .parquet) or the name of a data set"}
+    )
+    output: str = dataclasses.field(metadata={"help": "Folder of the run; must be new or empty"})
+    resume: bool = option(False, "Go on with the run in --output", "ours")
+    max_length: int = option(2048, "Longest sequence in tokens; the response's tail is cut", "ours")
+    on_bad_row: Literal["error", "skip"] = option(
+        "error", "A malformed row stops the run, or is left out and counted", "ours"
+    )
+    dtype: Literal["float32", "bfloat16", "auto"] = option(
+        "float32", "Dtype of the weights; --bf16 true adds bfloat16 autocast", "ours"
+    )
+    trust_remote_code: bool = option(False, "Run Python code that comes with the model", "ours")
+
+
+@dataclasses.dataclass
+class TrainRunArguments(RunArguments):
+    """`sftmix train` besides `SFTMixConfig`."""
+
+    partition: str | None = option(
+        None, "confidence.parquet of `sftmix score`; needed for --method sftmix", "ours"
+    )
+    eval_data: list[str] | None = option(None, "Held-out data files, scored at the end", "ours")
+
+
+@dataclasses.dataclass
+class ScoreConfig(SFTMixConfig):
+    """Training of the reference model: one epoch of next-token prediction."""
+
+    method: Literal["ntp"] = option("ntp", "The reference model is trained with NTP", "paper")  # type: ignore[assignment]
+    num_train_epochs: float = option(1.0, "The confidence is that of one epoch", "paper")
+    num_scorings: int = option(5, "C, evenly spaced scorings, the last at the end", "ours")
+    save_strategy: str = option("no", "Checkpoints to resume from: no, steps, epoch", "ours")
+
+    def __post_init__(self) -> None:
+        if self.method != "ntp" or self.num_train_epochs != 1:
+            raise ValueError(
+                "score: expected method 'ntp' and 1 epoch, "
+                f"got {self.method!r} and {self.num_train_epochs}"
+            )
+        super().__post_init__()
+
+
+def read_config(path: str) -> list[str]:
+    """A YAML mapping as command-line words.
+
+    Raises:
+        ValueError: the file is not a mapping of names to values.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: {path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"config: {path} must hold names and values, got {content!r}")
+    words: list[str] = []
+    for name, value in content.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name}"]
+        words += [json.dumps(v) if isinstance(v, dict | bool) else str(v) for v in values]
+    return words
+
+
+def parse(
+    words: Sequence[str], run_type: type[RunArguments], config_type: type[SFTMixConfig], prog: str
+) -> tuple[Any, Any]:
+    """Run arguments and training config of a command.
+
+    ``--help`` shows the options that this project defines or gives another default; ``--help-all``
+    adds the rest of `transformers.TrainingArguments`.
+
+    Raises:
+        ValueError: a value that the config refuses.
+        SystemExit: unknown or missing flags, or help was asked for.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    config_file, rest = first.parse_known_args(words)
+    words = [*(read_config(config_file.config) if config_file.config else []), *rest]
+
+    parser = HfArgumentParser(cast(Any, [run_type, config_type]), prog=prog, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file with the same names; flags override it")
+    parser.add_argument("--help-all", action="help", help="also show transformers' own options")
+    for action in parser._actions:
+        if action.required:
+            action.default = argparse.SUPPRESS
+    if "--help-all" not in words:
+        _hide_inherited(parser, config_type)
+    if any(word.split("=")[0] in ("--output_dir", "--output-dir") for word in words):
+        parser.error("give the folder as --output")
+    output = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    output.add_argument("--output", default="")
+    folder = output.parse_known_args(words)[0].output
+    run, config, _ = parser.parse_args_into_dataclasses([*words, "--output_dir", folder])
+    return run, config
+
+
+def _hide_inherited(parser: argparse.ArgumentParser, config_type: type[SFTMixConfig]) -> None:
+    ours = {
+        name
+        for base in config_type.__mro__
+        if issubclass(base, SFTMixConfig)
+        for name in base.__annotations__
+    }
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)} - ours
+    for action in parser._actions:
+        if action.dest in inherited or action.dest == "remove_unused_columns":
+            action.help = argparse.SUPPRESS

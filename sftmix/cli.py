@@ -1,0 +1,53 @@
+"""The command line: `sftmix COMMAND ...`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "score": "score every example during one epoch and split at the median",
+    "split": "rewrite the halves of a scored run",
+    "train": "train a model with SFTMix or with next-token prediction",
+    "demo": "the whole method on a small model, in minutes, without a GPU or a network",
+    "doctor": "what is installed and what would run",
+}
+
+
+def usage() -> str:
+    """Help of `sftmix` itself."""
+    rows = "\n".join(f"  {name:<8} {text}" for name, text in COMMANDS.items())
+    return (
+        "usage: sftmix [--traceback] COMMAND ...\n\n"
+        "Fine-tune language models with SFTMix (arXiv 2410.05248).\n\n"
+        f"{rows}\n\n`sftmix COMMAND --help` shows a command's options."
+    )
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code.
+
+    What a user can mend (a bad argument, row, file or disk, a loss that is not finite) is printed
+    in one line; ``--traceback`` shows where it came from.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    traceback = words[:1] == ["--traceback"]
+    words = words[traceback:]
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    command = words[0]
+    if command not in COMMANDS:
+        print(f"sftmix: error: no command {command!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    # A command's module brings transformers with it, which takes seconds to import.
+    module = importlib.import_module(f"sftmix.{command}")
+    try:
+        module.main(words[1:])
+    except (ValueError, OSError, FloatingPointError) as error:
+        if traceback:
+            raise
+        print(f"sftmix {command}: error: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,59 @@
+"""Model, tokenizer and data of a command, and its final model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from sftmix.arguments import RunArguments
+from sftmix.checkpoints import STAGING
+from sftmix.data import load_examples
+from sftmix.templates import tokenize_examples
+
+
+def load_model(arguments: RunArguments) -> Any:
+    """The model, from safetensors alone: a pickle would run code on loading.
+
+    Raises:
+        OSError: there is no such model, or it has no safetensors.
+    """
+    dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    return AutoModelForCausalLM.from_pretrained(
+        arguments.model,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+
+
+def load_tokenizer(arguments: RunArguments) -> PreTrainedTokenizerBase:
+    """The model's tokenizer."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        arguments.model, trust_remote_code=arguments.trust_remote_code
+    )
+    return tokenizer
+
+
+def load_data(
+    arguments: RunArguments, tokenizer: PreTrainedTokenizerBase, data: list[str] | None = None
+) -> datasets.Dataset:
+    """The examples of ``--data`` (or of other files) as tokens."""
+    examples = load_examples(data or arguments.data, on_bad_row=arguments.on_bad_row)
+    return tokenize_examples(
+        examples, tokenizer, max_length=arguments.max_length, on_bad_row=arguments.on_bad_row
+    )
+
+
+def save_final_model(model: Any, tokenizer: PreTrainedTokenizerBase, run: Path) -> None:
+    """Put the model into the run folder, each file renamed into place, ``config.json`` last."""
+    staging = run / STAGING
+    model.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, run / path.name)
+    staging.rmdir()

@@ -1,0 +1,99 @@
+"""What a run was made from, written when it starts and compared when it is resumed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from sftmix import __version__
+from sftmix.arguments import RunArguments
+from sftmix.data import data_hash
+from sftmix.runs import write_json
+from sftmix.templates import template_hash
+from sftmix.trainer import SFTMixConfig
+
+logger = logging.getLogger(__name__)
+
+FILE = "manifest.json"
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a run computes."""
+    found = {name: version(name) for name in PACKAGES}
+    return {"sftmix": __version__, "python": platform.python_version(), **found}
+
+
+# Fields of the training config that decide a run's results.
+RECIPE_FIELDS = (
+    "method",
+    "mu",
+    "alpha",
+    "num_scorings",
+    "seed",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "learning_rate",
+    "weight_decay",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "max_grad_norm",
+    "optim",
+    "bf16",
+    "fp16",
+)
+
+
+def recipe(
+    arguments: RunArguments,
+    config: SFTMixConfig,
+    dataset: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    **more: Any,
+) -> dict[str, Any]:
+    """What decides the results of a run: model, data, template, and every number."""
+    numbers = {name: getattr(config, name) for name in RECIPE_FIELDS if hasattr(config, name)}
+    return {
+        "model": arguments.model,
+        "dtype": arguments.dtype,
+        "data": arguments.data,
+        "data_hash": data_hash(dataset["content_hash"][:]),
+        "num_examples": len(dataset),
+        "max_length": arguments.max_length,
+        "template_hash": template_hash(tokenizer),
+        **numbers,
+        **more,
+    }
+
+
+def start_manifest(run: Path, recipe: dict[str, Any]) -> None:
+    """Write ``RUN/manifest.json``, or compare with the one that a resumed run has.
+
+    Raises:
+        ValueError: the run was started from another recipe, naming what differs.
+    """
+    path = run / FILE
+    if not path.exists():
+        write_json(path, {**recipe, "versions": versions()})
+        return
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    earlier_versions = earlier.pop("versions", None)
+    recipe = json.loads(json.dumps(recipe))
+    for name in sorted(recipe.keys() | earlier.keys()):
+        if recipe.get(name) != earlier.get(name):
+            raise ValueError(
+                f"resume: {run} was started with {name} = {earlier.get(name)!r}, "
+                f"now it is {recipe.get(name)!r}"
+            )
+    if earlier_versions != versions():
+        logger.warning("%s was started with other versions: %s", run, earlier_versions)

@@ -1,0 +1,82 @@
+"""`sftmix score`: one epoch of the reference model, C scorings, the partition at the median."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sftmix.arguments import RunArguments, ScoreConfig, parse
+from sftmix.loading import load_data, load_model, load_tokenizer
+from sftmix.manifest import recipe, start_manifest
+from sftmix.pairing import PairedCollator
+from sftmix.partition import Partition, from_scores, summary, write_partition
+from sftmix.runs import lock_run, open_run, remove_leftovers
+from sftmix.scoring import ScoringCallback, score_examples
+from sftmix.trainer import SFTMixTrainer, make_collator
+from sftmix_kernels import StreamingPerplexity
+
+
+def main(words: Sequence[str]) -> None:
+    """Run the command."""
+    arguments, config = parse(words, RunArguments, ScoreConfig, "sftmix score")
+    run = open_run(arguments.output, resume=arguments.resume)
+    with lock_run(run):
+        remove_leftovers(run)
+        partition = score(run, arguments, config)
+    print(summary(partition))
+    print(f"wrote {run / 'confidence.parquet'}")
+
+
+def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
+    """Train the reference model, score, split, and write ``confidence.parquet``.
+
+    Raises:
+        ValueError: bad data, fewer steps than scorings, or a resumed run of another recipe.
+    """
+    tokenizer = load_tokenizer(arguments)
+    dataset = load_data(arguments, tokenizer)
+    start_manifest(run, recipe(arguments, config, dataset, tokenizer))
+    model, collator = load_model(arguments), make_collator(tokenizer)
+    trainer, scores = reference_trainer(model, dataset, collator, config)
+    trainer.train(resume_from_checkpoint=arguments.resume or None)
+    partition = from_scores(
+        dataset["id"][:],
+        dataset["content_hash"][:],
+        scores.num_tokens.cpu().numpy(),
+        scores.nll_sum.cpu().numpy(),
+    )
+    write_partition(run / "confidence.parquet", partition)
+    return partition
+
+
+def reference_trainer(
+    model: Any, dataset: Any, collator: PairedCollator, config: ScoreConfig
+) -> tuple[SFTMixTrainer, StreamingPerplexity]:
+    """A trainer that scores its own data on the way, and where the scores add up.
+
+    Raises:
+        ValueError: several processes, or an argument that `SFTMixTrainer` refuses.
+    """
+    if config.world_size > 1:
+        raise ValueError(f"score: expected one process, got {config.world_size}")
+    scoring = ScoringCallback(len(dataset), config.num_scorings, config.device)
+    trainer = SFTMixTrainer(
+        model=model,
+        args=config,
+        train_dataset=dataset,
+        data_collator=collator,
+        callbacks=[scoring],
+        checkpoint_extras=[scoring],
+    )
+    scoring.score = functools.partial(
+        score_examples,
+        model,
+        trainer.head,
+        dataset,
+        collator=collator,
+        context=trainer.compute_loss_context_manager,
+        disable_progress=config.disable_tqdm,
+    )
+    return trainer, scoring.perplexity

@@ -1,0 +1,34 @@
+"""`sftmix split`: rewrite the halves of a scored run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from sftmix.partition import read_partition, split, summary, write_partition
+from sftmix.runs import lock_run, open_run
+
+
+def main(words: Sequence[str]) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        prog="sftmix split",
+        description="Rewrite the `subset` column of RUN/confidence.parquet: equal halves.",
+    )
+    parser.add_argument("run", help="Folder written by `sftmix score`")
+    parser.add_argument(
+        "--by",
+        choices=("confidence", "random", "reversed"),
+        default="confidence",
+        help="median of the confidence [paper], random halves, or both names swapped "
+        "(default: confidence)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of random halves [ours] (default: 0)")
+    arguments = parser.parse_args(words)
+    run = open_run(arguments.run, resume=True)
+    path = Path(run) / "confidence.parquet"
+    with lock_run(run):
+        partition = split(read_partition(path), arguments.by, arguments.seed)
+        write_partition(path, partition)
+    print(summary(partition))

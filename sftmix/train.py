@@ -1,0 +1,57 @@
+"""`sftmix train`: the target model, with SFTMix or with next-token prediction alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sftmix.arguments import TrainRunArguments, parse
+from sftmix.loading import load_data, load_model, load_tokenizer, save_final_model
+from sftmix.manifest import recipe, start_manifest
+from sftmix.partition import match, partition_hash, read_partition
+from sftmix.runs import lock_run, open_run, remove_leftovers
+from sftmix.trainer import SFTMixConfig, SFTMixTrainer, make_collator
+
+
+def main(words: Sequence[str]) -> None:
+    """Run the command."""
+    arguments, config = parse(words, TrainRunArguments, SFTMixConfig, "sftmix train")
+    if config.method == "sftmix" and arguments.partition is None:
+        raise ValueError("partition: --method sftmix needs --partition RUN/confidence.parquet")
+    run = open_run(arguments.output, resume=arguments.resume)
+    with lock_run(run):
+        remove_leftovers(run)
+        train(run, arguments, config)
+    print(f"wrote the model to {run}")
+
+
+def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTMixTrainer:
+    """Train, evaluate where there is held-out data, and save the model into the run folder.
+
+    Raises:
+        ValueError: bad data, a partition of other data, or a resumed run of another recipe.
+        FloatingPointError: the loss is not finite.
+    """
+    tokenizer = load_tokenizer(arguments)
+    dataset = load_data(arguments, tokenizer)
+    held_out = load_data(arguments, tokenizer, arguments.eval_data) if arguments.eval_data else None
+    confident, scores_hash = None, None
+    if arguments.partition is not None:
+        partition = read_partition(Path(arguments.partition))
+        confident = match(partition, dataset["id"][:], dataset["content_hash"][:])
+        scores_hash = partition_hash(partition)
+    start_manifest(run, recipe(arguments, config, dataset, tokenizer, partition=scores_hash))
+    trainer = SFTMixTrainer(
+        model=load_model(arguments),
+        args=config,
+        train_dataset=dataset,
+        eval_dataset=held_out,
+        data_collator=make_collator(tokenizer),
+        confident=confident,
+    )
+    trainer.train(resume_from_checkpoint=arguments.resume or None)
+    if held_out is not None:
+        trainer.evaluate()
+    trainer.save_state()
+    save_final_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run)
+    return trainer
