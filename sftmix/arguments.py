@@ -53,7 +53,7 @@ class TrainRunArguments(RunArguments):
 class ScoreConfig(SFTMixConfig):
     """Training of the reference model: one epoch of next-token prediction."""
 
-    method: Literal["ntp"] = option("ntp", "The reference model is trained with NTP", "paper")  # type: ignore[assignment]
+    method: Literal["ntp"] = option("ntp", "The reference model is trained with NTP", "paper")
     num_train_epochs: float = option(1.0, "The confidence is that of one epoch", "paper")
     num_scorings: int = option(5, "C, evenly spaced scorings, the last at the end", "ours")
     save_strategy: str = option("no", "Checkpoints to resume from: no, steps, epoch", "ours")

@@ -7,6 +7,7 @@ are never made. Only the given instance is changed; `HeadAdapter.detach` undoes 
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,7 @@ class HeadAdapter:
             ValueError: the model has no linear LM head, or its logits are not
                 ``cap * tanh(scale * (W h + b) / cap)`` with the scale and cap of its config.
         """
+        model = without_peft(model)
         self.model = model
         self.backbone = model.base_model
         self.head = model.get_output_embeddings()
@@ -111,8 +113,12 @@ class HeadAdapter:
                 return own_forward(*args, **kwargs)
             hidden = backbone(*args, **kwargs)[0]
             hidden = hidden.reshape(-1, hidden.shape[-1])
-            return head(hidden if rows is None else hidden[rows], head_function=head_function)
+            if rows is not None:
+                hidden = hidden.index_select(0, rows)
+            return head(hidden, head_function=head_function)
 
+        # `generate` looks at the signature to see which inputs a model takes.
+        forward.__signature__ = inspect.signature(type(self.model).forward)  # type: ignore[attr-defined]
         self.head.forward = types.MethodType(head_forward, self.head)
         self.model.forward = types.MethodType(forward, self.model)
 
@@ -120,6 +126,18 @@ class HeadAdapter:
         """Give the model and its head back the forward of their classes."""
         for module in (self.model, self.head):
             module.__dict__.pop("forward", None)
+
+
+def without_peft(model: Any) -> PreTrainedModel:
+    """The model that a PEFT wrapper adapts: the wrapper passes unknown keywords on to it."""
+    if not hasattr(model, "get_base_model"):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            "model: PEFT's virtual tokens shift the rows of the loss; use another kind"
+        )
+    adapted: PreTrainedModel = model.get_base_model()
+    return adapted
 
 
 def logit_scale(model: PreTrainedModel) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -27,16 +28,16 @@ class PairedSampler(Sampler[tuple[int, float]]):
     """
 
     def __init__(
-        self, confident: Sequence[int], unconfident: Sequence[int], *, alpha: float, seed: int
+        self, confident: ArrayLike, unconfident: ArrayLike, *, alpha: float, seed: int
     ) -> None:
-        if not (len(confident) and len(unconfident)):
+        self.halves = (np.asarray(confident), np.asarray(unconfident))
+        if not all(map(len, self.halves)):
             raise ValueError(
-                f"partition: expected examples in both halves, got {len(confident)} confident "
-                f"and {len(unconfident)} unconfident"
+                f"partition: expected examples in both halves, got {len(self.halves[0])} "
+                f"confident and {len(self.halves[1])} unconfident"
             )
         if not (np.isfinite(alpha) and alpha > 0):
             raise ValueError(f"alpha: expected a finite number above 0, got {alpha}")
-        self.halves = (np.asarray(confident), np.asarray(unconfident))
         self.alpha, self.seed, self.epoch = alpha, seed, 0
 
     def __len__(self) -> int:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow.compute as pc
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,14 +30,14 @@ from sftmix_kernels import StreamingPerplexity
 def score_examples(
     model: nn.Module,
     head: HeadAdapter,
-    examples: Sequence[dict[str, Any]],
+    examples: Sequence[dict[str, Any]] | datasets.Dataset,
     *,
     collator: PairedCollator,
     perplexity: StreamingPerplexity | None = None,
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     max_tokens: int = 8192,
     description: str = "score",
-    disable_progress: bool = False,
+    disable_progress: bool | None = False,
 ) -> StreamingPerplexity:
     """Add one scoring of all examples, response tokens only, to ``perplexity`` (or a new one).
 
@@ -50,7 +52,7 @@ def score_examples(
     device = head.head.weight.device
     if perplexity is None:
         perplexity = StreamingPerplexity(len(examples), device)
-    lengths = [len(tokens) for tokens in examples[:]["input_ids"]]  # type: ignore[call-overload]
+    lengths = sequence_lengths(examples)
     training = model.training
     model.eval()
     progress = tqdm(
@@ -83,6 +85,15 @@ def _adding(
         return hidden.new_zeros(())
 
     return head_function
+
+
+def sequence_lengths(examples: Sequence[dict[str, Any]] | datasets.Dataset) -> list[int]:
+    """Tokens of each example; of a data set without turning its tokens into Python numbers."""
+    if isinstance(examples, datasets.Dataset):
+        column = examples.with_format("arrow")[:]["input_ids"]
+        lengths: list[int] = pc.list_value_length(column).to_pylist()
+        return lengths
+    return [len(example["input_ids"]) for example in examples]
 
 
 def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sftmix import demo_data
-from sftmix.data import load_examples
+from sftmix.data import OnBadRow, load_examples
 from sftmix.templates import PLAIN_TEMPLATE
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -31,16 +31,16 @@ def _train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokeniz
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer, length=len(texts))
-    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD
     )
     tokenizer.chat_template = PLAIN_TEMPLATE
     return tokenizer
 
 
-def _texts(data: Sequence[str | Path]) -> list[str]:
+def _texts(data: Sequence[str | Path], on_bad_row: OnBadRow) -> list[str]:
     texts = []
-    for example in load_examples(data):
+    for example in load_examples(data, on_bad_row=on_bad_row):
         if example.messages is None:
             raise ValueError(f"{example.source}: a tokenizer needs text, this row is tokens")
         texts.append(
@@ -90,6 +90,7 @@ def build_toy_model(
     num_heads: int = 4,
     max_length: int = 1024,
     seed: int = 0,
+    on_bad_row: OnBadRow = "error",
 ) -> None:
     """Train a tokenizer on `data`, build a random Llama for it, and save both into `output`.
 
@@ -118,7 +119,7 @@ def build_toy_model(
         raise ValueError(
             f"hidden_size must be a multiple of 2 * num_heads = {2 * num_heads}, got {hidden_size}"
         )
-    tokenizer = _train_tokenizer(_texts(data), vocab_size)
+    tokenizer = _train_tokenizer(_texts(data, on_bad_row), vocab_size)
     tokenizer.model_max_length = max_length
     model = _build_model(tokenizer, hidden_size, num_layers, num_heads, max_length, seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,6 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-heads", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--on-bad-row", choices=("error", "skip"), default="error")
     options = vars(parser.parse_args(arguments))
     try:
         build_toy_model(options.pop("output"), options.pop("data"), **options)

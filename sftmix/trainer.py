@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from sftmix.checkpoints import PREFIX, STAGING, latest_checkpoint
 from sftmix.head import HeadAdapter
@@ -78,10 +78,17 @@ class SFTMixConfig(TrainingArguments):
             )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: the trainer needs every column; leave it off")
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
 
 
-class SFTMixMixin:
+# The mixin goes over any trainer derived from Trainer; type checkers read it as one.
+if TYPE_CHECKING:
+    TrainerBase = Trainer
+else:
+    TrainerBase = object
+
+
+class SFTMixMixin(TrainerBase):
     """NTP + mu * Mixup for a trainer derived from `transformers.Trainer`.
 
     ``train_dataset`` has ``input_ids`` and ``labels`` (-100 outside of responses, not shifted), and
@@ -91,6 +98,9 @@ class SFTMixMixin:
     """
 
     args: SFTMixConfig
+    model: Any
+    train_dataset: Any
+    data_collator: Any
 
     def __init__(
         self,
@@ -111,7 +121,7 @@ class SFTMixMixin:
                 understood, or an example too few for one batch.
         """
         super().__init__(*args, **kwargs)
-        self.head = HeadAdapter(self.accelerator.unwrap_model(self.model))  # type: ignore[attr-defined]
+        self.head = HeadAdapter(self.accelerator.unwrap_model(self.model))
         # The loss is divided by counts over the whole accumulation window, here and not by Trainer.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.window = LossWindow(self.args.device)
@@ -126,7 +136,7 @@ class SFTMixMixin:
             raise ValueError("nn.DataParallel is not supported; start one process for each GPU")
 
     def _pair(self, confident: np.ndarray[Any, Any]) -> None:
-        dataset = self.train_dataset  # type: ignore[has-type]
+        dataset = self.train_dataset
         if confident.shape != (len(dataset),):
             raise ValueError(
                 f"confident: expected one value for each of {len(dataset)} training examples, "
@@ -161,17 +171,18 @@ class SFTMixMixin:
             dtype=torch.float32,
             device=device,
         )
-        return self.accelerator.reduce(counts, "sum").clamp(min=1)  # type: ignore[attr-defined, no-any-return]
+        total: Tensor = self.accelerator.reduce(counts, "sum")
+        return total.clamp(min=1)
 
     def compute_loss(
         self,
         model: nn.Module,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """This micro-batch's share of ``NTP + mu * Mixup`` over the whole window and all ranks."""
-        if num_items_in_batch is None:
+        if not isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         ntp_count, mixup_count = num_items_in_batch
         rows, targets = inputs["rows"], inputs["targets"]
@@ -202,7 +213,7 @@ class SFTMixMixin:
         loss = model(**tokens, use_cache=False, rows=rows, head_function=head_function)
         self._measure(inputs, loss, row_ntp)
         # Gradients are averaged over ranks, while the counts are of all ranks together.
-        total = loss[0] * self.accelerator.num_processes  # type: ignore[attr-defined]
+        total = loss[0] * self.accelerator.num_processes
         return (total, loss) if return_outputs else total
 
     def _measure(self, inputs: dict[str, Tensor], loss: Any, row_ntp: Tensor) -> None:
@@ -233,10 +244,10 @@ class SFTMixMixin:
         Raises:
             FloatingPointError: the loss is NaN or infinite, with the step and the examples' ids.
         """
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"loss is {loss.item()} at step {self.state.global_step + 1}, "  # type: ignore[attr-defined]
+                f"loss is {loss.item()} at step {self.state.global_step + 1}, "
                 f"examples {inputs['ids'].tolist()}; the model was not updated"
             )
         return loss
@@ -245,13 +256,13 @@ class SFTMixMixin:
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Replace Trainer's loss by the window's exact mean, and add the terms and rates."""
-        if "loss" in logs and self.is_in_train:  # type: ignore[attr-defined]
-            step = self.state.global_step  # type: ignore[attr-defined]
-            sums = self.accelerator.reduce(self.window.sums, "sum")  # type: ignore[attr-defined]
+        if "loss" in logs and self.is_in_train:
+            step = self.state.global_step
+            sums = self.accelerator.reduce(self.window.sums, "sum")
             mixed = self.args.method == "sftmix"
             logs = {**logs, **self.window.report(sums, step, paired=self.paired, mixed=mixed)}
             self.window.reset(step)
-        super().log(logs, start_time)  # type: ignore[misc]
+        super().log(logs, start_time)
 
     def evaluate(
         self,
@@ -260,13 +271,13 @@ class SFTMixMixin:
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """NTP loss of a data set, a mean over its response tokens, and its perplexity."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset  # type: ignore[attr-defined]
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         scores = score_examples(
-            self.model,  # type: ignore[attr-defined]
+            self.model,
             self.head,
             dataset,
-            collator=self.data_collator,  # type: ignore[attr-defined]
-            context=self.compute_loss_context_manager,  # type: ignore[attr-defined]
+            collator=self.data_collator,
+            context=self.compute_loss_context_manager,
             description="evaluate",
             disable_progress=self.args.disable_tqdm,
         )
@@ -276,10 +287,10 @@ class SFTMixMixin:
             f"{metric_key_prefix}_perplexity": float(np.exp(loss)),
         }
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(  # type: ignore[attr-defined]
+        self.control = self.callback_handler.on_evaluate(
             self.args,
-            self.state,  # type: ignore[attr-defined]
-            self.control,  # type: ignore[has-type]
+            self.state,
+            self.control,
             metrics,
         )
         return metrics
@@ -288,15 +299,15 @@ class SFTMixMixin:
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where Trainer writes: the staging folder while a checkpoint is being made."""
-        return str(self.staging or super()._get_output_dir(trial))  # type: ignore[misc]
+        return str(self.staging or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint beside its place, then rename it: it is complete or not there."""
-        run = Path(self.args.output_dir)
-        name = f"{PREFIX}{self.state.global_step}"  # type: ignore[attr-defined]
+        run = Path(str(self.args.output_dir))
+        name = f"{PREFIX}{self.state.global_step}"
         self.staging = run / STAGING
         try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            super()._save_checkpoint(model, trial)
         finally:
             staging, self.staging = self.staging, None
         if self.args.should_save:
@@ -307,28 +318,33 @@ class SFTMixMixin:
             rotate_checkpoints(
                 output_dir=str(run),
                 save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,  # type: ignore[attr-defined]
+                best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
-        self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
+        self.accelerator.wait_for_everyone()
 
     def _name_best_checkpoint(self, staging: Path, final: Path) -> None:
-        if self.state.best_model_checkpoint == str(staging):  # type: ignore[attr-defined]
-            self.state.best_model_checkpoint = str(final)  # type: ignore[attr-defined]
-            self.state.save_to_json(str(staging / "trainer_state.json"))  # type: ignore[attr-defined]
+        if self.state.best_model_checkpoint == str(staging):
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(staging / "trainer_state.json"))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """As `transformers.Trainer.train`; ``True`` resumes from the newest whole checkpoint.
 
         A run that has no checkpoint yet starts from the beginning, which comes to the same.
         """
         if resume_from_checkpoint is True:
-            newest = latest_checkpoint(Path(self.args.output_dir))
+            newest = latest_checkpoint(Path(str(self.args.output_dir)))
             resume_from_checkpoint = None if newest is None else str(newest)
         if isinstance(resume_from_checkpoint, str):
             for extra in self.checkpoint_extras:
                 extra.load(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, **kwargs)  # type: ignore[misc]
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
 
 class SFTMixTrainer(SFTMixMixin, Trainer):

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .checks import (
     autocast,
@@ -32,6 +31,7 @@ from .row_chunks import (
     RowChunks,
     cache_blocks,
     counted_rows,
+    first_order_only,
     gather_rows,
     load_rows,
     project,
@@ -139,7 +139,7 @@ class ReducedRows(torch.autograd.Function):
         return (loss.sum(dtype=torch.float64) / divisor).float()  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         share, divisor, *gradients = ctx.saved_tensors
         scale = upstream / divisor
@@ -170,7 +170,7 @@ class UnreducedRows(torch.autograd.Function):
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden_c, hidden_u, weight, bias, targets, share, row_weight = ctx.saved_tensors
         row_weight = weighted_loss(row_weight, upstream)

@@ -10,12 +10,15 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,25 @@ class Gradients:
         if self.needs_bias:
             self.bias += gradient.sum(0, dtype=torch.float32)
         self.first = False
+
+
+def first_order_only(backward: Backward) -> Backward:
+    """Refuse ``create_graph=True`` in a Function's backward.
+
+    PyTorch's ``once_differentiable`` lets it pass where the upstream gradient is a constant, and a
+    gradient penalty would then silently be without gradient.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the fused losses cannot be differentiated twice: expected create_graph=False, "
+                "or `sftmix_kernels.reference` for second derivatives"
+            )
+        return backward(ctx, *upstream)
+
+    return checked
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .checks import (
     autocast,
@@ -43,6 +42,7 @@ from .row_chunks import (
     cache_blocks,
     counted_rows,
     cross_entropy_,
+    first_order_only,
     gather_rows,
     load_rows,
     pair_cross_entropy_,
@@ -229,7 +229,7 @@ class NTPAndMixup(torch.autograd.Function):
         return ntp + mu * mixup, ntp, mixup, row_ntp
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         divisor, *gradients = ctx.saved_tensors
         scale = upstream / divisor
