@@ -1,0 +1,44 @@
+"""A toy model and uneven text for the tests of the command line; both are only read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sftmix.toy import build_toy_model
+
+WORDS = "one two three four five six seven eight nine ten apple owl heron boat lantern".split()
+
+
+def write_rows(path: Path, number: int, *, seed: int = 0) -> Path:
+    """Questions and answers of one to twelve words."""
+    random = np.random.default_rng(seed)
+    texts = [" ".join(random.choice(WORDS, random.integers(1, 12))) for _ in range(2 * number)]
+    rows = [{"question": q, "answer": a} for q, a in zip(texts[::2], texts[1::2], strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty-one rows."""
+    return write_rows(tmp_path_factory.mktemp("toy-data") / "rows.jsonl", 31)
+
+
+@pytest.fixture(scope="session")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine rows more."""
+    return write_rows(tmp_path_factory.mktemp("toy-data") / "held-out.jsonl", 9, seed=1)
+
+
+@pytest.fixture(scope="session")
+def toy_model(tmp_path_factory: pytest.TempPathFactory, toy_data: Path) -> Path:
+    """A random Llama with about 7,000 weights."""
+    folder = tmp_path_factory.mktemp("toy") / "model"
+    build_toy_model(
+        folder, [toy_data], vocab_size=300, hidden_size=8, num_layers=1, num_heads=2, max_length=256
+    )
+    return folder

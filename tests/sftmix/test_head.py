@@ -1,0 +1,283 @@
+"""The head adapter finds what a model's logits are made of, and refuses what it cannot express."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
+
+from sftmix.head import HeadAdapter
+from sftmix.pairing import PairedCollator
+
+from . import tiny
+
+EXPECTED = {
+    "Llama": (1.0, None, False),
+    "Qwen3": (1.0, None, False),
+    "Gemma2": (1.0, 0.5, False),
+    "Cohere": (0.25, None, False),
+    "Granite": (1 / 3.0, None, False),
+    "Phi": (1.0, None, True),
+    "GPT2": (1.0, None, False),
+}
+
+
+def batch_of(number: int = 4) -> dict[str, Tensor]:
+    return PairedCollator(0)(list(tiny.examples(number)))
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert tiny.relative_difference(found[name], gradient) <= 1e-5, name
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_scale_softcap_and_bias_are_found(family: str) -> None:
+    model = tiny.build(family)
+    adapter = HeadAdapter(model)
+    scale, softcap, has_bias = EXPECTED[family]
+    assert adapter.options == {"logit_scale": pytest.approx(scale, rel=1e-15), "softcap": softcap}
+    assert (adapter.head.bias is not None) == has_bias
+    assert adapter.head is model.get_output_embeddings()
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_ntp_is_the_models_own_loss(family: str, tmp_path: Path) -> None:
+    own = tiny.build(family)
+    batch = batch_of()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    own_loss = own(**inputs).loss
+    own_loss.backward()
+    model = tiny.build(family)
+    made = tiny.trainer(model, tmp_path, tiny.examples(4), method="ntp")
+    loss = made.compute_loss(model, batch)
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    assert tiny.relative_difference(loss, own_loss) <= 1e-5
+    assert_close_gradients(gradients(model), gradients(own))
+
+
+def test_the_tied_weight_gets_both_gradients() -> None:
+    model = tiny.build("GPT2")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert "transformer.wte.weight" in dict(model.named_parameters())
+
+
+# The newer name is not in every version of transformers that the project allows.
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "GPT2"])
+def test_gradient_checkpointing_gives_the_same_gradients(family: str, tmp_path: Path) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = tiny.build(family)
+        made = tiny.trainer(model, tmp_path, tiny.examples(4))
+        batch = next(iter(made.get_train_dataloader()))
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        loss = made.compute_loss(model, batch)
+        assert isinstance(loss, Tensor)
+        loss.backward()
+        found.append(gradients(model))
+    assert tiny.same(*found)
+
+
+def test_calls_without_a_function_are_unchanged() -> None:
+    batch = batch_of()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    model = tiny.build("Gemma2")
+    before = model(**inputs)
+    HeadAdapter(model)
+    after = model(**inputs)
+    assert torch.equal(before.logits, after.logits)
+    assert torch.equal(before.loss, after.loss)
+    assert type(before) is type(after)
+
+
+def test_generation_is_unchanged_with_padding_on_the_left() -> None:
+    model = tiny.build("Llama").eval()
+    prompts = torch.tensor([[0, 0, 0, 5, 6], [9, 8, 7, 6, 5]])
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    # Without a mask, generate makes one from the padding where forward's signature has one.
+    before = model.generate(prompts, **options)
+    adapter = HeadAdapter(model)
+    assert torch.equal(model.generate(prompts, **options), before)
+    parameters = inspect.signature(model.forward).parameters
+    adapter.detach()
+    assert inspect.signature(model.forward).parameters.keys() <= parameters.keys()
+
+
+def test_only_the_instance_changes_and_detach_undoes_it() -> None:
+    class_forward, linear_forward = LlamaForCausalLM.forward, nn.Linear.forward
+    model, other = tiny.build("Llama"), tiny.build("Llama")
+    adapter = HeadAdapter(model)
+    assert "forward" in model.__dict__
+    assert "forward" in model.lm_head.__dict__
+    assert LlamaForCausalLM.forward is class_forward
+    assert nn.Linear.forward is linear_forward
+    assert "forward" not in other.__dict__
+    assert "forward" not in other.lm_head.__dict__
+    adapter.detach()
+    assert model.__dict__.keys() == other.__dict__.keys()
+    assert model.lm_head.__dict__.keys() == other.lm_head.__dict__.keys()
+    # Llama's forward swallows unknown keywords, so that logits come back instead of a result.
+    tokens = torch.tensor([[3, 4]])
+    assert hasattr(model(tokens, head_function=lambda *_: 1), "logits")
+
+
+def test_the_function_sees_the_chosen_rows_of_what_the_head_reads() -> None:
+    model = tiny.build("Phi").eval()
+    tokens = torch.arange(3, 15).reshape(2, 6)
+    expected = model(tokens).logits.reshape(-1, tiny.VOCABULARY)
+    HeadAdapter(model)
+
+    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        assert weight is model.lm_head.weight
+        return torch.nn.functional.linear(hidden, weight, bias)
+
+    rows = torch.tensor([11, 0, 5])
+    assert torch.equal(model(tokens, rows=rows, head_function=logits), expected[rows])
+    assert torch.equal(model(tokens, head_function=logits), expected)
+
+
+def test_checking_keeps_the_mode_and_the_random_state() -> None:
+    for training in (True, False):
+        model = tiny.build("GPT2", resid_pdrop=0.5, embd_pdrop=0.5).train(training)
+        state = torch.random.get_rng_state()
+        HeadAdapter(model)
+        assert all(module.training == training for module in model.modules())
+        assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_low_precision_is_accepted(family: str, dtype: torch.dtype) -> None:
+    HeadAdapter(tiny.build(family).to(dtype))
+
+
+class Changed(LlamaForCausalLM):
+    """A Llama whose logits are ``change`` of those its config describes."""
+
+    def change(self, logits: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = self.change(output.logits)
+        return output
+
+
+class ShiftsOne(Changed):
+    def change(self, logits: Tensor) -> Tensor:
+        return logits + torch.nn.functional.one_hot(torch.tensor(5), logits.shape[-1])
+
+
+class Multiplies(Changed):
+    def change(self, logits: Tensor) -> Tensor:
+        return logits * 1.001
+
+
+class Caps(Changed):
+    def change(self, logits: Tensor) -> Tensor:
+        return 3 * torch.tanh(logits / 3)
+
+
+class BreaksOne(Changed):
+    def change(self, logits: Tensor) -> Tensor:
+        return logits.clone().index_fill_(-1, torch.tensor([7]), float("nan"))
+
+
+@pytest.mark.parametrize("cls", [ShiftsOne, Multiplies, Caps, BreaksOne])
+def test_other_logits_are_refused(cls: type[Changed]) -> None:
+    model = cls(tiny.build("Llama").config)
+    with pytest.raises(ValueError, match=f"the logits of {cls.__name__} are not"):
+        HeadAdapter(model)
+    assert "forward" not in model.__dict__
+
+
+def not_causal() -> list[PreTrainedModel]:
+    bert = BertConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    llama = tiny.build("Llama").config
+    return [
+        BertModel(bert),
+        BertForMaskedLM(bert),
+        LlamaModel(llama),
+        LlamaForSequenceClassification(llama),
+    ]
+
+
+@pytest.mark.parametrize("model", not_causal(), ids=lambda model: type(model).__name__)
+def test_models_that_are_not_causal_are_refused(model: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match=r"^model: "):
+        HeadAdapter(model)
+
+
+def test_the_routers_loss_is_refused() -> None:
+    options = {**tiny.build("Llama").config.to_dict(), "num_local_experts": 2}
+    for name in ("model_type", "architectures", "head_dim", "rope_parameters"):
+        options.pop(name, None)
+    config = MixtralConfig(**options, num_experts_per_tok=1)
+    HeadAdapter(MixtralForCausalLM(config))
+    config.output_router_logits = True
+    with pytest.raises(ValueError, match="output_router_logits"):
+        HeadAdapter(MixtralForCausalLM(config))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_model_with_a_lora_is_trained_through_it(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    batch = batch_of()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    lora = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(
+        tiny.build("Llama"), peft.LoraConfig(init_lora_weights=False, **lora)
+    )
+    own_loss = model(**inputs).loss
+    own_loss.backward()
+    own = {name: gradient.clone() for name, gradient in gradients(model).items()}
+    model.zero_grad()
+    made = tiny.trainer(model, tmp_path, tiny.examples(4), method="ntp")
+    loss = made.compute_loss(model, batch)
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    assert tiny.relative_difference(loss, own_loss) <= 1e-5
+    assert_close_gradients(gradients(model), own)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_what_peft_may_not_change_is_refused() -> None:
+    peft = pytest.importorskip("peft")
+    for changed in ({"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}):
+        lora = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **changed}
+        model = peft.get_peft_model(tiny.build("Llama"), peft.LoraConfig(**lora))
+        with pytest.raises(ValueError, match="linear LM head"):
+            HeadAdapter(model)
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="virtual tokens"):
+        HeadAdapter(peft.get_peft_model(tiny.build("Llama"), prompt))

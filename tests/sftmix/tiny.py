@@ -1,0 +1,158 @@
+"""Tiny random models of several families, uneven examples, and trainers over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
+
+from sftmix.pairing import PairedCollator
+from sftmix.trainer import SFTMixConfig, SFTMixTrainer
+
+VOCABULARY = 64
+
+_DECODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("LlamaForCausalLM", _DECODER),
+    "Qwen3": ("Qwen3ForCausalLM", {**_DECODER, "head_dim": 8}),
+    "Gemma2": (
+        "Gemma2ForCausalLM",
+        {**_DECODER, "head_dim": 8, "final_logit_softcapping": 0.5, "sliding_window": 16},
+    ),
+    "Cohere": ("CohereForCausalLM", {**_DECODER, "logit_scale": 0.25}),
+    "Granite": ("GraniteForCausalLM", {**_DECODER, "logits_scaling": 3.0}),
+    "Phi": ("PhiForCausalLM", {**_DECODER, "num_key_value_heads": 2, "resid_pdrop": 0.0}),
+    "GPT2": (
+        "GPT2LMHeadModel",
+        {
+            "vocab_size": VOCABULARY,
+            "n_embd": 16,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_positions": 64,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+}
+FAMILIES = tuple(_FAMILIES)
+
+
+def build(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model whose logits are large enough to be far from uniform."""
+    name, options = _FAMILIES[family]
+    cls = getattr(transformers, name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = cls(cls.config_class(**{**options, **changes}))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def examples(number: int, *, seed: int = 0, longest: int = 14) -> datasets.Dataset:
+    """Examples whose prompts and responses are of uneven lengths; every third has two turns."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for row in range(number):
+        length = int(random.integers(4, longest + 1))
+        tokens = random.integers(3, VOCABULARY, length).tolist()
+        prompt = int(random.integers(1, length - 1))
+        labels = [-100] * prompt + tokens[prompt:]
+        if row % 3 == 0 and length - prompt > 3:
+            labels[prompt + 1] = -100
+        rows.append({"id": 10 + row, "content_hash": f"{row:04}"} | named(tokens, labels))
+    return datasets.Dataset.from_list(rows)
+
+
+def named(tokens: list[int], labels: list[int]) -> dict[str, list[int]]:
+    """The columns of an example."""
+    return {"input_ids": tokens, "labels": labels}
+
+
+def halves(number: int) -> list[bool]:
+    """A partition that is no pattern of rows: equal halves, up to one."""
+    order = np.random.default_rng(7).permutation(number)
+    return [bool(rank < (number + 1) // 2) for rank in order]
+
+
+def config(output: Path, **changes: Any) -> SFTMixConfig:
+    """Settings of a short, quiet run on the CPU."""
+    defaults: dict[str, Any] = {
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
+    return SFTMixConfig(output_dir=str(output), **{**defaults, **changes})
+
+
+def trainer(
+    model: PreTrainedModel,
+    output: Path,
+    data: datasets.Dataset,
+    *,
+    callbacks: list[TrainerCallback] | None = None,
+    confident: list[bool] | None = None,
+    eval_dataset: Any = None,
+    **changes: Any,
+) -> SFTMixTrainer:
+    """A trainer over the data, paired unless ``method="ntp"`` came without ``confident``."""
+    if confident is None and changes.get("method") != "ntp":
+        confident = halves(len(data))
+    made = SFTMixTrainer(
+        model=model,
+        args=config(output, **changes),
+        train_dataset=data,
+        eval_dataset=eval_dataset,
+        data_collator=PairedCollator(0),
+        confident=confident,
+        callbacks=callbacks,
+    )
+    made.remove_callback(transformers.PrinterCallback)
+    return made
+
+
+def losses(made: SFTMixTrainer, *names: str) -> list[tuple[float, ...]]:
+    """The logged values of those names, a tuple for each log line that has them."""
+    history = made.state.log_history
+    return [tuple(line[name] for name in names) for line in history if names[0] in line]
+
+
+def weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy of every parameter."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """Whether two sets of tensors are bitwise equal."""
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest magnitude of what is expected."""
+    difference = (found - expected).detach().abs().max()
+    return float(difference / expected.detach().abs().max().clamp(min=1e-30))

@@ -1,0 +1,132 @@
+"""Refused arguments: the message names the argument and says what came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from sftmix_kernels import fused_cross_entropy, fused_mixup_loss, fused_sftmix_loss
+
+from .budget import assert_refused
+
+IDS = torch.tensor([1, 2, 3, 4])
+HEAD = {"weight": torch.randn(9, 8)}
+PLAIN = {"hidden": torch.randn(4, 8), "labels": IDS, **HEAD}
+MIXUP = {"hidden_c": torch.randn(4, 8), "hidden_u": torch.randn(4, 8), **HEAD}
+MIXUP |= {"labels_c": IDS, "labels_u": IDS, "lam": 0.3}
+PAIRS = {"pair_c": torch.tensor([0, 1]), "pair_u": torch.tensor([2, 3]), "lam": 0.3}
+NAN = float("nan")
+Case = tuple[dict[str, Any], type[Exception], str]
+
+HEAD_CASES: list[Case] = [
+    ({"weight": torch.randn(9, 8).double()}, TypeError, "weight: .*float32, got torch.float64"),
+    ({"weight": torch.randn(9, 8).bfloat16()}, TypeError, "weight: .*got torch.bfloat16"),
+    ({"weight": torch.randn(9, 8, device="meta")}, ValueError, "weight: .*cpu, got meta"),
+    ({"weight": torch.randn(8)}, ValueError, r"weight: .*\(V, D\).*got \(8,\)"),
+    ({"weight": torch.randn(0, 8)}, ValueError, r"weight: .*got \(0, 8\)"),
+    ({"weight": None}, TypeError, "weight: expected a Tensor, got NoneType"),
+    ({"bias": torch.randn(8)}, ValueError, r"bias: .*\(9,\), got \(8,\)"),
+    ({"bias": torch.randn(9).half()}, TypeError, "bias: .*got torch.float16"),
+    ({"bias": [1.0] * 9}, TypeError, "bias: expected a Tensor, got list"),
+    ({"logit_scale": NAN}, ValueError, "logit_scale: .*got nan"),
+    ({"softcap": 0.0}, ValueError, "softcap: .*got 0.0"),
+    ({"schedule": "vocab_tiles"}, ValueError, "schedule: 'vocab_tiles'"),
+    ({"schedule": "foo"}, ValueError, "schedule: .*got 'foo'"),
+]
+PLAIN_CASES: list[Case] = [
+    ({"hidden": torch.randn(4, 7)}, ValueError, r"hidden: .*got \(4, 7\)"),
+    ({"hidden": torch.randn(4, 8).double()}, TypeError, "hidden: .*got torch.float64"),
+    ({"hidden": torch.ones(4, 8).long()}, TypeError, "hidden: .*got torch.int64"),
+    ({"hidden": "x"}, TypeError, "hidden: expected a Tensor, got str"),
+    ({"labels": IDS.int()}, TypeError, "labels: expected int64, got torch.int32"),
+    ({"labels": IDS[:3]}, ValueError, r"labels: .*\(4,\).*got \(3,\)"),
+    ({"labels": [1, 2, 3, 4]}, TypeError, "labels: expected a Tensor, got list"),
+    ({"labels": IDS.to("meta")}, ValueError, "labels: expected device cpu, got meta"),
+]
+REDUCTION_CASES: list[Case] = [
+    ({"reduction": "x"}, ValueError, "reduction: .*got 'x'"),
+    ({"divisor": 0.0}, ValueError, "divisor: .*got 0.0"),
+    ({"divisor": torch.ones(2)}, ValueError, r"divisor: .*got shape \(2,\)"),
+]
+LAM_CASES: list[Case] = [
+    ({"lam": 1.5}, ValueError, r"lam: .*\[0.0, 1.0\], got 1.5"),
+    ({"lam": NAN}, ValueError, "lam: .*got nan"),
+    ({"lam": torch.tensor(-0.5)}, ValueError, "lam: .*got -0.5"),
+    ({"lam": torch.tensor(1)}, TypeError, "lam: .*got torch.int64"),
+    ({"lam": torch.rand(3)}, ValueError, r"lam: .*prefix of .*got \(3,\)"),
+    ({"lam": torch.rand((), device="meta")}, ValueError, "lam: expected device cpu, got meta"),
+]
+MIXUP_CASES: list[Case] = [
+    ({"hidden_u": torch.randn(3, 8)}, ValueError, r"hidden_u: .*\(4, 8\), got \(3, 8\)"),
+    ({"hidden_u": torch.randn(4, 8).half()}, TypeError, "hidden_u: .*got torch.float16"),
+    ({"hidden_u": None}, TypeError, "hidden_u: expected a Tensor, got NoneType"),
+    ({"hidden_c": torch.randn(4, 7)}, ValueError, r"hidden_c: .*got \(4, 7\)"),
+    ({"labels_u": IDS.int()}, TypeError, "labels_u: expected int64"),
+]
+SFTMIX_CASES: list[Case] = [
+    ({"mu": -0.1}, ValueError, "mu: .*got -0.1"),
+    ({"mu": NAN}, ValueError, "mu: .*got nan"),
+    ({"ntp_divisor": -1.0}, ValueError, "ntp_divisor: .*got -1.0"),
+    ({"mixup_divisor": torch.ones(2)}, ValueError, "mixup_divisor"),
+    ({"pair_c": torch.tensor([0, 4])}, ValueError, r"pair_c.*\[0, 4\), got 4"),
+    ({"pair_c": torch.tensor([0, 2])}, ValueError, "pair_c.*got row 2 twice"),
+    ({"pair_c": torch.tensor([0])}, ValueError, r"pair_u: .*\(1,\) and \(2,\)"),
+    ({"pair_c": torch.tensor([0, 1]).int()}, TypeError, "pair_c: .*got torch.int32"),
+    ({"pair_u": [2, 3]}, TypeError, "pair_u: expected a Tensor, got list"),
+    ({"pair_u": torch.tensor([2, 3], device="meta")}, ValueError, "pair_u: .*cpu, got meta"),
+    ({"row_ntp_out": torch.empty(3)}, ValueError, r"row_ntp_out: .*got \(3,\)"),
+    ({"row_ntp_out": torch.empty(4).half()}, TypeError, "row_ntp_out: .*got torch.float16"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"), HEAD_CASES + PLAIN_CASES + REDUCTION_CASES
+)
+def test_cross_entropy_refuses(
+    changed: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    assert_refused(fused_cross_entropy, {**PLAIN, **changed}, error, message)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"), HEAD_CASES + REDUCTION_CASES + LAM_CASES + MIXUP_CASES
+)
+def test_mixup_refuses(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    assert_refused(fused_mixup_loss, {**MIXUP, **changed}, error, message)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"), HEAD_CASES + PLAIN_CASES + LAM_CASES + SFTMIX_CASES
+)
+def test_sftmix_refuses(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    assert_refused(fused_sftmix_loss, {**PLAIN, **PAIRS, **changed}, error, message)
+
+
+@pytest.mark.parametrize("label", [9, -1, 2**31])
+def test_validate_says_position_and_value(label: int) -> None:
+    bad = IDS.clone()
+    bad[2] = label
+    message = rf"expected values in \[0, 9\) or -100, got {label} at position \[2\]"
+    assert_refused(
+        fused_cross_entropy, {**PLAIN, "labels": bad, "validate": True}, ValueError, message
+    )
+    assert_refused(
+        fused_mixup_loss,
+        {**MIXUP, "labels_u": bad, "validate": True},
+        ValueError,
+        "labels_u: " + message,
+    )
+    assert_refused(
+        fused_sftmix_loss,
+        {**PLAIN, **PAIRS, "labels": bad, "validate": True},
+        ValueError,
+        message,
+    )
+
+
+def test_autocast_does_not_hide_a_wrong_dtype() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for wrong in (torch.ones(4, 8).long(), torch.ones(4, 8).double()):
+            assert_refused(fused_cross_entropy, {**PLAIN, "hidden": wrong}, TypeError, "hidden")

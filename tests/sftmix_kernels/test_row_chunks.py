@@ -1,0 +1,94 @@
+"""The pieces the losses share: chunk sizes, cached blocks, row gradients, products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sftmix_kernels import RowChunks
+from sftmix_kernels.row_chunks import (
+    LogitTransform,
+    add_product_,
+    cache_blocks,
+    resolve_schedule,
+    row_chunks,
+    scaled,
+    soft_cross_entropy_,
+)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "vocab_size", "rows"),
+    [
+        (RowChunks(), 1000, 512),
+        (RowChunks(rows=1), 1000, 2),
+        (RowChunks(rows=7), 1000, 6),
+        (RowChunks(rows=300), 1000, 256),
+        (RowChunks(max_bytes=4 * 1000 * 200), 1000, 128),
+        (RowChunks(max_bytes=1), 1000, 2),
+    ],
+)
+def test_rows_of_a_chunk(schedule: RowChunks, vocab_size: int, rows: int) -> None:
+    assert schedule.rows_for(torch.empty(1, 1), vocab_size) == rows
+
+
+@pytest.mark.parametrize("schedule", ["vocab_tiles", "foo"])
+def test_unsupported_schedule_is_refused(schedule: str) -> None:
+    with pytest.raises(ValueError, match=f"schedule: .*{schedule}"):
+        resolve_schedule(schedule, torch.empty(1, 1), 9)
+
+
+@pytest.mark.parametrize("arguments", [{"rows": 0}, {"max_bytes": -1}])
+def test_chunks_of_nothing_are_refused(arguments: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        RowChunks(**arguments)
+
+
+@pytest.mark.parametrize("vocab_size", [123, 32000, 50257, 128256, 400000])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 17, 512])
+def test_cached_blocks_cover_all_rows_and_leave_none_alone(vocab_size: int, count: int) -> None:
+    blocks = list(cache_blocks(5, 5 + count, vocab_size))
+    assert [row for block in blocks for row in range(block.start, block.stop)] == list(
+        range(5, 5 + count)
+    )
+    assert all(block.stop - block.start > 1 for block in blocks) or count == 1
+
+
+def test_row_chunks_of_nothing_are_none() -> None:
+    assert list(row_chunks(torch.arange(0), 4)) == []
+    assert [chunk.tolist() for chunk in row_chunks(torch.arange(5), 2)] == [[0, 1], [2, 3], [4]]
+
+
+@pytest.mark.parametrize("gap", [5.0, 14.0, 20.0, 40.0])
+def test_gradient_of_a_confident_row_is_exact(gap: float) -> None:
+    """``p - 1`` of a token with p up to 1 - 4e-18, to float32's own precision."""
+    logits = torch.zeros(2, 9)
+    logits[:, 3] = gap
+    truth = logits.double().softmax(-1)
+    truth[:, 3] = 0.0
+    truth[:, 3] = -truth.sum(-1)
+    found = logits.clone()
+    one = torch.ones(2, 1)
+    losses = soft_cross_entropy_(
+        found, torch.full((2, 1), 3), one, one[:, 0], LogitTransform(1.0, None), True
+    )
+    torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=0)
+    expected = torch.log1p(8 * (-logits[:, 3].double()).exp())
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [torch.tensor(1 / 3), torch.rand(50, 1)])
+def test_scaled_rounds_once(dtype: torch.dtype, factor: torch.Tensor) -> None:
+    gradient = torch.randn(50, 20).to(dtype)
+    exact = (gradient.double() * factor.double()).to(dtype)
+    assert torch.equal(scaled(gradient, factor, dtype), exact)
+
+
+def test_products_add_up_in_float32() -> None:
+    """4096 products of 1/256: bfloat16 would stop counting at 2."""
+    total = torch.full((2, 2), torch.nan)
+    left, right = (torch.full((2, 64), 1 / 16).bfloat16() for _ in range(2))
+    for index in range(64):
+        add_product_(total, left, right.t(), overwrite=index == 0)
+    assert torch.equal(total, torch.full((2, 2), 16.0))
