@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 # A name that `runs.remove_leftovers` knows as a killed writer's.
 STAGING = f"{TEMPORARY_PREFIX}checkpoint"
 PREFIX = "checkpoint-"
+REQUIRED = ("trainer_state.json", "loss_window.json")
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -26,19 +27,22 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def fault(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be resumed from, or None where nothing is wrong with it."""
+    texts = {checkpoint / name for name in REQUIRED} | set(checkpoint.glob("*.json"))
+    tensors = sorted(checkpoint.glob("*.safetensors"))
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        tensors = sorted(checkpoint.glob("*.safetensors"))
+        for path in sorted(texts):
+            json.loads(path.read_text(encoding="utf-8"))
         for path in tensors:
             with safe_open(path, framework="pt") as file:
                 file.keys()
     except (OSError, ValueError, SafetensorError) as error:
-        return str(error)
+        return f"{path.name}: {error}"
     if not tensors:
         return "no *.safetensors file"
-    for name in ("optimizer.pt", "scheduler.pt"):
-        if (checkpoint / name).exists() and not zipfile.is_zipfile(checkpoint / name):
-            return f"{name} is truncated"
+    # What torch.save wrote is a zip archive, whose directory stands at its end.
+    for path in sorted(p for p in checkpoint.iterdir() if p.suffix in (".pt", ".pth", ".bin")):
+        if not zipfile.is_zipfile(path):
+            return f"{path.name} is truncated"
     return None
 
 

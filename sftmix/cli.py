@@ -45,7 +45,7 @@ def main(words: Sequence[str] | None = None) -> int:
     module = importlib.import_module(f"sftmix.{command}")
     try:
         module.main(words[1:])
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if traceback:
             raise
         print(f"sftmix {command}: error: {error}", file=sys.stderr)

@@ -130,14 +130,14 @@ class HeadAdapter:
 
 def without_peft(model: Any) -> PreTrainedModel:
     """The model that a PEFT wrapper adapts: the wrapper passes unknown keywords on to it."""
-    if not hasattr(model, "get_base_model"):
-        return model
-    if model.active_peft_config.is_prompt_learning:
-        raise ValueError(
-            "model: PEFT's virtual tokens shift the rows of the loss; use another kind"
-        )
-    adapted: PreTrainedModel = model.get_base_model()
-    return adapted
+    inner: PreTrainedModel = model
+    if hasattr(model, "get_base_model"):
+        if model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                "model: PEFT's virtual tokens shift the rows of the loss; use another kind"
+            )
+        inner = model.get_base_model()
+    return inner
 
 
 def logit_scale(model: PreTrainedModel) -> float:

@@ -76,7 +76,7 @@ def reference_trainer(
         trainer.head,
         dataset,
         collator=collator,
-        context=trainer.compute_loss_context_manager,
+        context=trainer.accelerator.autocast,
         disable_progress=config.disable_tqdm,
     )
     return trainer, scoring.perplexity

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,13 @@ from sftmix.scoring import score_examples
 from sftmix_kernels import fused_sftmix_loss
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+# Options of transformers that this trainer's loss and sampler would not heed, and their defaults.
+UNSUPPORTED = {
+    "label_smoothing_factor": 0.0,
+    "train_sampling_strategy": "random",
+    "data_seed": None,
+}
 
 
 def option(default: Any, help_text: str, source: str) -> Any:
@@ -78,6 +86,9 @@ class SFTMixConfig(TrainingArguments):
             )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: the trainer needs every column; leave it off")
+        for name, default in UNSUPPORTED.items():
+            if getattr(self, name) != default:
+                raise ValueError(f"{name}: not supported here, got {getattr(self, name)!r}")
         super().__post_init__()  # type: ignore[no-untyped-call]
 
 
@@ -277,7 +288,7 @@ class SFTMixMixin(TrainerBase):
             self.head,
             dataset,
             collator=self.data_collator,
-            context=self.compute_loss_context_manager,
+            context=self.accelerator.autocast,
             description="evaluate",
             disable_progress=self.args.disable_tqdm,
         )
@@ -310,11 +321,16 @@ class SFTMixMixin(TrainerBase):
             super()._save_checkpoint(model, trial)
         finally:
             staging, self.staging = self.staging, None
+        # Every rank writes its random state into the folder that the first one renames.
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             for extra in self.checkpoint_extras:
                 extra.save(staging / name)
+            if (run / name).exists():  # damaged, or an earlier training's in the same folder
+                shutil.rmtree(run / name)
             self._name_best_checkpoint(staging / name, run / name)
             publish_folder(staging / name, run / name)
+            staging.rmdir()
             rotate_checkpoints(
                 output_dir=str(run),
                 save_total_limit=self.args.save_total_limit,

@@ -29,6 +29,7 @@ from .row_chunks import (
     Gradients,
     LogitTransform,
     RowChunks,
+    balanced,
     cache_blocks,
     counted_rows,
     first_order_only,
@@ -63,8 +64,9 @@ def mixup_rows(
     with torch.autocast(weight.device.type, enabled=False):
         rows = counted_rows(row_weight)
         gradients = Gradients(hidden[0], weight, needs_gradient, rows.numel())
-        workspace = weight.new_empty(min(chunk_rows, rows.numel()), weight.shape[0])
-        for chunk in row_chunks(rows, chunk_rows):
+        step = balanced(rows.numel(), chunk_rows)
+        workspace = weight.new_empty(min(step, rows.numel()), weight.shape[0])
+        for chunk in row_chunks(rows, step):
             mixed = mixed_rows(hidden, share, chunk, row_weight)
             logits = project(mixed, weight, bias, workspace)
             for block in cache_blocks(0, chunk.numel(), weight.shape[0]):

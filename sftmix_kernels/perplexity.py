@@ -22,7 +22,7 @@ from .checks import (
     values_are_free,
 )
 from .reference import label_weight, weighted_loss
-from .row_chunks import LogitTransform, counted_rows, gather_rows, row_chunks
+from .row_chunks import LogitTransform, balanced, counted_rows, gather_rows, row_chunks
 
 # Rows of one pass: 512 x 8192 float32 logits are 16 MiB.
 ROWS = 512
@@ -43,7 +43,8 @@ def token_nll(
     transform = LogitTransform(logit_scale, softcap)
     loss = torch.zeros_like(row_weight)
     with torch.autocast(weight.device.type, enabled=False):
-        for rows in row_chunks(counted_rows(row_weight), ROWS):
+        counted = counted_rows(row_weight)
+        for rows in row_chunks(counted, balanced(counted.numel(), ROWS)):
             gathered = gather_rows(hidden, rows, row_weight)
             target = labels[rows].unsqueeze(-1)
             peak = torch.full_like(target, -torch.inf, dtype=torch.float32)

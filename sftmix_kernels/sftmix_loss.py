@@ -39,6 +39,7 @@ from .row_chunks import (
     Gradients,
     LogitTransform,
     RowChunks,
+    balanced,
     cache_blocks,
     counted_rows,
     cross_entropy_,
@@ -80,8 +81,9 @@ def sftmix_rows(
         singles = single_rows(row_weight, pair_c[pairs], pair_u[pairs])
         num_rows = 2 * pairs.numel() + singles.numel()
         gradients = Gradients(hidden, weight, needs_gradient, num_rows)
-        workspace = weight.new_empty(min(chunk_rows, num_rows), weight.shape[0])
-        for some, single in chunks(pairs, singles, chunk_rows):
+        step = balanced(num_rows, chunk_rows)
+        workspace = weight.new_empty(min(step, num_rows), weight.shape[0])
+        for some, single in chunks(pairs, singles, step):
             rows = torch.cat((pair_c[some], pair_u[some], single))
             gathered = gather_rows(hidden, rows, row_weight)
             logits = project(gathered, weight, bias, workspace)

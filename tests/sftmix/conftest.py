@@ -10,7 +10,7 @@ import pytest
 
 from sftmix.toy import build_toy_model
 
-WORDS = "one two three four five six seven eight nine ten apple owl heron boat lantern".split()
+WORDS = ["one", "two", "three", "four", "five", "apple", "owl", "heron", "boat", "lantern"]
 
 
 def write_rows(path: Path, number: int, *, seed: int = 0) -> Path:

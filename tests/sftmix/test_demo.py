@@ -31,6 +31,7 @@ from sftmix.demo import (
     run_step,
     write_data,
 )
+from sftmix.demo_data import TRAIN
 from sftmix.partition import Partition, from_scores, read_partition
 
 TINY = DemoSizes(
@@ -102,12 +103,12 @@ def test_both_methods_differ_in_nothing_else() -> None:
 
 
 def test_the_data_is_parted(tmp_path: Path) -> None:
-    write_data(tmp_path / "data", None)
-    counts = {
-        path.stem: path.read_text(encoding="utf-8").count("\n")
-        for path in (tmp_path / "data").iterdir()
-    }
-    assert counts == {"pretrain": 867, "train": 1733, "held_out": 520}
+    write_data(tmp_path / "data", 10)
+    rows = TRAIN.read_text(encoding="utf-8").splitlines()[:10]
+    parts = {path.stem: path.read_text().splitlines() for path in (tmp_path / "data").iterdir()}
+    assert parts["pretrain"] == [rows[0], rows[3], rows[6], rows[9]]
+    assert parts["train"] == [rows[1], rows[2], rows[4], rows[5], rows[7], rows[8]]
+    assert len(parts["held_out"]) == 10
 
 
 def test_a_failing_step_is_named(capfd: pytest.CaptureFixture[str]) -> None:
