@@ -8,37 +8,44 @@ from pathlib import Path
 
 import torch
 
-from . import bench_sftmix_loss
+from . import bench_sftmix_loss, bench_step
 from .measure import facts
 
-SUITES = {"sftmix_loss": bench_sftmix_loss}
+# Of each suite: its module and the options that its `run` takes.
+SUITES = {
+    "sftmix_loss": (bench_sftmix_loss, ("pairs", "hidden_size", "vocab_size", "repeats")),
+    "step": (bench_step, ("batch", "length", "step_repeats")),
+}
+OPTIONS = {
+    "pairs": 2048,
+    "hidden_size": 512,
+    "vocab_size": 32000,
+    "repeats": 5,
+    "batch": 16,
+    "length": 128,
+    "step_repeats": 30,
+    "threads": 2,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run, print, and write down."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("suite", nargs="?", choices=SUITES, help="by default all")
-    parser.add_argument("--pairs", type=int, default=2048)
-    parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--vocab-size", type=int, default=32000)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    for name, default in OPTIONS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    for name in ("pairs", "hidden_size", "vocab_size", "repeats", "threads"):
+    for name in OPTIONS:
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1")
     torch.set_num_threads(options.threads)
-    settings = {
-        name: value for name, value in vars(options).items() if name not in ("suite", "json")
-    }
-    report: dict[str, object] = {"facts": facts(), "settings": settings}
-    for name, suite in SUITES.items():
+    report: dict[str, object] = {"facts": facts()}
+    for name, (suite, takes) in SUITES.items():
         if options.suite in (None, name):
+            settings = {option: getattr(options, option) for option in takes}
             print(f"{name}: {suite.__doc__}\n{settings}")
-            report[name] = suite.run(
-                options.pairs, options.hidden_size, options.vocab_size, options.repeats
-            )
+            report[name] = {"settings": settings, **suite.run(*settings.values())}
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 

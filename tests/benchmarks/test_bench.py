@@ -26,6 +26,11 @@ def test_suite_prints_a_table_and_writes_json(
     assert OURS in capsys.readouterr().out
 
 
+def test_step_suite_compares_both_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["step", "--batch", "2", "--length", "8", "--step-repeats", "2"])
+    assert "of sftmix <= 1.1 x ntp" in capsys.readouterr().out
+
+
 def test_a_wrong_provider_is_caught() -> None:
     x = make_inputs(8, 16, 64)
     _, passed = loss_error(lambda inputs: 1.01 * sftmix_rows(inputs).sum(), sftmix_rows, x)
