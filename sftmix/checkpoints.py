@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -17,6 +19,15 @@ logger = logging.getLogger(__name__)
 STAGING = f"{TEMPORARY_PREFIX}checkpoint"
 PREFIX = "checkpoint-"
 REQUIRED = ("trainer_state.json", "loss_window.json")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what safetensors and torch.save raise on a full disk into an OSError."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(f"cannot write {path}, is the disk full? ({error})") from error
 
 
 def list_checkpoints(run: Path) -> list[Path]:

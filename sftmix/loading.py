@@ -8,10 +8,11 @@ from typing import Any
 
 import datasets
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from sftmix.arguments import RunArguments
-from sftmix.checkpoints import STAGING
+from sftmix.checkpoints import STAGING, writing
 from sftmix.data import load_examples
 from sftmix.templates import tokenize_examples
 
@@ -20,15 +21,18 @@ def load_model(arguments: RunArguments) -> Any:
     """The model, from safetensors alone: a pickle would run code on loading.
 
     Raises:
-        OSError: there is no such model, or it has no safetensors.
+        OSError: there is no such model, or it has no safetensors, or they are cut off.
     """
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    return AutoModelForCausalLM.from_pretrained(
-        arguments.model,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            arguments.model,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+    except SafetensorError as error:
+        raise OSError(f"model: the weights of {arguments.model} are damaged: {error}") from error
 
 
 def load_tokenizer(arguments: RunArguments) -> PreTrainedTokenizerBase:
@@ -52,8 +56,9 @@ def load_data(
 def save_final_model(model: Any, tokenizer: PreTrainedTokenizerBase, run: Path) -> None:
     """Put the model into the run folder, each file renamed into place, ``config.json`` last."""
     staging = run / STAGING
-    model.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
+    with writing(staging):
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
     for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, run / path.name)
     staging.rmdir()

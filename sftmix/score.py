@@ -37,9 +37,9 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
     """
     tokenizer = load_tokenizer(arguments)
     dataset = load_data(arguments, tokenizer)
-    start_manifest(run, recipe(arguments, config, dataset, tokenizer))
     model, collator = load_model(arguments), make_collator(tokenizer)
     trainer, scores = reference_trainer(model, dataset, collator, config)
+    start_manifest(run, recipe(arguments, config, dataset, tokenizer))
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     partition = from_scores(
         dataset["id"][:],

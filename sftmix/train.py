@@ -40,7 +40,6 @@ def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTM
         partition = read_partition(Path(arguments.partition))
         confident = match(partition, dataset["id"][:], dataset["content_hash"][:])
         scores_hash = partition_hash(partition)
-    start_manifest(run, recipe(arguments, config, dataset, tokenizer, partition=scores_hash))
     trainer = SFTMixTrainer(
         model=load_model(arguments),
         args=config,
@@ -49,6 +48,7 @@ def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTM
         data_collator=make_collator(tokenizer),
         confident=confident,
     )
+    start_manifest(run, recipe(arguments, config, dataset, tokenizer, partition=scores_hash))
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     if held_out is not None:
         trainer.evaluate()

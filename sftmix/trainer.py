@@ -19,7 +19,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
-from sftmix.checkpoints import PREFIX, STAGING, latest_checkpoint
+from sftmix.checkpoints import PREFIX, STAGING, latest_checkpoint, writing
 from sftmix.head import HeadAdapter
 from sftmix.metrics import LossWindow
 from sftmix.pairing import PairedCollator, PairedExamples, PairedSampler, ShuffledSampler
@@ -145,6 +145,8 @@ class SFTMixMixin(TrainerBase):
             raise ValueError("confident: method='sftmix' needs a partition of the training data")
         if self.args.n_gpu > 1:
             raise ValueError("nn.DataParallel is not supported; start one process for each GPU")
+        if self.train_dataset is not None:
+            self._get_train_sampler()  # refuses data that make no batch
 
     def _pair(self, confident: np.ndarray[Any, Any]) -> None:
         dataset = self.train_dataset
@@ -318,7 +320,8 @@ class SFTMixMixin(TrainerBase):
         name = f"{PREFIX}{self.state.global_step}"
         self.staging = run / STAGING
         try:
-            super()._save_checkpoint(model, trial)
+            with writing(self.staging):
+                super()._save_checkpoint(model, trial)
         finally:
             staging, self.staging = self.staging, None
         # Every rank writes its random state into the folder that the first one renames.
