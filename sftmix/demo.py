@@ -1,8 +1,7 @@
 """`sftmix demo`: the whole method on a small model, with the commands that a user would type.
 
 Every training runs in a process of its own, through the command line, so that its peak memory is
-its own. A child's peak begins at its parent's (Linux, `ru_maxrss`), so this process stays small
-until they are done: torch is imported after them.
+its own. This process imports torch after them, and leaves them the memory until then.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ travel with the checkpoint.
 from __future__ import annotations
 
 import json
+import re
 import resource
 import sys
 import time
@@ -90,5 +91,11 @@ def peak_memory(device: torch.device) -> float:
     """Bytes at the highest: allocated on the GPU, resident in the process on the CPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
+    # Not ru_maxrss where there is another: Linux lets a child begin with its parent's.
+    status = Path("/proc/self/status")
+    if status.exists():
+        peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))
+        if peak:
+            return float(peak[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sftmix.toy import build_toy_model
 
@@ -20,6 +22,15 @@ def write_rows(path: Path, number: int, *, seed: int = 0) -> Path:
     rows = [{"question": q, "answer": a} for q, a in zip(texts[::2], texts[1::2], strict=True)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors here are too small to share out, and waiting for a second thread takes longest."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

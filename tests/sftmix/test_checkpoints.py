@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import resource
 import shutil
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from sftmix.trainer import SFTMixTrainer
 
 from . import tiny
 
+LIMIT = resource.RLIMIT_FSIZE
 LOGGED = ("loss", "step", "ntp_loss", "mixup_loss", "truncated_fraction", "lam_mean", "grad_norm")
 
 
@@ -166,21 +170,38 @@ def test_training_goes_past_a_damaged_checkpoint(unbroken: Any, tmp_path: Path) 
     assert all(fault(path) is None for path in list_checkpoints(run))
 
 
-class FullDisk:
-    """An extra of a checkpoint that finds no space."""
+def test_training_again_in_the_same_folder_writes_anew(tmp_path: Path) -> None:
+    first, second = make(tmp_path, max_steps=3), make(tmp_path, max_steps=3, seed=5)
+    first.train()
+    before = (tmp_path / "checkpoint-3" / "model.safetensors").read_bytes()
+    second.train()
+    assert (tmp_path / "checkpoint-3" / "model.safetensors").read_bytes() != before
+    assert fault(tmp_path / "checkpoint-3") is None
 
-    def save(self, folder: Path) -> None:
-        raise OSError(28, "No space left on device")
+
+@pytest.fixture
+def small_disk() -> Iterator[Callable[[int], None]]:
+    """No file can grow beyond a number of bytes, which fails as a full disk does."""
+    own, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(LIMIT)
+    yield lambda size: resource.setrlimit(LIMIT, (size, limits[1]))
+    resource.setrlimit(LIMIT, limits)
+    signal.signal(signal.SIGXFSZ, own)
 
 
-def test_a_failed_save_leaves_the_old_checkpoints(unbroken: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [1_000, 50_000])
+def test_a_full_disk_leaves_the_old_checkpoints(
+    size: int, small_disk: Callable[[int], None], unbroken: Any, tmp_path: Path
+) -> None:
+    """The weights do not fit, or they do and the optimizer does not."""
     run = copy_of(unbroken[0], tmp_path, 3, 6)
+    sizes = [
+        (run / "checkpoint-6" / n).stat().st_size for n in ("model.safetensors", "optimizer.pt")
+    ]
+    assert 1_000 < sizes[0] < 50_000 < sizes[1]
     made = make(run)
-    made.checkpoint_extras.append(FullDisk())
-    made.state.global_step = 9
-    made.create_optimizer_and_scheduler(10)
-    with pytest.raises(OSError, match="No space left"):
-        made._save_checkpoint(made.model, None)
+    small_disk(size)
+    with pytest.raises(OSError, match="is the disk full"):
+        made.train(resume_from_checkpoint=True)
     assert (run / STAGING).is_dir()
     assert [path.name for path in list_checkpoints(run)] == ["checkpoint-6", "checkpoint-3"]
     assert latest_checkpoint(run) == run / "checkpoint-6"
