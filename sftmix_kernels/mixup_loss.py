@@ -59,7 +59,7 @@ def mixup_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weighted row losses (R,), and the gradients of their sum with respect to the mixed rows
     (R, D), weight (V, D) and bias (V,), the last two in float32; empty where not needed."""
-    transform = LogitTransform(logit_scale, softcap)
+    transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
     loss = torch.zeros_like(row_weight)
     with torch.autocast(weight.device.type, enabled=False):
         rows = counted_rows(row_weight)

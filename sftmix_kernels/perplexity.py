@@ -40,7 +40,7 @@ def token_nll(
     vocab_chunk: int,
 ) -> Tensor:  # (R,) float32
     """Weighted token losses ``LSE(a) - a[label]``."""
-    transform = LogitTransform(logit_scale, softcap)
+    transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
     loss = torch.zeros_like(row_weight)
     with torch.autocast(weight.device.type, enabled=False):
         counted = counted_rows(row_weight)

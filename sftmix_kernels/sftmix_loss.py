@@ -74,7 +74,7 @@ def sftmix_rows(
     """NTP losses of rows (R,), Mixup losses of pairs (P,), and the gradients of
     ``sum(ntp) + mix_ratio * sum(mixup)`` with respect to hidden (R, D), weight (V, D) and bias
     (V,), the last two in float32; empty where not needed."""
-    transform = LogitTransform(logit_scale, softcap)
+    transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
     ntp, mixup = torch.zeros_like(row_weight), torch.zeros_like(pair_weight)
     with torch.autocast(weight.device.type, enabled=False):
         pairs = counted_rows(pair_weight)
@@ -166,7 +166,10 @@ def chunk_losses_(
     """Losses of one chunk; its logits become gradients in place, block by block."""
     vocab_size, num_pairs = logits.shape[1], pair_weight.numel()
     ntp, mixup = torch.empty_like(row_weight), torch.empty_like(pair_weight)
-    for pair in cache_blocks(0, num_pairs, vocab_size):
+    pair_blocks = list(cache_blocks(0, num_pairs, vocab_size))
+    largest = max((block.stop - block.start for block in pair_blocks), default=0)
+    mixed = torch.empty(largest, vocab_size, device=logits.device)
+    for pair in pair_blocks:
         both_rows = (pair, slice(pair.start + num_pairs, pair.stop + num_pairs))
         raw_c, raw_u = (load_rows(logits, rows) for rows in both_rows)
         label_c, label_u = (labels[rows] for rows in both_rows)
@@ -178,6 +181,7 @@ def chunk_losses_(
             (weight_c, weight_u),
             pair_weight[pair] * mix_ratio,
             transform,
+            mixed,
             needs_gradient,
         )
         store_rows_(logits, both_rows[0], raw_c)

@@ -20,7 +20,7 @@ from sftmix_kernels.row_chunks import (
 @pytest.mark.parametrize(
     ("schedule", "vocab_size", "rows"),
     [
-        (RowChunks(), 1000, 512),
+        (RowChunks(), 1000, 1024),
         (RowChunks(rows=1), 1000, 2),
         (RowChunks(rows=7), 1000, 6),
         (RowChunks(rows=300), 1000, 256),
@@ -70,7 +70,12 @@ def test_gradient_of_a_confident_row_is_exact(gap: float) -> None:
     found = logits.clone()
     one = torch.ones(2, 1)
     losses = soft_cross_entropy_(
-        found, torch.full((2, 1), 3), one, one[:, 0], LogitTransform(1.0, None), True
+        found,
+        torch.full((2, 1), 3),
+        one,
+        one[:, 0],
+        LogitTransform(1.0, None, has_bias=False),
+        True,
     )
     torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=0)
     expected = torch.log1p(8 * (-logits[:, 3].double()).exp())
