@@ -59,10 +59,10 @@ class ScoreConfig(SFTMixConfig):
     save_strategy: str = option("no", "Checkpoints to resume from: no, steps, epoch", "ours")
 
     def __post_init__(self) -> None:
-        if self.method != "ntp" or self.num_train_epochs != 1:
+        if self.method != "ntp" or self.num_train_epochs != 1 or self.max_steps > 0:
             raise ValueError(
-                "score: expected method 'ntp' and 1 epoch, "
-                f"got {self.method!r} and {self.num_train_epochs}"
+                "score: expected method 'ntp', 1 epoch and no max_steps, "
+                f"got {self.method!r}, {self.num_train_epochs} and {self.max_steps}"
             )
         super().__post_init__()
 
@@ -119,7 +119,9 @@ def parse(
     output = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     output.add_argument("--output", default="")
     folder = output.parse_known_args(words)[0].output
-    run, config, _ = parser.parse_args_into_dataclasses([*words, "--output_dir", folder])
+    run, config, _ = parser.parse_args_into_dataclasses(
+        [*words, "--output_dir", folder], look_for_args_file=False
+    )
     return run, config
 
 

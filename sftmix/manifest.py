@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from sftmix import __version__
@@ -26,9 +27,15 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "n
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what a run computes."""
+    """Versions of Python and of the packages, and the threads: they decide a run's last bits."""
     found = {name: version(name) for name in PACKAGES}
-    return {"sftmix": __version__, "python": platform.python_version(), **found}
+    return {
+        "sftmix": __version__,
+        "python": platform.python_version(),
+        **found,
+        # Sums over threads round differently with another number of them.
+        "torch_threads": str(torch.get_num_threads()),
+    }
 
 
 # Fields of the training config that decide a run's results.

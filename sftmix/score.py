@@ -13,7 +13,7 @@ from sftmix.manifest import recipe, start_manifest
 from sftmix.pairing import PairedCollator
 from sftmix.partition import Partition, from_scores, summary, write_partition
 from sftmix.runs import lock_run, open_run, remove_leftovers
-from sftmix.scoring import ScoringCallback, score_examples
+from sftmix.scoring import ScoringCallback, score_examples, scoring_steps
 from sftmix.trainer import SFTMixTrainer, make_collator
 from sftmix_kernels import StreamingPerplexity
 
@@ -57,26 +57,26 @@ def reference_trainer(
     """A trainer that scores its own data on the way, and where the scores add up.
 
     Raises:
-        ValueError: several processes, or an argument that `SFTMixTrainer` refuses.
+        ValueError: several processes, fewer steps than scorings, or an argument that
+            `SFTMixTrainer` refuses.
     """
     if config.world_size > 1:
         raise ValueError(f"score: expected one process, got {config.world_size}")
-    scoring = ScoringCallback(len(dataset), config.num_scorings, config.device)
-    trainer = SFTMixTrainer(
-        model=model,
-        args=config,
-        train_dataset=dataset,
-        data_collator=collator,
-        callbacks=[scoring],
-        checkpoint_extras=[scoring],
+    trainer = SFTMixTrainer(model=model, args=config, train_dataset=dataset, data_collator=collator)
+    batches = len(trainer.get_train_dataloader())
+    scoring = ScoringCallback(
+        StreamingPerplexity(len(dataset), config.device),
+        scoring_steps(-(-batches // config.gradient_accumulation_steps), config.num_scorings),
+        functools.partial(
+            score_examples,
+            model,
+            trainer.head,
+            dataset,
+            collator=collator,
+            context=trainer.accelerator.autocast,
+            disable_progress=config.disable_tqdm,
+        ),
     )
-    scoring.score = functools.partial(
-        score_examples,
-        model,
-        trainer.head,
-        dataset,
-        collator=collator,
-        context=trainer.accelerator.autocast,
-        disable_progress=config.disable_tqdm,
-    )
+    trainer.add_callback(scoring)
+    trainer.checkpoint_extras.append(scoring)
     return trainer, scoring.perplexity

@@ -128,24 +128,13 @@ class ScoringCallback(TrainerCallback):
 
     FILE = "perplexity.safetensors"
 
-    # Adds one scoring of the whole data set; set once the trainer, which needs this callback
-    # when it is made, exists.
-    score: Callable[..., StreamingPerplexity]
-
-    def __init__(self, num_examples: int, num_scorings: int, device: torch.device) -> None:
-        self.perplexity = StreamingPerplexity(num_examples, device)
-        self.num_scorings = num_scorings
-        self.steps: list[int] = []
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+    def __init__(
+        self, perplexity: StreamingPerplexity, steps: Sequence[int], score: Callable[..., Any]
     ) -> None:
-        """Choose the steps, once their number is known."""
-        self.steps = scoring_steps(state.max_steps, self.num_scorings)
+        """``score(perplexity=..., description=...)`` adds one scoring of the whole data set."""
+        self.perplexity = perplexity
+        self.steps = list(steps)
+        self.score = score
 
     def on_step_end(
         self,
@@ -157,9 +146,7 @@ class ScoringCallback(TrainerCallback):
         """Score where it is time to."""
         if state.global_step in self.steps:
             number = self.steps.index(state.global_step) + 1
-            self.score(
-                perplexity=self.perplexity, description=f"score {number}/{self.num_scorings}"
-            )
+            self.score(perplexity=self.perplexity, description=f"score {number}/{len(self.steps)}")
 
     def save(self, folder: Path) -> None:
         """Put the finished scorings into a checkpoint."""

@@ -203,10 +203,10 @@ def tokenize_examples(
     left within `max_length`, where the template refuses the conversation and where given
     `input_ids` or `labels` lie outside the vocabulary; ValueError for a template that is not
     prefix-consistent, for a wrong `max_length` or `on_bad_row` and where no example is left;
-    TypeError for a tokenizer that gives no offsets (a slow one).
+    ValueError for a tokenizer that gives no offsets (a slow one).
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise TypeError(
+        raise ValueError(
             "tokenizer must be a fast one, which says where in the text each token lies, "
             f"got {type(tokenizer).__name__}"
         )

@@ -34,6 +34,7 @@ UNSUPPORTED = {
     "label_smoothing_factor": 0.0,
     "train_sampling_strategy": "random",
     "data_seed": None,
+    "save_only_model": False,
 }
 
 
@@ -285,6 +286,8 @@ class SFTMixMixin(TrainerBase):
     ) -> dict[str, float]:
         """NTP loss of a data set, a mean over its response tokens, and its perplexity."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("eval_dataset: expected a data set to evaluate on, got None")
         scores = score_examples(
             self.model,
             self.head,

@@ -18,6 +18,7 @@ from sftmix.head import HeadAdapter
 from sftmix.pairing import PairedCollator
 from sftmix.partition import match, read_partition
 from sftmix.scoring import ScoringCallback, batches_by_length, score_examples, scoring_steps
+from sftmix_kernels import StreamingPerplexity
 
 from . import tiny
 
@@ -106,11 +107,9 @@ def test_training_is_bitwise_the_same_with_scoring(scorings: int, tmp_path: Path
     found = []
     for scored in (False, True):
         model, data = tiny.build("GPT2", resid_pdrop=0.2, embd_pdrop=0.2), tiny.examples(16)
-        callback = ScoringCallback(16, scorings, torch.device("cpu"))
-        made = tiny.trainer(
-            model, tmp_path, data, method="ntp", callbacks=[callback] if scored else []
-        )
-        callback.score = functools.partial(
+        made = tiny.trainer(model, tmp_path, data, method="ntp")
+        batches = len(made.get_train_dataloader())
+        score = functools.partial(
             score_examples,
             model,
             made.head,
@@ -118,6 +117,11 @@ def test_training_is_bitwise_the_same_with_scoring(scorings: int, tmp_path: Path
             collator=PairedCollator(0),
             disable_progress=True,
         )
+        callback = ScoringCallback(
+            StreamingPerplexity(16, "cpu"), scoring_steps(batches, scorings), score
+        )
+        if scored:
+            made.add_callback(callback)
         made.train()
         found.append((tiny.losses(made, "loss", "grad_norm"), tiny.weights(model)))
     assert callback.perplexity.nll_sum.shape == (16, scorings)

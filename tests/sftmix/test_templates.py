@@ -226,7 +226,7 @@ def test_wrong_arguments(bpe: Tokenizer) -> None:
     class Slow:
         is_fast = False
 
-    with pytest.raises(TypeError, match=r"tokenizer must be a fast one.*got Slow"):
+    with pytest.raises(ValueError, match=r"tokenizer must be a fast one.*got Slow"):
         tokenize_examples([_example("a", "b")], Slow())  # type: ignore[arg-type]
     for length in (1, 2.5, True):
         with pytest.raises(ValueError, match="max_length must be an integer of at least 2, got"):
