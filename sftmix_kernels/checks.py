@@ -8,6 +8,7 @@ otherwise a bad value makes its row NaN on the device and the host never waits.
 from __future__ import annotations
 
 import math
+import numbers
 from typing import TypeGuard
 
 import torch
@@ -44,9 +45,13 @@ def check_head(
         check_same("bias", bias, name, hidden)
         if tuple(bias.shape) != (weight.shape[0],):
             raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    check_real("logit_scale", logit_scale)
     if not math.isfinite(logit_scale):
         raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is None:
+        return
+    check_real("softcap", softcap)
+    if not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap: expected None or a finite number above 0, got {softcap}")
 
 
@@ -92,8 +97,22 @@ def check_label_values(name: str, labels: Tensor, vocab_size: int, ignore_index:
         )
 
 
+def check_real(name: str, value: object) -> None:
+    """A host number, which a bool is not."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def check_count(name: str, value: int, low: int) -> None:
+    """A host integer of at least ``low``."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    check_number(name, value, low)
+
+
 def check_number(name: str, value: float, low: float, high: float = math.inf) -> None:
     """A finite host number in ``[low, high]``."""
+    check_real(name, value)
     if not (math.isfinite(value) and low <= value <= high):
         bounds = f"of at least {low}" if high == math.inf else f"in [{low}, {high}]"
         raise ValueError(f"{name}: expected a finite number {bounds}, got {value}")
@@ -104,7 +123,11 @@ def check_divisor(name: str, divisor: float | Tensor | None) -> None:
     if isinstance(divisor, Tensor):
         if divisor.numel() != 1:
             raise ValueError(f"{name}: expected one number, got shape {tuple(divisor.shape)}")
-    elif divisor is not None and not (math.isfinite(divisor) and divisor > 0):
+        return
+    if divisor is None:
+        return
+    check_real(name, divisor)
+    if not (math.isfinite(divisor) and divisor > 0):
         raise ValueError(f"{name}: expected a finite number above 0, got {divisor}")
 
 
@@ -136,7 +159,7 @@ def checked_lam(lam: float | Tensor, labels: Tensor, *, validate: bool) -> Tenso
     inside = (lam >= 0) & (lam <= 1)
     if (validate or values_are_free(lam)) and not inside.all():
         raise ValueError(f"lam: expected values in [0, 1], got {lam[~inside][0].item()}")
-    return expand_lam(lam.detach().float().masked_fill(~inside, float("nan")), labels)
+    return expand_lam(lam.detach().masked_fill(~inside, float("nan")), labels, torch.float32)
 
 
 def check_pairs(pair_c: Tensor, pair_u: Tensor, labels: Tensor, *, validate: bool) -> None:

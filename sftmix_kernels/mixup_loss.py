@@ -29,15 +29,14 @@ from .row_chunks import (
     Gradients,
     LogitTransform,
     RowChunks,
-    balanced,
     cache_blocks,
+    chunk_sizes,
     counted_rows,
     first_order_only,
     gather_rows,
     load_rows,
     project,
     resolve_schedule,
-    row_chunks,
     scaled,
     soft_cross_entropy_,
     store_rows_,
@@ -64,12 +63,12 @@ def mixup_rows(
     with torch.autocast(weight.device.type, enabled=False):
         rows = counted_rows(row_weight)
         gradients = Gradients(hidden[0], weight, needs_gradient, rows.numel())
-        step = balanced(rows.numel(), chunk_rows)
-        workspace = weight.new_empty(min(step, rows.numel()), weight.shape[0])
-        for chunk in row_chunks(rows, step):
+        sizes = chunk_sizes(rows.numel(), chunk_rows)
+        workspace = weight.new_empty(max(sizes, default=0), weight.shape[0])
+        for chunk in rows.split(sizes):
             mixed = mixed_rows(hidden, share, chunk, row_weight)
             logits = project(mixed, weight, bias, workspace)
-            for block in cache_blocks(0, chunk.numel(), weight.shape[0]):
+            for block in cache_blocks(0, chunk.numel(), logits):
                 here, raw = chunk[block], load_rows(logits, block)
                 found = soft_cross_entropy_(
                     raw, targets[here], share[here], row_weight[here], transform, gradients.needed
@@ -245,12 +244,14 @@ def reduced_loss(
 
 
 def loss_divisor(divisor: float | Tensor | None, row_weight: Tensor) -> Tensor:
-    """``divisor`` as a float32 scalar on the device; by default the rows that count, at least 1."""
-    if divisor is None:
-        return (row_weight != 0).sum().clamp(min=1).float()
+    """``divisor`` as a float32 scalar on the device, by default the rows that count; 1 for 0."""
     if isinstance(divisor, Tensor):
-        return divisor.detach().to(row_weight.device, torch.float32).reshape(())
-    return torch.full((), divisor, dtype=torch.float32, device=row_weight.device)
+        total = divisor.detach().to(row_weight.device, torch.float32).reshape(())
+    elif divisor is not None:
+        total = torch.full((), divisor, dtype=torch.float32, device=row_weight.device)
+    else:
+        total = (row_weight != 0).sum().float()
+    return total.masked_fill(total == 0, 1.0)
 
 
 def fused_mixup_loss(
@@ -284,7 +285,8 @@ def fused_mixup_loss(
             out; a label outside ``[0, V)`` makes the position's loss and gradients NaN.
         lam: share of ``c``, in ``[0, 1]``. Not differentiated.
         reduction: ``"mean"`` over the positions that count, ``"sum"``, or ``"none"``.
-        divisor: replaces the count of positions in ``"mean"`` (a global count over ranks, say).
+        divisor: replaces the count of positions in ``"mean"`` (a global count over ranks, say); a
+            tensor of 0 counts as 1.
         schedule: ``"auto"``, ``"row_chunks"``, or `RowChunks` for another chunk size.
         validate: also check the values of labels and lam, which waits for the device.
 

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from .checks import (
     autocast,
+    check_count,
     check_head,
     check_ids,
     check_label_values,
-    check_number,
     values_are_free,
 )
 from .reference import label_weight, weighted_loss
-from .row_chunks import LogitTransform, balanced, counted_rows, gather_rows, row_chunks
+from .row_chunks import LogitTransform, chunk_sizes, counted_rows, gather_rows
 
 # Rows of one pass: 512 x 8192 float32 logits are 16 MiB.
 ROWS = 512
@@ -44,7 +44,7 @@ def token_nll(
     loss = torch.zeros_like(row_weight)
     with torch.autocast(weight.device.type, enabled=False):
         counted = counted_rows(row_weight)
-        for rows in row_chunks(counted, balanced(counted.numel(), ROWS)):
+        for rows in counted.split(chunk_sizes(counted.numel(), ROWS)):
             gathered = gather_rows(hidden, rows, row_weight)
             target = labels[rows].unsqueeze(-1)
             peak = torch.full_like(target, -torch.inf, dtype=torch.float32)
@@ -119,8 +119,8 @@ def sample_sums(
     check_head(hidden, weight, bias, logit_scale, softcap)
     check_ids("labels", labels, hidden)
     check_ids("sample_ids", sample_ids, hidden)
-    check_number("num_samples", num_samples, 0)
-    check_number("vocab_chunk", vocab_chunk, 1)
+    check_count("num_samples", num_samples, 0)
+    check_count("vocab_chunk", vocab_chunk, 1)
     ids, flat_labels = sample_ids.reshape(-1), labels.reshape(-1)
     outside = (ids < 0) | (ids >= num_samples)
     if (validate or values_are_free(ids)) and outside.any():
@@ -197,7 +197,7 @@ class StreamingPerplexity:
     """
 
     def __init__(self, num_samples: int, device: torch.device | str) -> None:
-        check_number("num_samples", num_samples, 0)
+        check_count("num_samples", num_samples, 0)
         self.num_samples = num_samples
         self.device = torch.device(device)
         self._closed: list[Tensor] = []
@@ -220,6 +220,7 @@ class StreamingPerplexity:
         softcap: float | None = None,
         ignore_index: int = -100,
         vocab_chunk: int = 8192,
+        validate: bool = False,
     ) -> None:
         """Add a batch's token losses to its examples; arguments as `streaming_perplexity`."""
         total, count = sample_sums(
@@ -233,6 +234,7 @@ class StreamingPerplexity:
             softcap=softcap,
             ignore_index=ignore_index,
             vocab_chunk=vocab_chunk,
+            validate=validate,
         )
         self._sum += total
         self._count += count
@@ -263,8 +265,8 @@ class StreamingPerplexity:
 
     @property
     def num_tokens(self) -> Tensor:
-        """Tokens that count in each example, (S,) int64; zeros before the first checkpoint."""
-        return torch.zeros_like(self._count) if self._num_tokens is None else self._num_tokens
+        """Tokens that count in each example, (S,) int64; so far, during the first checkpoint."""
+        return self._count if self._num_tokens is None else self._num_tokens
 
     @property
     def perplexity(self) -> Tensor:
@@ -278,8 +280,10 @@ class StreamingPerplexity:
 
     @property
     def variability(self) -> Tensor:
-        """Standard deviation over checkpoints (population), (S,) float64."""
-        return self.perplexity.std(-1, correction=0)
+        """Standard deviation over checkpoints (population), (S,) float64; inf where one is."""
+        perplexity, mean = self.perplexity, -self.confidence.unsqueeze(-1)
+        deviation = (perplexity - mean).square().mean(-1).sqrt()
+        return deviation.masked_fill(perplexity.isinf().any(-1), torch.inf)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The closed checkpoints as tensors, for safetensors."""

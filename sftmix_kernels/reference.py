@@ -26,7 +26,8 @@ each term times ``f'`` of its own raw logit. NTP + Mixup costs the matrix produc
 
 **Labels.** ``ignore_index`` leaves a token out of loss, gradient and count. A label outside
 ``[0, V)`` makes its row NaN, and the pair it is mixed in; nothing is read out of bounds. A pair of
-which one token is ignored is not mixed. Nothing to average gives loss 0 and gradients 0.
+which one token is ignored is not mixed. Nothing to average gives loss 0 and gradients 0, whatever
+the divisor: one of 0 counts as 1.
 """
 
 from __future__ import annotations
@@ -93,12 +94,13 @@ def reduce(
         return losses
     if reduction == "sum":
         return losses.sum()
-    return losses.sum() / ((weight != 0).sum().clamp(min=1) if divisor is None else divisor)
+    divisor = torch.as_tensor((weight != 0).sum() if divisor is None else divisor)
+    return losses.sum() / divisor.masked_fill(divisor == 0, 1)
 
 
-def expand_lam(lam: float | Tensor, labels: Tensor) -> Tensor:
+def expand_lam(lam: float | Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
     """``lam`` of a shape that is a prefix of labels' shape, spread over all positions."""
-    lam = torch.as_tensor(lam, device=labels.device, dtype=torch.float32)
+    lam = torch.as_tensor(lam, device=labels.device, dtype=dtype)
     return lam.reshape(lam.shape + (1,) * (labels.dim() - lam.dim())).expand(labels.shape)
 
 
@@ -138,7 +140,7 @@ def mixup_loss(
     divisor: float | Tensor | None = None,
 ) -> Tensor:
     """Mixup alone: ``LSE(m) - lam m[y_c] - (1 - lam) m[y_u]`` where both labels count."""
-    lam = expand_lam(lam, labels_c).to(torch.promote_types(hidden_c.dtype, torch.float32))
+    lam = expand_lam(lam, labels_c, torch.promote_types(hidden_c.dtype, torch.float32))
     share = lam.unsqueeze(-1)
     mixed = (share * hidden_c + (1 - share) * hidden_u).to(hidden_c.dtype)
     log_probs = log_probabilities(

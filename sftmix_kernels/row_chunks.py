@@ -21,13 +21,19 @@ from torch import Tensor
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
+# In float32 the bits of a row's logits depend on how many rows are multiplied with it where those
+# are fewer (measured, MKL, AVX-512).
+FEWEST_ROWS = 16
+
+
 @dataclass(frozen=True)
 class RowChunks:
     """How many rows of logits exist at a time: ``min(rows, max_bytes / bytes of a row)``.
 
     ``rows=None`` takes 4096 on an accelerator (256-row chunks cost 1.5x there, measured by the
     Liger-Kernel authors on an H200) and 1024 on the CPU (NTP + Mixup at D = 512, V = 32000 on two
-    cores: 2.41 s with 512, 2.13 s with 1024, no faster with 2048). A multiple of 128 above 128.
+    cores: 2.41 s with 512, 2.13 s with 1024, no faster with 2048). A multiple of 128 above 128,
+    and at least 16.
     """
 
     rows: int | None = None
@@ -42,7 +48,7 @@ class RowChunks:
         """Rows of one chunk, even, for logits of ``hidden``'s dtype on ``hidden``'s device."""
         rows = self.rows or (1024 if hidden.device.type == "cpu" else 4096)
         rows = min(rows, self.max_bytes // (vocab_size * hidden.element_size()))
-        return max(2, rows - rows % (128 if rows > 128 else 2))
+        return max(FEWEST_ROWS, rows - rows % (128 if rows > 128 else 2))
 
 
 def resolve_schedule(schedule: str | RowChunks, hidden: Tensor, vocab_size: int) -> int:
@@ -77,7 +83,11 @@ class LogitTransform(NamedTuple):
                 logits.mul_(self.scale)
             return None
         logits.mul_(self.scale / self.softcap).tanh_()
-        slope = logits.square().neg_().add_(1.0) if needs_slope else None
+        slope = None
+        if needs_slope:
+            # (1 - t)(1 + t): 1 - t^2 cancels where the cap is nearly reached.
+            slope = logits.neg().add_(1.0)
+            slope.addcmul_(slope, logits)
         logits.mul_(self.softcap)
         return slope
 
@@ -121,7 +131,7 @@ def soft_cross_entropy_(
 def pair_cross_entropy_(
     logits: tuple[Tensor, Tensor],  # two (B, V) float32 raw logits; gradients afterwards
     labels: tuple[Tensor, Tensor],  # two (B,) int64 in [0, V)
-    lam: Tensor,  # (B,) float32
+    share: Tensor,  # (B, 2) float32: lam and 1 - lam
     ntp_weight: tuple[Tensor, Tensor],  # two (B,) float32
     mix_weight: Tensor,  # (B,) float32
     transform: LogitTransform,
@@ -129,9 +139,8 @@ def pair_cross_entropy_(
     needs_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # NTP of c, NTP of u, Mixup: (B,) float32 each
     """The three losses of a pair of rows; both logits become ``G_c`` and ``G_u`` in place."""
-    share = torch.stack((lam, 1.0 - lam), dim=-1)
     share_c, share_u = share.tensor_split(2, dim=-1)
-    mixed = torch.mul(logits[0], share_c, out=workspace[: lam.numel()])
+    mixed = torch.mul(logits[0], share_c, out=workspace[: share.shape[0]])
     mixed.addcmul_(logits[1], share_u)
     if transform.has_bias:
         # 0 * -inf is NaN: where one share is 0, the mixture is the other row.
@@ -163,13 +172,16 @@ def cross_entropy_(
     return soft_cross_entropy_(logits, targets, share, weight, transform, needs_gradient)
 
 
-def cache_blocks(start: int, stop: int, vocab_size: int) -> Iterator[slice]:
-    """Slices of rows whose float32 logits take about 1 MiB, so that every pass hits L2.
+def cache_blocks(start: int, stop: int, logits: Tensor) -> Iterator[slice]:
+    """Slices of rows whose float32 logits take about 1 MiB, so that every pass hits the CPU's L2.
+
+    On an accelerator 256 MiB, since there the launches count and not the cache.
 
     A last row alone joins the block before it: PyTorch sums a single long row over threads, in
     another order, and then the bits of a row's loss would hang on its place in the chunk.
     """
-    step = max(2, 2**20 // (4 * vocab_size))
+    block_bytes = 2**20 if logits.device.type == "cpu" else 2**28
+    step = max(2, block_bytes // (4 * logits.shape[1]))
     while start < stop:
         end = stop if stop - start <= step + 1 else start + step
         yield slice(start, end)
@@ -277,21 +289,20 @@ def counted_rows(weight: Tensor) -> Tensor:
     return torch.arange(weight.shape[0], device=weight.device)
 
 
-def balanced(num_rows: int, chunk_rows: int) -> int:
-    """Rows of a chunk, even, such that as few chunks as ``chunk_rows`` allows are about equal.
+def chunk_sizes(num_rows: int, chunk_rows: int) -> list[int]:
+    """Rows of each chunk: as few chunks as ``chunk_rows`` allows, of about equal size.
 
-    A small last chunk wastes a pass over ``dW``, and in float32 the bits of a row's logits depend
-    on how many rows are multiplied with it where those are fewer than 16 (measured, MKL, AVX-512).
+    A small last chunk would waste a pass over ``dW``. None has fewer than `FEWEST_ROWS` where there
+    are as many, so that the size of chunks does not change the bits of row losses. All but the last
+    are even, for pairs.
     """
-    num_chunks = max(1, -(-num_rows // chunk_rows))
-    rows = -(-num_rows // num_chunks)
-    return max(2, rows + rows % 2)
-
-
-def row_chunks(rows: Tensor, chunk_rows: int) -> Iterator[Tensor]:
-    """Pieces of at most ``chunk_rows``; none where there are no rows."""
-    for start in range(0, rows.numel(), chunk_rows):
-        yield rows[start : start + chunk_rows]
+    if num_rows == 0:
+        return []
+    num_chunks = max(1, min(-(-num_rows // chunk_rows), num_rows // (FEWEST_ROWS + 2)))
+    twos, more = divmod((num_rows + 1) // 2, num_chunks)
+    sizes = [2 * (twos + (chunk < more)) for chunk in range(num_chunks)]
+    sizes[-1] -= num_rows % 2
+    return sizes
 
 
 def gather_rows(hidden: Tensor, rows: Tensor, weight: Tensor) -> Tensor:

@@ -39,8 +39,8 @@ from .row_chunks import (
     Gradients,
     LogitTransform,
     RowChunks,
-    balanced,
     cache_blocks,
+    chunk_sizes,
     counted_rows,
     cross_entropy_,
     first_order_only,
@@ -64,7 +64,7 @@ def sftmix_rows(
     pair_c: Tensor,  # (P,) int64
     pair_u: Tensor,  # (P,) int64
     pair_weight: Tensor,  # (P,) float32: 1, 0 or NaN; a pair of weight 0 is not mixed
-    lam: Tensor,  # (P,) float32
+    share: Tensor,  # (P, 2) float32: lam and 1 - lam
     mix_ratio: Tensor,  # () float32
     logit_scale: float,
     softcap: float | None,
@@ -81,9 +81,9 @@ def sftmix_rows(
         singles = single_rows(row_weight, pair_c[pairs], pair_u[pairs])
         num_rows = 2 * pairs.numel() + singles.numel()
         gradients = Gradients(hidden, weight, needs_gradient, num_rows)
-        step = balanced(num_rows, chunk_rows)
-        workspace = weight.new_empty(min(step, num_rows), weight.shape[0])
-        for some, single in chunks(pairs, singles, step):
+        sizes = chunk_sizes(num_rows, chunk_rows)
+        workspace = weight.new_empty(max(sizes, default=0), weight.shape[0])
+        for some, single in chunks(pairs, singles, sizes):
             rows = torch.cat((pair_c[some], pair_u[some], single))
             gathered = gather_rows(hidden, rows, row_weight)
             logits = project(gathered, weight, bias, workspace)
@@ -92,7 +92,7 @@ def sftmix_rows(
                 labels[rows],
                 row_weight[rows],
                 pair_weight[some],
-                lam[some],
+                share[some],
                 mix_ratio,
                 transform,
                 gradients.needed,
@@ -111,7 +111,7 @@ def _(
     pair_c: Tensor,
     pair_u: Tensor,
     pair_weight: Tensor,
-    lam: Tensor,
+    share: Tensor,
     mix_ratio: Tensor,
     logit_scale: float,
     softcap: float | None,
@@ -142,13 +142,13 @@ def single_rows(row_weight: Tensor, rows_c: Tensor, rows_u: Tensor) -> Tensor:
     return paired.byte().argsort(stable=True)[: paired.numel() - 2 * rows_c.numel()]
 
 
-def chunks(pairs: Tensor, singles: Tensor, chunk_rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs first, then single rows, filling every chunk but the last up to ``chunk_rows``."""
+def chunks(pairs: Tensor, singles: Tensor, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs first, then single rows, filling chunks of the sizes given."""
     pair = single = 0
-    while pair < pairs.numel() or single < singles.numel():
-        some = pairs[pair : pair + chunk_rows // 2]
+    for size in sizes:
+        some = pairs[pair : pair + size // 2]
         pair += some.numel()
-        alone = singles[single : single + chunk_rows - 2 * some.numel()]
+        alone = singles[single : single + size - 2 * some.numel()]
         single += alone.numel()
         yield some, alone
 
@@ -158,7 +158,7 @@ def chunk_losses_(
     labels: Tensor,  # (K,)
     row_weight: Tensor,  # (K,)
     pair_weight: Tensor,  # (p,) pairs of this chunk
-    lam: Tensor,  # (p,)
+    share: Tensor,  # (p, 2)
     mix_ratio: Tensor,  # ()
     transform: LogitTransform,
     needs_gradient: bool,
@@ -166,7 +166,7 @@ def chunk_losses_(
     """Losses of one chunk; its logits become gradients in place, block by block."""
     vocab_size, num_pairs = logits.shape[1], pair_weight.numel()
     ntp, mixup = torch.empty_like(row_weight), torch.empty_like(pair_weight)
-    pair_blocks = list(cache_blocks(0, num_pairs, vocab_size))
+    pair_blocks = list(cache_blocks(0, num_pairs, logits))
     largest = max((block.stop - block.start for block in pair_blocks), default=0)
     mixed = torch.empty(largest, vocab_size, device=logits.device)
     for pair in pair_blocks:
@@ -177,7 +177,7 @@ def chunk_losses_(
         ntp[both_rows[0]], ntp[both_rows[1]], mixup[pair] = pair_cross_entropy_(
             (raw_c, raw_u),
             (label_c, label_u),
-            lam[pair],
+            share[pair],
             (weight_c, weight_u),
             pair_weight[pair] * mix_ratio,
             transform,
@@ -186,7 +186,7 @@ def chunk_losses_(
         )
         store_rows_(logits, both_rows[0], raw_c)
         store_rows_(logits, both_rows[1], raw_u)
-    for rows in cache_blocks(2 * num_pairs, labels.numel(), vocab_size):
+    for rows in cache_blocks(2 * num_pairs, labels.numel(), logits):
         raw = load_rows(logits, rows)
         ntp[rows] = cross_entropy_(raw, labels[rows], row_weight[rows], transform, needs_gradient)
         store_rows_(logits, rows, raw)
@@ -207,7 +207,7 @@ class NTPAndMixup(torch.autograd.Function):
         pair_c: Tensor,
         pair_u: Tensor,
         pair_weight: Tensor,
-        lam: Tensor,
+        share: Tensor,
         mu: float,
         ntp_divisor: Tensor,
         mixup_divisor: Tensor,
@@ -223,7 +223,7 @@ class NTPAndMixup(torch.autograd.Function):
             pair_c,
             pair_u,
             pair_weight,
-            lam,
+            share,
             mix_ratio,
             *options,
         )
@@ -244,6 +244,23 @@ class NTPAndMixup(torch.autograd.Function):
             for gradient, needed in zip(gradients, ctx.needs_input_grad, strict=False)
         )
         return *inputs, *(None,) * 10
+
+
+def ordered_pairs(
+    pair_c: Tensor, pair_u: Tensor, lam: Tensor, row_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pairs with the lower row first, their shares (P, 2), and their weights (P,).
+
+    The losses are symmetric in c and u, and so is every bit of the gradients when the order of rows
+    does not depend on which is called c. A row that does not exist makes its pair NaN.
+    """
+    pairs, order = torch.stack((pair_c, pair_u), dim=-1).sort(dim=-1)
+    share = torch.stack((lam, 1.0 - lam), dim=-1).gather(-1, order)
+    num_rows = row_weight.numel()
+    outside = ((pairs < 0) | (pairs >= num_rows)).any(-1)
+    first, second = pairs.clamp(0, max(num_rows - 1, 0)).unbind(-1)
+    weight = both(row_weight[first], row_weight[second]).masked_fill(outside, float("nan"))
+    return first, second, share, weight
 
 
 def fused_sftmix_loss(
@@ -279,7 +296,8 @@ def fused_sftmix_loss(
             is ignored is not mixed.
         lam: share of ``c``, in ``[0, 1]``. Not differentiated.
         mu: weight of Mixup, at least 0. With 0, loss and gradients are bitwise NTP's.
-        ntp_divisor, mixup_divisor: replace the count of valid tokens and of mixed pairs.
+        ntp_divisor, mixup_divisor: replace the count of valid tokens and of mixed pairs; a tensor
+            of 0 counts as 1.
         schedule: ``"auto"``, ``"row_chunks"``, or `RowChunks` for another chunk size.
         row_ntp_out: filled with every token's NTP loss (0 where ignored), for logging.
         validate: also check the values of labels, pairs and lam, which waits for the device.
@@ -301,10 +319,10 @@ def fused_sftmix_loss(
     vocab_size = weight.shape[0]
     if validate:
         check_label_values("labels", labels, vocab_size, ignore_index)
-    share = checked_lam(lam, pair_c, validate=validate)
+    lam = checked_lam(lam, pair_c, validate=validate)
     flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     row_weight = label_weight(flat_labels, vocab_size, ignore_index)
-    pair_weight = both(row_weight[pair_c], row_weight[pair_u])
+    pair_c, pair_u, share, pair_weight = ordered_pairs(pair_c, pair_u, lam, row_weight)
     mixup_count = loss_divisor(mixup_divisor, pair_weight)
     if mu == 0:
         # Nothing of Mixup reaches the gradient, so no row is paired and NTP's own chunks run.
@@ -315,7 +333,7 @@ def fused_sftmix_loss(
                 weight,
                 flat_labels[pair_c],
                 flat_labels[pair_u],
-                share,
+                share[:, 0],
                 bias=bias,
                 logit_scale=logit_scale,
                 softcap=softcap,

@@ -32,6 +32,8 @@ HEAD_CASES: list[Case] = [
     ({"bias": [1.0] * 9}, TypeError, "bias: expected a Tensor, got list"),
     ({"logit_scale": NAN}, ValueError, "logit_scale: .*got nan"),
     ({"softcap": 0.0}, ValueError, "softcap: .*got 0.0"),
+    ({"softcap": "x"}, TypeError, "softcap: expected a number, got str"),
+    ({"logit_scale": None}, TypeError, "logit_scale: expected a number, got NoneType"),
     ({"schedule": "vocab_tiles"}, ValueError, "schedule: 'vocab_tiles'"),
     ({"schedule": "foo"}, ValueError, "schedule: .*got 'foo'"),
 ]
@@ -47,11 +49,14 @@ PLAIN_CASES: list[Case] = [
 ]
 REDUCTION_CASES: list[Case] = [
     ({"reduction": "x"}, ValueError, "reduction: .*got 'x'"),
+    ({"divisor": "x"}, TypeError, "divisor: expected a number, got str"),
     ({"divisor": 0.0}, ValueError, "divisor: .*got 0.0"),
     ({"divisor": torch.ones(2)}, ValueError, r"divisor: .*got shape \(2,\)"),
 ]
 LAM_CASES: list[Case] = [
     ({"lam": 1.5}, ValueError, r"lam: .*\[0.0, 1.0\], got 1.5"),
+    ({"lam": None}, TypeError, "lam: expected a number, got NoneType"),
+    ({"lam": [0.5]}, TypeError, "lam: expected a number, got list"),
     ({"lam": NAN}, ValueError, "lam: .*got nan"),
     ({"lam": torch.tensor(-0.5)}, ValueError, "lam: .*got -0.5"),
     ({"lam": torch.tensor(1)}, TypeError, "lam: .*got torch.int64"),
@@ -67,6 +72,7 @@ MIXUP_CASES: list[Case] = [
 ]
 SFTMIX_CASES: list[Case] = [
     ({"mu": -0.1}, ValueError, "mu: .*got -0.1"),
+    ({"mu": None}, TypeError, "mu: expected a number, got NoneType"),
     ({"mu": NAN}, ValueError, "mu: .*got nan"),
     ({"ntp_divisor": -1.0}, ValueError, "ntp_divisor: .*got -1.0"),
     ({"mixup_divisor": torch.ones(2)}, ValueError, "mixup_divisor"),

@@ -133,7 +133,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(
         mixup_rows, ([hidden, hidden + 1], weight, bias, targets, share, ones, *rest)
     )
-    pairs = (PAIRS["pair_c"], PAIRS["pair_u"], torch.tensor([1.0, 0, 1, 1]), torch.rand(4))
+    pairs = (PAIRS["pair_c"], PAIRS["pair_u"], torch.tensor([1.0, 0, 1, 1]), torch.rand(4, 2))
     torch.library.opcheck(
         sftmix_rows, (hidden, weight, bias, labels, ones, *pairs, torch.tensor(0.2), *rest)
     )

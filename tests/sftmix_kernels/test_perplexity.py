@@ -153,3 +153,22 @@ def test_refused(changed: dict[str, Any], error: type[Exception], message: str) 
     good = {"hidden": exact(2, 8), "weight": exact(123, 8), "labels": torch.tensor([1, 2])}
     good |= {"sample_ids": torch.tensor([0, 1]), "num_samples": S}
     assert_refused(streaming_perplexity, {**good, **changed}, error, message)
+
+
+def test_state_before_the_first_checkpoint() -> None:
+    state = StreamingPerplexity(2, "cpu")
+    state.update(
+        torch.randn(3, 8), torch.randn(9, 8), torch.tensor([1, 2, 3]), torch.tensor([0, 0, 1])
+    )
+    assert state.num_tokens.tolist() == [2, 1]
+    assert state.nll_sum.shape == state.perplexity.shape == (2, 0)
+    assert state.confidence.isnan().all()
+    assert state.variability.isnan().all()
+
+
+def test_an_infinite_perplexity_has_an_infinite_variability() -> None:
+    state = StreamingPerplexity(2, "cpu")
+    nll_sum = torch.tensor([[1e4, 1.0], [1.0, 1.0]], dtype=torch.float64)
+    state.load_state_dict({"nll_sum": nll_sum, "num_tokens": torch.ones(2, dtype=torch.int64)})
+    assert state.confidence[0] == -torch.inf
+    assert state.variability.tolist() == [torch.inf, 0.0]

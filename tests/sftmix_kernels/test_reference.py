@@ -147,3 +147,14 @@ def test_perplexity_is_exp_of_the_mean_loss() -> None:
     torch.testing.assert_close(found[0], losses[ids == 0].mean().exp())
     torch.testing.assert_close(found[2], losses[ids == 2].mean().exp())
     assert found[1].isnan()
+
+
+def test_lam_is_not_rounded_in_float64() -> None:
+    hidden, weight = torch.randn(2, 5, 8).double(), torch.randn(11, 8).double()
+    labels = torch.randint(0, 11, (2, 5))
+    logits = (0.3 * hidden[0] + 0.7 * hidden[1]) @ weight.t()
+    log_p = logits.log_softmax(-1)
+    rows = torch.arange(5)
+    expected = -(0.3 * log_p[rows, labels[0]] + 0.7 * log_p[rows, labels[1]]).mean()
+    found = reference.mixup_loss(hidden[0], hidden[1], weight, labels[0], labels[1], 0.3)
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)

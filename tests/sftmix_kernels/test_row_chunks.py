@@ -7,11 +7,12 @@ import torch
 
 from sftmix_kernels import RowChunks
 from sftmix_kernels.row_chunks import (
+    FEWEST_ROWS,
     LogitTransform,
     add_product_,
     cache_blocks,
+    chunk_sizes,
     resolve_schedule,
-    row_chunks,
     scaled,
     soft_cross_entropy_,
 )
@@ -21,11 +22,11 @@ from sftmix_kernels.row_chunks import (
     ("schedule", "vocab_size", "rows"),
     [
         (RowChunks(), 1000, 1024),
-        (RowChunks(rows=1), 1000, 2),
-        (RowChunks(rows=7), 1000, 6),
+        (RowChunks(rows=1), 1000, 16),
+        (RowChunks(rows=41), 1000, 40),
         (RowChunks(rows=300), 1000, 256),
         (RowChunks(max_bytes=4 * 1000 * 200), 1000, 128),
-        (RowChunks(max_bytes=1), 1000, 2),
+        (RowChunks(max_bytes=1), 1000, 16),
     ],
 )
 def test_rows_of_a_chunk(schedule: RowChunks, vocab_size: int, rows: int) -> None:
@@ -47,16 +48,22 @@ def test_chunks_of_nothing_are_refused(arguments: dict[str, int]) -> None:
 @pytest.mark.parametrize("vocab_size", [123, 32000, 50257, 128256, 400000])
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 17, 512])
 def test_cached_blocks_cover_all_rows_and_leave_none_alone(vocab_size: int, count: int) -> None:
-    blocks = list(cache_blocks(5, 5 + count, vocab_size))
+    blocks = list(cache_blocks(5, 5 + count, torch.empty(0, vocab_size)))
     assert [row for block in blocks for row in range(block.start, block.stop)] == list(
         range(5, 5 + count)
     )
     assert all(block.stop - block.start > 1 for block in blocks) or count == 1
 
 
-def test_row_chunks_of_nothing_are_none() -> None:
-    assert list(row_chunks(torch.arange(0), 4)) == []
-    assert [chunk.tolist() for chunk in row_chunks(torch.arange(5), 2)] == [[0, 1], [2, 3], [4]]
+@pytest.mark.parametrize("num_rows", [0, 1, 15, 31, 33, 100, 1281, 4097])
+@pytest.mark.parametrize("chunk_rows", [16, 128, 1024])
+def test_chunks_are_about_equal_and_never_tiny(num_rows: int, chunk_rows: int) -> None:
+    sizes = chunk_sizes(num_rows, chunk_rows)
+    assert sum(sizes) == num_rows
+    assert all(size % 2 == 0 for size in sizes[:-1])
+    assert all(size >= min(num_rows, FEWEST_ROWS) for size in sizes)
+    assert max(sizes, default=0) - min(sizes, default=0) <= 3
+    assert max(sizes, default=0) <= max(chunk_rows, 2 * FEWEST_ROWS + 4)
 
 
 @pytest.mark.parametrize("gap", [5.0, 14.0, 20.0, 40.0])
