@@ -132,7 +132,9 @@ def _hide_inherited(parser: argparse.ArgumentParser, config_type: type[SFTMixCon
         if issubclass(base, SFTMixConfig)
         for name in base.__annotations__
     }
+    # A reference model is trained without Mixup.
+    idle = {"mu", "alpha"} if issubclass(config_type, ScoreConfig) else set()
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)} - ours
     for action in parser._actions:
-        if action.dest in inherited or action.dest == "remove_unused_columns":
+        if action.dest in inherited | idle | {"remove_unused_columns"}:
             action.help = argparse.SUPPRESS

@@ -42,7 +42,7 @@ class HeadAdapter:
         if not isinstance(self.head, nn.Linear) or self.backbone is model:
             raise ValueError(
                 f"model: expected a causal language model with a linear LM head, "
-                f"got {type(model).__name__}"
+                f"got {type(model).__name__} with {type(self.head).__name__}"
             )
         self.logit_scale = logit_scale(model)
         self.softcap: float | None = getattr(
@@ -92,14 +92,14 @@ class HeadAdapter:
 
     def attach(self) -> None:
         """Give the model and its head a forward that knows ``head_function``."""
-        own_forward, own_head = self.model.forward, self.head.forward
-        backbone, head = self.backbone, self.head
+        # Everything goes through the module that is called: a deep copy runs its own weights.
+        own_forward, own_head = unbound_forward(self.model), unbound_forward(self.head)
 
         def head_forward(
             module: nn.Linear, hidden: Tensor, head_function: HeadFunction | None = None
         ) -> Any:
             if head_function is None:
-                return own_head(hidden)
+                return own_head(module, hidden)
             return head_function(hidden, module.weight, module.bias)
 
         def forward(
@@ -110,12 +110,12 @@ class HeadAdapter:
             **kwargs: Any,
         ) -> Any:
             if head_function is None:
-                return own_forward(*args, **kwargs)
-            hidden = backbone(*args, **kwargs)[0]
+                return own_forward(module, *args, **kwargs)
+            hidden = module.base_model(*args, **kwargs)[0]
             hidden = hidden.reshape(-1, hidden.shape[-1])
             if rows is not None:
                 hidden = hidden.index_select(0, rows)
-            return head(hidden, head_function=head_function)
+            return module.get_output_embeddings()(hidden, head_function=head_function)
 
         # `generate` looks at the signature to see which inputs a model takes.
         forward.__signature__ = inspect.signature(type(self.model).forward)  # type: ignore[attr-defined]
@@ -126,6 +126,14 @@ class HeadAdapter:
         """Give the model and its head back the forward of their classes."""
         for module in (self.model, self.head):
             module.__dict__.pop("forward", None)
+
+
+def unbound_forward(module: nn.Module) -> Callable[..., Any]:
+    """A module's forward as it is now, called with the module as first argument."""
+    own = module.__dict__.get("forward")
+    if own is None:
+        return type(module).forward
+    return getattr(own, "__func__", lambda _, *args, **kwargs: own(*args, **kwargs))
 
 
 def without_peft(model: Any) -> PreTrainedModel:

@@ -102,6 +102,7 @@ def start_manifest(run: Path, recipe: dict[str, Any]) -> None:
         return
     earlier = json.loads(path.read_text(encoding="utf-8"))
     earlier_versions = earlier.pop("versions", None)
+    earlier.pop("split", None)  # what `sftmix split` noted since
     recipe = json.loads(json.dumps(recipe))
     for name in sorted(recipe.keys() | earlier.keys()):
         if recipe.get(name) != earlier.get(name):

@@ -44,13 +44,13 @@ class LossWindow:
 
     def add(self, values: dict[str, Tensor | float]) -> None:
         """Add one micro-batch; fields that are not given stay as they are."""
-        device = self.sums.device
-        self.sums += torch.stack(
-            [
-                torch.as_tensor(values.get(field, 0.0), device=device).detach().double()
-                for field in FIELDS
-            ]
-        )
+        self.sums += torch.stack([self._scalar(values.get(field, 0.0)) for field in FIELDS])
+
+    def _scalar(self, value: Tensor | float) -> Tensor:
+        # A number becomes a tensor by a fill: a copy from the host would wait for the device.
+        if isinstance(value, Tensor):
+            return value.detach().double()
+        return torch.full_like(self.sums[0], value)
 
     def report(self, sums: Tensor, step: int, *, paired: bool, mixed: bool) -> dict[str, float]:
         """The log line of a window that ends at ``step``, from its sums over all ranks."""

@@ -22,12 +22,13 @@ LOCK_NAME = ".lock"
 def open_run(path: str | os.PathLike[str], *, resume: bool) -> Path:
     """Returns the output folder of a run: created when new, checked when resumed.
 
-    The lock and the leftovers of a killed process do not count as content.
+    The lock and the leftovers of a killed process do not count as content. A run that was killed
+    before it wrote anything may be resumed: it starts from the beginning.
 
     Raises:
         ValueError: `path` is empty, has a `..` component, is a symbolic link or a file; it holds
-            results and `resume` is False, or holds none and `resume` is True; or something in it
-            is a symbolic link that leads out of it.
+            results and `resume` is False; it does not exist and `resume` is True; or something in
+            it is a symbolic link that leads out of it.
     """
     if not os.fspath(path):
         raise ValueError("path: expected the folder of a run, got an empty name")
@@ -39,7 +40,7 @@ def open_run(path: str | os.PathLike[str], *, resume: bool) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"path: expected a folder, got the file {str(folder)!r}")
     used = folder.is_dir() and any(map(_is_content, folder.iterdir()))
-    if resume and not used:
+    if resume and not folder.is_dir():
         raise ValueError(f"resume: there is no run to resume in {str(folder)!r}")
     if used and not resume:
         raise ValueError(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from sftmix.partition import read_partition, split, summary, write_partition
-from sftmix.runs import lock_run, open_run
+from sftmix.runs import lock_run, open_run, write_json
 
 
 def main(words: Sequence[str]) -> None:
@@ -31,4 +32,13 @@ def main(words: Sequence[str]) -> None:
     with lock_run(run):
         partition = split(read_partition(path), arguments.by, arguments.seed)
         write_partition(path, partition)
+        record(run, arguments.by, arguments.seed)
     print(summary(partition))
+
+
+def record(run: Path, by: str, seed: int) -> None:
+    """Note in ``RUN/manifest.json``, where there is one, how the halves were made."""
+    path = run / "manifest.json"
+    if path.exists():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, {**content, "split": {"by": by, "seed": seed}})

@@ -102,10 +102,11 @@ def _turn(
     if i + 1 < len(example.messages):
         after = _render(tokenizer, example.messages[: i + 1], template, prompt=False)
     if not (after.startswith(before) and text.startswith(after)):
-        raise ValueError(
-            f"{example.source}: the chat template is not prefix-consistent: what it writes up to "
+        raise _bad_row(
+            example,
+            "the chat template is not prefix-consistent: what it writes up to "
             f"message {i} changes when later messages follow, so the response cannot be found. "
-            "Give the tokenizer a chat_template that writes each message by itself"
+            "Give the tokenizer a chat_template that writes each message by itself",
         )
     return len(before), len(after.rstrip())
 

@@ -143,13 +143,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=[str(demo_data.TRAIN)],
         help="files to train the tokenizer on (default: the bundled demo data)",
     )
-    parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--num-layers", type=int, default=2)
-    parser.add_argument("--num-heads", type=int, default=4)
-    parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--on-bad-row", choices=("error", "skip"), default="error")
+    numbers = {
+        "vocab-size": (4096, "entries of the vocabulary at most"),
+        "hidden-size": (128, "size of the hidden states"),
+        "num-layers": (2, "layers"),
+        "num-heads": (4, "attention heads"),
+        "max-length": (1024, "positions"),
+        "seed": (0, "seed of the weights"),
+    }
+    for name, (default, meaning) in numbers.items():
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"{meaning} (default: {default})"
+        )
+    parser.add_argument(
+        "--on-bad-row",
+        choices=("error", "skip"),
+        default="error",
+        help="a malformed row stops, or is left out and counted (default: error)",
+    )
     options = vars(parser.parse_args(arguments))
     try:
         build_toy_model(options.pop("output"), options.pop("data"), **options)

@@ -18,6 +18,11 @@ def main(words: Sequence[str]) -> None:
     arguments, config = parse(words, TrainRunArguments, SFTMixConfig, "sftmix train")
     if config.method == "sftmix" and arguments.partition is None:
         raise ValueError("partition: --method sftmix needs --partition RUN/confidence.parquet")
+    if config.world_size > 1:
+        raise ValueError(
+            f"train: expected one process, got {config.world_size}; "
+            "for several, use SFTMixTrainer in a script of your own"
+        )
     run = open_run(arguments.output, resume=arguments.resume)
     with lock_run(run):
         remove_leftovers(run)

@@ -130,8 +130,13 @@ class SFTMixMixin(TrainerBase):
 
         Raises:
             ValueError: no partition for SFTMix, one of another length, a model whose head is not
-                understood, or an example too few for one batch.
+                understood, examples too few for one batch, or an option that would not be heeded.
         """
+        for name in ("model_init", "compute_metrics", "compute_loss_func"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name}: not supported here")
+        if kwargs.get("data_collator") is None and len(args) < 3:
+            kwargs["data_collator"] = make_collator(kwargs.get("processing_class"))
         super().__init__(*args, **kwargs)
         self.head = HeadAdapter(self.accelerator.unwrap_model(self.model))
         # The loss is divided by counts over the whole accumulation window, here and not by Trainer.
@@ -155,6 +160,11 @@ class SFTMixMixin(TrainerBase):
             raise ValueError(
                 f"confident: expected one value for each of {len(dataset)} training examples, "
                 f"got shape {confident.shape}"
+            )
+        if self.args.train_batch_size % 2:
+            raise ValueError(
+                "per_device_train_batch_size: expected an even number (pairs of examples), "
+                f"got {self.args.train_batch_size}"
             )
         self.confident_rows = confident.nonzero()[0]
         self.unconfident_rows = (~confident).nonzero()[0]
@@ -241,8 +251,8 @@ class SFTMixMixin(TrainerBase):
         if self.paired:
             unconfident = inputs["owner"] % 2 == 1
             values |= {
-                "nll_confident": row_ntp[~unconfident].sum(),
-                "nll_unconfident": row_ntp[unconfident].sum(),
+                "nll_confident": (row_ntp * ~unconfident).sum(),
+                "nll_unconfident": (row_ntp * unconfident).sum(),
                 "tokens_confident": (~unconfident).sum(),
                 "tokens_unconfident": unconfident.sum(),
                 "mixed_pairs": float(inputs["pair_c"].numel()),
@@ -284,8 +294,17 @@ class SFTMixMixin(TrainerBase):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """NTP loss of a data set, a mean over its response tokens, and its perplexity."""
+        """NTP loss of a data set, a mean over its response tokens, and its perplexity.
+
+        Several data sets, given as a dict, are evaluated one by one, as `Trainer` does.
+        """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            parts = [
+                self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+                for name, part in dataset.items()
+            ]
+            return {key: value for part in parts for key, value in part.items()}
         if dataset is None:
             raise ValueError("eval_dataset: expected a data set to evaluate on, got None")
         scores = score_examples(
@@ -376,7 +395,8 @@ class SFTMixTrainer(SFTMixMixin, Trainer):
 def make_collator(tokenizer: Any) -> PairedCollator:
     """The collator that `SFTMixMixin` expects, padding with the tokenizer's token.
 
-    Padding is masked, so that a tokenizer without a padding token pads with its end token.
+    Padding is masked, so that the end token will do where there is none, and 0 without a
+    tokenizer.
     """
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return PairedCollator(0 if pad is None else pad)
+    tokens = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("pad", "eos"))
+    return PairedCollator(next((token for token in tokens if token is not None), 0))

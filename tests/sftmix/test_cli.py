@@ -271,11 +271,14 @@ def test_split(scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     run.mkdir()
     path = run / "confidence.parquet"
     path.write_bytes((scored / "confidence.parquet").read_bytes())
+    (run / "manifest.json").write_bytes((scored / "manifest.json").read_bytes())
     before = read_partition(path)
     assert main(["split", str(run), "--by", "reversed"]) == 0
     assert (read_partition(path).subset != before.subset).all()
     assert main(["split", str(run), "--by", "random", "--seed", "3"]) == 0
     random = read_partition(path).subset
+    noted = json.loads((run / "manifest.json").read_text())["split"]
+    assert noted == {"by": "random", "seed": 3}
     assert (random == "confident").sum() == 16
     assert (random != before.subset).any()
     assert main(["split", str(run)]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from pathlib import Path
 from typing import Any
@@ -281,3 +282,18 @@ def test_what_peft_may_not_change_is_refused() -> None:
     prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ValueError, match="virtual tokens"):
         HeadAdapter(peft.get_peft_model(tiny.build("Llama"), prompt))
+
+
+def test_a_deep_copy_runs_its_own_weights() -> None:
+    model, batch = tiny.build("Llama"), batch_of()
+    HeadAdapter(model)
+    copied = copy.deepcopy(model)
+    for parameter in copied.parameters():
+        parameter.data.zero_()
+    assert not copied(input_ids=batch["input_ids"]).logits.any()
+    hidden = copied(
+        input_ids=batch["input_ids"], rows=batch["rows"], head_function=lambda h, w, b: (h, w)
+    )
+    assert not hidden[0].any()
+    assert not hidden[1].any()
+    assert model(input_ids=batch["input_ids"]).logits.any()

@@ -1,0 +1,60 @@
+"""What a trainer takes besides the data: collator, evaluation sets, options it must not ignore."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from sftmix import SFTMixTrainer
+from sftmix.pairing import PairedCollator
+
+from . import tiny
+
+
+def test_the_collator_is_there_by_default(tmp_path: Path) -> None:
+    made = SFTMixTrainer(
+        model=tiny.build("Llama"),
+        args=tiny.config(tmp_path, max_steps=1),
+        train_dataset=tiny.examples(8),
+        confident=tiny.halves(8),
+    )
+    assert isinstance(made.data_collator, PairedCollator)
+    made.remove_callback(transformers.PrinterCallback)
+    made.train()
+    assert made.state.global_step == 1
+
+
+def test_several_evaluation_sets_are_evaluated_one_by_one(tmp_path: Path) -> None:
+    sets = {"near": tiny.examples(4), "far": tiny.examples(4, seed=1)}
+    made = tiny.trainer(tiny.build("Llama"), tmp_path, tiny.examples(8), eval_dataset=sets)
+    found = made.evaluate()
+    assert found["eval_near_loss"] == made.evaluate(sets["near"])["eval_loss"]
+    assert found["eval_far_loss"] == made.evaluate(sets["far"])["eval_loss"]
+
+
+def test_nothing_to_evaluate_is_refused(tmp_path: Path) -> None:
+    made = tiny.trainer(tiny.build("Llama"), tmp_path, tiny.examples(8))
+    with pytest.raises(ValueError, match=r"eval_dataset: .*got None"):
+        made.evaluate()
+
+
+@pytest.mark.parametrize("name", ["model_init", "compute_metrics", "compute_loss_func"])
+def test_what_would_be_ignored_is_refused(name: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {name: lambda *_: None}
+    with pytest.raises(ValueError, match=f"{name}: not supported"):
+        SFTMixTrainer(args=tiny.config(tmp_path), train_dataset=tiny.examples(8), **options)
+
+
+def test_pairs_need_an_even_batch_for_the_baseline_too(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"even number .*got 3"):
+        tiny.trainer(
+            tiny.build("Llama"),
+            tmp_path,
+            tiny.examples(8),
+            confident=tiny.halves(8),
+            method="ntp",
+            per_device_train_batch_size=3,
+        )
