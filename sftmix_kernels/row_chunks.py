@@ -173,14 +173,15 @@ def cross_entropy_(
 
 
 def cache_blocks(start: int, stop: int, logits: Tensor) -> Iterator[slice]:
-    """Slices of rows whose float32 logits take about 1 MiB, so that every pass hits the CPU's L2.
+    """Slices of rows whose float32 logits take about 2 MiB, so that every pass hits a cache.
 
-    On an accelerator 256 MiB, since there the launches count and not the cache.
+    NTP + Mixup at D = 512, V = 32000 on two cores with 2 MiB of L2 each: 2.25 s with 1 MiB, 2.14 s
+    with 2 MiB, 2.12 s with 4 MiB. On an accelerator 256 MiB: there the launches count.
 
     A last row alone joins the block before it: PyTorch sums a single long row over threads, in
     another order, and then the bits of a row's loss would hang on its place in the chunk.
     """
-    block_bytes = 2**20 if logits.device.type == "cpu" else 2**28
+    block_bytes = 2**21 if logits.device.type == "cpu" else 2**28
     step = max(2, block_bytes // (4 * logits.shape[1]))
     while start < stop:
         end = stop if stop - start <= step + 1 else start + step
