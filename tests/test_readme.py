@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -40,3 +41,14 @@ def test_every_file_of_the_tree_exists() -> None:
 def test_every_command_is_shown() -> None:
     for command in COMMANDS:
         assert re.search(rf"(sftmix|make) {command}\b", README), command
+
+
+def test_the_figures_are_those_of_the_committed_run() -> None:
+    run = json.loads((ROOT / "benchmarks/results/cpu.json").read_text(encoding="utf-8"))
+    providers = run["sftmix_loss"]["providers"]
+    dense = providers["dense PyTorch"]["median"]
+    for found in providers.values():
+        memory = found["peak_bytes"] / 2**20
+        cells = f"| {found['median']:.2f} | {found['median'] / dense:.2f} | {memory:.0f} MiB |"
+        assert cells in README
+    assert run["facts"]["commit"] in README
