@@ -32,7 +32,7 @@ train a base model on a third of the bundled data, score the rest with a referen
 at the median confidence, and train with NTP and with SFTMix from the same base, on the same
 batches. Ends with a table, DIR/results.json and DIR/report.html.
 
-Takes about three minutes on two free cores; needs no network and no GPU. The numbers of the
+Takes three to four minutes on two cores; needs no network and no GPU. The numbers of the
 recipe (steps, learning rates, sizes) are the demo's, not the paper's. Needs matplotlib:
 pip install 'sftmix[plots]'."""
 
@@ -74,7 +74,7 @@ class DemoSizes:
     base_steps: int = 300
     base_learning_rate: float = 3e-3
     num_scorings: int = 5
-    epochs: int = 3
+    epochs: int = 2
     learning_rate: float = 1e-3
     logging_steps: int = 20
 
