@@ -157,9 +157,6 @@ def run_demo(output: str, seed: int, sizes: DemoSizes) -> None:
     print(f"\nThe report: {folder / 'report.html'}  ({elapsed:.0f} s in all)")
 
 
-# ---- steps
-
-
 def write_data(folder: Path, max_rows: int | None) -> None:
     """Part the bundled training data: every third row for the base model, the rest to tune on."""
     folder.mkdir()
@@ -255,9 +252,6 @@ def score_once(model_folder: Path, data: Path, name: str, sizes: DemoSizes) -> P
         scores.num_tokens.numpy(),
         scores.nll_sum.numpy(),
     )
-
-
-# ---- results
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

@@ -149,9 +149,6 @@ def write_report(
     atomic_write(path, lambda file: file.write_text(html, encoding="utf-8"))
 
 
-# ---- pictures
-
-
 def draw(name: str, plot: Callable[[Axes], None], height: float = 3.1) -> Markup:
     """One figure as an inline SVG; ``name`` keeps its ids apart from those of other figures."""
     import matplotlib  # an optional extra

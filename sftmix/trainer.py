@@ -183,8 +183,6 @@ class SFTMixMixin(TrainerBase):
             self.confident_rows, self.unconfident_rows, alpha=self.args.alpha, seed=self.args.seed
         )
 
-    # ---- the loss
-
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Tokens with loss and mixed pairs of one accumulation window over all ranks: (2,)."""
         counts = torch.tensor(
@@ -276,8 +274,6 @@ class SFTMixMixin(TrainerBase):
             )
         return loss
 
-    # ---- logs, evaluation
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Replace Trainer's loss by the window's exact mean, and add the terms and rates."""
         if "loss" in logs and self.is_in_train:
@@ -329,8 +325,6 @@ class SFTMixMixin(TrainerBase):
             metrics,
         )
         return metrics
-
-    # ---- checkpoints
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where Trainer writes: the staging folder while a checkpoint is being made."""
