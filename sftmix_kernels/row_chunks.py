@@ -31,9 +31,9 @@ class RowChunks:
     """How many rows of logits exist at a time: ``min(rows, max_bytes / bytes of a row)``.
 
     ``rows=None`` takes 4096 on an accelerator (256-row chunks cost 1.5x there, measured by the
-    Liger-Kernel authors on an H200) and 1024 on the CPU (NTP + Mixup at D = 512, V = 32000 on two
-    cores: 2.41 s with 512, 2.13 s with 1024, no faster with 2048). A multiple of 128 above 128,
-    and at least 16.
+    Liger-Kernel authors on an H200) and 1024 on the CPU, where the number hardly matters (NTP + Mixup
+    at D = 512, V = 32000 on two cores, in turns: 2.19 s with 512, 2.19 s with 1024, 2.17 s with
+    2048, quartiles overlapping). A multiple of 128 above 128, and at least 16.
     """
 
     rows: int | None = None
@@ -175,8 +175,9 @@ def cross_entropy_(
 def cache_blocks(start: int, stop: int, logits: Tensor) -> Iterator[slice]:
     """Slices of rows whose float32 logits take about 2 MiB, so that every pass hits a cache.
 
-    NTP + Mixup at D = 512, V = 32000 on two cores with 2 MiB of L2 each: 2.25 s with 1 MiB, 2.14 s
-    with 2 MiB, 2.12 s with 4 MiB. On an accelerator 256 MiB: there the launches count.
+    NTP + Mixup at D = 512, V = 32000 on two cores with 2 MiB of L2 each, in turns: 2.15 s with
+    1 MiB, 2.19 s with 2 MiB, quartiles overlapping. On an accelerator 256 MiB, not measured yet:
+    there the launches count.
 
     A last row alone joins the block before it: PyTorch sums a single long row over threads, in
     another order, and then the bits of a row's loss would hang on its place in the chunk.
