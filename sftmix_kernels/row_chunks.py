@@ -31,9 +31,9 @@ class RowChunks:
     """How many rows of logits exist at a time: ``min(rows, max_bytes / bytes of a row)``.
 
     ``rows=None`` takes 4096 on an accelerator (256-row chunks cost 1.5x there, measured by the
-    Liger-Kernel authors on an H200) and 1024 on the CPU, where the number hardly matters (NTP + Mixup
-    at D = 512, V = 32000 on two cores, in turns: 2.19 s with 512, 2.19 s with 1024, 2.17 s with
-    2048, quartiles overlapping). A multiple of 128 above 128, and at least 16.
+    Liger-Kernel authors on an H200) and 1024 on the CPU, where the number hardly matters (NTP +
+    Mixup at D = 512, V = 32000 on two cores, in turns: 2.19 s with 512, 2.19 s with 1024, 2.17 s
+    with 2048, quartiles overlapping). A multiple of 128 above 128, and at least 16.
     """
 
     rows: int | None = None
