@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import resource
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,19 +181,26 @@ def test_training_again_in_the_same_folder_writes_anew(tmp_path: Path) -> None:
     assert fault(tmp_path / "checkpoint-3") is None
 
 
-@pytest.fixture
-def small_disk() -> Iterator[Callable[[int], None]]:
-    """No file can grow beyond a number of bytes, which fails as a full disk does."""
+@contextlib.contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """No file can grow beyond `size` bytes, which fails as a full disk does.
+
+    The limit is the process's: what it prints meanwhile is kept from standard output and error,
+    which may be files too.
+    """
     own, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(LIMIT)
-    yield lambda size: resource.setrlimit(LIMIT, (size, limits[1]))
-    resource.setrlimit(LIMIT, limits)
-    signal.signal(signal.SIGXFSZ, own)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            resource.setrlimit(LIMIT, (size, limits[1]))
+            yield
+    finally:
+        resource.setrlimit(LIMIT, limits)
+        signal.signal(signal.SIGXFSZ, own)
 
 
 @pytest.mark.parametrize("size", [1_000, 50_000])
-def test_a_full_disk_leaves_the_old_checkpoints(
-    size: int, small_disk: Callable[[int], None], unbroken: Any, tmp_path: Path
-) -> None:
+def test_a_full_disk_leaves_the_old_checkpoints(size: int, unbroken: Any, tmp_path: Path) -> None:
     """The weights do not fit, or they do and the optimizer does not."""
     run = copy_of(unbroken[0], tmp_path, 3, 6)
     sizes = [
@@ -199,8 +208,7 @@ def test_a_full_disk_leaves_the_old_checkpoints(
     ]
     assert 1_000 < sizes[0] < 50_000 < sizes[1]
     made = make(run)
-    small_disk(size)
-    with pytest.raises(OSError, match="is the disk full"):
+    with small_disk(size), pytest.raises(OSError, match="is the disk full"):
         made.train(resume_from_checkpoint=True)
     assert (run / STAGING).is_dir()
     assert [path.name for path in list_checkpoints(run)] == ["checkpoint-6", "checkpoint-3"]
