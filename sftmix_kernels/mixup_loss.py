@@ -37,6 +37,7 @@ from .row_chunks import (
     load_rows,
     project,
     resolve_schedule,
+    runs_triton,
     scaled,
     soft_cross_entropy_,
     store_rows_,
@@ -68,13 +69,14 @@ def mixup_rows(
         for chunk in rows.split(sizes):
             mixed = mixed_rows(hidden, share, chunk, row_weight)
             logits = project(mixed, weight, bias, workspace)
-            for block in cache_blocks(0, chunk.numel(), logits):
-                here, raw = chunk[block], load_rows(logits, block)
-                found = soft_cross_entropy_(
-                    raw, targets[here], share[here], row_weight[here], transform, gradients.needed
-                )
-                loss[here] = weighted_loss(row_weight[here], found)
-                store_rows_(logits, block, raw)
+            loss[chunk] = chunk_losses_(
+                logits,
+                targets[chunk],
+                share[chunk],
+                row_weight[chunk],
+                transform,
+                gradients.needed,
+            )
             gradients.add_chunk(logits, mixed, weight, chunk)
     return loss, gradients.hidden, gradients.weight, gradients.bias
 
@@ -96,12 +98,41 @@ def _(
     return torch.empty_like(row_weight), gradients.hidden, gradients.weight, gradients.bias
 
 
+def chunk_losses_(
+    logits: Tensor,  # (K, V) raw logits; gradients afterwards
+    targets: Tensor,  # (K, T)
+    share: Tensor,  # (K, T)
+    row_weight: Tensor,  # (K,)
+    transform: LogitTransform,
+    needs_gradient: bool,
+) -> Tensor:  # (K,)
+    """Weighted losses of one chunk; its logits become gradients in place."""
+    if runs_triton(logits):
+        from .triton.row_chunks import soft_rows_
+
+        both_shares = None if share.shape[1] == 1 else share
+        return soft_rows_(logits, targets, both_shares, row_weight, transform, needs_gradient)
+    loss = torch.empty_like(row_weight)
+    for block in cache_blocks(0, loss.numel(), logits):
+        raw = load_rows(logits, block)
+        loss[block] = soft_cross_entropy_(
+            raw, targets[block], share[block], row_weight[block], transform, needs_gradient
+        )
+        store_rows_(logits, block, raw)
+    return weighted_loss(row_weight, loss)
+
+
 def mixed_rows(
     hidden: list[Tensor], share: Tensor, rows: Tensor, row_weight: Tensor
 ) -> Tensor:  # (K, D)
     """``sum_t share_t hidden_t`` of some rows, in float32, rounded once to hidden's dtype."""
     if len(hidden) == 1:
         return gather_rows(hidden[0], rows, row_weight)
+    first, second = hidden
+    if runs_triton(share):
+        from .triton import row_chunks
+
+        return row_chunks.mixed_rows(first, second, share, rows, row_weight)
     first, second = (gather_rows(h, rows, row_weight).float() for h in hidden)
     share_first, share_second = share[rows].tensor_split(2, dim=-1)
     return (first * share_first + second * share_second).to(hidden[0].dtype)

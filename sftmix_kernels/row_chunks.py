@@ -11,6 +11,7 @@ V vocabulary.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -67,6 +68,11 @@ def resolve_schedule(schedule: str | RowChunks, hidden: Tensor, vocab_size: int)
         "schedule: expected 'auto', 'row_chunks', 'vocab_tiles' or RowChunks(...), "
         f"got {schedule!r}"
     )
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """Whether Triton kernels run on this tensor: on CUDA, and anywhere in Triton's interpreter."""
+    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class LogitTransform(NamedTuple):

@@ -49,6 +49,7 @@ from .row_chunks import (
     pair_cross_entropy_,
     project,
     resolve_schedule,
+    runs_triton,
     scaled,
     store_rows_,
 )
@@ -163,8 +164,24 @@ def chunk_losses_(
     transform: LogitTransform,
     needs_gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # NTP losses (K,), Mixup losses (p,)
-    """Losses of one chunk; its logits become gradients in place, block by block."""
+    """Weighted losses of one chunk; its logits become gradients in place."""
     vocab_size, num_pairs = logits.shape[1], pair_weight.numel()
+    if runs_triton(logits):
+        from .triton.row_chunks import pair_rows_, soft_rows_
+
+        ntp_of_pairs, mixup = pair_rows_(
+            logits, labels, row_weight, share, pair_weight, mix_ratio, transform, needs_gradient
+        )
+        single = slice(2 * num_pairs, None)
+        ntp_of_singles = soft_rows_(
+            logits[single],
+            labels[single],
+            None,
+            row_weight[single],
+            transform,
+            needs_gradient,
+        )
+        return torch.cat((ntp_of_pairs, ntp_of_singles)), mixup
     ntp, mixup = torch.empty_like(row_weight), torch.empty_like(pair_weight)
     pair_blocks = list(cache_blocks(0, num_pairs, logits))
     largest = max((block.stop - block.start for block in pair_blocks), default=0)
