@@ -8,13 +8,14 @@ from .cross_entropy import fused_cross_entropy
 from .mixup_loss import fused_mixup_loss
 from .perplexity import StreamingPerplexity, streaming_perplexity
 from .reference import SFTMixLoss
-from .row_chunks import RowChunks
+from .schedules import RowChunks, VocabTiles
 from .sftmix_loss import fused_sftmix_loss
 
 __all__ = [
     "RowChunks",
     "SFTMixLoss",
     "StreamingPerplexity",
+    "VocabTiles",
     "fused_cross_entropy",
     "fused_mixup_loss",
     "fused_sftmix_loss",

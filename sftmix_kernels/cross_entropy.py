@@ -15,7 +15,7 @@ from .checks import (
 )
 from .mixup_loss import reduced_loss
 from .reference import label_weight
-from .row_chunks import RowChunks, resolve_schedule
+from .schedules import Schedule, resolve_schedule
 
 
 def fused_cross_entropy(
@@ -29,7 +29,7 @@ def fused_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     divisor: float | Tensor | None = None,
-    schedule: str | RowChunks = "auto",
+    schedule: Schedule = "auto",
     validate: bool = False,
 ) -> Tensor:
     """Cross-entropy of the LM head's logits without ever holding them.

@@ -24,24 +24,24 @@ from .checks import (
     check_same,
     checked_lam,
 )
+from .recomputed_loss import TileOptions, TileRows
 from .reference import both, label_weight, weighted_loss
 from .row_chunks import (
     Gradients,
     LogitTransform,
-    RowChunks,
     cache_blocks,
     chunk_sizes,
     counted_rows,
     first_order_only,
-    gather_rows,
+    input_gradients,
     load_rows,
+    mixed_rows,
+    present,
     project,
-    resolve_schedule,
-    runs_triton,
-    scaled,
     soft_cross_entropy_,
     store_rows_,
 )
+from .schedules import Schedule, VocabTiles, resolve_schedule, runs_triton
 
 
 @torch.library.custom_op("sftmix_kernels::mixup_rows", mutates_args=())
@@ -122,22 +122,6 @@ def chunk_losses_(
     return weighted_loss(row_weight, loss)
 
 
-def mixed_rows(
-    hidden: list[Tensor], share: Tensor, rows: Tensor, row_weight: Tensor
-) -> Tensor:  # (K, D)
-    """``sum_t share_t hidden_t`` of some rows, in float32, rounded once to hidden's dtype."""
-    if len(hidden) == 1:
-        return gather_rows(hidden[0], rows, row_weight)
-    first, second = hidden
-    if runs_triton(share):
-        from .triton import row_chunks
-
-        return row_chunks.mixed_rows(first, second, share, rows, row_weight)
-    first, second = (gather_rows(h, rows, row_weight).float() for h in hidden)
-    share_first, share_second = share[rows].tensor_split(2, dim=-1)
-    return (first * share_first + second * share_second).to(hidden[0].dtype)
-
-
 class Options(NamedTuple):
     """What the op needs to know besides tensors."""
 
@@ -212,30 +196,6 @@ class UnreducedRows(torch.autograd.Function):
         return *input_gradients(ctx, gradients, share, upstream.new_ones(())), *(None,) * 4
 
 
-def present(*tensors: Tensor | None) -> list[Tensor]:
-    """The tensors that are not None."""
-    return [tensor for tensor in tensors if tensor is not None]
-
-
-def input_gradients(
-    ctx: Any, gradients: list[Tensor], share: Tensor, scale: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden_c, hidden_u, weight and bias from those of the mixed rows."""
-    mixed, weight, bias = gradients
-    one = share.shape[1] == 1
-    factors = [scale] if one else [share_t * scale for share_t in share.tensor_split(2, dim=-1)]
-    hidden = [
-        scaled(mixed, factor, ctx.dtype) if needed else None
-        for factor, needed in zip(factors, ctx.needs_input_grad, strict=False)
-    ]
-    return (
-        *hidden,
-        *((None,) if one else ()),
-        scaled(weight, scale, ctx.dtype) if ctx.needs_input_grad[2] else None,
-        scaled(bias, scale, ctx.dtype) if ctx.needs_input_grad[3] else None,
-    )
-
-
 def reduced_loss(
     hidden_c: Tensor,  # (..., D)
     hidden_u: Tensor | None,
@@ -248,14 +208,13 @@ def reduced_loss(
     softcap: float | None,
     reduction: str,
     divisor: float | Tensor | None,
-    chunk_rows: int,
+    schedule: int | VocabTiles,
 ) -> Tensor:
     """Flatten, run, and reduce: what Mixup and the plain cross-entropy have in common."""
     inputs = (hidden_c, weight, bias)
     if hidden_u is not None and hidden_u.requires_grad:
         inputs = (hidden_u, weight, bias)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
-    options = Options(float(logit_scale), softcap, chunk_rows, needs)
     size, terms = weight.shape[1], targets.shape[-1]
     tensors = (
         hidden_c.reshape(-1, size),
@@ -266,11 +225,16 @@ def reduced_loss(
         share.reshape(-1, terms),
         row_weight.reshape(-1),
     )
+    total = loss_divisor(1.0 if reduction == "sum" else divisor, row_weight)
+    if isinstance(schedule, VocabTiles):
+        tiles = TileOptions(float(logit_scale), softcap, schedule.filter_eps, schedule.max_bytes)
+        rows = TileRows.apply(*tensors, tiles)  # type: ignore[no-untyped-call]
+        if reduction == "none":
+            return rows.reshape(row_weight.shape)  # type: ignore[no-any-return]
+        return (rows.sum(dtype=torch.float64) / total).float()  # type: ignore[no-any-return]
+    options = Options(float(logit_scale), softcap, schedule, needs)
     if reduction == "none":
         return UnreducedRows.apply(*tensors, options).reshape(row_weight.shape)  # type: ignore[no-any-return, no-untyped-call]
-    if reduction == "sum":
-        divisor = 1.0
-    total = loss_divisor(divisor, row_weight)
     return ReducedRows.apply(*tensors, total, options)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -299,7 +263,7 @@ def fused_mixup_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     divisor: float | Tensor | None = None,
-    schedule: str | RowChunks = "auto",
+    schedule: Schedule = "auto",
     validate: bool = False,
 ) -> Tensor:
     """Mixup loss of pairs of hidden states without ever holding their logits.
@@ -318,7 +282,8 @@ def fused_mixup_loss(
         reduction: ``"mean"`` over the positions that count, ``"sum"``, or ``"none"``.
         divisor: replaces the count of positions in ``"mean"`` (a global count over ranks, say); a
             tensor of 0 counts as 1.
-        schedule: ``"auto"``, ``"row_chunks"``, or `RowChunks` for another chunk size.
+        schedule: ``"auto"``, ``"row_chunks"``, ``"vocab_tiles"``, or `RowChunks` or `VocabTiles`
+            with other numbers.
         validate: also check the values of labels and lam, which waits for the device.
 
     Returns:

@@ -45,7 +45,7 @@ def token_nll(
     with torch.autocast(weight.device.type, enabled=False):
         counted = counted_rows(row_weight)
         for rows in counted.split(chunk_sizes(counted.numel(), ROWS)):
-            gathered = gather_rows(hidden, rows, row_weight)
+            gathered = gather_rows(hidden, rows, row_weight[rows])
             target = labels[rows].unsqueeze(-1)
             peak = torch.full_like(target, -torch.inf, dtype=torch.float32)
             total, target_logit = torch.zeros_like(peak), torch.zeros_like(peak)

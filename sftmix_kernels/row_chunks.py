@@ -11,68 +11,15 @@ V vocabulary.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .schedules import FEWEST_ROWS, runs_triton
+
 Backward = Callable[..., tuple[Tensor | None, ...]]
-
-
-# In float32 the bits of a row's logits depend on how many rows are multiplied with it where those
-# are fewer (measured, MKL, AVX-512).
-FEWEST_ROWS = 16
-
-
-@dataclass(frozen=True)
-class RowChunks:
-    """How many rows of logits exist at a time: ``min(rows, max_bytes / bytes of a row)``.
-
-    ``rows=None`` takes 4096 on an accelerator (256-row chunks cost 1.5x there, measured by the
-    Liger-Kernel authors on an H200) and 1024 on the CPU, where the number hardly matters (NTP +
-    Mixup at D = 512, V = 32000 on two cores, in turns: 2.19 s with 512, 2.19 s with 1024, 2.17 s
-    with 2048, quartiles overlapping). A multiple of 128 above 128, and at least 16.
-    """
-
-    rows: int | None = None
-    max_bytes: int = 2**30
-
-    def __post_init__(self) -> None:
-        for name, value in (("rows", self.rows), ("max_bytes", self.max_bytes)):
-            if value is not None and value < 1:
-                raise ValueError(f"RowChunks: {name} must be at least 1, got {value}")
-
-    def rows_for(self, hidden: Tensor, vocab_size: int) -> int:
-        """Rows of one chunk, even, for logits of ``hidden``'s dtype on ``hidden``'s device."""
-        rows = self.rows or (1024 if hidden.device.type == "cpu" else 4096)
-        rows = min(rows, self.max_bytes // (vocab_size * hidden.element_size()))
-        return max(FEWEST_ROWS, rows - rows % (128 if rows > 128 else 2))
-
-
-def resolve_schedule(schedule: str | RowChunks, hidden: Tensor, vocab_size: int) -> int:
-    """Rows of one chunk for a public function's ``schedule`` argument.
-
-    ``"auto"`` is ``row_chunks`` everywhere: it does three GEMMs' work where recomputing vocabulary
-    tiles does four.
-    """
-    if isinstance(schedule, RowChunks):
-        return schedule.rows_for(hidden, vocab_size)
-    if schedule in ("auto", "row_chunks"):
-        return RowChunks().rows_for(hidden, vocab_size)
-    if schedule == "vocab_tiles":
-        raise ValueError("schedule: 'vocab_tiles' is not available in this version; use 'auto'")
-    raise ValueError(
-        "schedule: expected 'auto', 'row_chunks', 'vocab_tiles' or RowChunks(...), "
-        f"got {schedule!r}"
-    )
-
-
-def runs_triton(tensor: Tensor) -> bool:
-    """Whether Triton kernels run on this tensor: on CUDA, and anywhere in Triton's interpreter."""
-    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class LogitTransform(NamedTuple):
@@ -315,4 +262,44 @@ def chunk_sizes(num_rows: int, chunk_rows: int) -> list[int]:
 
 def gather_rows(hidden: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     """``hidden[rows]`` with zeros where the weight is 0: an ignored NaN must not reach ``dW``."""
-    return hidden.index_select(0, rows).masked_fill_((weight[rows] == 0).unsqueeze(-1), 0.0)
+    return hidden.index_select(0, rows).masked_fill_((weight == 0).unsqueeze(-1), 0.0)
+
+
+def mixed_rows(
+    hidden: list[Tensor], share: Tensor, rows: Tensor, row_weight: Tensor
+) -> Tensor:  # (K, D)
+    """``sum_t share_t hidden_t`` of some rows, in float32, rounded once to hidden's dtype."""
+    if len(hidden) == 1:
+        return gather_rows(hidden[0], rows, row_weight[rows])
+    first, second = hidden
+    if runs_triton(share):
+        from .triton import row_chunks
+
+        return row_chunks.mixed_rows(first, second, share, rows, row_weight)
+    first, second = (gather_rows(h, rows, row_weight[rows]).float() for h in hidden)
+    share_first, share_second = share[rows].tensor_split(2, dim=-1)
+    return (first * share_first + second * share_second).to(hidden[0].dtype)
+
+
+def present(*tensors: Tensor | None) -> list[Tensor]:
+    """The tensors that are not None."""
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def input_gradients(
+    ctx: Any, gradients: list[Tensor], share: Tensor, scale: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden_c, hidden_u, weight and bias from those of the mixed rows."""
+    mixed, weight, bias = gradients
+    one = share.shape[1] == 1
+    factors = [scale] if one else [share_t * scale for share_t in share.tensor_split(2, dim=-1)]
+    hidden = [
+        scaled(mixed, factor, ctx.dtype) if needed else None
+        for factor, needed in zip(factors, ctx.needs_input_grad, strict=False)
+    ]
+    return (
+        *hidden,
+        *((None,) if one else ()),
+        scaled(weight, scale, ctx.dtype) if ctx.needs_input_grad[2] else None,
+        scaled(bias, scale, ctx.dtype) if ctx.needs_input_grad[3] else None,
+    )

@@ -34,11 +34,11 @@ from .checks import (
     checked_lam,
 )
 from .mixup_loss import Options, fused_mixup_loss, loss_divisor
+from .recomputed_loss import TileOptions, tile_losses
 from .reference import SFTMixLoss, both, label_weight, weighted_loss
 from .row_chunks import (
     Gradients,
     LogitTransform,
-    RowChunks,
     cache_blocks,
     chunk_sizes,
     counted_rows,
@@ -48,11 +48,10 @@ from .row_chunks import (
     load_rows,
     pair_cross_entropy_,
     project,
-    resolve_schedule,
-    runs_triton,
     scaled,
     store_rows_,
 )
+from .schedules import Schedule, VocabTiles, resolve_schedule, runs_triton
 
 
 @torch.library.custom_op("sftmix_kernels::sftmix_rows", mutates_args=())
@@ -86,7 +85,7 @@ def sftmix_rows(
         workspace = weight.new_empty(max(sizes, default=0), weight.shape[0])
         for some, single in chunks(pairs, singles, sizes):
             rows = torch.cat((pair_c[some], pair_u[some], single))
-            gathered = gather_rows(hidden, rows, row_weight)
+            gathered = gather_rows(hidden, rows, row_weight[rows])
             logits = project(gathered, weight, bias, workspace)
             ntp[rows], mixup[some] = chunk_losses_(
                 logits,
@@ -295,7 +294,7 @@ def fused_sftmix_loss(
     ignore_index: int = -100,
     ntp_divisor: float | Tensor | None = None,
     mixup_divisor: float | Tensor | None = None,
-    schedule: str | RowChunks = "auto",
+    schedule: Schedule = "auto",
     row_ntp_out: Tensor | None = None,  # (...) float32
     validate: bool = False,
 ) -> SFTMixLoss:
@@ -315,7 +314,8 @@ def fused_sftmix_loss(
         mu: weight of Mixup, at least 0. With 0, loss and gradients are bitwise NTP's.
         ntp_divisor, mixup_divisor: replace the count of valid tokens and of mixed pairs; a tensor
             of 0 counts as 1.
-        schedule: ``"auto"``, ``"row_chunks"``, or `RowChunks` for another chunk size.
+        schedule: ``"auto"``, ``"row_chunks"``, ``"vocab_tiles"``, or `RowChunks` or `VocabTiles`
+            with other numbers.
         row_ntp_out: filled with every token's NTP loss (0 where ignored), for logging.
         validate: also check the values of labels, pairs and lam, which waits for the device.
 
@@ -359,9 +359,7 @@ def fused_sftmix_loss(
                 schedule=schedule,
             )
         pair_c, pair_u, pair_weight, share = (t[:0] for t in (pair_c, pair_u, pair_weight, share))
-    inputs = (hidden, weight, bias)
-    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
-    loss, ntp, mixup, row_ntp = NTPAndMixup.apply(  # type: ignore[no-untyped-call]
+    terms = (
         flat_hidden,
         weight,
         bias,
@@ -374,8 +372,16 @@ def fused_sftmix_loss(
         float(mu),
         loss_divisor(ntp_divisor, row_weight),
         mixup_count,
-        Options(float(logit_scale), softcap, resolve_schedule(schedule, hidden, vocab_size), needs),
     )
+    plan = resolve_schedule(schedule, hidden, vocab_size)
+    if isinstance(plan, VocabTiles):
+        tiles = TileOptions(float(logit_scale), softcap, plan.filter_eps, plan.max_bytes)
+        loss, ntp, mixup, row_ntp = tile_losses(*terms, tiles)
+    else:
+        inputs = (hidden, weight, bias)
+        needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
+        options = Options(float(logit_scale), softcap, plan, needs)
+        loss, ntp, mixup, row_ntp = NTPAndMixup.apply(*terms, options)  # type: ignore[no-untyped-call]
     if row_ntp_out is not None:
         row_ntp_out.copy_(row_ntp.reshape(labels.shape))
     return SFTMixLoss(loss, ntp, mixup_alone if mu == 0 else mixup)

@@ -107,6 +107,13 @@ def merge_lse(peak, total, axis: tl.constexpr):
 
 
 @triton.jit
+def add_lse(peak_1, total_1, peak_2, total_2):
+    """One ``(peak, total)`` of two."""
+    top = tl.maximum(peak_1, peak_2)
+    return top, total_1 * tl.exp(peak_1 - top) + total_2 * tl.exp(peak_2 - top)
+
+
+@triton.jit
 def held_targets(target_1, target_2, share_1, share_2):
     """The columns that are kept out of a row's sum: targets with a share; -1 for none.
 
@@ -201,8 +208,8 @@ def pair_state(
 ):
     """All that a pair's gradients need besides its logits.
 
-    Returns three losses, three maxima, three factors (`row_factor`), in the order c, u, mixture,
-    and ``d loss / d raw`` of both rows at both targets, in the order of the arguments.
+    Returns three losses, maxima, sums of exponentials and factors (`row_factor`), in the order c,
+    u, mixture, and ``d loss / d raw`` of both rows at both targets, in the order of the arguments.
     """
     peak_c, total_c, peak_u, total_u, peak_m, total_m = lse
     weight_c, weight_u, weight_m = weights
@@ -227,8 +234,8 @@ def pair_state(
     cu = row_gradient(raw_cu, top_c, factor_c, logit_scale, softcap) + share_c * mu
     uc = row_gradient(raw_uc, top_u, factor_u, logit_scale, softcap) + share_u * mc
     cu, uc = tl.where(same, cc, cu), tl.where(same, uu, uc)
-    losses = (loss_c, loss_u, loss_m)
-    return losses, (top_c, top_u, top_m), (factor_c, factor_u, factor_m), (cc, cu, uc, uu)
+    losses, factors = (loss_c, loss_u, loss_m), (factor_c, factor_u, factor_m)
+    return losses, (top_c, top_u, top_m), (total_c, total_u, total_m), factors, (cc, cu, uc, uu)
 
 
 @triton.jit

@@ -173,7 +173,7 @@ def pair_rows_kernel(
     raw_uc, raw_uu = load_float32(ptr_u + target_c), load_float32(ptr_u + target_u)
     weight_c, weight_u = tl.load(weight_ptr + row_c), tl.load(weight_ptr + row_u)
     weight_m = weighted(mix_weight, tl.load(mix_ratio_ptr))
-    losses, top, factor, at_targets = pair_state(
+    losses, top, _, factor, at_targets = pair_state(
         (peak_c, total_c, peak_u, total_u, peak_m, total_m),
         raw_cc,
         raw_cu,
