@@ -9,22 +9,11 @@ V vocabulary, C columns of the tiles at hand, B tiles of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from .row_chunks import Gradients, LogitTransform, add_product_, gather_rows, mixed_rows
-
-# Rows, pairs and vocabulary entries of a tile; `triton/tiles.py` has the reason.
-BLOCK_R, BLOCK_P, BLOCK_V = 128, 64, 128
-
-
-def groups(count: int, block: int, bytes_each: int, max_bytes: int) -> Iterator[slice]:
-    """Slices of whole blocks, as many rows each as ``max_bytes`` allows."""
-    step = max(block, max_bytes // bytes_each // block * block)
-    for start in range(0, count, step):
-        yield slice(start, min(start + step, count))
+from .row_chunks import Gradients, LogitTransform, gather_rows, mixed_rows
+from .tile_gradients import BLOCK_P, BLOCK_R, BLOCK_V, TileGradients, groups
 
 
 def live_flags(count: int, block: int, weight: Tensor, filter_eps: float) -> Tensor:
@@ -36,104 +25,6 @@ def live_flags(count: int, block: int, weight: Tensor, filter_eps: float) -> Ten
 def live_of(live: Tensor, rows: slice, block: int) -> Tensor | None:
     """The flags of a group's blocks; None without a filter."""
     return live[rows.start // block : -(-rows.stop // block)] if live.shape[0] else None
-
-
-class TileGradients(Gradients):
-    """Gradients filled by groups of rows and, in a group, by some tiles of the vocabulary at once.
-
-    Half of the workspace holds a group's float32 ``dH`` and its hidden rows, half its logit
-    gradient in those tiles.
-    """
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        needs_gradient: list[bool],
-        num_rows: int,
-        max_bytes: int,
-    ) -> None:
-        super().__init__(hidden, weight, needs_gradient, num_rows)
-        self.like, self.max_bytes = weight, max_bytes
-        self.row_bytes = weight.shape[1] * (4 + weight.element_size())
-        self.group = self.hidden
-
-    def tiles(self, num_rows: int) -> Iterator[tuple[Tensor, int]]:
-        """Room (K, C) for the gradient of some whole tiles, and the first of their columns."""
-        vocab_size = self.like.shape[0]
-        all_columns = -(-vocab_size // BLOCK_V) * BLOCK_V
-        row_bytes = num_rows * self.like.element_size()
-        step = max(BLOCK_V, self.max_bytes // 2 // row_bytes // BLOCK_V * BLOCK_V)
-        workspace = self.like.new_empty(num_rows * min(step, all_columns))
-        for first in range(0, vocab_size, step):
-            width = min(step, all_columns - first)
-            yield workspace[: num_rows * width].view(num_rows, width), first
-
-    def add_tiles(
-        self,
-        gradient: Tensor,  # (K, C) of whole tiles
-        first: int,  # column
-        hidden: Tensor,  # (K, D)
-        weight: Tensor,  # (V, D)
-        live: Tensor | None,  # (blocks, B) uint8
-        block: int,
-        parts: int,
-    ) -> None:
-        """Add ``dH += G W``, ``dW += G^T H`` and ``db += sum G`` of these tiles.
-
-        The group's rows come in ``parts`` of equal size, of which each has the blocks of ``live``.
-        """
-        columns = slice(first, min(first + gradient.shape[1], weight.shape[0]))
-        gradient, head = gradient[:, : columns.stop - first], weight[columns]
-        if first == 0 and self.needs_hidden:
-            self.group = hidden.new_empty(hidden.shape, dtype=torch.float32)
-        if live is not None:
-            live = live[:, first // BLOCK_V : -(-columns.stop // BLOCK_V)]
-        for part in range(parts if live is not None else 1):
-            rows = slice(None) if live is None else part_of(gradient.shape[0], part, parts)
-            if self.needs_hidden:
-                add_blocks_(
-                    self.group[rows], gradient[rows], head, live, (block, BLOCK_V), first == 0
-                )
-            if self.needs_weight:
-                add_blocks_(
-                    self.weight[columns],
-                    gradient[rows].t(),
-                    hidden[rows],
-                    None if live is None else live.t(),
-                    (BLOCK_V, block),
-                    self.first and part == 0,
-                )
-        if self.needs_bias:
-            self.bias[columns] += gradient.sum(0, dtype=torch.float32)
-
-    def end_group(self, rows: Tensor) -> None:
-        """Put the group's ``dH`` in its place, rounded once."""
-        if self.needs_hidden:
-            self.hidden.index_copy_(0, rows, self.group.to(self.hidden.dtype))
-        self.first = False
-
-
-def part_of(count: int, part: int, parts: int) -> slice:
-    """One of ``parts`` equal parts of ``count`` rows."""
-    return slice(part * count // parts, (part + 1) * count // parts)
-
-
-def add_blocks_(
-    total: Tensor,  # (M, N) float32
-    left: Tensor,  # (M, K)
-    right: Tensor,  # (K, N)
-    live: Tensor | None,  # (blocks of M, blocks of K) uint8
-    blocks: tuple[int, int],
-    overwrite: bool,
-) -> None:
-    """``total += left @ right``, by the vendor GEMM or, with a filter, over live blocks alone."""
-    if live is None:
-        add_product_(total, left, right, overwrite=overwrite)
-    else:
-        from .triton.vocab_tiles_backward import add_live_product_
-
-        add_live_product_(total, left, right, live, *blocks, overwrite=overwrite)
 
 
 @torch.library.custom_op("sftmix_kernels::mixup_tiles", mutates_args=())
@@ -152,6 +43,7 @@ def mixup_tiles(
     """Weighted row losses (R,), the rows' state (4, R) for backward, and live flags."""
     from .triton.vocab_tiles_forward import soft_forward
 
+    hidden, weight = [h.contiguous() for h in hidden], dense_rows(weight)
     transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
     num_rows = row_weight.numel()
     loss, state = torch.empty_like(row_weight), row_weight.new_empty(4, num_rows)
@@ -162,7 +54,7 @@ def mixup_tiles(
             [h[rows] for h in hidden],
             share_by_target(share, rows),
             by_target(targets, rows),
-            row_weight[rows],
+            row_weight[rows].contiguous(),
             weight,
             bias,
             transform,
@@ -208,6 +100,7 @@ def mixup_tiles_backward(
     (V, D) and bias (V,), the last two in float32; empty where not needed."""
     from .triton.vocab_tiles_backward import soft_gradient_
 
+    hidden, weight = [h.contiguous() for h in hidden], dense_rows(weight)
     transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
     num_rows = row_weight.numel()
     gradients = TileGradients(hidden[0], weight, needs_gradient, num_rows, max_bytes)
@@ -274,6 +167,7 @@ def sftmix_tiles(
     and live flags."""
     from .triton.vocab_tiles_forward import pair_forward
 
+    hidden, weight = dense_rows(hidden), dense_rows(weight)
     transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
     num_pairs = rows.shape[1]
     loss, state = torch.empty_like(weights), weights.new_empty(10, num_pairs)
@@ -335,6 +229,7 @@ def sftmix_tiles_backward(
     (V, D) and bias (V,), the last two in float32; empty where not needed."""
     from .triton.vocab_tiles_backward import pair_gradient_
 
+    hidden, weight = dense_rows(hidden), dense_rows(weight)
     transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
     num_rows = hidden.shape[0]
     gradients = TileGradients(hidden, weight, needs_gradient, num_rows, max_bytes)
@@ -389,6 +284,11 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = Gradients(hidden, weight, needs_gradient, 0)
     return gradients.hidden, gradients.weight, gradients.bias
+
+
+def dense_rows(matrix: Tensor) -> Tensor:
+    """The matrix, copied where the numbers of a row do not lie next to each other."""
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
 def by_target(targets: Tensor, rows: slice) -> Tensor:

@@ -217,8 +217,6 @@ def pair_rows_kernel(
 def mixed_rows_kernel(
     first_ptr,  # (R, D)
     second_ptr,  # (R, D)
-    first_stride,
-    second_stride,
     rows_ptr,  # (K,) int64
     share_ptr,  # (R, 2) float32
     weight_ptr,  # (R,) float32
@@ -230,8 +228,8 @@ def mixed_rows_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     # A row of weight 0 has no columns to read: what it holds, perhaps NaN, must not reach dW.
     counts = column < tl.where(tl.load(weight_ptr + row) == 0.0, 0, hidden_size)
-    first = load_float32(first_ptr + row * first_stride + column, mask=counts, other=0.0)
-    second = load_float32(second_ptr + row * second_stride + column, mask=counts, other=0.0)
+    first = load_float32(first_ptr + row * hidden_size + column, mask=counts, other=0.0)
+    second = load_float32(second_ptr + row * hidden_size + column, mask=counts, other=0.0)
     share_1, share_2 = tl.load(share_ptr + 2 * row), tl.load(share_ptr + 2 * row + 1)
     mixed = mixed_hidden(first, second, share_1, share_2)
     mixed = tl.where(counts, mixed, 0.0).to(mixed_ptr.dtype.element_ty)
@@ -247,14 +245,13 @@ def mixed_rows(
     row_weight: Tensor,  # (R,) float32
 ) -> Tensor:  # (K, D)
     """``share_1 first + share_2 second`` of some rows, rounded once; 0 where the weight is 0."""
+    first, second = first.contiguous(), second.contiguous()
     mixed = first.new_empty(rows.numel(), first.shape[1])
     if mixed.numel():
         with torch.cuda.device_of(mixed):
             mixed_rows_kernel[(rows.numel(), triton.cdiv(first.shape[1], 1024))](
                 first,
                 second,
-                first.stride(0),
-                second.stride(0),
                 rows,
                 share,
                 row_weight,

@@ -16,11 +16,6 @@ from torch import Tensor
 
 from .primitives import add_dot, load_float32, mixed_hidden
 
-# Rows, pairs and vocabulary entries of a tile. 128 x 128 float32 logits over 8 warps are 64
-# registers a thread; two accumulators of 64 pairs are as many.
-BLOCK_R = 128
-BLOCK_P = 64
-BLOCK_V = 128
 NUM_WARPS = 8
 # Row blocks that go through the vocabulary together: as many as there are tiles of the head in
 # flight beside them (two programs on each of 132 SMs, 16 x 16).

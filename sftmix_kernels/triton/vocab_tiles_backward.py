@@ -16,11 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..row_chunks import LogitTransform
+from ..tile_gradients import BLOCK_P, BLOCK_R, BLOCK_V
 from .primitives import add_dot, held_targets, pair_gradients, row_gradient, weighted
 from .tiles import (
-    BLOCK_P,
-    BLOCK_R,
-    BLOCK_V,
     grouped_tile,
     load_operand,
     load_targets,
@@ -92,7 +90,7 @@ def soft_gradient_kernel(
 @triton.jit
 def load_live(live_ptr, block, tile, all_tiles):
     """Whether any probability of a row block in a tile can be above the filter."""
-    return tl.load(live_ptr + block.to(tl.int64) * all_tiles + tile) != 0
+    return tl.load(live_ptr + tl.cast(block, tl.int64) * all_tiles + tile) != 0
 
 
 @triton.jit

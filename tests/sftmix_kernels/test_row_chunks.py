@@ -5,44 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sftmix_kernels import RowChunks
 from sftmix_kernels.row_chunks import (
-    FEWEST_ROWS,
     LogitTransform,
     add_product_,
     cache_blocks,
     chunk_sizes,
-    resolve_schedule,
     scaled,
     soft_cross_entropy_,
 )
-
-
-@pytest.mark.parametrize(
-    ("schedule", "vocab_size", "rows"),
-    [
-        (RowChunks(), 1000, 1024),
-        (RowChunks(rows=1), 1000, 16),
-        (RowChunks(rows=41), 1000, 40),
-        (RowChunks(rows=300), 1000, 256),
-        (RowChunks(max_bytes=4 * 1000 * 200), 1000, 128),
-        (RowChunks(max_bytes=1), 1000, 16),
-    ],
-)
-def test_rows_of_a_chunk(schedule: RowChunks, vocab_size: int, rows: int) -> None:
-    assert schedule.rows_for(torch.empty(1, 1), vocab_size) == rows
-
-
-@pytest.mark.parametrize("schedule", ["vocab_tiles", "foo"])
-def test_unsupported_schedule_is_refused(schedule: str) -> None:
-    with pytest.raises(ValueError, match=f"schedule: .*{schedule}"):
-        resolve_schedule(schedule, torch.empty(1, 1), 9)
-
-
-@pytest.mark.parametrize("arguments", [{"rows": 0}, {"max_bytes": -1}])
-def test_chunks_of_nothing_are_refused(arguments: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=next(iter(arguments))):
-        RowChunks(**arguments)
+from sftmix_kernels.schedules import FEWEST_ROWS
 
 
 @pytest.mark.parametrize("vocab_size", [123, 32000, 50257, 128256, 400000])
