@@ -67,6 +67,6 @@ def loss_kernels() -> dict[str, str]:
     where = "cuda" if torch.cuda.is_available() else "cpu"
     hidden = torch.empty(0, dtype=torch.bfloat16, device=where)
     return {
-        "schedule": "row_chunks, PyTorch operations",
+        "schedule": f"row_chunks, {'Triton kernels' if hidden.is_cuda else 'PyTorch operations'}",
         "chunk": f"{RowChunks().rows_for(hidden, 128256)} rows at V = 128256, bfloat16",
     }

@@ -29,6 +29,8 @@ from sftmix_kernels import fused_sftmix_loss
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
+CHOICES = {"method": ("sftmix", "ntp"), "loss_schedule": ("auto", "row_chunks", "vocab_tiles")}
+
 # Options of transformers that this trainer's loss and sampler would not heed, and their defaults.
 UNSUPPORTED = {
     "label_smoothing_factor": 0.0,
@@ -65,6 +67,9 @@ class SFTMixConfig(TrainingArguments):
     per_device_train_batch_size: int = option(
         4, "Examples of a step on each device, an even number (the paper's 32 on 8 GPUs)", "paper"
     )
+    loss_schedule: Literal["auto", "row_chunks", "vocab_tiles"] = option(
+        "auto", "How the loss avoids full logits; vocab_tiles: least memory, CUDA only", "ours"
+    )
     logging_steps: float = option(10, "Steps between two log lines", "ours")
     save_strategy: str = option("epoch", "When to write a checkpoint: no, steps, epoch", "ours")
     save_total_limit: int | None = option(2, "Checkpoints kept, the newest", "ours")
@@ -74,8 +79,10 @@ class SFTMixConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Always off"})
 
     def __post_init__(self) -> None:
-        if self.method not in ("sftmix", "ntp"):
-            raise ValueError(f"method: expected 'sftmix' or 'ntp', got {self.method!r}")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(allowed)
+                raise ValueError(f"{name}: expected {choices}; got {getattr(self, name)!r}")
         if not (np.isfinite(self.mu) and self.mu >= 0):
             raise ValueError(f"mu: expected a finite number of at least 0, got {self.mu}")
         if not (np.isfinite(self.alpha) and self.alpha > 0):
@@ -227,6 +234,7 @@ class SFTMixMixin(TrainerBase):
                 bias=bias,
                 ntp_divisor=ntp_count,
                 mixup_divisor=mixup_count,
+                schedule=self.args.loss_schedule,
                 row_ntp_out=row_ntp,
                 **self.head.options,
             )
@@ -318,12 +326,8 @@ class SFTMixMixin(TrainerBase):
             f"{metric_key_prefix}_perplexity": float(np.exp(loss)),
         }
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args,
-            self.state,
-            self.control,
-            metrics,
-        )
+        handler = self.callback_handler
+        self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _get_output_dir(self, trial: Any) -> str:
