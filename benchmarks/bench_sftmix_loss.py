@@ -3,91 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sftmix_kernels import fused_cross_entropy, fused_sftmix_loss, reference
-
 from .measure import Seconds, interleaved_seconds, peak_extra_bytes
+from .providers import (
+    DENSE,
+    Inputs,
+    Loss,
+    alone,
+    dense,
+    errors,
+    fused,
+    fused_ntp,
+    make_inputs,
+    ntp_rows,
+    sftmix_rows,
+    step,
+    torch_chunked,
+)
 
-MU = 0.2
-DENSE, OURS = "dense PyTorch", "fused_sftmix_loss"
+OURS = "fused_sftmix_loss"
 PEER = "linear_cross_entropy (NTP alone)"
 # Factors of the provider named that ours must stay under.
 TARGETS = (("seconds", DENSE, 0.80), ("seconds", PEER, 0.65), ("peak_bytes", DENSE, 0.30))
-
-
-class Inputs(NamedTuple):
-    """Rows [c | u]: row p is mixed with row P + p."""
-
-    hidden: Tensor  # (2P, D)
-    weight: Tensor  # (V, D)
-    labels: Tensor  # (2P,)
-    lam: Tensor  # (P,)
-
-
-Loss = Callable[[Inputs], Tensor]
-
-
-def make_inputs(pairs: int, hidden_size: int, vocab_size: int) -> Inputs:
-    """Random, seeded; lam from Beta(0.5, 0.5)."""
-    torch.manual_seed(0)
-    half = torch.tensor(0.5)
-    return Inputs(
-        torch.randn(2 * pairs, hidden_size, requires_grad=True),
-        (torch.randn(vocab_size, hidden_size) / hidden_size**0.5).requires_grad_(),
-        torch.randint(0, vocab_size, (2 * pairs,)),
-        torch.distributions.Beta(half, half).sample((pairs,)),
-    )
-
-
-def fused(x: Inputs) -> Tensor:
-    rows_c, rows_u = torch.arange(x.labels.numel()).chunk(2)
-    return fused_sftmix_loss(x.hidden, x.weight, x.labels, rows_c, rows_u, x.lam, mu=MU).loss
-
-
-def dense(x: Inputs) -> Tensor:
-    """What a user writes: logits of both halves and of the mixture; two hard-label losses."""
-    (hidden_c, hidden_u), (labels_c, labels_u) = x.hidden.chunk(2), x.labels.chunk(2)
-    share = x.lam.unsqueeze(-1)
-    mixed = F.linear(share * hidden_c + (1 - share) * hidden_u, x.weight)
-    loss_c = F.cross_entropy(mixed, labels_c, reduction="none")
-    loss_u = F.cross_entropy(mixed, labels_u, reduction="none")
-    mixup = (x.lam * loss_c + (1 - x.lam) * loss_u).mean()
-    ntp_c = F.cross_entropy(F.linear(hidden_c, x.weight), labels_c)
-    ntp_u = F.cross_entropy(F.linear(hidden_u, x.weight), labels_u)
-    return (ntp_c + ntp_u) / 2 + MU * mixup
-
-
-def fused_ntp(x: Inputs) -> Tensor:
-    return fused_cross_entropy(x.hidden, x.weight, x.labels)
-
-
-def torch_ntp(x: Inputs) -> Tensor:
-    options = torch.nn.LinearCrossEntropyOptions()
-    return F.linear_cross_entropy(x.hidden, x.weight, x.labels, options=options)
-
-
-def ntp_rows(x: Inputs) -> Tensor:
-    """The reference, as what adds up to the loss."""
-    rows = reference.cross_entropy(x.hidden, x.weight, x.labels, reduction="none")
-    return rows / rows.numel()
-
-
-def sftmix_rows(x: Inputs) -> Tensor:
-    """The reference, as what adds up to the loss."""
-    hidden, labels = x.hidden.chunk(2), x.labels.chunk(2)
-    mixup = reference.mixup_loss(*hidden, x.weight, *labels, x.lam, reduction="none")
-    return torch.cat((ntp_rows(x), MU * mixup / mixup.numel()))
-
-
-def step(loss: Loss, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward and backward: the loss and two gradients."""
-    value = loss(x)
-    return value.detach(), *torch.autograd.grad(value, (x.hidden, x.weight))
 
 
 def bare_products(x: Inputs) -> tuple[Tensor, Tensor]:
@@ -104,33 +44,20 @@ def bare_products(x: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def loss_error(loss: Loss, oracle_rows: Loss, x: Inputs) -> tuple[float, bool]:
-    """Error of the loss against float64, and whether loss and gradients hold the error budget.
-
-    The budget of the largest element of each: twice the error of the float32 reference plus one
-    rounding; of the loss, the reference's error is added up row by row without cancelling.
-    """
-    hidden, weight = (t.detach().double().requires_grad_() for t in (x.hidden, x.weight))
-    doubles = x._replace(hidden=hidden, weight=weight)
-    found = step(loss, x)
-    plain, truth = (step(lambda v: oracle_rows(v).sum(), values) for values in (x, doubles))
-    errors = [float((a.double() - t).abs().max()) for a, t in zip(found, truth, strict=True)]
-    allowed = [float((p.double() - t).abs().max()) for p, t in zip(plain, truth, strict=True)]
-    with torch.no_grad():
-        allowed[0] = float((oracle_rows(x).double() - oracle_rows(doubles)).abs().sum())
-    eps = torch.finfo(torch.float32).eps
-    limits = [2 * a + eps * float(t.abs().max()) for a, t in zip(allowed, truth, strict=True)]
-    return errors[0], all(error <= limit for error, limit in zip(errors, limits, strict=True))
+    """Error of the loss against float64, and whether loss and gradients hold the error budget."""
+    found = errors(loss, oracle_rows, x)
+    return found.largest[0], found.in_budget
 
 
 def providers() -> tuple[dict[str, tuple[Loss, Loss]], dict[str, str]]:
     """Loss and oracle of each provider, and why one is left out."""
-    found = {OURS: (fused, sftmix_rows), DENSE: (dense, sftmix_rows)}
+    found = {OURS: (fused(), sftmix_rows), DENSE: (dense, sftmix_rows)}
     left_out = {}
-    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        found[PEER] = (torch_ntp, ntp_rows)
-    else:
-        left_out[PEER] = f"torch {torch.__version__} has no LinearCrossEntropyOptions"
-    found["fused_cross_entropy (NTP alone)"] = (fused_ntp, ntp_rows)
+    try:
+        found[PEER] = (alone(torch_chunked()), ntp_rows)
+    except ImportError as reason:
+        left_out[PEER] = str(reason)
+    found["fused_cross_entropy (NTP alone)"] = (fused_ntp(), ntp_rows)
     return found, left_out
 
 
@@ -138,11 +65,11 @@ def run(pairs: int, hidden_size: int, vocab_size: int, repeats: int) -> dict[str
     """Check every provider on a slice, measure those that pass, print and return the table."""
     losses, left_out = providers()
     small = make_inputs(min(pairs, 64), hidden_size, min(vocab_size, 4096))
-    errors = {}
+    found = {}
     for name, (loss, oracle) in list(losses.items()):
-        errors[name], passed = loss_error(loss, oracle, small)
+        found[name], passed = loss_error(loss, oracle, small)
         if not passed:
-            left_out[name] = f"over the error budget on a slice: loss off by {errors[name]:.3g}"
+            left_out[name] = f"over the error budget on a slice: loss off by {found[name]:.3g}"
             del losses[name]
     x = make_inputs(pairs, hidden_size, vocab_size)
     steps: dict[str, Callable[[], object]] = {
@@ -151,11 +78,11 @@ def run(pairs: int, hidden_size: int, vocab_size: int, repeats: int) -> dict[str
     steps["three bare matrix products"] = lambda: bare_products(x)
     seconds = interleaved_seconds(steps, repeats)
     peaks = {name: peak_extra_bytes(one) for name, one in steps.items()}
-    print_table(seconds, peaks, errors, left_out)
+    print_table(seconds, peaks, found, left_out)
     verdicts = print_targets({"seconds": {n: s.median for n, s in seconds.items()},
                               "peak_bytes": {n: float(b) for n, b in peaks.items()}})  # fmt: skip
     rows = {
-        name: {**seconds[name]._asdict(), "peak_bytes": peaks[name], "loss_error": errors.get(name)}
+        name: {**seconds[name]._asdict(), "peak_bytes": peaks[name], "loss_error": found.get(name)}
         for name in steps
     }
     return {"providers": rows, "left_out": left_out, "targets": verdicts}

@@ -23,18 +23,64 @@ class Seconds(NamedTuple):
 
 
 def interleaved_seconds(
-    steps: Mapping[str, Callable[[], object]], repeats: int
+    steps: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: str = "cpu",
+    prepare: Callable[[], object] | None = None,
 ) -> dict[str, Seconds]:
-    """Time of each step, after one warm-up, taking turns so that a slow minute hits all alike."""
+    """Time of each step, after one warm-up, taking turns so that a slow minute hits all alike.
+
+    ``prepare`` runs before every step, outside of its time. On CUDA the time is that between two
+    events, and ``prepare`` is by default `L2Scrub`.
+    """
     samples: dict[str, list[float]] = {name: [] for name in steps}
+    if prepare is None and device != "cpu":
+        prepare = L2Scrub()
     for step in steps.values():
         step()
     for _ in range(repeats):
+        # Read only after the round: waiting for each step would leave the device idle before the
+        # next, whose launch would then count as its time.
+        pending = {}
         for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            samples[name].append(time.perf_counter() - start)
+            if prepare:
+                prepare()
+            pending[name] = started(step, device)
+        for name, seconds in pending.items():
+            samples[name].append(seconds())
     return {name: summary(values) for name, values in samples.items()}
+
+
+def started(step: Callable[[], object], device: str) -> Callable[[], float]:
+    """Start a step; what is returned waits for it and gives its seconds."""
+    if device == "cpu":
+        start = time.perf_counter()
+        step()
+        spent = time.perf_counter() - start
+        return lambda: spent
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    step()
+    end.record()
+
+    def seconds() -> float:
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return seconds
+
+
+class L2Scrub:
+    """Overwrite 512 MiB, more than any L2 holds, so that no step finds its inputs there.
+
+    It also keeps the device busy while the host launches what is to be timed.
+    """
+
+    def __init__(self) -> None:
+        self.buffer = torch.empty(2**29, dtype=torch.int8, device="cuda")
+
+    def __call__(self) -> None:
+        self.buffer.zero_()
 
 
 def summary(values: list[float]) -> Seconds:
@@ -45,12 +91,15 @@ def summary(values: list[float]) -> Seconds:
     return Seconds(median, low, high)
 
 
-def peak_extra_bytes(step: Callable[[], object]) -> int:
-    """Highest sum of tensor bytes alive at once that ``step`` allocated, on the CPU.
+def peak_extra_bytes(step: Callable[[], object], device: str = "cpu") -> int:
+    """Highest sum of tensor bytes alive at once that ``step`` allocated, its results included.
 
-    Counts every allocation of PyTorch's CPU allocator, inside of registered ops too. Scratch
-    memory that a BLAS library takes for itself is not counted, for any provider.
+    Counts every allocation of PyTorch's allocator, inside of registered ops too. On the CPU,
+    scratch memory that a BLAS library takes for itself is not counted, for any provider; on CUDA
+    it is PyTorch's, made once, in the warm-up here.
     """
+    if device != "cpu":
+        return peak_extra_cuda_bytes(step)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         kept = step()
@@ -68,6 +117,17 @@ def peak_extra_bytes(step: Callable[[], object]) -> int:
     return peak
 
 
+def peak_extra_cuda_bytes(step: Callable[[], object]) -> int:
+    """`peak_extra_bytes` by the caching allocator's own count, in a second run of the step."""
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def facts() -> dict[str, str | int]:
     """Machine, versions, commit and date, so that a figure can be held beside another."""
     return {
@@ -79,7 +139,36 @@ def facts() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **gpu_facts(),
     }
+
+
+def gpu_facts() -> dict[str, str | int]:
+    """GPU, driver, clocks and the compiler of its kernels; nothing where there is no GPU."""
+    if not torch.cuda.is_available():
+        return {}
+    import triton
+
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "gpu_bytes": properties.total_memory,
+        "gpu_processors": properties.multi_processor_count,
+        "cuda": torch.version.cuda or "",
+        "triton": triton.__version__,
+        "nvidia_smi": nvidia_smi(),
+    }
+
+
+def nvidia_smi() -> str:
+    """Driver, clocks, power limit and temperature at this moment; empty without the tool."""
+    names = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit"
+    command = ["nvidia-smi", f"--query-gpu={names},temperature.gpu", "--format=csv"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return ""
+    return "; ".join(done.stdout.split("\n")).strip("; ")
 
 
 def git_commit() -> str:
