@@ -35,6 +35,7 @@ from .row_chunks import (
     first_order_only,
     input_gradients,
     load_rows,
+    logits_workspace,
     mixed_rows,
     present,
     project,
@@ -65,7 +66,7 @@ def mixup_rows(
         rows = counted_rows(row_weight)
         gradients = Gradients(hidden[0], weight, needs_gradient, rows.numel())
         sizes = chunk_sizes(rows.numel(), chunk_rows)
-        workspace = weight.new_empty(max(sizes, default=0), weight.shape[0])
+        workspace = logits_workspace(weight, max(sizes, default=0))
         for chunk in rows.split(sizes):
             mixed = mixed_rows(hidden, share, chunk, row_weight)
             logits = project(mixed, weight, bias, workspace)

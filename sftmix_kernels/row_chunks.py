@@ -21,6 +21,9 @@ from .schedules import FEWEST_ROWS, runs_triton
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
+# Triton vectorises accesses of rows whose stride 16 divides.
+PADDING = 16
+
 
 class LogitTransform(NamedTuple):
     """``f(x) = cap * tanh(scale * x / cap)``, or ``scale * x`` where there is no cap."""
@@ -222,6 +225,17 @@ def store_rows_(logits: Tensor, rows: slice, gradient: Tensor) -> None:
     """Put the gradient of `load_rows`'s rows back, rounded once; a view is there already."""
     if logits.dtype != torch.float32:
         logits[rows] = gradient
+
+
+def logits_workspace(weight: Tensor, num_rows: int) -> Tensor:
+    """Room for logits of some rows, (K, V).
+
+    For kernels the rows are padded, so that each begins where a 16-byte load can: V of GPT-2 is
+    50257, and of any model with one token added it is odd.
+    """
+    vocab_size = weight.shape[0]
+    padding = -vocab_size % PADDING if runs_triton(weight) else 0
+    return weight.new_empty(num_rows, vocab_size + padding)[:, :vocab_size]
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, workspace: Tensor) -> Tensor:

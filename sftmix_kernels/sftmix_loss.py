@@ -46,6 +46,7 @@ from .row_chunks import (
     first_order_only,
     gather_rows,
     load_rows,
+    logits_workspace,
     pair_cross_entropy_,
     project,
     scaled,
@@ -82,7 +83,7 @@ def sftmix_rows(
         num_rows = 2 * pairs.numel() + singles.numel()
         gradients = Gradients(hidden, weight, needs_gradient, num_rows)
         sizes = chunk_sizes(num_rows, chunk_rows)
-        workspace = weight.new_empty(max(sizes, default=0), weight.shape[0])
+        workspace = logits_workspace(weight, max(sizes, default=0))
         for some, single in chunks(pairs, singles, sizes):
             rows = torch.cat((pair_c[some], pair_u[some], single))
             gathered = gather_rows(hidden, rows, row_weight[rows])

@@ -1,4 +1,4 @@
-"""``dH`` and ``dW`` from the logit gradient of some tiles: backward of the ``vocab_tiles`` schedule.
+"""Backward of the ``vocab_tiles`` schedule: ``dH`` and ``dW`` from the gradient of some tiles.
 
 Legend: K rows of one group, D hidden size, V vocabulary, C columns of the tiles at hand, B tiles of
 the vocabulary, M x K times K x N a matrix product.

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..row_chunks import LogitTransform
+from ..row_chunks import PADDING, LogitTransform
 from .primitives import (
     LOWEST,
     cross_entropy,
@@ -33,19 +33,33 @@ from .primitives import (
     weighted,
 )
 
-# Eight logits a thread, one 16-byte load in half precision, and two blocks of both rows on their
-# way, 32 KiB of an SM: bandwidth times latency is about 30 KiB there. The same for both kernels, so
-# that a row's bits do not depend on which of them sums it. A third block on its way spills 48
-# bytes (ptxas, sm_90). Not measured on a GPU yet.
-BLOCK = 4096
-NUM_WARPS = 16
-STAGES = 3
+# Eight logits a thread, one 16-byte load in half precision. The same for both kernels, so that a
+# row's bits do not depend on which of them sums it. Three programs fit on an SM and have 48 KiB of
+# logits on their way (bandwidth times latency is about 30 KiB there); another stage spills 8 bytes
+# (ptxas, sm_90, with softcap). Not measured on a GPU yet.
+BLOCK = 1024
+NUM_WARPS = 4
+MAX_REGISTERS = 168
+
+
+def num_stages(logits: Tensor) -> int:
+    """Blocks of logits on their way, about as many bytes in every dtype."""
+    return 4 if logits.dtype == torch.float32 else 5
+
+
+def width_of(logits: Tensor) -> int:
+    """Columns that are read and written: with `logits_workspace`'s padding, so that accesses are
+    of whole vectors whatever V is."""
+    stride, vocab_size = logits.stride(0), logits.shape[1]
+    padded = vocab_size + -vocab_size % PADDING
+    return padded if stride == padded else vocab_size
 
 
 @triton.jit
 def soft_rows_kernel(
     logits_ptr,  # (K, V) raw logits; gradients afterwards
     stride,
+    width,  # V with padding
     targets_ptr,  # (K, T) int64 in [0, V)
     share_ptr,  # (K, T) float32, or None for one target
     weight_ptr,  # (K,) float32
@@ -77,7 +91,7 @@ def soft_rows_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for start in tl.range(0, vocab_size, BLOCK, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK)
-        raw = load_float32(logits_ptr + column, mask=column < vocab_size, other=0.0)
+        raw = load_float32(logits_ptr + column, mask=column < width, other=0.0)
         logit = transform_logits(raw, logit_scale, softcap)
         left_out = (column >= vocab_size) | (column == held_1) | (column == held_2)
         peak, total = online_lse_update(peak, total, tl.where(left_out, -float("inf"), logit))
@@ -98,10 +112,10 @@ def soft_rows_kernel(
         tl.debug_barrier()
         for start in tl.range(0, vocab_size, BLOCK, num_stages=STAGES):
             column = start + tl.arange(0, BLOCK)
-            inside = column < vocab_size
-            raw = load_float32(logits_ptr + column, mask=inside, other=0.0)
+            raw = load_float32(logits_ptr + column, mask=column < width, other=0.0)
             gradient = row_gradient(raw, top, factor, logit_scale, softcap)
-            tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=inside)
+            gradient = gradient.to(logits_ptr.dtype.element_ty)
+            tl.store(logits_ptr + column, gradient, mask=column < width)
         # The targets' columns have just been written, by other threads than those that correct
         # them. One without a share is right already.
         tl.debug_barrier()
@@ -118,6 +132,7 @@ def soft_rows_kernel(
 def pair_rows_kernel(
     logits_ptr,  # (2 P, V) raw logits, rows of c before rows of u; gradients afterwards
     stride,
+    width,  # V with padding
     labels_ptr,  # (2 P,) int64 in [0, V)
     weight_ptr,  # (2 P,) float32
     share_ptr,  # (P, 2) float32: lam and 1 - lam
@@ -151,8 +166,8 @@ def pair_rows_kernel(
     for start in tl.range(0, vocab_size, BLOCK, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK)
         outside = column >= vocab_size
-        raw_c = load_float32(ptr_c + column, mask=~outside, other=0.0)
-        raw_u = load_float32(ptr_u + column, mask=~outside, other=0.0)
+        raw_c = load_float32(ptr_c + column, mask=column < width, other=0.0)
+        raw_u = load_float32(ptr_u + column, mask=column < width, other=0.0)
         logit = transform_logits(raw_c, logit_scale, softcap)
         logit = tl.where(outside | (column == target_c), -float("inf"), logit)
         peak_c, total_c = online_lse_update(peak_c, total_c, logit)
@@ -196,7 +211,7 @@ def pair_rows_kernel(
         tl.debug_barrier()
         for start in tl.range(0, vocab_size, BLOCK, num_stages=STAGES):
             column = start + tl.arange(0, BLOCK)
-            inside = column < vocab_size
+            inside = column < width
             raw_c = load_float32(ptr_c + column, mask=inside, other=0.0)
             raw_u = load_float32(ptr_u + column, mask=inside, other=0.0)
             gradient_c, gradient_u = pair_gradients(
@@ -263,7 +278,7 @@ def mixed_rows(
 
 
 def soft_rows_(
-    logits: Tensor,  # (K, V) raw logits; gradients afterwards
+    logits: Tensor,  # (K, V) raw logits of `logits_workspace`; gradients afterwards
     targets: Tensor,  # (K, T) int64 in [0, V); T is 1 or 2
     share: Tensor | None,  # (K, T) float32; None for one target
     row_weight: Tensor,  # (K,) float32
@@ -277,6 +292,7 @@ def soft_rows_(
             soft_rows_kernel[(loss.numel(),)](
                 logits,
                 logits.stride(0),
+                width_of(logits),
                 targets,
                 share,
                 row_weight,
@@ -286,14 +302,15 @@ def soft_rows_(
                 transform.softcap,
                 NEEDS_GRADIENT=needs_gradient,
                 BLOCK=BLOCK,
-                STAGES=STAGES,
+                STAGES=num_stages(logits),
                 num_warps=NUM_WARPS,
+                maxnreg=MAX_REGISTERS,
             )
     return loss
 
 
 def pair_rows_(
-    logits: Tensor,  # (>= 2 P, V) raw logits, rows of c before rows of u; gradients afterwards
+    logits: Tensor,  # (>= 2 P, V) likewise, rows of c before rows of u
     labels: Tensor,  # (>= 2 P,) int64 in [0, V)
     row_weight: Tensor,  # (>= 2 P,) float32
     share: Tensor,  # (P, 2) float32: lam and 1 - lam
@@ -310,6 +327,7 @@ def pair_rows_(
             pair_rows_kernel[(mixup.numel(),)](
                 logits,
                 logits.stride(0),
+                width_of(logits),
                 labels,
                 row_weight,
                 share,
@@ -324,7 +342,8 @@ def pair_rows_(
                 HAS_BIAS=transform.has_bias,
                 NEEDS_GRADIENT=needs_gradient,
                 BLOCK=BLOCK,
-                STAGES=STAGES,
+                STAGES=num_stages(logits),
                 num_warps=NUM_WARPS,
+                maxnreg=MAX_REGISTERS,
             )
     return ntp, mixup

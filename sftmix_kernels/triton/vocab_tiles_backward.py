@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..row_chunks import LogitTransform
 from ..tile_gradients import BLOCK_P, BLOCK_R, BLOCK_V
-from .primitives import add_dot, held_targets, pair_gradients, row_gradient, weighted
+from .primitives import add_dot, held_targets, mixed_logits, row_gradient, weighted
 from .tiles import (
     grouped_tile,
     load_operand,
@@ -100,6 +100,23 @@ def load_state(state_ptr, term, row, num_rows):
 
 
 @triton.jit
+def load_term(state_ptr, term: tl.constexpr, pair, num_pairs):
+    """Maximum and factor of c (0), of u (1) or of their mixture (2)."""
+    top = load_state(state_ptr, term, pair, num_pairs)
+    return top, load_state(state_ptr, 3 + term, pair, num_pairs)
+
+
+@triton.jit
+def row_of_pair(raw, gradient_m, share, at_c, at_u, state_ptr, term: tl.constexpr, pair, num_pairs,
+                logit_scale, softcap):  # fmt: skip
+    """``d loss / d raw`` of one row of each pair, given that of their mixture."""
+    top, factor = load_term(state_ptr, term, pair, num_pairs)
+    gradient = row_gradient(raw, top, factor, logit_scale, softcap) + share[:, None] * gradient_m
+    gradient = tl.where(at_c, load_state(state_ptr, 6 + 2 * term, pair, num_pairs), gradient)
+    return tl.where(at_u, load_state(state_ptr, 7 + 2 * term, pair, num_pairs), gradient)
+
+
+@triton.jit
 def store_gradient(gradient_ptr, gradient, row, inside, local, num_tiles):
     """A tile's gradient, rounded once; all of it 0 where the tile is dead."""
     BLOCK_V: tl.constexpr = gradient.shape[1]
@@ -138,8 +155,6 @@ def pair_gradient_kernel(
     pair = pair_block * BLOCK_P + tl.arange(0, BLOCK_P)
     column = (first_tile + local) * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = pair < num_pairs
-    gradient_c = tl.zeros((BLOCK_P, BLOCK_V), tl.float32)
-    gradient_u = tl.zeros((BLOCK_P, BLOCK_V), tl.float32)
     live = True
     if live_ptr is not None:
         live = load_live(live_ptr, pair_block, first_tile + local, tl.cdiv(vocab_size, BLOCK_V))
@@ -151,27 +166,29 @@ def pair_gradient_kernel(
         target_c, target_u, share_c, share_u = load_targets(
             labels_ptr, share_ptr, pair, num_pairs, inside
         )
-        top_c = load_state(state_ptr, 0, pair, num_pairs)
-        top_u = load_state(state_ptr, 1, pair, num_pairs)
-        top_m = load_state(state_ptr, 2, pair, num_pairs)
-        factor_c = load_state(state_ptr, 3, pair, num_pairs)
-        factor_u = load_state(state_ptr, 4, pair, num_pairs)
-        factor_m = load_state(state_ptr, 5, pair, num_pairs)
-        gradient_c, gradient_u = pair_gradients(
-            raw_c, raw_u, (top_c, top_u, top_m), (factor_c, factor_u, factor_m),
-            share_c[:, None], share_u[:, None], True, logit_scale, softcap, bias_ptr is not None,
-        )  # fmt: skip
         at_c = column[None, :] == target_c[:, None]
         at_u = column[None, :] == target_u[:, None]
-        gradient_c = tl.where(at_c, load_state(state_ptr, 6, pair, num_pairs), gradient_c)
-        gradient_c = tl.where(at_u, load_state(state_ptr, 7, pair, num_pairs), gradient_c)
-        gradient_u = tl.where(at_c, load_state(state_ptr, 8, pair, num_pairs), gradient_u)
-        gradient_u = tl.where(at_u, load_state(state_ptr, 9, pair, num_pairs), gradient_u)
         exists = (column < vocab_size)[None, :]
-        gradient_c = tl.where(exists, gradient_c, 0.0)
-        gradient_u = tl.where(exists, gradient_u, 0.0)
-    store_gradient(gradient_ptr, gradient_c, pair, inside, local, num_tiles)
-    store_gradient(gradient_ptr, gradient_u, pair + num_pairs, inside, local, num_tiles)
+        raw_m = mixed_logits(raw_c, raw_u, share_c[:, None], share_u[:, None], bias_ptr is not None)
+        top, factor = load_term(state_ptr, 2, pair, num_pairs)
+        gradient_m = row_gradient(raw_m, top, factor, logit_scale, softcap)
+        # One row after the other, so that both gradients need not be kept together.
+        gradient = row_of_pair(
+            raw_c, gradient_m, share_c, at_c, at_u, state_ptr, 0, pair, num_pairs, logit_scale,
+            softcap,
+        )  # fmt: skip
+        gradient = tl.where(exists, gradient, 0.0)
+        store_gradient(gradient_ptr, gradient, pair, inside, local, num_tiles)
+        gradient = row_of_pair(
+            raw_u, gradient_m, share_u, at_c, at_u, state_ptr, 1, pair, num_pairs, logit_scale,
+            softcap,
+        )  # fmt: skip
+        gradient = tl.where(exists, gradient, 0.0)
+        store_gradient(gradient_ptr, gradient, pair + num_pairs, inside, local, num_tiles)
+    else:
+        nothing = tl.zeros((BLOCK_P, BLOCK_V), tl.float32)
+        store_gradient(gradient_ptr, nothing, pair, inside, local, num_tiles)
+        store_gradient(gradient_ptr, nothing, pair + num_pairs, inside, local, num_tiles)
 
 
 @triton.jit
@@ -291,4 +308,4 @@ def add_live_product_(
 def product_options(left: Tensor) -> dict[str, int]:
     """Options of `live_product_kernel`: 64 KiB of operands in flight."""
     options = tile_options(left)
-    return {**options, "DEPTH": options.pop("BLOCK_D")}
+    return {"DEPTH": options.pop("BLOCK_D"), **options}
