@@ -31,6 +31,8 @@ demo: $(READY)
 	"$(PYTHON)" -m sftmix demo --output "$(OUT)"
 
 test: $(READY)
+	if "$(PYTHON)" -c "import triton" 2>/dev/null; then \
+		TRITON_INTERPRET=1 "$(PYTHON)" -m pytest -m interpret tests/sftmix_kernels; fi
 	"$(PYTHON)" -m pytest
 
 lint: $(READY)

@@ -277,7 +277,8 @@ def ordered_pairs(
     outside = ((pairs < 0) | (pairs >= num_rows)).any(-1)
     first, second = pairs.clamp(0, max(num_rows - 1, 0)).unbind(-1)
     weight = both(row_weight[first], row_weight[second]).masked_fill(outside, float("nan"))
-    return first, second, share, weight
+    # What lam is does not matter where nothing is mixed; not even that it is NaN.
+    return first, second, share.masked_fill((weight == 0).unsqueeze(-1), 0.5), weight
 
 
 def fused_sftmix_loss(

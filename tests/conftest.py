@@ -1,5 +1,7 @@
 """Settings shared by all tests."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -15,9 +17,23 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU; leave out what runs in the other kind of process.
+
+    Triton decides when it is imported whether it interprets or compiles, for the whole process.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    has_gpu = torch.cuda.is_available()
+    stay, leave = [], []
     for item in items:
-        if item.get_closest_marker("gpu"):
+        stays = (item.get_closest_marker("interpret") is not None) == interpreted
+        (stay if stays else leave).append(item)
+        if item.get_closest_marker("gpu") and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if leave and not stay:
+        raise pytest.UsageError(
+            "tests marked `interpret` run with TRITON_INTERPRET=1 alone, all others without it"
+        )
+    config.hook.pytest_deselected(items=leave)
+    items[:] = stay

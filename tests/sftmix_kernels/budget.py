@@ -80,7 +80,8 @@ def run(loss: Loss, tensors: Mapping[str, Tensor], upstream: float | Tensor = 1.
     """Loss and gradients of fresh leaves with the values, strides and dtypes of ``tensors``."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     value = loss(**leaves)
-    value.backward(torch.as_tensor(upstream, dtype=value.dtype).expand_as(value))
+    upstream = torch.as_tensor(upstream, dtype=value.dtype, device=value.device)
+    value.backward(upstream.expand_as(value))
     gradients = {name: leaf.grad for name, leaf in leaves.items()}
     return Result(value.detach(), gradients)
 
