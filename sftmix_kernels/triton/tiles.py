@@ -24,12 +24,13 @@ GROUP = 16
 
 def tile_options(hidden: Tensor, *, interpolates: bool = False) -> dict[str, int]:
     """Depth and stages of the operands' pipeline: at most 96 KiB, which every GPU from sm_80 on
-    has. An interpolated operand is loaded twice. Not measured on a GPU yet."""
+    has, of which an interpolated operand takes twice its share. Float32 products have no tensor
+    cores and need the registers of twice the warps. Not measured on a GPU yet."""
     if hidden.dtype == torch.float32:
-        depth, stages = 32, 2 if interpolates else 3
+        depth, stages, warps = 16 if interpolates else 32, 3, 2 * NUM_WARPS
     else:
-        depth, stages = (32, 4) if interpolates else (64, 3)
-    return {"BLOCK_D": depth, "GROUP": GROUP, "num_warps": NUM_WARPS, "num_stages": stages}
+        depth, stages, warps = 32 if interpolates else 64, 4 if interpolates else 3, NUM_WARPS
+    return {"BLOCK_D": depth, "GROUP": GROUP, "num_warps": warps, "num_stages": stages}
 
 
 @triton.jit
