@@ -28,8 +28,9 @@ def groups(count: int, block: int, bytes_each: int, max_bytes: int) -> Iterator[
 class TileGradients(Gradients):
     """Gradients filled by groups of rows and, in a group, by some tiles of the vocabulary at once.
 
-    Half of the workspace holds a group's float32 ``dH`` and its hidden rows, half its logit
-    gradient in those tiles.
+    Three quarters of the workspace hold a group's hidden rows and its ``dH``, in float32 and
+    rounded, one quarter its logit gradient in those tiles: every group reads and writes all of
+    ``dW``, so that long groups are worth more than many tiles.
     """
 
     def __init__(
@@ -41,20 +42,27 @@ class TileGradients(Gradients):
         max_bytes: int,
     ) -> None:
         super().__init__(hidden, weight, needs_gradient, num_rows)
-        self.like, self.max_bytes = weight, max_bytes
-        self.row_bytes = weight.shape[1] * (4 + weight.element_size())
-        self.group = self.hidden
+        self.max_bytes = max_bytes
+        self.group = self.tile_columns = weight.new_empty(0)
 
-    def tiles(self, num_rows: int) -> Iterator[tuple[Tensor, int]]:
+    def groups(self, count: int, block: int, rows_each: int, weight: Tensor) -> Iterator[slice]:
+        """Groups of ``count`` rows, or of pairs of rows."""
+        row_bytes = weight.shape[1] * (4 + 2 * weight.element_size())
+        return groups(count, block, rows_each * row_bytes, self.max_bytes * 3 // 4)
+
+    def tiles(self, hidden: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, int]]:
         """Room (K, C) for the gradient of some whole tiles, and the first of their columns."""
-        vocab_size = self.like.shape[0]
+        num_rows, vocab_size = hidden.shape[0], weight.shape[0]
+        if self.needs_hidden and self.group.shape[0] < num_rows:
+            self.group = hidden.new_empty(hidden.shape, dtype=torch.float32)
         all_columns = -(-vocab_size // BLOCK_V) * BLOCK_V
-        row_bytes = num_rows * self.like.element_size()
-        step = max(BLOCK_V, self.max_bytes // 2 // row_bytes // BLOCK_V * BLOCK_V)
-        workspace = self.like.new_empty(num_rows * min(step, all_columns))
+        fitting = self.max_bytes // 4 // (num_rows * weight.element_size())
+        step = min(max(BLOCK_V, fitting // BLOCK_V * BLOCK_V), all_columns)
+        if self.tile_columns.numel() < num_rows * step:
+            self.tile_columns = weight.new_empty(num_rows * step)
         for first in range(0, vocab_size, step):
             width = min(step, all_columns - first)
-            yield workspace[: num_rows * width].view(num_rows, width), first
+            yield self.tile_columns[: num_rows * width].view(num_rows, width), first
 
     def add_tiles(
         self,
@@ -72,12 +80,10 @@ class TileGradients(Gradients):
         """
         columns = slice(first, min(first + gradient.shape[1], weight.shape[0]))
         gradient, head = gradient[:, : columns.stop - first], weight[columns]
-        if first == 0 and self.needs_hidden:
-            self.group = hidden.new_empty(hidden.shape, dtype=torch.float32)
         if live is not None:
             live = live[:, first // BLOCK_V : -(-columns.stop // BLOCK_V)]
         for part in range(parts if live is not None else 1):
-            rows = slice(None) if live is None else part_of(gradient.shape[0], part, parts)
+            rows = part_of(gradient.shape[0], part, parts if live is not None else 1)
             if self.needs_hidden:
                 add_blocks_(
                     self.group[rows], gradient[rows], head, live, (block, BLOCK_V), first == 0
@@ -97,7 +103,7 @@ class TileGradients(Gradients):
     def end_group(self, rows: Tensor) -> None:
         """Put the group's ``dH`` in its place, rounded once."""
         if self.needs_hidden:
-            self.hidden.index_copy_(0, rows, self.group.to(self.hidden.dtype))
+            self.hidden.index_copy_(0, rows, self.group[: rows.numel()].to(self.hidden.dtype))
         self.first = False
 
 

@@ -49,7 +49,7 @@ def mixup_tiles(
     loss, state = torch.empty_like(row_weight), row_weight.new_empty(4, num_rows)
     live = live_flags(num_rows, BLOCK_R, weight, filter_eps)
     # A row leaves a maximum and a sum for every tile.
-    for rows in groups(num_rows, BLOCK_R, 8 * live.shape[1], max_bytes):
+    for rows in groups(num_rows, BLOCK_R, 8 * live.shape[1], max_bytes // 2):
         loss[rows], state[:, rows] = soft_forward(
             [h[rows] for h in hidden],
             share_by_target(share, rows),
@@ -104,13 +104,13 @@ def mixup_tiles_backward(
     transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
     num_rows = row_weight.numel()
     gradients = TileGradients(hidden[0], weight, needs_gradient, num_rows, max_bytes)
-    for rows in groups(num_rows, BLOCK_R, gradients.row_bytes, max_bytes // 2):
+    for rows in gradients.groups(num_rows, BLOCK_R, 1, weight):
         index = torch.arange(rows.start, rows.stop, device=weight.device)
         mixed = mixed_rows(hidden, share, index, row_weight)
         here = [h[rows] for h in hidden]
         targets_here, share_here = by_target(targets, rows), share_by_target(share, rows)
         state_here, live_here = state[:, rows].contiguous(), live_of(live, rows, BLOCK_R)
-        for gradient, first in gradients.tiles(index.numel()):
+        for gradient, first in gradients.tiles(mixed, weight):
             soft_gradient_(
                 gradient,
                 here,
@@ -126,6 +126,7 @@ def mixup_tiles_backward(
             )
             gradients.add_tiles(gradient, first, mixed, weight, live_here, BLOCK_R, parts=1)
         gradients.end_group(index)
+        del mixed  # before the next group's are made
     return gradients.hidden, gradients.weight, gradients.bias
 
 
@@ -173,7 +174,7 @@ def sftmix_tiles(
     loss, state = torch.empty_like(weights), weights.new_empty(10, num_pairs)
     live = live_flags(num_pairs, BLOCK_P, weight, filter_eps)
     # A pair leaves three maxima and three sums for every tile.
-    for pairs in groups(num_pairs, BLOCK_P, 24 * live.shape[1], max_bytes):
+    for pairs in groups(num_pairs, BLOCK_P, 24 * live.shape[1], max_bytes // 2):
         loss[:, pairs], state[:, pairs] = pair_forward(
             hidden,
             rows[:, pairs].contiguous(),
@@ -237,7 +238,7 @@ def sftmix_tiles_backward(
     gradients.hidden = gradients.hidden.new_zeros(
         (rows.numel(), hidden.shape[1]) if gradients.needs_hidden else 0
     )
-    for pairs in groups(rows.shape[1], BLOCK_P, 2 * gradients.row_bytes, max_bytes // 2):
+    for pairs in gradients.groups(rows.shape[1], BLOCK_P, 2, weight):
         index = rows[:, pairs].reshape(-1)
         gathered = gather_rows(
             hidden, index.clamp(max=num_rows - 1), weights[:2, pairs].reshape(-1)
@@ -246,7 +247,7 @@ def sftmix_tiles_backward(
             tensor[:, pairs].contiguous() for tensor in (rows, share, labels, weights, state)
         )
         live_here = live_of(live, pairs, BLOCK_P)
-        for gradient, first in gradients.tiles(index.numel()):
+        for gradient, first in gradients.tiles(gathered, weight):
             pair_gradient_(
                 gradient,
                 hidden,
@@ -263,6 +264,7 @@ def sftmix_tiles_backward(
             )
             gradients.add_tiles(gradient, first, gathered, weight, live_here, BLOCK_P, parts=2)
         gradients.end_group(index)
+        del gathered  # before the next group's are made
     return gradients.hidden[:num_rows], gradients.weight, gradients.bias
 
 

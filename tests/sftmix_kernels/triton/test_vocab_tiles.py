@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.measure import peak_extra_bytes
 from sftmix_kernels import VocabTiles, fused_cross_entropy, fused_mixup_loss
 from sftmix_kernels.recomputed_loss import every_row_paired, unit_of
 from sftmix_kernels.tile_gradients import BLOCK_P, BLOCK_R, BLOCK_V, groups
@@ -279,3 +280,33 @@ def test_layout_of_the_partner_does_not_matter(device: str) -> None:
         run(loss, {"hidden_c": first, "hidden_u": second}),
         run(loss, {"hidden_c": first.contiguous(), "hidden_u": second}),
     )
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_workspace_is_max_bytes_and_some_numbers_a_row(device: str, pairs: bool) -> None:
+    """Beside gradients: 80 bytes of state, targets and weights for each row, 110 in pairs."""
+    rows, size, vocab_size, max_bytes = 512, 64, 2200, 2**17
+    head = torch.randn(vocab_size, size, device=device), None
+    hidden = torch.randn(rows, size, device=device)
+    if pairs:
+        plan = torch.arange(rows, device=device).view(2, -1)
+        halves = torch.full((2, rows // 2), 0.5, device=device)
+        fixed = (hidden, *head, plan, plan, torch.ones(3, rows // 2, device=device), halves)
+        forward, backward, last = sftmix_tiles, sftmix_tiles_backward, [torch.tensor(0.2)]
+    else:
+        one = torch.ones(rows, device=device)
+        targets = torch.arange(rows, device=device).unsqueeze(-1)
+        fixed = ([hidden], *head, targets, one.unsqueeze(-1), one)
+        forward, backward, last = mixup_tiles, mixup_tiles_backward, []
+    last = [tensor.to(device) for tensor in last]
+
+    def forward_step() -> Any:
+        return forward(*fixed, *last, 1.0, None, 0.0, max_bytes // 4)
+
+    def backward_step() -> Any:
+        return backward(*fixed, *state, 1.0, None, max_bytes, [True, True, False])
+
+    _, *state = forward_step()
+    few, gradients = (110 if pairs else 80) * rows, hidden.nbytes + head[0].nbytes
+    assert peak_extra_bytes(forward_step, device) <= 1.05 * (max_bytes // 4 + few)
+    assert peak_extra_bytes(backward_step, device) <= 1.05 * (max_bytes + few) + gradients
