@@ -273,6 +273,7 @@ def mixed_rows(
                 mixed,
                 first.shape[1],
                 BLOCK=1024,
+                enable_fp_fusion=False,
             )
     return mixed
 
@@ -305,6 +306,7 @@ def soft_rows_(
                 STAGES=num_stages(logits),
                 num_warps=NUM_WARPS,
                 maxnreg=MAX_REGISTERS,
+                enable_fp_fusion=False,
             )
     return loss
 
@@ -345,5 +347,6 @@ def pair_rows_(
                 STAGES=num_stages(logits),
                 num_warps=NUM_WARPS,
                 maxnreg=MAX_REGISTERS,
+                enable_fp_fusion=False,
             )
     return ntp, mixup

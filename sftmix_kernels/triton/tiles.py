@@ -22,15 +22,25 @@ NUM_WARPS = 8
 GROUP = 16
 
 
-def tile_options(hidden: Tensor, *, interpolates: bool = False) -> dict[str, int]:
+def tile_options(
+    hidden: Tensor, *, fuses: bool, interpolates: bool = False
+) -> dict[str, int | bool]:
     """Depth and stages of the operands' pipeline: at most 96 KiB, which every GPU from sm_80 on
     has, of which an interpolated operand takes twice its share. Float32 products have no tensor
-    cores and need the registers of twice the warps. Not measured on a GPU yet."""
-    if hidden.dtype == torch.float32:
+    cores: they need fused multiply-adds, and the registers of twice the warps. Not measured on a
+    GPU yet."""
+    full = hidden.dtype == torch.float32
+    if full:
         depth, stages, warps = 16 if interpolates else 32, 3, 2 * NUM_WARPS
     else:
         depth, stages, warps = 32 if interpolates else 64, 4 if interpolates else 3, NUM_WARPS
-    return {"BLOCK_D": depth, "GROUP": GROUP, "num_warps": warps, "num_stages": stages}
+    return {
+        "BLOCK_D": depth,
+        "GROUP": GROUP,
+        "num_warps": warps,
+        "num_stages": stages,
+        "enable_fp_fusion": full or fuses,
+    }
 
 
 @triton.jit

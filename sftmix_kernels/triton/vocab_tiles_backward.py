@@ -255,7 +255,7 @@ def soft_gradient_(
             first, second, first.stride(0), share, targets, row_weight, weight, weight.stride(0),
             bias, state, live, gradient, num_rows, weight.shape[1], weight.shape[0], first_tile,
             num_tiles, transform.scale, transform.softcap, BLOCK_R=BLOCK_R, BLOCK_V=BLOCK_V,
-            **tile_options(weight, interpolates=second is not None),
+            **tile_options(weight, fuses=True, interpolates=second is not None),
         )  # fmt: skip
 
 
@@ -280,7 +280,7 @@ def pair_gradient_(
             hidden, hidden.stride(0), rows, share, labels, weights, weight, weight.stride(0), bias,
             state, live, gradient, num_pairs, weight.shape[1], weight.shape[0], first_tile,
             num_tiles, transform.scale, transform.softcap, BLOCK_P=BLOCK_P, BLOCK_V=BLOCK_V,
-            **tile_options(weight),
+            **tile_options(weight, fuses=True),
         )  # fmt: skip
 
 
@@ -305,7 +305,7 @@ def add_live_product_(
         )  # fmt: skip
 
 
-def product_options(left: Tensor) -> dict[str, int]:
+def product_options(left: Tensor) -> dict[str, int | bool]:
     """Options of `live_product_kernel`: 64 KiB of operands in flight."""
-    options = tile_options(left)
+    options = tile_options(left, fuses=True)
     return {"DEPTH": options.pop("BLOCK_D"), **options}

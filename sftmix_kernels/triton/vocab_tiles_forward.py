@@ -175,12 +175,12 @@ def soft_forward(
             first, second, first.stride(0), share, targets, row_weight, weight, weight.stride(0),
             bias, lse, raw, num_rows, weight.shape[1], weight.shape[0], transform.scale,
             transform.softcap, BLOCK_R=BLOCK_R, BLOCK_V=BLOCK_V,
-            **tile_options(weight, interpolates=second is not None),
+            **tile_options(weight, fuses=False, interpolates=second is not None),
         )  # fmt: skip
         soft_combine_kernel[(blocks,)](
             lse, raw, targets, share, row_weight, loss, state, live, num_rows, num_tiles,
             transform.scale, transform.softcap, log_filter(filter_eps), BLOCK_R=BLOCK_R,
-            BLOCK_V=BLOCK_V, BLOCK_B=BLOCK_B,
+            BLOCK_V=BLOCK_V, BLOCK_B=BLOCK_B, enable_fp_fusion=False,
         )  # fmt: skip
     return loss, state
 
@@ -208,12 +208,13 @@ def pair_forward(
         pair_lse_kernel[(blocks * num_tiles,)](
             hidden, hidden.stride(0), rows, share, labels, weights, weight, weight.stride(0), bias,
             lse, raw, num_pairs, weight.shape[1], weight.shape[0], transform.scale,
-            transform.softcap, BLOCK_P=BLOCK_P, BLOCK_V=BLOCK_V, **tile_options(weight),
+            transform.softcap, BLOCK_P=BLOCK_P, BLOCK_V=BLOCK_V,
+            **tile_options(weight, fuses=False),
         )  # fmt: skip
         pair_combine_kernel[(blocks,)](
             lse, raw, labels, share, weights, mix_ratio, loss, state, live, num_pairs, num_tiles,
             transform.scale, transform.softcap, log_filter(filter_eps), bias is not None,
-            BLOCK_P=BLOCK_P, BLOCK_V=BLOCK_V, BLOCK_B=BLOCK_B,
+            BLOCK_P=BLOCK_P, BLOCK_V=BLOCK_V, BLOCK_B=BLOCK_B, enable_fp_fusion=False,
         )  # fmt: skip
     return loss, state
 
