@@ -21,7 +21,11 @@ COPY, PAIR_ROWS, SOFT_ROWS = "copy", "pair_rows_", "soft_rows_"
 # Rows of logits read or written: a copy reads and writes each once; the kernels read each twice
 # (once for the LSEs, once for the gradients) and write it once.
 PASSES = {COPY: 2, PAIR_ROWS: 3, SOFT_ROWS: 3}
-BLOCKS, NUM_WARPS, STAGES = (2048, 4096, 8192), (8, 16, 32), (2, 3, 4)
+# What `tune` searches: columns, warps, blocks on their way, programs that fit on an SM at once.
+BLOCKS, WARPS, STAGES, PROGRAMS = (1024, 2048, 4096), (4, 8, 16), (3, 4, 5, 6), (1, 2, 3, 4)
+
+# The constants of `sftmix_kernels.triton.row_chunks` that they go into.
+LAUNCH = ("BLOCK", "NUM_WARPS", "num_stages", "MAX_REGISTERS")
 
 Steps = dict[str, Callable[[], object]]
 
@@ -134,6 +138,16 @@ def measure_row_kernels(
     return bandwidths(seconds, kernels.raw.nbytes)
 
 
+def launches() -> list[tuple[int, ...]]:
+    """Columns, warps, stages and registers a thread; four or eight columns a thread."""
+    found = set()
+    for block, warps, stages, programs in itertools.product(BLOCKS, WARPS, STAGES, PROGRAMS):
+        registers = min(255, 65536 // (32 * warps * programs) // 8 * 8)
+        if block // (32 * warps) in (4, 8) and registers >= 64:
+            found.add((block, warps, stages, registers))
+    return sorted(found)
+
+
 def tune(
     num_rows: int,
     vocab_size: int,
@@ -147,11 +161,12 @@ def tune(
 
     kernels = RowKernels(num_rows, vocab_size, dtype, device)
     expected = [t.clone() for t in kernels.pair_rows()]
-    names = ("BLOCK", "NUM_WARPS", "STAGES")
-    kept = {name: getattr(row_chunks, name) for name in names}
+    kept = {name: getattr(row_chunks, name) for name in LAUNCH}
 
     def under(values: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        for name, value in zip(names, values, strict=True):
+        block, warps, stages, registers = values
+        found = (block, warps, lambda logits: stages, registers)
+        for name, value in zip(LAUNCH, found, strict=True):
             setattr(row_chunks, name, value)
         return kernels.pair_rows()
 
@@ -162,10 +177,9 @@ def tune(
 
     steps: Steps = {COPY: kernels.copy}
     try:
-        for values in itertools.product(BLOCKS, NUM_WARPS, STAGES):
-            label = ", ".join(f"{n} {v}" for n, v in zip(names, values, strict=True))
-            per_thread = values[0] // (32 * values[1])
-            if 4 <= per_thread <= 16 and attempt(label, lambda v=values: first(v)):
+        for values in launches():
+            label = ", ".join(f"{n} {v}" for n, v in zip(LAUNCH, values, strict=True))
+            if attempt(label, lambda v=values: first(v)):
                 steps[label] = lambda v=values: under(v)
         seconds = interleaved_seconds(steps, repeats, device, kernels.restore)
     finally:

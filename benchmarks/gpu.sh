@@ -72,7 +72,7 @@ facts() {
 }
 
 tests() {
-    part tests 200 "$out/pytest.txt" \
+    part tests 270 "$out/pytest.txt" \
         "$python" -m pytest -p no:cacheprovider -m gpu -ra --durations=10 tests/sftmix_kernels
     local sanitizer
     sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer || true)
@@ -82,7 +82,7 @@ tests() {
     fi
     # Small and ragged, every op under every schedule. Without PyTorch's cache of memory each tensor
     # is an allocation of its own, so that a read past its end is seen.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 part memcheck 80 "$out/sanitizer.txt" \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 part memcheck 70 "$out/sanitizer.txt" \
         "$sanitizer" --tool memcheck --error-exitcode 9 \
         "$python" -m benchmarks gpu --quick --no-peers
 }
@@ -99,7 +99,7 @@ tests) tests ;;
 loss) loss 500 ;;
 all)
     tests
-    loss 210
+    loss 190
     ;;
 esac
 {

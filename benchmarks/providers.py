@@ -13,8 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import sftmix_kernels
-from sftmix_kernels import fused_cross_entropy, fused_mixup_loss, fused_sftmix_loss, reference
+from sftmix_kernels import (
+    VocabTiles,
+    fused_cross_entropy,
+    fused_mixup_loss,
+    fused_sftmix_loss,
+    reference,
+)
+from sftmix_kernels.schedules import Schedule
 
 MU = 0.2
 NTP, MIXUP, BOTH = "NTP", "Mixup", "NTP + Mixup"
@@ -99,7 +105,7 @@ def peakedness(x: Inputs) -> dict[str, float]:
         }
 
 
-def fused(schedule: object = "auto") -> Loss:
+def fused(schedule: Schedule = "auto") -> Loss:
     """NTP + Mixup in one op."""
 
     def loss(x: Inputs) -> Tensor:
@@ -110,11 +116,11 @@ def fused(schedule: object = "auto") -> Loss:
     return loss
 
 
-def fused_ntp(schedule: object = "auto") -> Loss:
+def fused_ntp(schedule: Schedule = "auto") -> Loss:
     return lambda x: fused_cross_entropy(x.hidden, x.weight, x.labels, schedule=schedule)
 
 
-def fused_mixup(schedule: object = "auto") -> Loss:
+def fused_mixup(schedule: Schedule = "auto") -> Loss:
     def loss(x: Inputs) -> Tensor:
         hidden, labels = x.hidden.chunk(2), x.labels.chunk(2)
         return fused_mixup_loss(*hidden, x.weight, *labels, x.lam, schedule=schedule)
@@ -198,17 +204,13 @@ PEERS: tuple[tuple[str, Callable[[], HardLabelLoss], bool], ...] = (
 )
 
 
-def our_schedules(device: str) -> tuple[dict[str, object], dict[str, str]]:
+def our_schedules(device: str) -> tuple[dict[str, Schedule], dict[str, str]]:
     """Schedules by name, and why one is left out."""
-    tiles = getattr(sftmix_kernels, "VocabTiles", None)
-    if tiles is None:
-        reason = "sftmix_kernels has no VocabTiles"
-    elif device == "cpu":
+    if device == "cpu":
         reason = "measured on CUDA alone"
-    else:
-        filtered = tiles(filter_eps=FILTER_EPS)
-        return {ROW_CHUNKS: ROW_CHUNKS, VOCAB_TILES: VOCAB_TILES, FILTERED: filtered}, {}
-    return {ROW_CHUNKS: ROW_CHUNKS}, {VOCAB_TILES: reason, FILTERED: reason}
+        return {ROW_CHUNKS: ROW_CHUNKS}, {VOCAB_TILES: reason, FILTERED: reason}
+    filtered = VocabTiles(filter_eps=FILTER_EPS)
+    return {ROW_CHUNKS: ROW_CHUNKS, VOCAB_TILES: VOCAB_TILES, FILTERED: filtered}, {}
 
 
 def our_providers(device: str) -> tuple[list[Provider], dict[str, str]]:

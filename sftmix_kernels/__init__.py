@@ -1,7 +1,8 @@
 """Fused loss kernels for SFTMix: NTP + Mixup for the matrix products of NTP alone.
 
 Which file has what: `reference.py` the formulas, `<op>.py` the op and its public function,
-`row_chunks.py` the loop over rows of logits that the losses share.
+`row_chunks.py` and `vocab_tiles.py` the two ways to avoid full logits (`schedules.py` chooses),
+`triton/` the kernels.
 """
 
 from .cross_entropy import fused_cross_entropy

@@ -67,6 +67,8 @@ def mixup_rows(
         gradients = Gradients(hidden[0], weight, needs_gradient, rows.numel())
         sizes = chunk_sizes(rows.numel(), chunk_rows)
         workspace = logits_workspace(weight, max(sizes, default=0))
+        # Once, and not for every chunk.
+        hidden = [h.contiguous() for h in hidden] if runs_triton(weight) else hidden
         for chunk in rows.split(sizes):
             mixed = mixed_rows(hidden, share, chunk, row_weight)
             logits = project(mixed, weight, bias, workspace)

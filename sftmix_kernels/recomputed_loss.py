@@ -106,7 +106,7 @@ class TilePairs(torch.autograd.Function):
             hidden, weight, bias, rows, labels, weights, share, ntp_divisor, *state
         )
         ctx.dtype, ctx.options = weight.dtype, options
-        row_ntp = losses.new_empty(rows.numel())
+        row_ntp = losses.new_zeros(rows.numel())
         row_ntp[rows.reshape(-1)] = losses[:2].reshape(-1)
         row_ntp = row_ntp[: hidden.shape[0]].clone()
         ntp = (row_ntp.sum(dtype=torch.float64) / ntp_divisor).float()
@@ -151,9 +151,9 @@ def every_row_paired(
     """
     num_rows, num_pairs = labels.numel(), pair_c.numel()
     paired = torch.zeros_like(row_weight, dtype=torch.bool)
-    paired[pair_c] = True
-    paired[pair_u] = True
-    # How many there are is known from the shapes, so that the host need not wait.
+    # How many are single is known from the shapes, and index_fill_ copies nothing to the device:
+    # the host need not wait.
+    paired.index_fill_(0, pair_c, True).index_fill_(0, pair_u, True)
     single = paired.byte().argsort(stable=True)[: num_rows - 2 * num_pairs]
     if num_rows % 2:
         single = torch.cat((single, single.new_full((1,), num_rows)))

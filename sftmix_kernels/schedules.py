@@ -44,7 +44,12 @@ class RowChunks:
 
 @dataclass(frozen=True)
 class VocabTiles:
-    """Logits stay in registers; ``max_bytes`` of workspace beside inputs and gradients. CUDA only.
+    """Logits stay in registers. CUDA only.
+
+    ``max_bytes`` of workspace, beside inputs, some numbers a row, and gradients: of the latter
+    ``dH``, and ``dW`` in float32, are held once unscaled and once as they are handed out. Backward
+    reads and writes all of ``dW`` once for each group of rows that fits (at D = 4096 in half
+    precision 1,536 rows by default), so that more bytes mean fewer passes.
 
     ``filter_eps``: backward leaves out tiles of 128 rows (64 pairs) by 128 vocabulary entries in
     which every probability lies below it, without computing them; 0, the default, is exact. A tile

@@ -136,8 +136,8 @@ def single_rows(row_weight: Tensor, rows_c: Tensor, rows_u: Tensor) -> Tensor:
     row is in one pair at most, so the host need not wait.
     """
     paired = torch.zeros_like(row_weight, dtype=torch.bool)
-    paired[rows_c] = True
-    paired[rows_u] = True
+    # Not `paired[rows] = True`, which copies True to the device and waits for it.
+    paired.index_fill_(0, rows_c, True).index_fill_(0, rows_u, True)
     if row_weight.device.type == "cpu":
         return ((row_weight != 0) & ~paired).nonzero().squeeze(-1)
     return paired.byte().argsort(stable=True)[: paired.numel() - 2 * rows_c.numel()]

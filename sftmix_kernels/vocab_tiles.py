@@ -234,10 +234,6 @@ def sftmix_tiles_backward(
     transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
     num_rows = hidden.shape[0]
     gradients = TileGradients(hidden, weight, needs_gradient, num_rows, max_bytes)
-    # The partner that fills up an odd number of rows has a row of its own behind the others.
-    gradients.hidden = gradients.hidden.new_zeros(
-        (rows.numel(), hidden.shape[1]) if gradients.needs_hidden else 0
-    )
     for pairs in gradients.groups(rows.shape[1], BLOCK_P, 2, weight):
         index = rows[:, pairs].reshape(-1)
         gathered = gather_rows(
@@ -263,9 +259,11 @@ def sftmix_tiles_backward(
                 first // BLOCK_V,
             )
             gradients.add_tiles(gradient, first, gathered, weight, live_here, BLOCK_P, parts=2)
-        gradients.end_group(index)
+        # The partner that fills up an odd number of rows is the last of all.
+        partner = pairs.stop == rows.shape[1] and rows.numel() > num_rows
+        gradients.end_group(index[: index.numel() - partner])
         del gathered  # before the next group's are made
-    return gradients.hidden[:num_rows], gradients.weight, gradients.bias
+    return gradients.hidden, gradients.weight, gradients.bias
 
 
 @sftmix_tiles_backward.register_fake

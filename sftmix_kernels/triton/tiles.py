@@ -17,8 +17,8 @@ from torch import Tensor
 from .primitives import add_dot, load_float32, mixed_hidden
 
 NUM_WARPS = 8
-# Row blocks that go through the vocabulary together: as many as there are tiles of the head in
-# flight beside them (two programs on each of 132 SMs, 16 x 16).
+# Row blocks that go through the vocabulary together: about as many as there are tiles of the head
+# in flight beside them (one or two programs, by their registers, on each of 132 SMs).
 GROUP = 16
 
 

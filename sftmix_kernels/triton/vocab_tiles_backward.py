@@ -31,7 +31,11 @@ from .tiles import (
 BLOCK_N = 128
 
 
-@triton.jit
+# Numbers that change from call to call; each kind of them would be compiled anew.
+PLACE = ["first_tile", "num_tiles"]
+
+
+@triton.jit(do_not_specialize=PLACE)
 def soft_gradient_kernel(
     first_ptr,  # (K, D)
     second_ptr,  # (K, D), or None
@@ -125,7 +129,7 @@ def store_gradient(gradient_ptr, gradient, row, inside, local, num_tiles):
     tl.store(pointers, gradient.to(gradient_ptr.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLACE)
 def pair_gradient_kernel(
     hidden_ptr,  # (R, D)
     stride,

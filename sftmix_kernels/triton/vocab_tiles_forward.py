@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..row_chunks import LogitTransform
 from ..tile_gradients import BLOCK_P, BLOCK_R, BLOCK_V
-from .primitives import LOWEST, held_targets, mixed_logits, transform_logits
+from .primitives import LOWEST, exp, held_targets, mixed_logits, transform_logits
 from .tiles import (
     grouped_tile,
     load_targets,
@@ -34,7 +34,7 @@ def tile_lse(logits, left_out):
     """``(peak, total)`` of each row of a tile, some columns left out."""
     logits = tl.where(left_out, -float("inf"), logits)
     peak = tl.maximum(tl.max(logits, 1), LOWEST)
-    return peak, tl.sum(tl.exp(logits - peak[:, None]), 1)
+    return peak, tl.sum(exp(logits - peak[:, None]), 1)
 
 
 @triton.jit

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from benchmarks import __main__ as command
 from benchmarks.bench_gpu import Notes, Settings, race
-from benchmarks.bench_row_kernels import PAIR_ROWS, PASSES, PRODUCTS, Products, bandwidths
+from benchmarks.bench_row_kernels import (
+    LAUNCH,
+    PAIR_ROWS,
+    PASSES,
+    PRODUCTS,
+    Products,
+    bandwidths,
+    launches,
+)
 from benchmarks.gpu_report import BARE, PEAKED, RANDOM, targets
 from benchmarks.measure import Seconds, interleaved_seconds
 from benchmarks.providers import (
@@ -162,6 +170,15 @@ def test_bare_products_are_the_gradients_of_the_sum_of_losses() -> None:
     torch.testing.assert_close(products.of_hidden, of_hidden)
     torch.testing.assert_close(products.of_weight, of_weight)
     assert products.operations == 2 * 16 * 8 * 50
+
+
+def test_the_search_holds_what_is_shipped_and_nothing_that_cannot_launch() -> None:
+    row_chunks = pytest.importorskip("sftmix_kernels.triton.row_chunks")
+    for dtype in (torch.bfloat16, torch.float32):
+        shipped = [getattr(row_chunks, name) for name in LAUNCH]
+        shipped[2] = shipped[2](torch.empty(0, dtype=dtype))
+        assert tuple(shipped) in launches()
+    assert all(32 * warps * registers <= 65536 for _, warps, _, registers in launches())
 
 
 def test_share_of_copy_counts_the_bytes_of_each() -> None:

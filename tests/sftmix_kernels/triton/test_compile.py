@@ -47,6 +47,9 @@ SPILLS = {
     ("live_product_kernel", "fp32"): {80: 16},
 }
 
+# Registers of an SM.
+REGISTERS = 65536
+
 # Two-byte accesses that there are: a pair's logits at its targets, read and written.
 FEW = 8
 
@@ -68,6 +71,7 @@ def faults(program: Program) -> list[str]:
     warpgroup = "wgmma.mma_async" in program.ptx and not WARP_PRODUCT.search(program.ptx)
     rules = {
         "spills": program.spilled <= spills,
+        "too many registers": program.registers * 32 * program.warps <= REGISTERS,
         "too much shared memory": program.shared <= SHARED_LIMITS[program.chip],
         "no wgmma": warpgroup or program.chip != 90 or not has_dot,
         "no 16-byte load": bool(WIDE_LOAD.search(program.ptx)) or not halves,
@@ -142,7 +146,11 @@ def test_narrow_accesses_are_found() -> None:
 
 @pytest.mark.parametrize(
     ("constant", "value", "chip", "fault"),
-    [("MAX_REGISTERS", 96, 90, "spills"), ("BLOCK", 8192, 120, "too much shared memory")],
+    [
+        ("MAX_REGISTERS", 96, 90, "spills"),
+        ("NUM_WARPS", 16, 90, "too many registers"),
+        ("BLOCK", 8192, 120, "too much shared memory"),
+    ],
 )
 def test_launch_constants_that_do_not_fit_are_found(
     constant: str, value: int, chip: int, fault: str, monkeypatch: pytest.MonkeyPatch

@@ -296,14 +296,17 @@ def test_a_common_logit_offset_changes_no_bit(device: str, schedule: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    ("schedule", "other"),
-    [(RowChunks(rows=16), RowChunks(rows=128)), (VocabTiles(max_bytes=1), VocabTiles())],
+    ("schedule", "other", "count"),
+    [(RowChunks(rows=16), RowChunks(rows=128), 60), (VocabTiles(max_bytes=1), VocabTiles(), 300)],
 )
-def test_any_chunk_size_gives_the_same_row_losses(device: str, schedule: Any, other: Any) -> None:
-    hidden, weight = exact(60, 32).to(device), exact(123, 32).to(device)
-    labels = some_labels((60,), 123, ignored=0.2).to(device)
-    plan = {**random_pairs(60, 20), "lam": torch.randint(0, 5, (20,)) / 4}
-    rows = torch.empty(2, 60, device=device)
+def test_any_chunk_size_gives_the_same_row_losses(
+    device: str, schedule: Any, other: Any, count: int
+) -> None:
+    """Of 300 rows, 100 pairs: three groups of 64 pairs of rows, or one."""
+    hidden, weight = exact(count, 32).to(device), exact(123, 32).to(device)
+    labels = some_labels((count,), 123, ignored=0.2).to(device)
+    plan = {**random_pairs(count, count // 3), "lam": torch.randint(0, 5, (count // 3,)) / 4}
+    rows = torch.empty(2, count, device=device)
     options = {"labels": labels, **moved(plan, device)}
     one, two = (
         fused_sftmix_loss(hidden, weight, **options, schedule=chosen, row_ntp_out=out)
