@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 
@@ -27,6 +28,7 @@ from .compile_cases import (
     Case,
     Program,
     compile_case,
+    mix_rows,
     pair_rows,
     table,
 )
@@ -148,7 +150,7 @@ def test_narrow_accesses_are_found() -> None:
     ("constant", "value", "chip", "fault"),
     [
         ("MAX_REGISTERS", 96, 90, "spills"),
-        ("NUM_WARPS", 16, 90, "too many registers"),
+        ("NUM_WARPS", 16, 90, "no 16-byte load"),  # two columns a thread
         ("BLOCK", 8192, 120, "too much shared memory"),
     ],
 )
@@ -159,3 +161,9 @@ def test_launch_constants_that_do_not_fit_are_found(
     (program,) = compile_case(Case("", partial(pair_rows, BF16)), chip)
     assert fault in faults(program)
     assert program.kernel == "pair_rows_kernel"
+
+
+def test_a_block_that_no_multiprocessor_can_hold_is_found() -> None:
+    (program,) = compile_case(Case("", partial(mix_rows, BF16)), 90)
+    assert faults(replace(program, warps=16, registers=128)) == []
+    assert faults(replace(program, warps=16, registers=129)) == ["too many registers"]
