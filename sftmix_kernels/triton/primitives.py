@@ -75,18 +75,30 @@ def tanh_and_slope(x):
 
 
 @triton.jit
+def scale_logits(raw, logit_scale):
+    """``logit_scale * raw``; None is 1, and spares a product for each logit."""
+    if logit_scale is None:
+        return raw
+    else:
+        return raw * logit_scale
+
+
+@triton.jit
 def transform_logits(raw, logit_scale, softcap):
     """``f(raw) = softcap * tanh(logit_scale * raw / softcap)``, or ``logit_scale * raw``."""
     if softcap is None:
-        return raw * logit_scale
+        return scale_logits(raw, logit_scale)
     else:
-        return softcap * tanh_and_slope(raw * (logit_scale / softcap))[0]
+        return softcap * tanh_and_slope(raw * scale_logits(1.0 / softcap, logit_scale))[0]
 
 
 @triton.jit
 def transform_slope(raw, logit_scale, softcap):
     """``f'(raw) / logit_scale``."""
-    return 1.0 if softcap is None else tanh_and_slope(raw * (logit_scale / softcap))[1]
+    if softcap is None:
+        return 1.0
+    else:
+        return tanh_and_slope(raw * scale_logits(1.0 / softcap, logit_scale))[1]
 
 
 @triton.jit
@@ -108,11 +120,11 @@ def mixed_logits(raw_c, raw_u, share_c, share_u, HAS_BIAS: tl.constexpr):
 
 @triton.jit
 def online_lse_update(peak, total, x):
-    """Take ``x`` into ``(peak, total)``, which stand for ``peak + log(total)``; one exponential."""
-    distance = x - peak
-    decay = exp(-tl.abs(distance))
-    total = tl.where(distance > 0.0, tl.fma(total, decay, 1.0), total + decay)
-    return tl.maximum(peak, x), total
+    """Take the columns of ``x`` into each row's ``(peak, total)``, which stands for
+    ``peak + log(total)``."""
+    top = tl.maximum(peak, tl.max(x, 1))
+    total = tl.fma(total, exp(peak - top), tl.sum(exp(x - top[:, None]), 1))
+    return top, total
 
 
 @triton.jit
@@ -189,7 +201,7 @@ def weighted(weight, value):
 @triton.jit
 def row_factor(weight, logit_scale, total):
     """What ``softmax`` is multiplied with: ``weight * logit_scale / sum of exponentials``."""
-    return tl.where(weight == 0.0, 0.0, weight * logit_scale / total)
+    return tl.where(weight == 0.0, 0.0, scale_logits(weight, logit_scale) / total)
 
 
 @triton.jit

@@ -33,13 +33,14 @@ from .primitives import (
     weighted,
 )
 
-# Eight logits a thread, one 16-byte load in half precision. The same for both kernels, so that a
-# row's bits do not depend on which of them sums it. Three programs fit on an SM and have 48 KiB of
-# logits on their way (bandwidth times latency is about 30 KiB there); another stage spills 8 bytes
-# (ptxas, sm_90, with softcap). Not measured on a GPU yet.
+# A 16-byte load a thread, eight logits in half precision. The same for both kernels, so that a
+# row's bits do not depend on which of them sums it. Four programs fit on an SM and have 64 KiB of
+# logits on their way, twice what bandwidth times latency is there; fewer registers spill (ptxas).
+# By instructions (SASS, sm_90) issuing them takes about as long as moving the bytes. Not measured
+# on a GPU yet.
 BLOCK = 1024
 NUM_WARPS = 4
-MAX_REGISTERS = 168
+MAX_REGISTERS = 128
 
 
 def num_stages(logits: Tensor) -> int:
@@ -56,6 +57,14 @@ def width_of(logits: Tensor) -> int:
 
 
 @triton.jit
+def columns(start, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """The columns of a block, (BLOCK / VECTOR, VECTOR): a thread's 16-byte loads side by side, so
+    that it finds their LSE by itself."""
+    lane = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR
+    return start + lane + tl.arange(0, VECTOR)[None, :]
+
+
+@triton.jit
 def soft_rows_kernel(
     logits_ptr,  # (K, V) raw logits; gradients afterwards
     stride,
@@ -69,6 +78,7 @@ def soft_rows_kernel(
     softcap,
     NEEDS_GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -87,10 +97,10 @@ def soft_rows_kernel(
     logit_1 = transform_logits(raw_1, logit_scale, softcap)
     logit_2 = transform_logits(raw_2, logit_scale, softcap)
 
-    peak = tl.full((BLOCK,), LOWEST, tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
+    peak = tl.full((BLOCK // VECTOR,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK // VECTOR,), tl.float32)
     for start in tl.range(0, vocab_size, BLOCK, num_stages=STAGES):
-        column = start + tl.arange(0, BLOCK)
+        column = columns(start, BLOCK, VECTOR)
         raw = load_float32(logits_ptr + column, mask=column < width, other=0.0)
         logit = transform_logits(raw, logit_scale, softcap)
         left_out = (column >= vocab_size) | (column == held_1) | (column == held_2)
@@ -111,7 +121,7 @@ def soft_rows_kernel(
         # Every thread has read the targets' logits before one of them overwrites these.
         tl.debug_barrier()
         for start in tl.range(0, vocab_size, BLOCK, num_stages=STAGES):
-            column = start + tl.arange(0, BLOCK)
+            column = columns(start, BLOCK, VECTOR)
             raw = load_float32(logits_ptr + column, mask=column < width, other=0.0)
             gradient = row_gradient(raw, top, factor, logit_scale, softcap)
             gradient = gradient.to(logits_ptr.dtype.element_ty)
@@ -147,6 +157,7 @@ def pair_rows_kernel(
     HAS_BIAS: tl.constexpr,
     NEEDS_GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     row_c = tl.program_id(0).to(tl.int64)
@@ -159,12 +170,12 @@ def pair_rows_kernel(
     mix_weight = tl.load(mix_weight_ptr + row_c)
     mixes = mix_weight != 0.0
 
-    peak_c = tl.full((BLOCK,), LOWEST, tl.float32)
+    peak_c = tl.full((BLOCK // VECTOR,), LOWEST, tl.float32)
     peak_u, peak_m = peak_c, peak_c
-    total_c = tl.zeros((BLOCK,), tl.float32)
+    total_c = tl.zeros((BLOCK // VECTOR,), tl.float32)
     total_u, total_m = total_c, total_c
     for start in tl.range(0, vocab_size, BLOCK, num_stages=STAGES):
-        column = start + tl.arange(0, BLOCK)
+        column = columns(start, BLOCK, VECTOR)
         outside = column >= vocab_size
         raw_c = load_float32(ptr_c + column, mask=column < width, other=0.0)
         raw_u = load_float32(ptr_u + column, mask=column < width, other=0.0)
@@ -210,7 +221,7 @@ def pair_rows_kernel(
         # Every thread has read the targets' logits before one of them overwrites these.
         tl.debug_barrier()
         for start in tl.range(0, vocab_size, BLOCK, num_stages=STAGES):
-            column = start + tl.arange(0, BLOCK)
+            column = columns(start, BLOCK, VECTOR)
             inside = column < width
             raw_c = load_float32(ptr_c + column, mask=inside, other=0.0)
             raw_u = load_float32(ptr_u + column, mask=inside, other=0.0)
@@ -299,10 +310,11 @@ def soft_rows_(
                 row_weight,
                 loss,
                 logits.shape[1],
-                transform.scale,
+                None if transform.scale == 1.0 else transform.scale,
                 transform.softcap,
                 NEEDS_GRADIENT=needs_gradient,
                 BLOCK=BLOCK,
+                VECTOR=16 // logits.element_size(),
                 STAGES=num_stages(logits),
                 num_warps=NUM_WARPS,
                 maxnreg=MAX_REGISTERS,
@@ -339,11 +351,12 @@ def pair_rows_(
                 mixup,
                 mixup.numel(),
                 logits.shape[1],
-                transform.scale,
+                None if transform.scale == 1.0 else transform.scale,
                 transform.softcap,
                 HAS_BIAS=transform.has_bias,
                 NEEDS_GRADIENT=needs_gradient,
                 BLOCK=BLOCK,
+                VECTOR=16 // logits.element_size(),
                 STAGES=num_stages(logits),
                 num_warps=NUM_WARPS,
                 maxnreg=MAX_REGISTERS,

@@ -157,7 +157,7 @@ def pair_rows(
         share=torch.zeros(3, 2),
         pair_weight=torch.zeros(3),
         mix_ratio=torch.zeros(()),
-        transform=LogitTransform(0.5, softcap, has_bias),
+        transform=LogitTransform(1.0 if softcap is None else 0.5, softcap, has_bias),
         needs_gradient=needs_gradient,
     )
 
@@ -176,7 +176,7 @@ def soft_rows(
         targets=torch.zeros(3, targets, dtype=torch.int64),
         share=share,
         row_weight=torch.zeros(3),
-        transform=LogitTransform(0.5, softcap, has_bias=False),
+        transform=LogitTransform(1.0 if softcap is None else 0.5, softcap, has_bias=False),
         needs_gradient=needs_gradient,
     )
 

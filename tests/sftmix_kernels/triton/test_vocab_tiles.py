@@ -110,7 +110,6 @@ def test_a_pair_is_live_where_any_of_its_three_softmaxes_is(device: str) -> None
     assert torch.equal(live.bool(), (by_term[0] | by_term[1])[::BLOCK_P, ::BLOCK_V])
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice")
 @pytest.mark.parametrize("filter_eps", [1e-30, EPS])
 def test_a_row_of_nan_keeps_its_tiles(device: str, filter_eps: float) -> None:
     """A filter hides no NaN."""
