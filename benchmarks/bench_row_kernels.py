@@ -22,7 +22,7 @@ COPY, PAIR_ROWS, SOFT_ROWS = "copy", "pair_rows_", "soft_rows_"
 # (once for the LSEs, once for the gradients) and write it once.
 PASSES = {COPY: 2, PAIR_ROWS: 3, SOFT_ROWS: 3}
 # What `tune` searches: columns, warps, blocks on their way, programs that fit on an SM at once.
-BLOCKS, WARPS, STAGES, PROGRAMS = (1024, 2048, 4096), (4, 8, 16), (3, 4, 5, 6), (1, 2, 3, 4)
+BLOCKS, WARPS, STAGES, PROGRAMS = (1024, 2048, 4096), (4, 8, 16), (3, 4, 5, 6), range(1, 6)
 
 # The constants of `sftmix_kernels.triton.row_chunks` that they go into.
 LAUNCH = ("BLOCK", "NUM_WARPS", "num_stages", "MAX_REGISTERS")

@@ -35,9 +35,9 @@ from .primitives import (
 
 # A 16-byte load a thread, eight logits in half precision. The same for both kernels, so that a
 # row's bits do not depend on which of them sums it. Four programs fit on an SM and have 64 KiB of
-# logits on their way, twice what bandwidth times latency is there; fewer registers spill (ptxas).
-# By instructions (SASS, sm_90) issuing them takes about as long as moving the bytes. Not measured
-# on a GPU yet.
+# logits on their way, twice what bandwidth times latency is there; five would with 96 registers,
+# but float32 then spills (ptxas). By instructions (SASS, sm_90) issuing them takes about as long
+# as moving the bytes. Not measured on a GPU yet.
 BLOCK = 1024
 NUM_WARPS = 4
 MAX_REGISTERS = 128

@@ -150,7 +150,7 @@ def test_narrow_accesses_are_found() -> None:
 @pytest.mark.parametrize(
     ("constant", "value", "chip", "fault"),
     [
-        ("MAX_REGISTERS", 96, 90, "spills"),
+        ("MAX_REGISTERS", 64, 90, "spills"),
         ("NUM_WARPS", 16, 90, "no 16-byte load"),  # two columns a thread
         ("BLOCK", 8192, 120, "too much shared memory"),
     ],
