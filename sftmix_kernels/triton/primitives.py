@@ -1,9 +1,10 @@
 """The maths that the kernels of both schedules share; `reference.py` has the derivation.
 
-All of it is elementwise, so that it serves scalars, rows and tiles alike. Half-precision values
-become float32 as soon as they are loaded, and stay so until a gradient is stored. Kernels that make
-losses are compiled without fused multiply-adds, which two of them might use in different places: a
-row's bits must not depend on which kernel it is in. Where one is worth it, it is written down.
+But for the LSEs all of it is elementwise, so that it serves scalars, rows and tiles alike.
+Half-precision values become float32 as soon as they are loaded, and stay so until a gradient is
+stored. Kernels that make losses are compiled without fused multiply-adds, which two of them might
+use in different places: a row's bits must not depend on which kernel it is in. Where one is worth
+it, it is written down.
 """
 
 from __future__ import annotations

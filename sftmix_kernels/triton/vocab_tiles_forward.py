@@ -18,7 +18,13 @@ from torch import Tensor
 
 from ..row_chunks import LogitTransform
 from ..tile_gradients import BLOCK_P, BLOCK_R, BLOCK_V
-from .primitives import LOWEST, exp, held_targets, mixed_logits, transform_logits
+from .primitives import (
+    LOWEST,
+    held_targets,
+    mixed_logits,
+    online_lse_update,
+    transform_logits,
+)
 from .tiles import (
     grouped_tile,
     load_targets,
@@ -32,9 +38,9 @@ from .vocab_tiles_combine import BLOCK_B, pair_combine_kernel, soft_combine_kern
 @triton.jit
 def tile_lse(logits, left_out):
     """``(peak, total)`` of each row of a tile, some columns left out."""
-    logits = tl.where(left_out, -float("inf"), logits)
-    peak = tl.maximum(tl.max(logits, 1), LOWEST)
-    return peak, tl.sum(exp(logits - peak[:, None]), 1)
+    peak = tl.full((logits.shape[0],), LOWEST, tl.float32)
+    total = tl.zeros((logits.shape[0],), tl.float32)
+    return online_lse_update(peak, total, tl.where(left_out, -float("inf"), logits))
 
 
 @triton.jit
