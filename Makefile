@@ -39,7 +39,7 @@ lint: $(READY)
 	"$(PYTHON)" -m ruff check .
 	"$(PYTHON)" -m ruff format --check .
 	"$(PYTHON)" -c "import clang_format; clang_format.clang_format()" \
-		--dry-run -Werror $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.h)
+		--dry-run -Werror $(foreach e,cpp cu cuh h,$(wildcard csrc/*.$e tests/csrc/*.$e))
 
 types: $(READY)
 	"$(PYTHON)" -m mypy
@@ -52,11 +52,11 @@ clean:
 	rm -f sftmix_kernels/*.so $(STAMP)
 	find $(wildcard sftmix sftmix_kernels tests benchmarks) -name __pycache__ -prune -exec rm -rf {} +
 
-# torch comes before the package, whose build records its version; build isolation would fetch
-# a second torch. A virtual environment without pip was interrupted while it was made.
+# torch comes before the package, whose kernels are built beside it: build isolation would have
+# none. A virtual environment without pip was interrupted while it was made.
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	"$(PYTHON)" -m pip --version >/dev/null 2>&1 || "$(SYSTEM_PYTHON)" -m venv $(VENV)
-	"$(PYTHON)" -m pip install -c constraints.txt setuptools ninja pybind11 wheel
+	"$(PYTHON)" -m pip install -c constraints.txt setuptools ninja wheel
 	"$(PYTHON)" -m pip install -c constraints.txt torch
 	"$(PYTHON)" -m pip install --no-build-isolation -c constraints.txt -e ".[dev]"
 	touch $@

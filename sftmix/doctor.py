@@ -33,7 +33,7 @@ def report() -> dict[str, dict[str, str]]:
         for name in OPTIONAL
     }
     built = build_info()
-    extension = {"": "not built; everything runs on PyTorch operations"} if built is None else built
+    extension = {"": "not built; perplexity runs on PyTorch operations"} if built is None else built
     return {
         "versions": versions(),
         "optional": optional,

@@ -1,16 +1,17 @@
-"""How the compiled part of the package was built."""
+"""The compiled part of the package: loading it, and how it was built."""
 
 import importlib
 
-_EXTENSION = "sftmix_kernels._build_info"
+_EXTENSION = "sftmix_kernels._extension"
 
 
 def build_info() -> dict[str, str] | None:
     """Facts about the compiled extension, or None where the package was installed without it.
 
-    Keys: `compiler` (name and version), `cxx_standard` (the value of `__cplusplus`), `torch`
-    (version it was built beside), `cuda` (toolkit version), `kernels` (names of the compiled
-    kernels, separated by commas). An empty string means "none".
+    The first call loads it, and with that its kernels are registered with torch. Keys: `compiler`
+    (name and version), `cxx_standard` (the value of `__cplusplus`), `torch` (version it was built
+    beside), `cuda` (toolkit version), `kernels` (which, for which devices), `vectors` (the
+    instruction set whose loops this processor gets). An empty string means "none".
 
     Raises:
         ImportError: the extension is there but cannot be loaded, for example because it was built

@@ -1,10 +1,10 @@
 """Per-example perplexity in one pass over the vocabulary, a chunk of logits at a time.
 
-Legend: R tokens, D hidden size, V vocabulary, S examples, C checkpoints.
+Legend: R tokens, K tokens of one block, D hidden size, V vocabulary, S examples, C checkpoints.
 
-Each token keeps a running maximum ``m``, a sum of exponentials ``s`` and its target's logit ``t``;
-a chunk with maximum ``m'`` and sum ``s'`` is merged by ``s = s exp(m - M) + s' exp(m' - M)``,
-``M = max(m, m')``. The token's loss is ``log s - (t - m)``, an example's perplexity
+For a block of tokens, each chunk of logits comes from the vendor GEMM into one workspace that stays
+in cache, and is folded into the tokens' running softmax (`online_softmax.py`). A token's loss is
+``log(sum of exp) - logit of its label``, an example's perplexity
 ``exp(sum of losses / number of tokens)``, in float64.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup, all_reduce
 
 from .checks import (
     autocast,
@@ -21,87 +22,123 @@ from .checks import (
     check_label_values,
     values_are_free,
 )
-from .reference import label_weight, weighted_loss
-from .row_chunks import LogitTransform, chunk_sizes, counted_rows, gather_rows
+from .online_softmax import new_state
+from .row_chunks import PADDING
 
-# Rows of one pass: 512 x 8192 float32 logits are 16 MiB.
-ROWS = 512
+# Bytes of the CPU's workspace: its logits are read from the cache again.
+CPU_WORKSPACE = 2**24
+# Blocks are multiples of this where they can be, as are the tiles of GEMMs.
+GEMM_TILE = 128
 
 
-@torch.library.custom_op("sftmix_kernels::token_nll", mutates_args=())
-def token_nll(
+@torch.library.custom_op(
+    "sftmix_kernels::add_sample_losses", mutates_args=("nll_sum", "num_tokens")
+)
+def add_sample_losses(
     hidden: Tensor,  # (R, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
-    labels: Tensor,  # (R,) int64 in [0, V)
-    row_weight: Tensor,  # (R,) float32; a row of weight 0 is left out
+    labels: Tensor,  # (R,) int64
+    sample_ids: Tensor,  # (R,) int64
     logit_scale: float,
     softcap: float | None,
+    ignore_index: int,
     vocab_chunk: int,
-) -> Tensor:  # (R,) float32
-    """Weighted token losses ``LSE(a) - a[label]``."""
-    transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
-    loss = torch.zeros_like(row_weight)
+    nll_sum: Tensor,  # (S,) float64; updated
+    num_tokens: Tensor,  # (S,) int64; updated
+) -> None:
+    """Add the losses of tokens whose label is not ``ignore_index``, and their number."""
+    if hidden.device.type == "cpu":
+        # Ignored tokens need no product. On an accelerator the host would have to wait for their
+        # number; callers that know it gather first.
+        counted = (labels != ignore_index).nonzero().squeeze(-1)
+        if counted.shape != labels.shape:
+            hidden, labels, sample_ids = hidden[counted], labels[counted], sample_ids[counted]
     with torch.autocast(weight.device.type, enabled=False):
-        counted = counted_rows(row_weight)
-        for rows in counted.split(chunk_sizes(counted.numel(), ROWS)):
-            gathered = gather_rows(hidden, rows, row_weight[rows])
-            target = labels[rows].unsqueeze(-1)
-            peak = torch.full_like(target, -torch.inf, dtype=torch.float32)
-            total, target_logit = torch.zeros_like(peak), torch.zeros_like(peak)
-            for start in range(0, weight.shape[0], vocab_chunk):
-                logits = chunk_logits(gathered, weight, bias, start, vocab_chunk, transform)
-                new_peak = torch.maximum(peak, logits.amax(-1, keepdim=True))
-                # A chunk masked as a whole (bias -inf) has no peak: -inf - -inf would be NaN.
-                base = new_peak.masked_fill(new_peak == -torch.inf, 0.0)
-                column = target - start
-                inside = (column >= 0) & (column < logits.shape[1])
-                found = logits.gather(-1, column.clamp(0, logits.shape[1] - 1))
-                target_logit = torch.where(inside, found, target_logit)
-                total = total * (peak - base).exp()
-                total += logits.sub_(base).exp_().sum(-1, keepdim=True)
-                peak = new_peak
-            losses = (total.log() - (target_logit - peak)).squeeze(-1)
-            loss[rows] = weighted_loss(row_weight[rows], losses)
-    return loss
+        state = token_states(hidden, weight, bias, labels, logit_scale, softcap, vocab_chunk)
+    order = sample_ids.argsort(stable=True)
+    torch.ops.sftmix_kernels.add_token_losses(
+        state, labels, ignore_index, sample_ids, order, nll_sum, num_tokens
+    )
 
 
-@token_nll.register_fake
+@add_sample_losses.register_fake
 def _(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    row_weight: Tensor,
+    sample_ids: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    vocab_chunk: int,
+    nll_sum: Tensor,
+    num_tokens: Tensor,
+) -> None:
+    return None
+
+
+def token_states(
+    hidden: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (R,) int64
     logit_scale: float,
     softcap: float | None,
     vocab_chunk: int,
-) -> Tensor:
-    return torch.empty_like(row_weight)
+) -> Tensor:  # (3, R) float32
+    """States of tokens that have seen the whole vocabulary."""
+    state = new_state(hidden.shape[0], hidden)
+    # Each part of the bias begins where a 16-byte load can, whatever view it came as.
+    chunk = min(round_up(vocab_chunk, PADDING), weight.shape[0])
+    bias = None if bias is None else bias.clone(memory_format=torch.contiguous_format)
+    rows = block_rows(hidden, chunk)
+    workspace = hidden.new_empty(rows, round_up(chunk, PADDING))
+    blocks = zip(hidden.split(rows), labels.split(rows), state.split(rows, 1), strict=True)
+    for block, block_labels, block_state in blocks if hidden.shape[0] else ():
+        for start in range(0, weight.shape[0], chunk):
+            part = weight[start : start + chunk]
+            logits = workspace[: block.shape[0], : part.shape[0]]
+            torch.mm(block, part.t(), out=logits)
+            torch.ops.sftmix_kernels.fold_logits(
+                logits,
+                None if bias is None else bias[start : start + chunk],
+                block_labels,
+                start,
+                logit_scale,
+                softcap,
+                block_state,
+            )
+    return state
 
 
-def chunk_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    start: int,
-    vocab_chunk: int,
-    transform: LogitTransform,
-) -> Tensor:
-    """Float32 logits of vocabulary entries ``[start, start + vocab_chunk)``."""
-    part = slice(start, start + vocab_chunk)
-    logits = torch.nn.functional.linear(hidden, weight[part], None if bias is None else bias[part])
-    logits = logits.float()
-    transform.apply_(logits, needs_slope=False)
-    return logits
+def block_rows(hidden: Tensor, chunk: int) -> int:
+    """Tokens of one block: as few blocks of about equal size as the workspace allows.
+
+    On CUDA it takes half of L2, beside the operands that the GEMM streams through it.
+    """
+    room = CPU_WORKSPACE
+    if hidden.is_cuda:
+        room = torch.cuda.get_device_properties(hidden.device).L2_cache_size // 2
+    most = max(1, room // (chunk * hidden.element_size()))
+    num_rows = max(1, hidden.shape[0])
+    num_blocks = -(-num_rows // most)
+    return min(num_rows, round_up(-(-num_rows // num_blocks), GEMM_TILE))
 
 
-def sample_sums(
+def round_up(number: int, multiple: int) -> int:
+    """The least multiple that is not smaller."""
+    return -(-number // multiple) * multiple
+
+
+def add_losses(
+    nll_sum: Tensor,  # (S,) float64; updated
+    num_tokens: Tensor,  # (S,) int64; updated
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     sample_ids: Tensor,
-    num_samples: int,
     *,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
@@ -109,46 +146,47 @@ def sample_sums(
     ignore_index: int = -100,
     vocab_chunk: int = 8192,
     validate: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Sum of token losses (S,) float64 and number of tokens (S,) int64 of each example.
+) -> Tensor:  # () bool
+    """Check arguments and add losses; whether a token that counts has an id outside ``[0, S)``.
 
-    A sample id outside ``[0, S)`` is refused where its value is free to read, and otherwise makes
-    every sum NaN.
+    Such an id is refused where its value is free to read.
     """
     hidden, weight, bias = autocast(hidden, weight, bias)  # type: ignore[assignment]
     check_head(hidden, weight, bias, logit_scale, softcap)
     check_ids("labels", labels, hidden)
     check_ids("sample_ids", sample_ids, hidden)
-    check_count("num_samples", num_samples, 0)
     check_count("vocab_chunk", vocab_chunk, 1)
-    ids, flat_labels = sample_ids.reshape(-1), labels.reshape(-1)
-    outside = (ids < 0) | (ids >= num_samples)
-    if (validate or values_are_free(ids)) and outside.any():
+    num_samples = nll_sum.shape[0]
+    outside = (sample_ids < 0) | (sample_ids >= num_samples)
+    outside &= labels != ignore_index
+    if (validate or values_are_free(sample_ids)) and outside.any():
         raise ValueError(
-            f"sample_ids: expected values in [0, {num_samples}), got {int(ids[outside][0])}"
+            f"sample_ids: expected values in [0, {num_samples}), got {int(sample_ids[outside][0])}"
         )
     if validate:
         check_label_values("labels", labels, weight.shape[0], ignore_index)
-    row_weight = label_weight(flat_labels, weight.shape[0], ignore_index)
     with torch.no_grad():
-        losses = token_nll(
+        add_sample_losses(
             hidden.reshape(-1, hidden.shape[-1]),
             weight,
             bias,
-            flat_labels.clamp(0, weight.shape[0] - 1),
-            row_weight,
+            labels.reshape(-1).contiguous(),
+            sample_ids.reshape(-1).contiguous(),
             float(logit_scale),
-            softcap,
+            None if softcap is None else float(softcap),
+            ignore_index,
             vocab_chunk,
+            nll_sum,
+            num_tokens,
         )
-    # One slot more takes what is outside. index_put_ adds up in a fixed order on every device.
-    slots = torch.where(outside, num_samples, ids)
-    total = losses.new_zeros(num_samples + 1, dtype=torch.float64)
-    total.index_put_((slots,), losses.double(), accumulate=True)
-    count = torch.zeros_like(total, dtype=torch.int64)
-    count.index_put_((slots,), (row_weight != 0).long(), accumulate=True)
-    poison = torch.where(count[num_samples] > 0, torch.nan, 0.0).double()
-    return total[:num_samples] + poison, count[:num_samples]
+    return outside.any()
+
+
+def new_sums(num_samples: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Sum of losses (S,) float64 and number of tokens (S,) int64 before the first token."""
+    check_count("num_samples", num_samples, 0)
+    nll_sum = torch.zeros(num_samples, dtype=torch.float64, device=device)
+    return nll_sum, torch.zeros_like(nll_sum, dtype=torch.int64)
 
 
 def streaming_perplexity(
@@ -167,18 +205,23 @@ def streaming_perplexity(
 ) -> Tensor:  # (S,) float64
     """Perplexity of each example, ``exp(mean token loss)``, without holding (N, V) logits.
 
-    No gradient. ``vocab_chunk`` is how many vocabulary entries are projected at a time. An example
-    without a token that counts gets NaN, and so does one with a label outside ``[0, V)``.
+    No gradient. ``vocab_chunk`` is how many vocabulary entries are projected at a time, rounded up
+    to a multiple of 16. An example without a token that counts gets NaN, and so does one with a
+    label outside ``[0, V)``. A sample id outside ``[0, S)`` of a token that counts is refused, or
+    makes every perplexity NaN where the host would have to wait to see it (on an accelerator,
+    without ``validate``).
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected, and what came.
     """
-    total, count = sample_sums(
+    nll_sum, num_tokens = new_sums(num_samples, getattr(hidden, "device", "cpu"))
+    outside = add_losses(
+        nll_sum,
+        num_tokens,
         hidden,
         weight,
         labels,
         sample_ids,
-        num_samples,
         bias=bias,
         logit_scale=logit_scale,
         softcap=softcap,
@@ -186,27 +229,28 @@ def streaming_perplexity(
         vocab_chunk=vocab_chunk,
         validate=validate,
     )
-    return (total / count).exp()
+    return (nll_sum / num_tokens).exp().masked_fill(outside, torch.nan)
 
 
 class StreamingPerplexity:
     """Perplexities of a data set at several checkpoints, kept on the device as sums.
 
-    Call `update` for every batch (an example may arrive in several), then `end_checkpoint` once the
-    whole data set has been seen; repeat for each of the C checkpoints.
+    Call `update` for every batch (an example may arrive in several, in any order), then
+    `end_checkpoint` once the whole data set has been seen; repeat for each of the C checkpoints.
+    Token losses are rounded to 2^-32 nats before they are added, so that sums below 2^21 nats are
+    exact: batches, order and ranks do not change their bits.
     """
 
     def __init__(self, num_samples: int, device: torch.device | str) -> None:
-        check_count("num_samples", num_samples, 0)
         self.num_samples = num_samples
         self.device = torch.device(device)
         self._closed: list[Tensor] = []
         self._num_tokens: Tensor | None = None
-        self._reset()
+        self._open()
 
-    def _reset(self) -> None:
-        self._sum = torch.zeros(self.num_samples, dtype=torch.float64, device=self.device)
-        self._count = torch.zeros(self.num_samples, dtype=torch.int64, device=self.device)
+    def _open(self) -> None:
+        self._sum, self._count = new_sums(self.num_samples, self.device)
+        self._outside = torch.zeros((), dtype=torch.bool, device=self.device)
 
     def update(
         self,
@@ -223,12 +267,13 @@ class StreamingPerplexity:
         validate: bool = False,
     ) -> None:
         """Add a batch's token losses to its examples; arguments as `streaming_perplexity`."""
-        total, count = sample_sums(
+        self._outside |= add_losses(
+            self._sum,
+            self._count,
             hidden,
             weight,
             labels,
             sample_ids,
-            self.num_samples,
             bias=bias,
             logit_scale=logit_scale,
             softcap=softcap,
@@ -236,15 +281,21 @@ class StreamingPerplexity:
             vocab_chunk=vocab_chunk,
             validate=validate,
         )
-        self._sum += total
-        self._count += count
 
-    def end_checkpoint(self) -> None:
-        """Close one scoring of the data set.
+    def end_checkpoint(self, group: ProcessGroup | None = None) -> None:
+        """Close one scoring of the data set; with a process group, of the parts its ranks saw.
 
         Raises:
-            ValueError: an example had another number of tokens than at the first checkpoint.
+            ValueError: a sample id was outside ``[0, S)``, or an example had another number of
+                tokens than at the first checkpoint.
         """
+        if group is not None:
+            outside = self._outside.long()
+            for sums in (self._sum, self._count, outside):
+                all_reduce(sums, group=group)
+            self._outside = outside != 0
+        if self._outside:
+            raise ValueError(f"sample_ids: expected values in [0, {self.num_samples})")
         if self._num_tokens is None:
             self._num_tokens = self._count
         elif not torch.equal(self._num_tokens, self._count):
@@ -254,7 +305,7 @@ class StreamingPerplexity:
                 f"{sample} as at the first checkpoint, got {int(self._count[sample])}"
             )
         self._closed.append(self._sum)
-        self._reset()
+        self._open()
 
     @property
     def nll_sum(self) -> Tensor:
@@ -267,6 +318,11 @@ class StreamingPerplexity:
     def num_tokens(self) -> Tensor:
         """Tokens that count in each example, (S,) int64; so far, during the first checkpoint."""
         return self._count if self._num_tokens is None else self._num_tokens
+
+    @property
+    def started(self) -> Tensor:
+        """Which examples have a token in the open checkpoint, (S,) bool."""
+        return self._count > 0
 
     @property
     def perplexity(self) -> Tensor:
@@ -286,20 +342,33 @@ class StreamingPerplexity:
         return deviation.masked_fill(perplexity.isinf().any(-1), torch.inf)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The closed checkpoints as tensors, for safetensors."""
-        return {"nll_sum": self.nll_sum, "num_tokens": self.num_tokens}
+        """Copies of all sums, for safetensors: of the closed checkpoints, and of the open one."""
+        state = {
+            "nll_sum": self.nll_sum,
+            "num_tokens": self.num_tokens,
+            "open_nll_sum": self._sum,
+            "open_num_tokens": self._count,
+            "open_outside": self._outside,
+        }
+        return {name: tensor.clone().contiguous() for name, tensor in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take back closed checkpoints; an unfinished one starts anew.
+        """Go on from `state_dict`, in the middle of a checkpoint too.
 
         Raises:
-            ValueError: the state is of another number of examples.
+            ValueError: the state is of another number of examples, or lacks a tensor.
         """
-        nll_sum, num_tokens = state["nll_sum"].to(self.device), state["num_tokens"].to(self.device)
-        if num_tokens.shape != (self.num_samples,) or nll_sum.shape[0] != self.num_samples:
-            raise ValueError(
-                f"state: expected {self.num_samples} examples, got {tuple(nll_sum.shape)}"
-            )
-        self._closed = list(nll_sum.unbind(1))
-        self._num_tokens = num_tokens if self._closed else None
-        self._reset()
+        missing = self.state_dict().keys() - state.keys()
+        if missing:
+            raise ValueError(f"state: expected {', '.join(sorted(missing))}, got none")
+        for name in ("nll_sum", "num_tokens", "open_nll_sum", "open_num_tokens"):
+            if state[name].shape[0] != self.num_samples:
+                raise ValueError(
+                    f"state: expected {self.num_samples} examples, "
+                    f"got {state[name].shape[0]} of {name}"
+                )
+        state = {name: tensor.to(self.device, copy=True) for name, tensor in state.items()}
+        self._closed = [column.contiguous() for column in state["nll_sum"].unbind(1)]
+        self._num_tokens = state["num_tokens"] if self._closed else None
+        self._sum, self._count = state["open_nll_sum"], state["open_num_tokens"]
+        self._outside = state["open_outside"]

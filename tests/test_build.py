@@ -19,18 +19,21 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
-EXTENSION = "sftmix_kernels._build_info"
+EXTENSION = "sftmix_kernels._extension"
 
 
 def test_build_info_reports_the_build_or_none():
     info = build_info()
     if info is None:
-        assert not list((ROOT / "sftmix_kernels").glob("_build_info*.so"))
+        assert not list((ROOT / "sftmix_kernels").glob("_extension*.so"))
         return
-    assert info.keys() == {"compiler", "cxx_standard", "torch", "cuda", "kernels"}
-    assert re.match(r"(GCC|Clang|MSVC) \d", info["compiler"])
+    assert info.keys() == {"compiler", "cxx_standard", "torch", "cuda", "kernels", "vectors"}
+    assert re.match(r"(GCC|Clang) \d", info["compiler"])
     assert int(info["cxx_standard"]) >= 201703
-    assert re.fullmatch(r"(\d+\.\d+.*)?", info["torch"])
+    assert re.fullmatch(r"\d+\.\d+\.\d+", info["torch"])
+    assert re.fullmatch(r"(\d+\.\d+)?", info["cuda"])
+    assert info["kernels"] == f"online_softmax ({'CPU, CUDA' if info['cuda'] else 'CPU'})"
+    assert info["vectors"] in ("avx512f", "avx2", "sse2", "")
 
 
 def test_unbuilt_extension_is_none(monkeypatch):
@@ -40,7 +43,7 @@ def test_unbuilt_extension_is_none(monkeypatch):
 
 
 def test_broken_extension_is_an_error(monkeypatch, tmp_path):
-    (tmp_path / f"_build_info{EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
+    (tmp_path / f"_extension{EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
     monkeypatch.delitem(sys.modules, EXTENSION, raising=False)
     monkeypatch.setattr(sftmix_kernels, "__path__", [str(tmp_path)])
     with pytest.raises(ImportError) as raised:
@@ -49,7 +52,7 @@ def test_broken_extension_is_an_error(monkeypatch, tmp_path):
 
 
 def test_extension_that_misses_a_module_is_an_error(monkeypatch, tmp_path):
-    (tmp_path / "_build_info.py").write_text("import no_such_module_of_sftmix\n")
+    (tmp_path / "_extension.py").write_text("import no_such_module_of_sftmix\n")
     monkeypatch.delitem(sys.modules, EXTENSION, raising=False)
     monkeypatch.setattr(sftmix_kernels, "__path__", [str(tmp_path)])
     with pytest.raises(ModuleNotFoundError, match="no_such_module_of_sftmix"):

@@ -1,4 +1,4 @@
-"""What the three losses and token_nll promise alike: layouts, autograd, compilation, autocast."""
+"""What the three losses promise alike: layouts, autograd, compilation, autocast; opcheck of ops."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sftmix_kernels import fused_cross_entropy, fused_mixup_loss, fused_sftmix_loss
 from sftmix_kernels.mixup_loss import mixup_rows
-from sftmix_kernels.perplexity import token_nll
+from sftmix_kernels.perplexity import add_sample_losses
 from sftmix_kernels.sftmix_loss import sftmix_rows
 
 from .budget import assert_same_bits, head_inputs, run
@@ -137,7 +137,11 @@ def test_opcheck() -> None:
     torch.library.opcheck(
         sftmix_rows, (hidden, weight, bias, labels, ones, *pairs, torch.tensor(0.2), *rest)
     )
-    torch.library.opcheck(token_nll, (hidden, weight, None, labels, ones, 1.0, None, 50))
+    sums, counts = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+    torch.library.opcheck(
+        add_sample_losses,
+        (hidden, weight, bias, LABELS, torch.arange(R) % 3, 1.5, 3.0, -100, 50, sums, counts),
+    )
 
 
 @every_loss
