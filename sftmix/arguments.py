@@ -55,8 +55,26 @@ class ScoreConfig(SFTMixConfig):
 
     method: Literal["ntp"] = option("ntp", "The reference model is trained with NTP", "paper")
     num_train_epochs: float = option(1.0, "The confidence is that of one epoch", "paper")
-    num_scorings: int = option(5, "C, evenly spaced scorings, the last at the end", "ours")
-    save_strategy: str = option("no", "Checkpoints to resume from: no, steps, epoch", "ours")
+    num_scorings: int = option(
+        5,
+        "C, evenly spaced scorings, the last at the end; on a GPU in bfloat16, also where the "
+        "training is in float32",
+        "ours",
+    )
+    checkpoint_scorings: bool = option(
+        True,
+        "Write a checkpoint before each scoring, so that a killed run goes on in the midst of it",
+        "ours",
+    )
+    save_strategy: str = option(
+        "no",
+        "When to write other checkpoints: no, steps, epoch; with no, those of the scorings are "
+        "deleted once confidence.parquet is there",
+        "ours",
+    )
+    save_total_limit: int | None = option(
+        1, "Checkpoints kept, the newest, while the run goes on", "ours"
+    )
 
     def __post_init__(self) -> None:
         if self.method != "ntp" or self.num_train_epochs != 1 or self.max_steps > 0:
@@ -136,5 +154,7 @@ def _hide_inherited(parser: argparse.ArgumentParser, config_type: type[SFTMixCon
     idle = {"mu", "alpha"} if issubclass(config_type, ScoreConfig) else set()
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)} - ours
     for action in parser._actions:
-        if action.dest in inherited | idle | {"remove_unused_columns"}:
+        # `--no_X` comes with the help text of `--X`, whose opposite it is.
+        negated = action.const is False
+        if negated or action.dest in inherited | idle | {"remove_unused_columns"}:
             action.help = argparse.SUPPRESS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,9 @@ def list_checkpoints(run: Path) -> list[Path]:
 def fault(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be resumed from, or None where nothing is wrong with it."""
     texts = {checkpoint / name for name in REQUIRED} | set(checkpoint.glob("*.json"))
-    tensors = sorted(checkpoint.glob("*.safetensors"))
+    # `glob` takes in names that begin with a dot: what a killed process had begun to write.
+    written = checkpoint.glob("*.safetensors")
+    tensors = sorted(path for path in written if not path.name.startswith(TEMPORARY_PREFIX))
     try:
         for path in sorted(texts):
             json.loads(path.read_text(encoding="utf-8"))
@@ -65,3 +68,9 @@ def latest_checkpoint(run: Path) -> Path | None:
             return checkpoint
         logger.warning("%s is damaged (%s); trying the one before it", checkpoint, reason)
     return None
+
+
+def remove_checkpoints(run: Path) -> None:
+    """Delete all checkpoints of a run, the oldest first."""
+    for checkpoint in reversed(list_checkpoints(run)):
+        shutil.rmtree(checkpoint)

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from sftmix.arguments import RunArguments, ScoreConfig, parse
+from sftmix.checkpoints import remove_checkpoints
 from sftmix.loading import load_data, load_model, load_tokenizer
 from sftmix.manifest import recipe, start_manifest
 from sftmix.pairing import PairedCollator
-from sftmix.partition import Partition, from_scores, summary, write_partition
+from sftmix.partition import Partition, from_scores, read_partition, summary, write_partition
 from sftmix.runs import lock_run, open_run, remove_leftovers
-from sftmix.scoring import ScoringCallback, score_examples, scoring_steps
+from sftmix.scoring import ScoringCallback, score_examples, scoring_autocast, scoring_steps
 from sftmix.trainer import SFTMixTrainer, make_collator
 from sftmix_kernels import StreamingPerplexity
+
+FILE = "confidence.parquet"
 
 
 def main(words: Sequence[str]) -> None:
@@ -24,30 +27,41 @@ def main(words: Sequence[str]) -> None:
     run = open_run(arguments.output, resume=arguments.resume)
     with lock_run(run):
         remove_leftovers(run)
+        finished = (run / FILE).exists()
         partition = score(run, arguments, config)
     print(summary(partition))
-    print(f"wrote {run / 'confidence.parquet'}")
+    print(f"{run / FILE} was finished already" if finished else f"wrote {run / FILE}")
 
 
 def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
     """Train the reference model, score, split, and write ``confidence.parquet``.
+
+    A run that has it already is finished: nothing is trained again. The checkpoints are deleted
+    then, unless a ``save_strategy`` asks for some.
 
     Raises:
         ValueError: bad data, fewer steps than scorings, or a resumed run of another recipe.
     """
     tokenizer = load_tokenizer(arguments)
     dataset = load_data(arguments, tokenizer)
-    model, collator = load_model(arguments), make_collator(tokenizer)
-    trainer, scores = reference_trainer(model, dataset, collator, config)
-    start_manifest(run, recipe(arguments, config, dataset, tokenizer))
-    trainer.train(resume_from_checkpoint=arguments.resume or None)
-    partition = from_scores(
-        dataset["id"][:],
-        dataset["content_hash"][:],
-        scores.num_tokens.cpu().numpy(),
-        scores.nll_sum.cpu().numpy(),
-    )
-    write_partition(run / "confidence.parquet", partition)
+    numbers = recipe(arguments, config, dataset, tokenizer)
+    if (run / FILE).exists():
+        start_manifest(run, numbers)
+        partition = read_partition(run / FILE)
+    else:
+        model, collator = load_model(arguments), make_collator(tokenizer)
+        trainer, scores = reference_trainer(model, dataset, collator, config)
+        start_manifest(run, numbers)
+        trainer.train(resume_from_checkpoint=arguments.resume or None)
+        partition = from_scores(
+            dataset["id"][:],
+            dataset["content_hash"][:],
+            scores.num_tokens.cpu().numpy(),
+            scores.nll_sum.cpu().numpy(),
+        )
+        write_partition(run / FILE, partition)
+    if config.save_strategy == "no":
+        remove_checkpoints(run)
     return partition
 
 
@@ -73,9 +87,10 @@ def reference_trainer(
             trainer.head,
             dataset,
             collator=collator,
-            context=trainer.accelerator.autocast,
+            context=scoring_autocast(trainer.head, trainer.accelerator),
             disable_progress=config.disable_tqdm,
         ),
+        checkpointed=config.checkpoint_scorings,
     )
     trainer.add_callback(scoring)
     trainer.checkpoint_extras.append(scoring)

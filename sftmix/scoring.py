@@ -1,6 +1,6 @@
 """Scoring: the perplexity of every response under the model as it stands.
 
-Legend: S examples, C checkpoints of one epoch.
+Legend: S examples, C checkpoints of one epoch, T tokens of one sequence.
 
 The reference model is trained for one epoch on the data itself, with next-token prediction, and at
 C evenly spaced steps, the last at the end, every example is scored in place
@@ -10,7 +10,10 @@ C evenly spaced steps, the last at the end, every example is scored in place
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import functools
+import time
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sftmix.checkpoints import PREFIX, writing
 from sftmix.head import HeadAdapter
 from sftmix.pairing import PairedCollator
+from sftmix.runs import atomic_write
 from sftmix_kernels import StreamingPerplexity
+
+# Between two savings of a scoring's progress: what a killed run has to score again. A saving waits
+# for the device and for the disk.
+SAVE_SECONDS = 30.0
 
 
 def score_examples(
@@ -38,43 +47,96 @@ def score_examples(
     max_tokens: int = 8192,
     description: str = "score",
     disable_progress: bool | None = False,
+    save: Callable[[], object] | None = None,
 ) -> StreamingPerplexity:
     """Add one scoring of all examples, response tokens only, to ``perplexity`` (or a new one).
 
-    The model is in eval mode meanwhile and no gradient is kept. ``max_tokens`` bounds the padded
-    tokens of a batch; ``context`` is entered around each forward (autocast).
+    The model is in eval mode meanwhile and no gradient is kept. ``max_tokens`` bounds the tokens of
+    a batch; ``context`` is entered around all of them (autocast, which then casts a weight once).
+    ``save`` is called between two batches, every `SAVE_SECONDS`: where ``perplexity`` comes with a
+    scoring that was broken off, only the examples that it has no token of are scored.
 
     Raises:
-        ValueError: there is nothing to score, or an example has no response token.
+        ValueError: there is nothing to score, an example has no response token, or ``perplexity``
+            is of another number of examples.
     """
     if len(examples) == 0:
         raise ValueError("examples: expected at least one, got none")
-    device = head.head.weight.device
     if perplexity is None:
-        perplexity = StreamingPerplexity(len(examples), device)
+        perplexity = StreamingPerplexity(len(examples), head.head.weight.device)
+    if perplexity.num_samples != len(examples):
+        raise ValueError(
+            f"perplexity: expected sums of {len(examples)} examples, got {perplexity.num_samples}"
+        )
     lengths = sequence_lengths(examples)
+    # A batch holds examples as a whole and each has a response token: the sums say who was scored.
+    waiting = (~perplexity.started).nonzero().flatten().tolist()
+    progress = tqdm(
+        total=sum(lengths),
+        initial=sum(lengths) - sum(lengths[row] for row in waiting),
+        desc=description,
+        unit="tok",
+        unit_scale=True,
+        disable=disable_progress,
+    )
     training = model.training
     model.eval()
-    progress = tqdm(
-        total=sum(lengths), desc=description, unit="tok", unit_scale=True, disable=disable_progress
-    )
-    with torch.no_grad(), progress:
-        for batch_rows in batches_by_length(lengths, max_tokens):
+    saved = time.monotonic()
+    with torch.no_grad(), context(), progress:
+        for batch_rows in batches_by_length(lengths, max_tokens, waiting):
             batch = collator([examples[row] for row in batch_rows])
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            sample_ids = torch.tensor(batch_rows, device=device)[batch["owner"]]
-            with context():
-                model(
-                    input_ids=batch["input_ids"],
-                    attention_mask=batch["attention_mask"],
-                    use_cache=False,
-                    rows=batch["rows"],
-                    head_function=_adding(perplexity, batch["targets"], sample_ids, head),
-                )
+            score_batch(model, head, batch, torch.tensor(batch_rows), perplexity)
             progress.update(sum(lengths[row] for row in batch_rows))
+            if save is not None and time.monotonic() - saved >= SAVE_SECONDS:
+                save()
+                saved = time.monotonic()
     model.train(training)
     perplexity.end_checkpoint()
     return perplexity
+
+
+def score_batch(
+    model: nn.Module,
+    head: HeadAdapter,
+    batch: dict[str, Tensor],
+    examples: Tensor,
+    perplexity: StreamingPerplexity,
+) -> None:
+    """Add the losses of a `PairedCollator`'s batch; ``examples`` says whose rows they are.
+
+    Without padding the model gets no attention mask: it takes its causal path and need not ask the
+    device whether the mask is full.
+    """
+    device = head.head.weight.device
+    names = ["input_ids"] if batch["attention_mask"].all() else ["input_ids", "attention_mask"]
+    sample_ids = examples[batch["owner"]].to(device)
+    model(
+        **{name: batch[name].to(device) for name in names},
+        use_cache=False,
+        rows=batch["rows"].to(device),
+        head_function=_adding(perplexity, batch["targets"].to(device), sample_ids, head),
+    )
+
+
+def scoring_autocast(
+    head: HeadAdapter, accelerator: Any
+) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """What `sftmix score` scores in: bfloat16 autocast on CUDA, whatever it trains in.
+
+    Scoring has no small updates to lose, and a float32 forward is slower. Training in fp16 scores
+    in fp16; a CPU, weights that are not float32, and a GPU that only emulates bfloat16 score in
+    what they train in.
+    """
+    weight = head.head.weight
+    if (
+        weight.is_cuda
+        and weight.dtype == torch.float32
+        and accelerator.mixed_precision != "fp16"
+        and torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        return functools.partial(torch.autocast, "cuda", dtype=torch.bfloat16)
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = accelerator.autocast
+    return autocast
 
 
 def _adding(
@@ -96,15 +158,23 @@ def sequence_lengths(examples: Sequence[dict[str, Any]] | datasets.Dataset) -> l
     return [len(example["input_ids"]) for example in examples]
 
 
-def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Rows grouped with rows of about their length, so that little is padded; longest first.
+def batches_by_length(
+    lengths: Sequence[int], max_tokens: int, rows: Iterable[int] | None = None
+) -> list[list[int]]:
+    """Rows grouped with rows of exactly their length; longest first, then in order.
 
-    Each batch holds at most ``max_tokens`` tokens with padding, and at least one row.
+    Each batch holds at most ``max_tokens`` tokens, and at least one row. No slot is padding, and
+    each example gets what it would get alone, from every architecture: examples one after another
+    in one sequence would need block masks (T x T for SDPA), which state-space models cannot heed.
+    ``rows``: which rows; all by default.
     """
     batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
-            batches[-1].append(row)
+    rows = range(len(lengths)) if rows is None else rows
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        last = batches[-1] if batches else []
+        fits = (len(last) + 1) * lengths[row] <= max_tokens
+        if last and lengths[last[0]] == lengths[row] and fits:
+            last.append(row)
         else:
             batches.append([row])
     return batches
@@ -125,17 +195,51 @@ def scoring_steps(max_steps: int, num_scorings: int) -> list[int]:
 
 
 class ScoringCallback(TrainerCallback):
-    """Scores the training data at C steps; its sums travel with checkpoints."""
+    """Scores the training data at C steps; its sums travel with checkpoints.
+
+    ``checkpointed``: at each of these steps the trainer first writes a checkpoint, and the sums are
+    saved into it every `SAVE_SECONDS` of the scoring and at its end. A run resumed from a
+    checkpoint goes on with its scoring, if that is not finished, before it trains on.
+    """
 
     FILE = "perplexity.safetensors"
 
     def __init__(
-        self, perplexity: StreamingPerplexity, steps: Sequence[int], score: Callable[..., Any]
+        self,
+        perplexity: StreamingPerplexity,
+        steps: Sequence[int],
+        score: Callable[..., Any],
+        *,
+        checkpointed: bool = False,
     ) -> None:
-        """``score(perplexity=..., description=...)`` adds one scoring of the whole data set."""
+        """``score(perplexity=..., description=..., save=...)`` adds one scoring of all data."""
         self.perplexity = perplexity
         self.steps = list(steps)
         self.score = score
+        self.checkpointed = checkpointed
+        self.resumed_from: Path | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Finish the scoring that the resumed checkpoint was written for.
+
+        Raises:
+            ValueError: the number of finished scorings is not that of the step.
+        """
+        before, after = (
+            bisect(self.steps, state.global_step) for bisect in (bisect_left, bisect_right)
+        )
+        if not before <= self.finished <= after:
+            raise ValueError(
+                f"perplexity: expected {after} finished scorings at step {state.global_step}, "
+                f"got {self.finished}"
+            )
+        self.score_if_due(state.global_step, self.resumed_from)
 
     def on_step_end(
         self,
@@ -144,16 +248,58 @@ class ScoringCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Score where it is time to."""
-        if state.global_step in self.steps:
-            number = self.steps.index(state.global_step) + 1
-            self.score(perplexity=self.perplexity, description=f"score {number}/{len(self.steps)}")
+        """Score where it is time to, or have the checkpoint written that comes first."""
+        if self.checkpointed and state.global_step in self.steps:
+            control.should_save = True
+        else:
+            self.score_if_due(state.global_step, None)
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Keep the last scoring's checkpoint: one of the epoch's end would replace it."""
+        if self.checkpointed and state.global_step in self.steps:
+            control.should_save = False
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Score where the checkpoint was written for it."""
+        folder = Path(str(args.output_dir)) / f"{PREFIX}{state.global_step}"
+        self.score_if_due(state.global_step, folder)
+
+    @property
+    def finished(self) -> int:
+        """How many scorings are finished."""
+        return self.perplexity.nll_sum.shape[1]
+
+    def score_if_due(self, step: int, checkpoint: Path | None) -> None:
+        """Score at one of the C steps, once, saving the progress into its checkpoint."""
+        if step not in self.steps or self.steps.index(step) < self.finished:
+            return
+        save = functools.partial(self.save, checkpoint) if checkpoint is not None else None
+        number = self.steps.index(step) + 1
+        self.score(
+            perplexity=self.perplexity, description=f"score {number}/{len(self.steps)}", save=save
+        )
+        if save is not None:
+            save()
 
     def save(self, folder: Path) -> None:
-        """Put the finished scorings into a checkpoint."""
-        state = {name: t.contiguous().cpu() for name, t in self.perplexity.state_dict().items()}
-        save_file(state, folder / self.FILE)
+        """Put the scorings into a checkpoint, the unfinished one too."""
+        state = {name: sums.cpu() for name, sums in self.perplexity.state_dict().items()}
+        with writing(folder):
+            atomic_write(folder / self.FILE, lambda path: save_file(state, path))
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint's scorings."""
         self.perplexity.load_state_dict(load_file(folder / self.FILE))
+        self.resumed_from = folder

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sftmix.scoring
 from sftmix.cli import main
 from sftmix.head import HeadAdapter
 from sftmix.pairing import PairedCollator
 from sftmix.partition import match, read_partition
-from sftmix.scoring import ScoringCallback, batches_by_length, score_examples, scoring_steps
+from sftmix.scoring import (
+    ScoringCallback,
+    batches_by_length,
+    score_examples,
+    scoring_autocast,
+    scoring_steps,
+)
 from sftmix_kernels import StreamingPerplexity
 
 from . import tiny
@@ -54,12 +63,51 @@ def test_batches_hold_every_row_once_and_fit(lengths: list[int], max_tokens: int
     batches = batches_by_length(lengths, max_tokens)
     assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
     for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[r] for r in batch) <= max_tokens
-    order = [lengths[row] for batch in batches for row in batch]
-    assert order == sorted(order, reverse=True)
+        assert len({lengths[row] for row in batch}) == 1
+        assert len(batch) == 1 or sum(lengths[row] for row in batch) <= max_tokens
+    order = [(-lengths[row], row) for batch in batches for row in batch]
+    assert order == sorted(order)
     # No batch could have taken the next one's first row as well.
-    for batch in batches[:-1]:
-        assert (len(batch) + 1) * lengths[batch[0]] > max_tokens
+    for batch, following in itertools.pairwise(batches):
+        if lengths[batch[0]] == lengths[following[0]]:
+            assert (len(batch) + 1) * lengths[batch[0]] > max_tokens
+    # What is left after some batches makes the same batches: a resumed scoring adds up alike.
+    done = len(batches) // 2
+    left = [row for batch in batches[done:] for row in batch]
+    assert batches_by_length(lengths, max_tokens, left[::-1]) == batches[done:]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 40, 8192])
+def test_neither_padding_nor_a_mask_reaches_the_model(max_tokens: int) -> None:
+    model, data = tiny.build("Llama"), tiny.examples(30)
+    adapter, seen = HeadAdapter(model), []
+
+    def spy(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        assert not args
+        assert kwargs.get("attention_mask") is None
+        seen.extend(kwargs["input_ids"].tolist())
+
+    model.model.register_forward_pre_hook(spy, with_kwargs=True)
+    score_examples(
+        model,
+        adapter,
+        data,
+        collator=PairedCollator(0),
+        max_tokens=max_tokens,
+        disable_progress=True,
+    )
+    assert sorted(seen) == sorted(data["input_ids"])
+
+
+def test_a_collator_that_pads_to_a_multiple_brings_its_mask() -> None:
+    model, data = tiny.build("Llama"), tiny.examples(9)
+    adapter = HeadAdapter(model)
+    plain, padded = (
+        score_examples(model, adapter, data, collator=collator, disable_progress=True)
+        for collator in (PairedCollator(0), PairedCollator(5, pad_to_multiple_of=8))
+    )
+    assert torch.equal(plain.num_tokens, padded.num_tokens)
+    assert torch.allclose(plain.nll_sum, padded.nll_sum, rtol=1e-5)
 
 
 def test_steps_are_even_and_end_at_the_end() -> None:
@@ -100,6 +148,146 @@ def test_nothing_to_score_is_refused() -> None:
     model = tiny.build("Llama")
     with pytest.raises(ValueError, match="at least one, got none"):
         score_examples(model, HeadAdapter(model), [], collator=PairedCollator(0))
+
+
+class Stop(BaseException):
+    """Not an exception that anything here may catch."""
+
+
+@pytest.mark.parametrize("resumed_max_tokens", [14, 40, 8192])
+def test_a_scoring_goes_on_from_its_sums(
+    resumed_max_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = tiny.build("Llama"), tiny.examples(30)
+    adapter, own = HeadAdapter(model), sftmix.scoring.score_batch
+    scored: list[int] = []
+
+    def spy(model: Any, head: Any, batch: Any, examples: torch.Tensor, perplexity: Any) -> None:
+        scored.extend(examples.tolist())
+        own(model, head, batch, examples, perplexity)
+
+    monkeypatch.setattr(sftmix.scoring, "score_batch", spy)
+    score = functools.partial(
+        score_examples, model, adapter, data, collator=PairedCollator(0), disable_progress=True
+    )
+    whole = score(max_tokens=14)
+    assert sorted(scored) == list(range(30))
+    scored.clear()
+
+    state: dict[str, torch.Tensor] = {}
+    perplexity = StreamingPerplexity(30, "cpu")
+
+    def save() -> None:
+        if len(scored) > 10:
+            state.update(perplexity.state_dict())
+            raise Stop
+
+    monkeypatch.setattr(sftmix.scoring, "SAVE_SECONDS", 0)
+    with pytest.raises(Stop):
+        score(perplexity=perplexity, max_tokens=14, save=save)
+    assert 10 < len(scored) < 20
+    resumed = StreamingPerplexity(30, "cpu")
+    resumed.load_state_dict(state)
+    score(perplexity=resumed, max_tokens=resumed_max_tokens)
+    # Batches of another size fit as well: each example is scored once.
+    assert sorted(scored) == list(range(30))
+    assert torch.equal(resumed.num_tokens, whole.num_tokens)
+    assert torch.allclose(resumed.nll_sum, whole.nll_sum, rtol=1e-5)
+    if resumed_max_tokens == 14:
+        assert torch.equal(resumed.nll_sum, whole.nll_sum)
+
+
+def test_progress_is_saved_at_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = tiny.build("Llama"), tiny.examples(24)
+    now, own, saved = [0.0], sftmix.scoring.score_batch, []
+
+    def slow(*arguments: Any) -> None:
+        own(*arguments)
+        now[0] += 7
+
+    monkeypatch.setattr(sftmix.scoring, "score_batch", slow)
+    monkeypatch.setattr(sftmix.scoring, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    score_examples(
+        model,
+        HeadAdapter(model),
+        data,
+        collator=PairedCollator(0),
+        max_tokens=1,
+        disable_progress=True,
+        save=lambda: saved.append(now[0]),
+    )
+    # A batch takes 7 s: every fifth is the first one after 30 s.
+    assert saved == [35, 70, 105, 140]
+
+
+def test_sums_of_other_examples_are_refused() -> None:
+    model = tiny.build("Llama")
+    with pytest.raises(ValueError, match="perplexity: expected sums of 6 examples, got 7"):
+        score_examples(
+            model,
+            HeadAdapter(model),
+            tiny.examples(6),
+            collator=PairedCollator(0),
+            perplexity=StreamingPerplexity(7, "cpu"),
+        )
+
+
+def test_scoring_in_bfloat16_autocast_is_close_and_leaves_no_trace() -> None:
+    model, data = tiny.build("Llama"), tiny.examples(12)
+    adapter, before = HeadAdapter(model), tiny.weights(model)
+    score = functools.partial(
+        score_examples, model, adapter, data, collator=PairedCollator(0), disable_progress=True
+    )
+    exact = score()
+    rounded = score(context=functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16))
+    assert not torch.equal(rounded.nll_sum, exact.nll_sum)
+    assert torch.allclose(rounded.nll_sum, exact.nll_sum, rtol=0.05)
+    assert torch.equal(score().nll_sum, exact.nll_sum)
+    assert tiny.same(tiny.weights(model), before)
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "dtype", "training", "has_bfloat16", "expected"),
+    [
+        (True, torch.float32, "no", True, "bfloat16"),
+        (True, torch.float32, "bf16", True, "bfloat16"),
+        (True, torch.float32, "fp16", True, "as it trains"),
+        (True, torch.float32, "no", False, "as it trains"),
+        (True, torch.bfloat16, "no", True, "as it trains"),
+        (False, torch.float32, "no", True, "as it trains"),
+        (False, torch.float32, "bf16", True, "as it trains"),
+    ],
+)
+def test_the_precision_of_scoring(
+    is_cuda: bool,
+    dtype: torch.dtype,
+    training: str,
+    has_bfloat16: bool,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
+    head = SimpleNamespace(
+        head=SimpleNamespace(weight=SimpleNamespace(is_cuda=is_cuda, dtype=dtype))
+    )
+    accelerator = SimpleNamespace(mixed_precision=training, autocast=object())
+    found: Any = scoring_autocast(head, accelerator)
+    if expected == "as it trains":
+        assert found is accelerator.autocast
+    else:
+        assert (found.func, found.args) == (torch.autocast, ("cuda",))
+        assert found.keywords == {"dtype": torch.bfloat16}
+
+
+@pytest.mark.parametrize(("step", "finished"), [(0, 1), (2, 0), (3, 0), (4, 1), (6, 1), (8, 4)])
+def test_a_wrong_number_of_finished_scorings_is_refused(step: int, finished: int) -> None:
+    perplexity = StreamingPerplexity(1, "cpu")
+    for _ in range(finished):
+        perplexity.end_checkpoint()
+    callback = ScoringCallback(perplexity, [1, 3, 6], lambda **_: pytest.fail("scored"))
+    state: Any = SimpleNamespace(global_step=step)
+    with pytest.raises(ValueError, match=f"finished scorings at step {step}, got {finished}"):
+        callback.on_train_begin(None, state, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("scorings", [1, 4])
@@ -176,34 +364,3 @@ def test_the_files_of_a_scored_run(
     printed = capsys.readouterr().out
     assert "confident" in printed
     assert "wrote" in printed
-
-
-def test_a_scored_run_can_be_resumed(
-    toy_model: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flags = ["--num_scorings", "4", "--save_strategy", "steps", "--save_steps", "2"]
-    score(toy_model, toy_data, tmp_path / "whole", *flags)
-
-    class Stop(BaseException):
-        """Not an exception that anything here may catch."""
-
-    own, seen = ScoringCallback.on_step_end, []
-
-    def stopping(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        seen.append(state.global_step)
-        if state.global_step == 5:
-            raise Stop
-        own(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(ScoringCallback, "on_step_end", stopping)
-        with pytest.raises(Stop):
-            score(toy_model, toy_data, tmp_path / "broken", *flags)
-    assert seen == [1, 2, 3, 4, 5]
-    assert not (tmp_path / "broken" / "confidence.parquet").exists()
-    score(toy_model, toy_data, tmp_path / "broken", *flags, "--resume")
-    parquet = [(tmp_path / n / "confidence.parquet").read_bytes() for n in ("whole", "broken")]
-    assert parquet[0] == parquet[1]
-    # Once more, from the last checkpoint, where nothing is left to do.
-    score(toy_model, toy_data, tmp_path / "broken", *flags, "--resume")
-    assert (tmp_path / "broken" / "confidence.parquet").read_bytes() == parquet[0]
