@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
-from .measure import facts
+from .measure import SuiteError, facts
 
 # Of each suite: its module, and the options that its `run` takes. Only the suites that run are
 # imported: the others' dependencies may not be there.
 SUITES = {
     "sftmix_loss": ("bench_sftmix_loss", ("pairs", "hidden_size", "vocab_size", "repeats")),
+    "perplexity": ("bench_perplexity", ("tokens", "hidden_size", "vocab_size", "repeats")),
     "step": ("bench_step", ("batch", "length", "step_repeats")),
+    "scoring": ("bench_scoring", ("data", "rows", "scoring_repeats")),
 }
 GPU = "gpu"
 OPTIONS = {
@@ -28,15 +30,18 @@ OPTIONS = {
     "hidden_size": 512,
     "vocab_size": 32000,
     "repeats": 5,
+    "tokens": 4096,
     "batch": 16,
     "length": 128,
     "step_repeats": 30,
+    "rows": 2000,
+    "scoring_repeats": 5,
     "threads": 2,
 }
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run, print, and write down; exit status 1 where an op of ours failed on the GPU."""
+    """Run, print, and write down; exit status 1 where a suite or an op of ours failed."""
     parser = make_parser()
     options = parser.parse_args(arguments)
     for name in (*OPTIONS, "seconds"):
@@ -49,16 +54,12 @@ def main(arguments: list[str] | None = None) -> None:
     report: dict[str, Any] = {"facts": facts()}
     if options.commit:
         report["facts"]["commit"] = options.commit
-    for name, (module, takes) in SUITES.items():
-        if options.suite in (None, name):
-            suite = importlib.import_module(f".{module}", __package__)
-            settings = {option: getattr(options, option) for option in takes}
-            print(f"{name}: {suite.__doc__}\n{settings}")
-            report[name] = {"settings": settings, **suite.run(*settings.values())}
-            save(report, options.json)
+    done = [run_suite(name, report, options) for name in SUITES if options.suite in (None, name)]
     if options.suite is None and without_gpu:
         print("gpu: skipped, there is no CUDA device")
-    elif options.suite in (None, GPU) and not run_gpu(report, options):
+    elif options.suite in (None, GPU):
+        done.append(run_gpu(report, options))
+    if not all(done):
         sys.exit(1)
 
 
@@ -67,6 +68,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("suite", nargs="?", choices=(*SUITES, GPU), help="by default all")
     for name, default in OPTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    parser.add_argument(
+        "--data", metavar="FILE", help="instructions to score (default: the demo's)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--commit", help="of the code, where it is no git checkout")
     gpu = parser.add_argument_group("gpu")
@@ -74,17 +78,33 @@ def make_parser() -> argparse.ArgumentParser:
     gpu.add_argument("--quick", action="store_true", help="tiny sizes, to try the suite out")
     gpu.add_argument("--no-peers", action="store_false", dest="peers", help="ours alone")
     gpu.add_argument("--grid", action="store_true", help="sizes of real models too")
-    gpu.add_argument("--tune", action="store_true", help="search the row kernel's constants too")
+    gpu.add_argument("--tune", action="store_true", help="search constants and workspaces too")
+    gpu.add_argument("--only", choices=("loss", "perplexity"), help="by default both")
     gpu.add_argument("--seconds", type=int, default=480, help="begin no section after these")
     gpu.add_argument("--markdown", type=Path, metavar="FILE", help="tables")
     return parser
+
+
+def run_suite(name: str, report: dict[str, Any], options: argparse.Namespace) -> bool:
+    """One of `SUITES`, printed and written down; whether it could run."""
+    module, takes = SUITES[name]
+    suite = importlib.import_module(f".{module}", __package__)
+    settings = {option: getattr(options, option) for option in takes}
+    print(f"{name}: {suite.__doc__}\n{settings}", flush=True)
+    try:
+        report[name] = {"settings": settings, **suite.run(*settings.values())}
+    except SuiteError as error:
+        print(f"{name}: FAILED: {error}", file=sys.stderr, flush=True)
+        report[name] = {"settings": settings, "failed": str(error)}
+    save(report, options.json)
+    return "failed" not in report[name]
 
 
 def run_gpu(report: dict[str, Any], options: argparse.Namespace) -> bool:
     """The suite ``gpu``, written down section by section; whether all of ours ran and was right."""
     from . import bench_gpu, gpu_report
 
-    names = ("device", "peers", "grid", "tune", "seconds")
+    names = ("device", "peers", "grid", "tune", "only", "seconds")
     settings = bench_gpu.Settings(**{name: getattr(options, name) for name in names})
     print(f"{GPU}: {bench_gpu.__doc__}")
 

@@ -1,4 +1,4 @@
-"""NTP + Mixup on a GPU: ours beside bare matrix products and peers, against the targets."""
+"""The ops on a GPU: ours beside bare matrix products and peers, against the targets."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from triton import TritonError
 
+from . import gpu_perplexity
 from .bench_row_kernels import (
     PRODUCTS,
     Products,
@@ -19,7 +20,7 @@ from .bench_row_kernels import (
     measure_row_kernels,
     tune,
 )
-from .gpu_report import BARE, PEAKED, RANDOM, target_table, targets
+from .gpu_report import BARE, PEAKED, RANDOM, perplexity_targets, target_table, targets
 from .measure import interleaved_seconds, nvidia_smi, peak_extra_bytes
 from .providers import (
     BOTH,
@@ -45,6 +46,7 @@ MODELS = {
     "Llama-3.1-8B": (4096, 128256),
     "Qwen2.5-14B": (5120, 152064),
 }
+PARTS = (LOSS, PERPLEXITY) = ("loss", "perplexity")
 GRID_ROWS = (2048, 8192, 32768)
 COMPILED = "torch.compile of dense"
 
@@ -82,6 +84,7 @@ class Settings:
     judged: bool = True  # against the targets, which are for these sizes
     grid: bool = False
     tune: bool = False
+    only: str | None = None  # one of `PARTS`
     seconds: int = 480  # no section is begun after these
 
     def quick(self) -> Settings:
@@ -330,12 +333,16 @@ def run(settings: Settings, save: Callable[[dict[str, Any]], None]) -> bool:
         "forward": lambda: forward(settings, still_right(), notes),
         "memory": lambda: memory(settings, still_right(), notes),
         "same bits": lambda: same_bits(settings, still_right(), notes),
+        PERPLEXITY: lambda: gpu_perplexity.measure_whole(settings, notes.attempt),
+        f"{PERPLEXITY} fold": lambda: gpu_perplexity.measure_folds(settings, notes.attempt),
+        f"{PERPLEXITY} tuning": lambda: gpu_perplexity.tune(settings, notes.attempt),
         "tuning": lambda: tune(*kernels, attempt=notes.attempt),
         "grid": lambda: grid(settings, still_right(), notes, out_of_time),
     }
-    asked = {"tuning": settings.tune, "grid": settings.grid}
+    asked = {"tuning": settings.tune, f"{PERPLEXITY} tuning": settings.tune, "grid": settings.grid}
     for name, section in sections.items():
-        if not asked.get(name, True):
+        part = PERPLEXITY if name.startswith(PERPLEXITY) else LOSS
+        if not asked.get(name, True) or settings.only not in (None, part):
             continue
         if settings.device == "cpu" and name in ("row kernels", "tuning"):
             notes.left_out[name] = "needs CUDA"
@@ -346,7 +353,7 @@ def run(settings: Settings, save: Callable[[dict[str, Any]], None]) -> bool:
             print(f"{time.monotonic() - begin:6.0f} s  {name}", flush=True)
         if settings.device != "cpu":
             notes.attempt("the device after " + name, torch.cuda.empty_cache)
-        verdicts = targets(result)
+        verdicts = targets(result) + perplexity_targets(result)
         if not settings.judged:
             verdicts = [
                 target._replace(reached=None, note="sizes too small") for target in verdicts

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .measure import Seconds, interleaved_seconds, peak_extra_bytes
+from .measure import interleaved_seconds, peak_extra_bytes
 from .providers import (
     DENSE,
     Inputs,
@@ -23,6 +23,7 @@ from .providers import (
     step,
     torch_chunked,
 )
+from .tables import print_providers, verdicts
 
 OURS = "fused_sftmix_loss"
 PEER = "linear_cross_entropy (NTP alone)"
@@ -78,51 +79,12 @@ def run(pairs: int, hidden_size: int, vocab_size: int, repeats: int) -> dict[str
     steps["three bare matrix products"] = lambda: bare_products(x)
     seconds = interleaved_seconds(steps, repeats)
     peaks = {name: peak_extra_bytes(one) for name, one in steps.items()}
-    print_table(seconds, peaks, found, left_out)
-    verdicts = print_targets({"seconds": {n: s.median for n, s in seconds.items()},
-                              "peak_bytes": {n: float(b) for n, b in peaks.items()}})  # fmt: skip
+    print_providers(seconds, peaks, found, left_out, DENSE)
+    print("loss error: against float64, on at most 64 pairs and 4096 vocabulary entries")
+    medians = {name: time.median for name, time in seconds.items()}
+    reached = verdicts({"seconds": medians, "peak_bytes": peaks}, OURS, TARGETS)
     rows = {
         name: {**seconds[name]._asdict(), "peak_bytes": peaks[name], "loss_error": found.get(name)}
         for name in steps
     }
-    return {"providers": rows, "left_out": left_out, "targets": verdicts}
-
-
-def print_table(
-    seconds: dict[str, Seconds],
-    peaks: dict[str, int],
-    errors: dict[str, float],
-    left_out: dict[str, str],
-) -> None:
-    """One line for each provider, then those left out."""
-    head = f"{'provider':34} {'median s':>9} {'quartiles':>15} {'/ dense':>8}"
-    print(f"{head} {'peak MiB':>9} {'loss error':>11}")
-    base = seconds[DENSE].median if DENSE in seconds else float("nan")
-    for name, time in seconds.items():
-        quartiles = f"{time.low:.3f}-{time.high:.3f}"
-        error = f"{errors[name]:.2g}" if name in errors else "-"
-        print(
-            f"{name:34} {time.median:9.3f} {quartiles:>15} {time.median / base:8.2f} "
-            f"{peaks[name] / 2**20:9.0f} {error:>11}"
-        )
-    for name, reason in left_out.items():
-        print(f"{name:34} left out: {reason}")
-    print(
-        "peak: bytes of tensors allocated in one step, in a run of its own; BLAS scratch is not in"
-    )
-    print("loss error: against float64, on at most 64 pairs and 4096 vocabulary entries")
-
-
-def print_targets(measured: dict[str, dict[str, float]]) -> list[dict[str, object]]:
-    """Ours against each target whose provider was measured."""
-    verdicts: list[dict[str, object]] = []
-    for quantity, other, limit in TARGETS:
-        values = measured[quantity]
-        if OURS not in values or other not in values:
-            print(f"target {quantity} <= {limit} x {other}: not measured")
-            continue
-        ratio = values[OURS] / values[other]
-        met = ratio <= limit
-        print(f"target {quantity} <= {limit} x {other}: {ratio:.2f}, {'met' if met else 'MISSED'}")
-        verdicts.append({"quantity": quantity, "of": other, "limit": limit, "ratio": ratio})
-    return verdicts
+    return {"providers": rows, "left_out": left_out, "targets": reached}

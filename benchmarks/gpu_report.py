@@ -10,11 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .bench_row_kernels import PAIR_ROWS, PRODUCTS
+from .perplexity_providers import BARE_CHUNKS, FOLD, OURS
 from .providers import BOTH, FILTERED, NTP, ROW_CHUNKS, VOCAB_TILES
 
 Result = Mapping[str, Any]
 BARE = "three bare products"
 RANDOM, PEAKED = "random inputs", "peaked inputs"
+ONE_PRODUCT = "bare product, one call"
+# Where the logits lie that a fold reads.
+IN_HBM, IN_HBM_CHUNK, IN_L2 = "all logits in HBM", "chunk in HBM", "chunk in L2"
 NOT_MEASURED = "not measured"
 
 
@@ -100,6 +104,28 @@ def targets(result: Result) -> list[Target]:
     ]
 
 
+def perplexity_targets(result: Result) -> list[Target]:
+    """Those of perplexity, measured or not."""
+    seconds = {
+        name: row["median"]
+        for name, row in result.get("perplexity", {}).get("providers", {}).items()
+    }
+    whole = ratio(seconds.get(OURS), seconds.get(BARE_CHUNKS))
+    shares = {
+        row["place"]: row.get("share_of_copy")
+        for row in result.get("perplexity fold", {}).values()
+        if row["step"] == FOLD and row["dtype"] == "bfloat16"
+    }
+    note = "bytes moved a second: a fold reads, a copy in HBM reads and writes"
+    return [
+        at_most(f"{OURS} / {BARE_CHUNKS}", whole, 1.05),
+        *(
+            at_least(f"{FOLD}, {place}, share of copy bandwidth", shares.get(place), 0.85, note)
+            for place in (IN_HBM, IN_L2)
+        ),
+    ]
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown, with the first column left and the others right."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
@@ -154,8 +180,61 @@ def race_table(race: Result) -> str:
 
 def rate_table(rows: Mapping[str, Mapping[str, float]], column: str, form: str = ".1f") -> str:
     """A time and one figure made of it."""
-    lines = [[name, *milliseconds(row), format(row[column], form)] for name, row in rows.items()]
+    lines = [
+        [name, *milliseconds(row), number(row.get(column), form)] for name, row in rows.items()
+    ]
     return table(("", "median ms", "quartiles", column.replace("_", " ")), lines)
+
+
+def perplexity_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Providers by time."""
+    bare = rows.get(BARE_CHUNKS, {}).get("median")
+    lines = []
+    for name, row in sorted(rows.items(), key=lambda item: item[1]["median"]):
+        space, error = row.get("workspace_bytes"), row.get("loss_error")
+        lines.append(
+            [
+                name,
+                *milliseconds(row),
+                number(ratio(row["median"], bare), ".3f"),
+                number(row.get("tflops"), ".1f"),
+                "-" if space is None else f"{space / 2**20:.0f}",
+                "-" if error is None else f"{error:.2g}",
+            ]
+        )
+    head = ("provider", "median ms", "quartiles", f"/ {BARE_CHUNKS}", "TFLOP/s of the product")
+    return table((*head, "workspace MiB", "loss error"), lines)
+
+
+def fold_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Rates of the fold and of copies."""
+    lines = [
+        [
+            name,
+            *milliseconds(row),
+            f"{row['gb_per_second']:.0f}",
+            number(row.get("share_of_copy"), ".3f"),
+        ]
+        for name, row in rows.items()
+    ]
+    return table(("", "median ms", "quartiles", "GB/s", "share of copy"), lines)
+
+
+def perplexity_parts(result: Result) -> list[str]:
+    """Tables of what was measured of perplexity."""
+    parts = []
+    if "perplexity" in result:
+        whole = result["perplexity"]
+        missing = [f"- {name}: left out, {reason}" for name, reason in whole["left_out"].items()]
+        found = perplexity_table(whole["providers"])
+        parts += ["## Perplexity, no gradients", "", found, *missing, ""]
+    if "perplexity fold" in result:
+        says = "Bytes moved a second: a fold reads each logit, a copy reads and writes it."
+        parts += ["## Fold of logits", "", says, "", fold_table(result["perplexity fold"])]
+    if "perplexity tuning" in result:
+        found = rate_table(result["perplexity tuning"], "of_products", ".3f")
+        parts += ["## Workspaces of perplexity, by times of its products", "", found]
+    return parts
 
 
 def grid_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -185,6 +264,7 @@ def markdown(facts: Mapping[str, object], result: Result) -> str:
                 "",
                 race_table(result[kind]),
             ]
+    parts += perplexity_parts(result)
     rates = (
         ("products", "Bare matrix products", "tflops", ".1f"),
         ("forward", "Forward alone", "tflops", ".1f"),

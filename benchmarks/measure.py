@@ -14,6 +14,10 @@ from typing import NamedTuple
 import torch
 
 
+class SuiteError(RuntimeError):
+    """What a suite needs is not there, or what it would time is wrong."""
+
+
 class Seconds(NamedTuple):
     """Median and quartiles of one provider's repeats."""
 

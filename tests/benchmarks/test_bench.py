@@ -11,6 +11,7 @@ import torch
 from benchmarks.__main__ import main
 from benchmarks.bench_sftmix_loss import OURS, loss_error, make_inputs, sftmix_rows
 from benchmarks.measure import peak_extra_bytes, summary
+from benchmarks.tables import verdicts
 
 TINY = ["--pairs", "8", "--hidden-size", "16", "--vocab-size", "64", "--repeats", "2"]
 
@@ -53,3 +54,11 @@ def test_peak_counts_what_is_alive_at_once() -> None:
 def test_summary_of_one_value_and_of_five() -> None:
     assert summary([2.0]) == (2.0, 2.0, 2.0)
     assert summary([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, 2.0, 4.0)
+
+
+def test_a_target_is_reached_missed_or_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    targets = (("seconds", "slow", 0.5), ("seconds", "fast", 0.5), ("seconds", "absent", 0.5))
+    found = verdicts({"seconds": {"ours": 1.0, "slow": 4.0, "fast": 1.0}}, "ours", targets)
+    assert [verdict["ratio"] for verdict in found] == [0.25, 1.0]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rsplit(" ", 1)[-1] for line in lines] == ["met", "MISSED", "measured"]

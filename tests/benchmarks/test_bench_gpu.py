@@ -25,8 +25,18 @@ from benchmarks.bench_row_kernels import (
     bandwidths,
     launches,
 )
-from benchmarks.gpu_report import BARE, PEAKED, RANDOM, targets
+from benchmarks.gpu_report import (
+    BARE,
+    IN_HBM,
+    IN_HBM_CHUNK,
+    IN_L2,
+    ONE_PRODUCT,
+    PEAKED,
+    RANDOM,
+    targets,
+)
 from benchmarks.measure import Seconds, interleaved_seconds
+from benchmarks.perplexity_providers import BARE_CHUNKS, FOLD, OURS
 from benchmarks.providers import (
     BOTH,
     FILTERED,
@@ -43,6 +53,7 @@ from benchmarks.providers import (
     peakedness,
     peer_providers,
 )
+from sftmix_kernels.build import build_info
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = Settings(
@@ -56,6 +67,7 @@ TINY = Settings(
     same_bits=2,
     compile_dense=False,
 )
+built = pytest.mark.skipif(build_info() is None, reason="the extension is not built")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 
 
@@ -63,6 +75,7 @@ def hard_labels(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight), labels)
 
 
+@built
 def test_the_suite_on_the_cpu_writes_figures_and_tables(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,9 +94,28 @@ def test_the_suite_on_the_cpu_writes_figures_and_tables(
     assert result["same bits"][f"{BOTH}: {ROW_CHUNKS}"]["equal"]
     assert result["left_out"]["row kernels"] == "needs CUDA"
     # Figures of tiny sizes are held to no target.
-    assert [target["reached"] for target in result["targets"]] == [None] * 8
+    assert [target["reached"] for target in result["targets"]] == [None] * 11
     assert f"{BOTH}: {ROW_CHUNKS}" in tables.read_text()
     assert "sizes too small" in capsys.readouterr().out
+
+
+@built
+def test_perplexity_alone_on_the_cpu(tmp_path: Path) -> None:
+    figures, tables = tmp_path / "gpu.json", tmp_path / "gpu.md"
+    files = ["--json", str(figures), "--markdown", str(tables)]
+    options = ["--device", "cpu", "--quick", "--threads", "1", "--only", "perplexity", "--tune"]
+    command.main(["gpu", *options, *files])
+    result = json.loads(figures.read_text())["gpu"]
+    assert result["failed"] == {}
+    assert RANDOM not in result
+    assert {OURS, BARE_CHUNKS, ONE_PRODUCT} <= result["perplexity"]["providers"].keys()
+    folds = result["perplexity fold"].values()
+    found = {(row["step"], row["place"], row["dtype"]) for row in folds}
+    assert {(FOLD, place, "float16") for place in (IN_HBM, IN_HBM_CHUNK, IN_L2)} <= found
+    assert all(row["share_of_copy"] > 0 for row in folds)
+    assert len(result["perplexity tuning"]) > 1
+    text = tables.read_text()
+    assert all(title in text for title in ("## Perplexity", "## Fold of", "## Workspaces"))
 
 
 @no_gpu
@@ -273,7 +305,12 @@ def failing_python(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("only", "parts"),
-    [([], "tests loss"), (["--only", "tests"], "tests"), (["--only", "loss"], "loss")],
+    [
+        ([], "build tests perplexity loss"),
+        (["--only", "tests"], "build tests"),
+        (["--only", "loss"], "build loss"),
+        (["--only", "perplexity"], "build perplexity"),
+    ],
 )
 def test_a_part_that_fails_does_not_stop_the_next(
     failing_python: Path, tmp_path: Path, only: list[str], parts: str
@@ -291,7 +328,8 @@ def test_a_part_that_fails_does_not_stop_the_next(
     for part in parts.split():
         assert f"| {part} | FAILED: exit status 3 |" in table
     log = (out / "log.txt").read_text()
-    assert ("--grid" in log) == ("loss" in parts)
+    assert ("--grid" in log) == ("loss" in parts or "perplexity" in parts)
+    assert table.count("FAILED") == len(parts.split())
     assert (out / "pytest.txt").exists() == ("tests" in parts)
     assert len(list(out.iterdir())) <= 8
 
