@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sftmix_kernels import fused_cross_entropy, fused_mixup_loss, fused_sftmix_loss
 from sftmix_kernels.mixup_loss import mixup_rows
-from sftmix_kernels.perplexity import add_sample_losses
+from sftmix_kernels.perplexity import add_sample_losses_op
 from sftmix_kernels.sftmix_loss import sftmix_rows
 
 from .budget import assert_same_bits, head_inputs, run
@@ -139,7 +139,7 @@ def test_opcheck() -> None:
     )
     sums, counts = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
     torch.library.opcheck(
-        add_sample_losses,
+        add_sample_losses_op,
         (hidden, weight, bias, LABELS, torch.arange(R) % 3, 1.5, 3.0, -100, 50, sums, counts),
     )
 
