@@ -92,10 +92,13 @@ def run_suite(name: str, report: dict[str, Any], options: argparse.Namespace) ->
     settings = {option: getattr(options, option) for option in takes}
     print(f"{name}: {suite.__doc__}\n{settings}", flush=True)
     try:
-        report[name] = {"settings": settings, **suite.run(*settings.values())}
+        result = suite.run(*settings.values())
     except SuiteError as error:
         print(f"{name}: FAILED: {error}", file=sys.stderr, flush=True)
-        report[name] = {"settings": settings, "failed": str(error)}
+        result = {"failed": str(error)}
+    # Of a file only its name: where it lies differs from machine to machine.
+    kept = {k: Path(v).name if k == "data" and v else v for k, v in settings.items()}
+    report[name] = {"settings": kept, **result}
     save(report, options.json)
     return "failed" not in report[name]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from sftmix.cli import COMMANDS
@@ -43,12 +45,28 @@ def test_every_command_is_shown() -> None:
         assert re.search(rf"(sftmix|make) {command}\b", README), command
 
 
-def test_the_figures_are_those_of_the_committed_run() -> None:
-    run = json.loads((ROOT / "benchmarks/results/cpu.json").read_text(encoding="utf-8"))
-    providers = run["sftmix_loss"]["providers"]
-    dense = providers["dense PyTorch"]["median"]
+@pytest.mark.parametrize(
+    ("file", "suite", "dense"),
+    [
+        ("cpu.json", "sftmix_loss", "dense PyTorch"),
+        ("cpu-perplexity.json", "perplexity", "dense cross_entropy"),
+    ],
+)
+def test_the_figures_are_those_of_the_committed_run(file: str, suite: str, dense: str) -> None:
+    run = results(file)
+    providers = run[suite]["providers"]
     for found in providers.values():
-        memory = found["peak_bytes"] / 2**20
-        cells = f"| {found['median']:.2f} | {found['median'] / dense:.2f} | {memory:.0f} MiB |"
-        assert cells in README
+        ratio, memory = found["median"] / providers[dense]["median"], found["peak_bytes"] / 2**20
+        assert f"| {found['median']:.2f} | {ratio:.2f} | {memory:.0f} MiB |" in README
     assert run["facts"]["commit"] in README
+
+
+def test_the_times_of_scoring_are_those_of_the_committed_run() -> None:
+    ways = results("cpu-scoring.json")["scoring"]["ways"]
+    for way in ("score_examples", "forward with logits, same batches"):
+        assert f"{ways[way]['median']:.1f} s" in README
+    assert f"{ways['obvious loop, losses of examples']['median']:.1f} s" in README
+
+
+def results(file: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks/results" / file).read_text(encoding="utf-8"))
