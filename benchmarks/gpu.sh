@@ -5,8 +5,8 @@
 #         [options of `python -m benchmarks gpu`]
 #
 # Leaves gpu.json, gpu.md (tables), perplexity.json, perplexity.md, pytest.txt, sanitizer.txt and
-# log.txt in the folder OUT. Builds the extension in place first. Needs torch, triton, setuptools,
-# ninja, pybind11, nvcc, pytest, hypothesis and numpy; the package need not be installed. A part
+# log.txt in the folder OUT. Builds the extension in place first. Needs torch, triton, setuptools
+# (77 or later), ninja, nvcc, pytest, hypothesis and numpy; the package need not be installed. A part
 # that fails does not stop the next; the exit status then is 1. PYTHON chooses the interpreter.
 set -euo pipefail
 

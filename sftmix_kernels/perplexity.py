@@ -145,6 +145,8 @@ def add_losses(
     check_head(hidden, weight, bias, logit_scale, softcap)
     check_ids("labels", labels, hidden)
     check_ids("sample_ids", sample_ids, hidden)
+    if hidden.device != nll_sum.device:
+        raise ValueError(f"hidden: expected the sums' device {nll_sum.device}, got {hidden.device}")
     check_count("vocab_chunk", vocab_chunk, 1)
     num_samples = nll_sum.shape[0]
     outside = (sample_ids < 0) | (sample_ids >= num_samples)

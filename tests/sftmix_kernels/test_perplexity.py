@@ -304,6 +304,12 @@ def test_state_that_lacks_a_part_is_refused() -> None:
         state.load_state_dict(part)
 
 
+def test_sums_on_another_device_are_refused() -> None:
+    state, labels = StreamingPerplexity(2, "meta"), torch.tensor([1, 2])
+    with pytest.raises(ValueError, match="hidden: expected the sums' device meta, got cpu"):
+        state.update(exact(2, 8), exact(123, 8), labels, torch.tensor([0, 1]))
+
+
 def score_part(rank: int, store: str, folder: str) -> None:
     """One of two ranks: every other row of two checkpoints; rank 1 has none of the last rows."""
     torch.set_num_threads(1)
