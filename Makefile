@@ -13,17 +13,22 @@ PYTHON := $(VENV)/bin/python
 READY := $(STAMP)
 endif
 
-OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+NOW := $(shell date +%Y%m%d-%H%M%S)
+demo: OUT ?= runs/demo-$(NOW)
+bench: OUT ?= runs/bench-$(NOW)
+bench-quick: OUT ?= runs/bench-quick-$(NOW)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo test lint types bench bench-quick results clean
 
 help:
 	@echo "make demo    SFTMix on a small model; results in runs/demo-DATE (OUT=... to choose)"
 	@echo "make test    all tests that this machine can run"
 	@echo "make lint    ruff and clang-format"
 	@echo "make types   mypy --strict"
-	@echo "make bench   benchmarks"
+	@echo "make bench   all benchmarks, with tables and pictures in runs/bench-DATE (OUT=...)"
+	@echo "make bench-quick   at tiny sizes: ratios beside those committed; fails on errors alone"
+	@echo "make results  tables and pictures from benchmarks/results, and README's"
 	@echo "make clean   removes build products and caches; keeps .venv and runs/"
 	@echo "PYTHON=/path/to/python uses that environment and installs nothing"
 
@@ -32,7 +37,8 @@ demo: $(READY)
 
 test: $(READY)
 	if "$(PYTHON)" -c "import triton" 2>/dev/null; then \
-		TRITON_INTERPRET=1 "$(PYTHON)" -m pytest -m interpret tests/sftmix_kernels; fi
+		TRITON_INTERPRET=1 "$(PYTHON)" -m pytest -m interpret \
+			tests/sftmix_kernels tests/benchmarks/test_peaks.py; fi
 	"$(PYTHON)" -m pytest
 
 lint: $(READY)
@@ -45,7 +51,16 @@ types: $(READY)
 	"$(PYTHON)" -m mypy
 
 bench: $(READY)
-	"$(PYTHON)" -m benchmarks
+	"$(PYTHON)" -m benchmarks run all --out "$(OUT)"
+	"$(PYTHON)" -m benchmarks plot "$(OUT)"
+
+bench-quick: $(READY)
+	"$(PYTHON)" -m benchmarks run all --device cpu --quick --out "$(OUT)"
+	"$(PYTHON)" -m benchmarks compare "$(OUT)"
+
+results: $(READY)
+	"$(PYTHON)" -m benchmarks plot benchmarks/results --markdown benchmarks/RESULTS.md \
+		--readme README.md
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

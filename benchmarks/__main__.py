@@ -1,128 +1,167 @@
-"""``python -m benchmarks [SUITE] [options]``: run all suites or one; ``--json FILE`` keeps it.
+"""Benchmarks beside what a user would pick instead: `run` measures, `plot` shows.
 
-The suite ``gpu`` needs a CUDA device, or ``--device cpu --quick`` to try it out.
+python -m benchmarks run loss --device cpu --out runs/bench
+python -m benchmarks plot runs/bench
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
+import os
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .measure import SuiteError, facts
+from .settings import Settings
 
-# Of each suite: its module, and the options that its `run` takes. Only the suites that run are
-# imported: the others' dependencies may not be there.
+HERE = Path(__file__).resolve().parent
+# Of each suite: its files, in the order in which they run.
 SUITES = {
-    "sftmix_loss": ("bench_sftmix_loss", ("pairs", "hidden_size", "vocab_size", "repeats")),
-    "perplexity": ("bench_perplexity", ("tokens", "hidden_size", "vocab_size", "repeats")),
-    "step": ("bench_step", ("batch", "length", "step_repeats")),
-    "scoring": ("bench_scoring", ("data", "rows", "scoring_repeats")),
+    "loss": ("bench_sftmix_loss", "bench_cross_entropy", "bench_mixup_loss", "bench_row_chunks"),
+    "perplexity": ("bench_perplexity", "bench_online_softmax", "bench_scoring"),
+    "step": ("bench_step",),
+    "memory": ("bench_memory",),
+    "tune": ("bench_tuning",),
 }
-GPU = "gpu"
-OPTIONS = {
-    "pairs": 2048,
-    "hidden_size": 512,
-    "vocab_size": 32000,
-    "repeats": 5,
-    "tokens": 4096,
-    "batch": 16,
-    "length": 128,
-    "step_repeats": 30,
-    "rows": 2000,
-    "scoring_repeats": 5,
-    "threads": 2,
-}
+# The search for constants is for those who change kernels.
+ALL = tuple(suite for suite in SUITES if suite != "tune")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run, print, and write down; exit status 1 where a suite or an op of ours failed."""
-    parser = make_parser()
-    options = parser.parse_args(arguments)
-    for name in (*OPTIONS, "seconds"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1")
-    without_gpu = options.device == "cuda" and not torch.cuda.is_available()
-    if options.suite == GPU and without_gpu:
-        parser.error("gpu: there is no CUDA device; --device cpu --quick tries the suite out")
-    torch.set_num_threads(options.threads)
-    report: dict[str, Any] = {"facts": facts()}
-    if options.commit:
-        report["facts"]["commit"] = options.commit
-    done = [run_suite(name, report, options) for name in SUITES if options.suite in (None, name)]
-    if options.suite is None and without_gpu:
-        print("gpu: skipped, there is no CUDA device")
-    elif options.suite in (None, GPU):
-        done.append(run_gpu(report, options))
-    if not all(done):
-        sys.exit(1)
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status 0, or 1 where one of ours failed or was wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = make_parser().parse_args(arguments)
+    return int(options.call(options, arguments))
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("suite", nargs="?", choices=(*SUITES, GPU), help="by default all")
-    for name, default in OPTIONS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
-    parser.add_argument(
-        "--data", metavar="FILE", help="instructions to score (default: the demo's)"
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--commit", help="of the code, where it is no git checkout")
-    gpu = parser.add_argument_group("gpu")
-    gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    gpu.add_argument("--quick", action="store_true", help="tiny sizes, to try the suite out")
-    gpu.add_argument("--no-peers", action="store_false", dest="peers", help="ours alone")
-    gpu.add_argument("--grid", action="store_true", help="sizes of real models too")
-    gpu.add_argument("--tune", action="store_true", help="search constants and workspaces too")
-    gpu.add_argument("--only", choices=("loss", "perplexity"), help="by default both")
-    gpu.add_argument("--seconds", type=int, default=480, help="begin no section after these")
-    gpu.add_argument("--markdown", type=Path, metavar="FILE", help="tables")
+    commands = parser.add_subparsers(required=True)
+    run = commands.add_parser("run", help="measure a suite, or all of them")
+    run.set_defaults(call=run_suites)
+    run.add_argument("suite", choices=("all", *SUITES))
+    run.add_argument("--out", type=Path, required=True, metavar="DIR", help="for result files")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    run.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    run.add_argument("--quick", action="store_true", help="tiny sizes: whether all of it works")
+    run.add_argument("--no-peers", action="store_true", help="ours and bare products alone")
+    run.add_argument("--no-grid", action="store_true", help="the first sizes alone")
+    run.add_argument("--seconds", type=int, help="begin no measurement of a suite after these")
+    run.add_argument("--threads", type=int, default=Settings.threads, help="of the CPU")
+    run.add_argument(
+        "--data", type=Path, metavar="FILE", help="instructions to score (default: the demo's)"
+    )
+    run.add_argument("--examples", type=int, default=Settings.examples, help="of them to score")
+    run.add_argument("--commit", help="of the code, where it is no git checkout")
+    run.add_argument("-k", metavar="EXPRESSION", help="benchmarks by name, as in pytest")
+    plot = commands.add_parser("plot", help="tables and pictures from result files")
+    plot.set_defaults(call=plot_results)
+    plot.add_argument("folder", type=Path, metavar="DIR", help="with result files")
+    plot.add_argument("--markdown", type=Path, metavar="FILE", help="default: DIR/RESULTS.md")
+    plot.add_argument("--readme", type=Path, metavar="FILE", help="whose block of results to renew")
+    check = commands.add_parser("compare", help="ratios of a run beside those of another")
+    check.set_defaults(call=compare_results)
+    check.add_argument("folder", type=Path, metavar="DIR", help="with result files")
+    check.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="DIR",
+        default=HERE / "results",
+        help="default: benchmarks/results",
+    )
     return parser
 
 
-def run_suite(name: str, report: dict[str, Any], options: argparse.Namespace) -> bool:
-    """One of `SUITES`, printed and written down; whether it could run."""
-    module, takes = SUITES[name]
-    suite = importlib.import_module(f".{module}", __package__)
-    settings = {option: getattr(options, option) for option in takes}
-    print(f"{name}: {suite.__doc__}\n{settings}", flush=True)
-    try:
-        result = suite.run(*settings.values())
-    except SuiteError as error:
-        print(f"{name}: FAILED: {error}", file=sys.stderr, flush=True)
-        result = {"failed": str(error)}
-    # Of a file only its name: where it lies differs from machine to machine.
-    kept = {k: Path(v).name if k == "data" and v else v for k, v in settings.items()}
-    report[name] = {"settings": kept, **result}
-    save(report, options.json)
-    return "failed" not in report[name]
+def run_suites(options: argparse.Namespace, arguments: list[str]) -> int:
+    """A process for each suite: one that breaks down, or the device under it, leaves the others."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda: there is no CUDA device", file=sys.stderr)
+        return 2
+    suites = ALL if options.suite == "all" else (options.suite,)
+    command = shlex.join(["python", "-m", "benchmarks", *arguments])
+    failed = []
+    for suite in suites:
+        call = [sys.executable, "-m", "pytest", *pytest_arguments(suite, options, command)]
+        # Kernels get the memory in Triton's interpreter that they get on a GPU.
+        interpret = (
+            {"TRITON_INTERPRET": "1"} if (suite, options.device) == ("memory", "cpu") else {}
+        )
+        env = {**os.environ, **interpret}
+        if subprocess.run(call, cwd=HERE.parent, env=env, check=False).returncode:
+            failed.append(suite)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
 
 
-def run_gpu(report: dict[str, Any], options: argparse.Namespace) -> bool:
-    """The suite ``gpu``, written down section by section; whether all of ours ran and was right."""
-    from . import bench_gpu, gpu_report
+def pytest_arguments(suite: str, options: argparse.Namespace, command: str) -> list[str]:
+    """Those of a suite; settings of this repository's own tests do not hold."""
+    given = [f"--suite={suite}", f"--device={options.device}", f"--command={command}"]
+    for name in ("seconds", "threads", "examples", "commit"):
+        value = getattr(options, name)
+        given += [] if value is None else [f"--{name}={value}"]
+    for name in ("data", "out"):
+        path = getattr(options, name)
+        given += [] if path is None else [f"--{name}={path.resolve()}"]
+    given += ["--quick"] * options.quick + ["--no-peers"] * options.no_peers
+    given += ["--no-grid"] * options.no_grid + (["-k", options.k] if options.k else [])
+    return [
+        *(str(HERE / f"{name}.py") for name in SUITES[suite]),
+        *given,
+        *("-c", str(HERE / "pytest.ini"), "--rootdir", str(HERE.parent)),
+    ]
 
-    names = ("device", "peers", "grid", "tune", "only", "seconds")
-    settings = bench_gpu.Settings(**{name: getattr(options, name) for name in names})
-    print(f"{GPU}: {bench_gpu.__doc__}")
 
-    def keep(result: dict[str, Any]) -> None:
-        save(report | {GPU: result}, options.json)
-        if options.markdown:
-            options.markdown.write_text(gpu_report.markdown(report["facts"], result))
-
-    return bench_gpu.run(settings.quick() if options.quick else settings, keep)
+def read_reports(folder: Path) -> list[dict[str, Any]]:
+    """All result files of a folder, by name; those of quick runs where there are no others."""
+    found = [json.loads(file.read_text("utf-8")) for file in sorted(folder.glob("*.json"))]
+    return [report for report in found if not report["settings"]["quick"]] or found
 
 
-def save(report: dict[str, Any], file: Path | None) -> None:
-    if file:
-        file.write_text(json.dumps(report, indent=1) + "\n")
+def plot_results(options: argparse.Namespace, _: list[str]) -> int:
+    from .plots import write_pictures
+    from .report import markdown, readme_block, replace_block
+
+    reports = read_reports(options.folder)
+    if not reports:
+        print(f"{options.folder}: there is no result file", file=sys.stderr)
+        return 2
+    pictures = write_pictures(reports, options.folder)
+    target = options.markdown or options.folder / "RESULTS.md"
+    target.write_text(markdown(reports), encoding="utf-8")
+    for file in (*pictures, target):
+        print(file)
+    if options.readme:
+        text = options.readme.read_text("utf-8")
+        shown = [file.resolve().relative_to(options.readme.resolve().parent) for file in pictures]
+        options.readme.write_text(
+            replace_block(text, readme_block(reports, shown)), encoding="utf-8"
+        )
+    return 0
+
+
+def compare_results(options: argparse.Namespace, _: list[str]) -> int:
+    from .regression import compare, differences, print_comparison
+
+    baseline = {file.name: file for file in options.baseline.glob("*.json")}
+    for file in sorted(options.folder.glob("*.json")):
+        if file.name not in baseline:
+            print(f"{file.name}: there is none in {options.baseline}")
+            continue
+        run, other = (json.loads(one.read_text("utf-8")) for one in (file, baseline[file.name]))
+        print(f"{file.name}:")
+        print_comparison(compare(run, other), differences(run, other))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

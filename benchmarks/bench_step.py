@@ -1,83 +1,98 @@
-"""A whole training step of a small model, float32: SFTMix beside NTP on the same batch."""
+"""A whole training step: SFTMix beside NTP, by our trainer and as a user would write them.
+
+`step_methods.py` has the models and the methods, which are checked against each other first.
+"""
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
+import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from sftmix import SFTMixConfig, SFTMixTrainer
-from sftmix.pairing import PairedCollator
+from .measure import interleaved_samples, peak_extra_bytes
+from .settings import Settings
 
-from .measure import interleaved_seconds
+# Trainers need it; a machine without it has all other suites.
+pytest.importorskip("datasets", reason="datasets is not installed")
 
-METHODS = ("ntp", "sftmix")
-LIMIT = 1.10
+from .step_methods import (
+    DENSE,
+    DENSE_NTP,
+    LIGER,
+    OURS,
+    OURS_NTP,
+    OURS_TILES,
+    ModelSize,
+    check,
+    limit,
+    make_steps,
+    models,
+)
 
-
-def make_examples(batch: int, length: int, vocab_size: int) -> list[dict[str, Any]]:
-    """Random tokens of uneven lengths, the second half of each a response."""
-    random = np.random.default_rng(0)
-    examples = []
-    for size in random.integers(length // 2, length + 1, batch).tolist():
-        tokens = random.integers(0, vocab_size, size).tolist()
-        examples.append({"input_ids": tokens, "labels": [-100] * (size // 2) + tokens[size // 2 :]})
-    return examples
-
-
-def make_step(method: str, examples: list[dict[str, Any]], folder: str) -> Callable[[], object]:
-    """Forward, backward and AdamW of the demo's model on one batch, through the trainer."""
-    config = LlamaConfig(
-        vocab_size=2000,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-    torch.manual_seed(0)
-    args = SFTMixConfig(
-        output_dir=folder,
-        method=method,
-        per_device_train_batch_size=len(examples),
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    trainer = SFTMixTrainer(
-        model=LlamaForCausalLM(config),
-        args=args,
-        train_dataset=examples,
-        data_collator=PairedCollator(0),
-        confident=np.arange(len(examples)) % 2 == 0,
-    )
-    optimizer = trainer.create_optimizer()
-    batch = trainer.data_collator([{**example, "lam": 0.3} for example in examples])
-    counts = trainer._get_num_items_in_batch([batch], trainer.args.device)
-
-    def step() -> None:
-        trainer.training_step(trainer.model, batch, counts)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+METHODS = (OURS, OURS_NTP, OURS_TILES, DENSE, DENSE_NTP, LIGER)
 
 
-def run(batch: int, length: int, repeats: int) -> dict[str, object]:
-    """Measure both methods in turns, print and return them and their ratio."""
-    examples = make_examples(batch, length, vocab_size=2000)
-    with tempfile.TemporaryDirectory() as folder:
-        steps = {method: make_step(method, examples, folder) for method in METHODS}
-        seconds = interleaved_seconds(steps, repeats)
-    print(f"{'method':34} {'median s':>9} {'quartiles':>15}")
-    for method, time in seconds.items():
-        print(f"{method:34} {time.median:9.4f} {f'{time.low:.4f}-{time.high:.4f}':>15}")
-    ratio = seconds["sftmix"].median / seconds["ntp"].median
-    met = "met" if ratio <= LIMIT else "MISSED"
-    print(f"target seconds of sftmix <= {LIMIT} x ntp: {ratio:.2f}, {met}")
-    return {
-        "methods": {method: time._asdict() for method, time in seconds.items()},
-        "targets": [{"quantity": "seconds", "of": "ntp", "limit": LIMIT, "ratio": ratio}],
+class Steps:
+    """All methods on one model: how far they are from the dense one, peak memory, and times."""
+
+    def __init__(self, name: str, size: ModelSize, settings: Settings) -> None:
+        self.name, self.size = name, size
+        self.difference = check(size, settings.device)
+        self.limits = {who: limit(who, settings.device) for who in self.difference}
+        with tempfile.TemporaryDirectory() as folder:
+            steps, self.left_out, self.facts = make_steps(size, settings.device, folder)
+            # NaN is not right.
+            steps = {who: s for who, s in steps.items() if self.is_right(who)}
+            self.peaks = {who: peak_extra_bytes(s, settings.device) for who, s in steps.items()}
+            self.samples = interleaved_samples(
+                steps, settings.repeats, settings.device, says=f"step of {name}"
+            )
+
+    def is_right(self, who: str) -> bool:
+        return self.difference[who] <= self.limits[who]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    option = metafunc.config.getoption
+    names = list(models(option("device"), option("quick")))
+    metafunc.parametrize("steps", names, indirect=True, scope="module")
+    metafunc.parametrize("who", METHODS if option("peers") else (OURS, OURS_NTP, OURS_TILES))
+
+
+@pytest.fixture(scope="module")
+def steps(request: pytest.FixtureRequest, settings: Settings) -> Steps:
+    if settings.out_of_time:
+        pytest.skip(f"out of time: {settings.seconds} s are over")
+    gc.collect()
+    if settings.device != "cpu":
+        torch.cuda.empty_cache()
+    size = models(settings.device, settings.quick)[request.param]
+    return Steps(request.param, size, settings)
+
+
+def test_step(steps: Steps, who: str, request: pytest.FixtureRequest) -> None:
+    name = who if who in steps.left_out else f"{who}, {steps.name}"
+    request.node.user_properties.append(("name", name))
+    if who in steps.left_out:
+        pytest.skip(steps.left_out[who])
+    if not steps.is_right(who):
+        off = f"off by {steps.difference[who]:.3g}, allowed {steps.limits[who]:.3g}"
+        (pytest.fail if who.startswith("SFTMix") else pytest.skip)(f"FAILED {off}")
+    figures: dict[str, Any] = {
+        "measure": "step",
+        "case": steps.name,
+        "model": steps.name,
+        "batch": steps.size.batch,
+        "length": steps.size.length,
+        **steps.facts,
+        "who": who,
+        "ours": who.startswith("SFTMix"),
+        "difference": steps.difference[who],
+        "peak_bytes": steps.peaks[who],
     }
+    record: Callable[..., None] = request.getfixturevalue("record")
+    record(steps.samples[who], **figures)

@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
-# All GPU measurements of the kernels, in nine minutes at most:
+# Everything that a GPU has to show, in nine minutes at most:
 #
-#     bash benchmarks/gpu.sh OUT [--only tests|loss|perplexity]
-#         [options of `python -m benchmarks gpu`]
+#     bash benchmarks/gpu.sh OUT [--only tests|perplexity|step|memory|loss|tune] [--wheels DIR]
+#         [--dry-run] [options of `python -m benchmarks run`]
 #
-# Leaves gpu.json, gpu.md (tables), perplexity.json, perplexity.md, pytest.txt, sanitizer.txt and
-# log.txt in the folder OUT. Builds the extension in place first. Needs torch, triton, setuptools
-# (77 or later), ninja, nvcc, pytest, hypothesis and numpy; the package need not be installed. A part
-# that fails does not stop the next; the exit status then is 1. PYTHON chooses the interpreter.
+# Builds the extension in place for this machine, runs the tests that need a GPU, memcheck and
+# racecheck, and the suites; leaves cuda-SUITE.json, RESULTS.md, pictures and log.txt in the folder
+# OUT, eight files at most. --wheels installs what the folder holds, for these runs alone: peers,
+# or `datasets`, without which the suite `step` is left out. --dry-run tries all of it out on the
+# CPU at tiny sizes. A part that fails does not stop the next; the exit status then is 1. `tune` is
+# run on demand alone. Needs torch (2.11 or later), triton, setuptools (77 or later), ninja, nvcc,
+# pytest, pytest-benchmark, hypothesis, numpy, tqdm and matplotlib; the package need not be
+# installed. PYTHON chooses the interpreter.
 set -euo pipefail
 
 usage() {
-    sed -n '3,6p' "$0" | cut -c3- >&2
+    sed -n '4,5p' "$0" | cut -c3- >&2
     exit 2
 }
 
@@ -19,13 +23,26 @@ usage() {
 out=$1
 shift
 only=all
+wheels=
+device=cuda
 options=()
 while (($#)); do
     case $1 in
     --only)
         only=${2:-}
-        [[ $only == tests || $only == loss || $only == perplexity ]] || usage
+        [[ $only =~ ^(tests|perplexity|step|memory|loss|tune)$ ]] || usage
         shift 2
+        ;;
+    --wheels)
+        wheels=${2:-}
+        [[ -d $wheels ]] || usage
+        wheels=$(cd "$wheels" && pwd)
+        shift 2
+        ;;
+    --dry-run)
+        device=cpu
+        options+=(--quick)
+        shift
         ;;
     *)
         options+=("$1")
@@ -38,9 +55,12 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python}
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+export PYTHONPATH="$scratch/site:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 log=$out/log.txt
-rm -f "$out"/{gpu,perplexity}.{json,md} "$out"/{pytest,sanitizer,log}.txt
+rm -f "$out"/{cpu,cuda}-*.{json,svg} "$out"/RESULTS.md "$log"
 ends=()
 failed=0
 
@@ -54,12 +74,12 @@ note() {
     ends+=("| $1 | $2 |")
 }
 
-# part NAME SECONDS FILE COMMAND...: run it, whatever comes of it.
+# part NAME SECONDS COMMAND...: run it, whatever comes of it.
 part() {
-    local name=$1 limit=$2 file=$3 start=$SECONDS status=0
-    shift 3
+    local name=$1 limit=$2 start=$SECONDS status=0
+    shift 2
     say "== $name: $*"
-    timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$file" || status=$?
+    timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$log" || status=$?
     case $status in
     0) note "$name" "passed, $((SECONDS - start)) s" ;;
     124 | 137) note "$name" "FAILED: not done after $limit s" ;;
@@ -78,52 +98,62 @@ left() {
     echo $((530 - SECONDS - $1))
 }
 
-build() {
-    part build 120 "$log" "$python" setup.py -q build_ext --inplace
+tests() {
+    part tests "$1" "$python" -m pytest -p no:cacheprovider -m gpu -q -rf --durations=5 \
+        tests/sftmix_kernels
 }
 
-tests() {
-    part tests "$1" "$out/pytest.txt" \
-        "$python" -m pytest -p no:cacheprovider -m gpu -ra --durations=10 tests/sftmix_kernels
-    local sanitizer
-    sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer || true)
-    if [[ -z $sanitizer ]]; then
-        note sanitizer "skipped: compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin"
+sanitizer() {
+    local tool
+    tool=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer || true)
+    if [[ -z $tool || $device == cpu ]]; then
+        note sanitizer "skipped: it needs a GPU, and compute-sanitizer on PATH or in /usr/local/cuda"
         return
     fi
+    local ours=(-m benchmarks run --device cuda --quick --no-peers --out "$scratch")
     # Small and ragged, every op under every schedule. Without PyTorch's cache of memory each tensor
     # is an allocation of its own, so that a read past its end is seen.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 part memcheck 60 "$out/sanitizer.txt" \
-        "$sanitizer" --tool memcheck --error-exitcode 9 \
-        "$python" -m benchmarks gpu --quick --no-peers
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 part memcheck 60 \
+        "$tool" --target-processes all --tool memcheck --error-exitcode 9 \
+        "$python" "${ours[@]}" loss
     # Of kernels that share memory between threads and are ours in CUDA.
-    part racecheck 40 "$out/sanitizer.txt" \
-        "$sanitizer" --tool racecheck --error-exitcode 9 \
+    part racecheck 40 \
+        "$tool" --target-processes all --tool racecheck --error-exitcode 9 \
         --kernel-name kns=fold_logits --kernel-name kns=add_token_losses \
-        "$python" -m benchmarks gpu --quick --no-peers --only perplexity
+        "$python" "${ours[@]}" perplexity
 }
 
-# measure PART FILE SECONDS: it stops by itself before the limit, with what it has.
-measure() {
-    part "$1" "$3" "$log" "$python" -m benchmarks gpu --only "$1" --seconds $(($3 - 40)) \
-        --json "$out/$2.json" --markdown "$out/$2.md" ${options[@]+"${options[@]}"}
+# suite NAME SECONDS: it begins nothing shortly before the limit, and keeps what it has.
+suite() {
+    part "$1" "$2" "$python" -m benchmarks run "$1" --device "$device" --out "$out" \
+        --seconds $(($2 - 30)) ${options[@]+"${options[@]}"}
 }
 
+if [[ -n $wheels ]]; then
+    part wheels 60 "$python" -m pip install -q --no-index --no-deps --no-compile \
+        --target "$scratch/site" "$wheels"/*.whl
+fi
 facts 2>&1 | tee -a "$log" || note facts "FAILED: exit status $?"
-build
+part build 120 "$python" setup.py -q build_ext --inplace
 case $only in
-tests) tests "$(left 100)" ;;
-loss) measure loss gpu "$(left 0)" ;;
-perplexity) measure perplexity perplexity "$(left 0)" ;;
-all)
-    # Sanitizers 60 and 40, perplexity 70, loss at least 100; what is not spent goes to the losses.
-    tests "$(left 270)"
-    measure perplexity perplexity 70
-    measure loss gpu "$(left 0)"
+tests)
+    tests "$(left 110)"
+    sanitizer
     ;;
+all)
+    # What is not spent goes to the losses.
+    tests "$(left 360)"
+    sanitizer
+    suite perplexity 60
+    suite step 60
+    suite memory 50
+    suite loss "$(left 10)"
+    ;;
+*) suite "$only" "$(left 10)" ;;
 esac
+[[ $only == tests ]] || part plot 60 "$python" -m benchmarks plot "$out"
 {
-    printf '\n## Parts\n\n| part | end |\n| --- | --- |\n'
+    printf '\n## Parts of `benchmarks/gpu.sh`\n\n| part | end |\n| --- | --- |\n'
     printf '%s\n' "${ends[@]}"
-} >>"$out/gpu.md"
+} >>"$out/RESULTS.md"
 exit "$failed"

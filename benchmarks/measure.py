@@ -3,46 +3,54 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import platform
-import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, TypeVar
 
 import torch
+from tqdm import tqdm
+
+Key = TypeVar("Key")
+# Whose versions a figure hangs on.
+PACKAGES = (
+    "numpy",
+    "transformers",
+    "accelerate",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+)
+
+
+SMI_FIELDS = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
 
 
 class SuiteError(RuntimeError):
     """What a suite needs is not there, or what it would time is wrong."""
 
 
-class Seconds(NamedTuple):
-    """Median and quartiles of one provider's repeats."""
-
-    median: float
-    low: float
-    high: float
-
-
-def interleaved_seconds(
-    steps: Mapping[str, Callable[[], object]],
+def interleaved_samples(
+    steps: Mapping[Key, Callable[[], object]],
     repeats: int,
     device: str = "cpu",
     prepare: Callable[[], object] | None = None,
-) -> dict[str, Seconds]:
-    """Time of each step, after one warm-up, taking turns so that a slow minute hits all alike.
+    says: str = "",
+) -> dict[Key, list[float]]:
+    """Seconds of each step, after one warm-up, taking turns so that a slow minute hits all alike.
 
     ``prepare`` runs before every step, outside of its time. On CUDA the time is that between two
-    events, and ``prepare`` is by default `L2Scrub`.
+    events, and ``prepare`` is by default `L2Scrub`. ``says`` names the progress bar.
     """
-    samples: dict[str, list[float]] = {name: [] for name in steps}
+    samples: dict[Key, list[float]] = {name: [] for name in steps}
     if prepare is None and device != "cpu":
         prepare = L2Scrub()
-    for step in steps.values():
-        step()
-    for _ in range(repeats):
+    rounds = tqdm(range(repeats + 1), desc=says, unit="round", disable=not says)
+    for number in rounds:
         # Read only after the round: waiting for each step would leave the device idle before the
         # next, whose launch would then count as its time.
         pending = {}
@@ -51,8 +59,10 @@ def interleaved_seconds(
                 prepare()
             pending[name] = started(step, device)
         for name, seconds in pending.items():
-            samples[name].append(seconds())
-    return {name: summary(values) for name, values in samples.items()}
+            spent = seconds()
+            if number:
+                samples[name].append(spent)
+    return samples
 
 
 def started(step: Callable[[], object], device: str) -> Callable[[], float]:
@@ -87,14 +97,6 @@ class L2Scrub:
         self.buffer.zero_()
 
 
-def summary(values: list[float]) -> Seconds:
-    """Median and quartiles; of fewer than two values, the value itself."""
-    if len(values) < 2:
-        return Seconds(values[0], values[0], values[0])
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Seconds(median, low, high)
-
-
 def peak_extra_bytes(step: Callable[[], object], device: str = "cpu") -> int:
     """Highest sum of tensor bytes alive at once that ``step`` allocated, its results included.
 
@@ -102,6 +104,8 @@ def peak_extra_bytes(step: Callable[[], object], device: str = "cpu") -> int:
     scratch memory that a BLAS library takes for itself is not counted, for any provider; on CUDA
     it is PyTorch's, made once, in the warm-up here.
     """
+    # What is garbage already must not be freed, and so subtracted, while the step is measured.
+    gc.collect()
     if device != "cpu":
         return peak_extra_cuda_bytes(step)
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -132,7 +136,7 @@ def peak_extra_cuda_bytes(step: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def facts() -> dict[str, str | int]:
+def facts() -> dict[str, Any]:
     """Machine, versions, commit and date, so that a figure can be held beside another."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -143,36 +147,43 @@ def facts() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": version("triton"),
+        "packages": {name: found for name in PACKAGES if (found := version(name))},
         **gpu_facts(),
     }
 
 
-def gpu_facts() -> dict[str, str | int]:
-    """GPU, driver, clocks and the compiler of its kernels; nothing where there is no GPU."""
+def version(package: str) -> str:
+    """Empty where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def gpu_facts() -> dict[str, Any]:
+    """GPU, driver and clocks; nothing where there is no GPU."""
     if not torch.cuda.is_available():
         return {}
-    import triton
-
     properties = torch.cuda.get_device_properties(0)
     return {
         "gpu": properties.name,
         "gpu_bytes": properties.total_memory,
         "gpu_processors": properties.multi_processor_count,
         "cuda": torch.version.cuda or "",
-        "triton": triton.__version__,
-        "nvidia_smi": nvidia_smi(),
+        "driver": nvidia_smi("driver_version"),
+        "nvidia_smi": nvidia_smi(SMI_FIELDS),
     }
 
 
-def nvidia_smi() -> str:
-    """Driver, clocks, power limit and temperature at this moment; empty without the tool."""
-    names = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit"
-    command = ["nvidia-smi", f"--query-gpu={names},temperature.gpu", "--format=csv"]
+def nvidia_smi(fields: str) -> str:
+    """What the tool says of the first GPU at this moment; empty without the tool."""
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return ""
-    return "; ".join(done.stdout.split("\n")).strip("; ")
+    return done.stdout.strip()
 
 
 def git_commit() -> str:

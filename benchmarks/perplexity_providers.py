@@ -24,6 +24,7 @@ from .measure import SuiteError
 
 OURS = "streaming_perplexity"
 BARE_CHUNKS = "bare product, same chunks"
+ONE_PRODUCT = "bare product, one call"
 DENSE = "dense cross_entropy"
 FOLD = "fold_logits"
 OPERATIONS = "PyTorch operations, same chunks"
@@ -186,6 +187,16 @@ class Check(NamedTuple):
     @property
     def says(self) -> str:
         return f"losses are off by {self.error:.3g}, the error budget is {self.limit:.3g}"
+
+    def passes(self) -> Check:
+        """Itself.
+
+        Raises:
+            SuiteError: the error is over the budget.
+        """
+        if not self.passed:
+            raise SuiteError(self.says)
+        return self
 
 
 def budget(found: Tensor, plain: Tensor, truth: Tensor) -> Check:

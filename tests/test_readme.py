@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
+import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.__main__ import main, read_reports
+from benchmarks.report import readme_block, replace_block
 from sftmix.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
@@ -45,28 +46,15 @@ def test_every_command_is_shown() -> None:
         assert re.search(rf"(sftmix|make) {command}\b", README), command
 
 
-@pytest.mark.parametrize(
-    ("file", "suite", "dense"),
-    [
-        ("cpu.json", "sftmix_loss", "dense PyTorch"),
-        ("cpu-perplexity.json", "perplexity", "dense cross_entropy"),
-    ],
-)
-def test_the_figures_are_those_of_the_committed_run(file: str, suite: str, dense: str) -> None:
-    run = results(file)
-    providers = run[suite]["providers"]
-    for found in providers.values():
-        ratio, memory = found["median"] / providers[dense]["median"], found["peak_bytes"] / 2**20
-        assert f"| {found['median']:.2f} | {ratio:.2f} | {memory:.0f} MiB |" in README
-    assert run["facts"]["commit"] in README
-
-
-def test_the_times_of_scoring_are_those_of_the_committed_run() -> None:
-    ways = results("cpu-scoring.json")["scoring"]["ways"]
-    for way in ("score_examples", "forward with logits, same batches"):
-        assert f"{ways[way]['median']:.1f} s" in README
-    assert f"{ways['obvious loop, losses of examples']['median']:.1f} s" in README
-
-
-def results(file: str) -> dict[str, Any]:
-    return json.loads((ROOT / "benchmarks/results" / file).read_text(encoding="utf-8"))
+def test_figures_and_pictures_are_those_of_the_committed_results(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    results = ROOT / "benchmarks/results"
+    for file in results.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    arguments = ["plot", str(tmp_path), "--markdown", str(tmp_path / "RESULTS.md")]
+    assert main(arguments) == 0
+    written = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+    assert written == (ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8")
+    pictures = sorted(file.relative_to(ROOT) for file in results.glob("*.svg"))
+    assert {file.name for file in pictures} == {file.name for file in tmp_path.glob("*.svg")}
+    assert replace_block(README, readme_block(read_reports(results), pictures)) == README

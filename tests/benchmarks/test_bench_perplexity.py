@@ -1,9 +1,14 @@
-"""The suites of perplexity and of scoring: right before they are timed, and written down."""
+"""The suite of perplexity: right before it is timed, and written down with what is missing."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,59 +16,116 @@ import torch
 from torch import Tensor
 
 from benchmarks import bench_scoring, perplexity_providers
-from benchmarks.__main__ import main
-from benchmarks.bench_perplexity import FOLD_OPERATIONS, FOLDS, measure_whole
-from benchmarks.gpu_perplexity import with_shares, within
-from benchmarks.gpu_report import IN_HBM, IN_L2, perplexity_targets
+from benchmarks.bench_online_softmax import (
+    CHUNKS,
+    FOLD_OPERATIONS,
+    FOLD_SOFTCAP,
+    IN_CACHE,
+    IN_HBM,
+    IN_HBM_CHUNK,
+    IN_L2,
+    Chunk,
+    measure_folds,
+)
+from benchmarks.bench_perplexity import EVERYONE, measure_whole, size_of
+from benchmarks.bench_row_chunks import COPY
+from benchmarks.group import Group
 from benchmarks.measure import SuiteError
 from benchmarks.perplexity_providers import (
     BARE_CHUNKS,
     DENSE,
     FOLD,
+    ONE_PRODUCT,
     OPERATIONS,
     OURS,
     Tokens,
-    chunks_of_logits,
     dense,
     make_fold,
     make_tokens,
-    ours,
     providers,
 )
-from sftmix_kernels import perplexity
+from benchmarks.settings import Settings
 from sftmix_kernels.build import build_info
 
+ROOT = Path(__file__).parent.parent.parent
+QUICK = Settings(device="cpu", quick=True)
 built = pytest.mark.skipif(build_info() is None, reason="the extension is not built")
 
 
-def run(suite: str, file: Path, *options: str) -> dict[str, Any]:
-    main([suite, "--threads", "1", "--json", str(file), *options])
-    found: dict[str, Any] = json.loads(file.read_text())[suite]
-    return found
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Two wait for each other up to fifty times as long, where other processes share the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(out: Path, *options: str) -> dict[str, Any]:
+    """What a run of the suite on the CPU writes."""
+    command = ["-m", "benchmarks", "run", "perplexity", "--device", "cpu", "--quick"]
+    subprocess.run(
+        [sys.executable, *command, "--threads", "1", "--out", str(out), *options],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    report: dict[str, Any] = json.loads((out / "cpu-perplexity-quick.json").read_text())
+    return report
 
 
 @built
-def test_perplexity_suite_measures_the_whole_and_the_fold(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sizes = ("--tokens", "70", "--hidden-size", "16", "--vocab-size", "99", "--repeats", "2")
-    found = run("perplexity", tmp_path / "out.json", *sizes)
-    assert {OURS, BARE_CHUNKS, DENSE, OPERATIONS} <= found["providers"].keys()
-    assert all(row["median"] > 0 for row in found["providers"].values())
+def test_a_run_writes_down_everyone_or_why_not(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    data = tmp_path / "data.jsonl"
+    rows = [{"question": "one " * (i + 1), "answer": "two " * (2 * i + 1)} for i in range(7)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = run(tmp_path, "--data", str(data))
+    assert report["failed"] == {}
+    found: dict[str, dict[str, Any]] = {}
+    for record in report["records"]:
+        name = f"{record['who']}, {record['kind']}" if "kind" in record else record["who"]
+        found.setdefault(record["measure"], {})[name] = record
+        assert record["median"] > 0
+    assert found.keys() == {"perplexity", "fold", "scoring"}
+
+    whole = found["perplexity"]
+    missing = {who for who in EVERYONE if f"{who}, perplexity" in report["left_out"]}
+    assert whole.keys() == set(EVERYONE) - missing
+    assert ONE_PRODUCT in missing
+    assert {OURS, BARE_CHUNKS, DENSE, OPERATIONS} <= whole.keys()
+    assert whole[OURS]["operations"] == 2 * 256 * 64 * 1003
+    assert whole[OURS]["case"] == "tiny, N = 256"
+    assert whole[OURS]["loss_error"] > 0
     # Nothing is kept of a bare product: what it allocates is what ours allocates for the same.
-    peaks = {name: row["peak_bytes"] for name, row in found["providers"].items()}
-    assert 0 < peaks[BARE_CHUNKS] <= peaks[OURS]
-    assert found["folds"].keys() == FOLDS.keys()
-    row = found["folds"]["bfloat16"][FOLD]
-    assert row["logits"] == [70, 99]
-    assert row["gb_per_second"] == pytest.approx(2 / row["ns_per_logit"])
-    assert [(target["of"], target["limit"]) for target in found["targets"]] == [
-        (BARE_CHUNKS, 1.2),
-        (DENSE, 0.5),
-        (DENSE, 0.1),
-        (FOLD_OPERATIONS, 1 / 3),
-    ]
-    assert "target seconds of a fold <= 0.333 x PyTorch operations" in capsys.readouterr().out
+    assert 0 < whole[BARE_CHUNKS]["peak_bytes"] <= whole[OURS]["peak_bytes"]
+
+    kinds = [chunk.kind for chunk in CHUNKS["cpu"]]
+    assert kinds == ["float32", "bfloat16", "float16", "float32, softcap and bias"]
+    folds = found["fold"]
+    assert folds.keys() == {f"{by}, {kind}" for by in (FOLD, FOLD_OPERATIONS) for kind in kinds}
+    one = folds[f"{FOLD}, bfloat16"]
+    assert (one["rows"], one["columns"], one["bytes"]) == (256, 1003, 2 * 256 * 1003)
+    assert one["place"] == IN_CACHE
+    assert one["ours"]
+    assert "loss_error" not in folds[f"{FOLD_OPERATIONS}, bfloat16"]
+
+    assert found["scoring"].keys() == set(bench_scoring.WAYS)
+    score = found["scoring"][bench_scoring.OURS]
+    assert (score["examples"], score["distinct_examples"]) == (24, 7)
+    assert score["tokens"] > score["response_tokens"] > 0
+    assert score["difference"] <= bench_scoring.AGREE
+    assert score["data"] == "data.jsonl"
+    assert [name for name, way in found["scoring"].items() if way["ours"]] == [bench_scoring.OURS]
+
+
+def test_without_datasets_scoring_is_left_out_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(pytest.skip.Exception, match="could not import 'datasets'"):
+        bench_scoring.measure_scoring(QUICK)
 
 
 def test_every_provider_finds_the_reference() -> None:
@@ -78,17 +140,26 @@ def test_every_provider_finds_the_reference() -> None:
 
 
 @pytest.mark.parametrize("factor", [1.0001, float("nan")])
-def test_a_provider_that_is_wrong_gets_no_time(
-    factor: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_provider_that_is_wrong_gets_no_time(factor: float) -> None:
     def wrong(x: Tokens) -> Tensor:
         return dense(x) * factor
 
-    monkeypatch.setattr("benchmarks.bench_perplexity.providers", lambda: ({"wrong": wrong}, {}))
-    found = measure_whole(make_tokens(70, 16, 99), 1)
-    assert found["providers"].keys() == {BARE_CHUNKS}
-    assert "error budget" in found["left_out"]["wrong"]
-    assert "wrong" in capsys.readouterr().out
+    def raises(x: Tokens) -> Tensor:
+        raise ValueError("no such dtype")
+
+    group = measure_whole(QUICK, size_of(QUICK), {"wrong": wrong, "raises": raises}, {})
+    assert group.samples.keys() == {BARE_CHUNKS}
+    assert not group.failed
+    assert "FAILED SuiteError: losses are off by" in group.left_out["wrong"]
+    assert group.left_out["raises"] == "FAILED ValueError: no such dtype"
+
+
+@built
+def test_ours_that_is_wrong_fails() -> None:
+    calls = {OURS: lambda x: dense(x) * 1.0001, DENSE: dense}
+    group = measure_whole(QUICK, size_of(QUICK), calls, {})
+    assert group.samples.keys() == {BARE_CHUNKS, DENSE}
+    assert "error budget" in group.failed[OURS]
 
 
 def test_a_provider_that_mixes_examples_up_is_caught() -> None:
@@ -100,24 +171,45 @@ def test_a_provider_that_mixes_examples_up_is_caught() -> None:
     assert not perplexity_providers.check(shifted, x).passed
 
 
-def test_chunks_are_the_logits_in_the_blocks_of_ours() -> None:
-    x = make_tokens(300, 8, 50)
-    logits = torch.full((300, 50), torch.nan)
+class Recorder:
+    """Stands in for a test's request: keeps what was recorded."""
 
-    def keep(part: Tensor, rows: slice, start: int) -> None:
-        logits[rows, start : start + part.shape[1]] = part
+    def __init__(self) -> None:
+        self.node = SimpleNamespace(user_properties=[])
+        self.records: list[tuple[Any, dict[str, Any]]] = []
 
-    # Room for 128 rows of 16 float32 columns.
-    within(128 * 16 * 4, lambda x, chunk: chunks_of_logits(x, chunk, keep), x, 16)
-    torch.testing.assert_close(logits, x.hidden @ x.weight.t())
+    def getfixturevalue(self, name: str) -> Any:
+        assert name == "record"
+        return lambda samples, **figures: self.records.append((samples, figures))
 
 
-@built
-def test_another_workspace_gives_the_same_perplexities_and_is_taken_back() -> None:
-    x, before = make_tokens(300, 8, 50), perplexity.block_rows
-    found = within(128 * 16 * 4, ours, x, 16)
-    torch.testing.assert_close(found, ours(x))
-    assert perplexity.block_rows is before
+def test_a_group_records_fails_or_says_why_not() -> None:
+    def fails() -> None:
+        raise RuntimeError("no kernel")
+
+    def fits_not() -> None:
+        raise torch.OutOfMemoryError("tried to allocate 1 TiB\nand more")
+
+    group, recorder = Group({"absent": "not installed"}), Recorder()
+    request: Any = recorder
+    assert group.attempt("right", lambda: 3, ours=True) == 3
+    group.add("right", [1.0, 2.0], who="right")
+    assert group.attempt("ours", fails, ours=True) is None
+    assert group.attempt("other", fails, ours=False) is None
+    assert group.attempt("large", fits_not, ours=True) is None
+    group.write("right", "right, perplexity", request)
+    assert recorder.records == [([1.0, 2.0], {"who": "right"})]
+    assert recorder.node.user_properties == [("name", "right, perplexity")]
+    with pytest.raises(pytest.fail.Exception, match="RuntimeError: no kernel"):
+        group.write("ours", "ours", request)
+    reasons = {
+        "other": "FAILED RuntimeError: no kernel",
+        "large": "does not fit: tried to allocate 1 TiB$",
+        "absent": "not installed",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(pytest.skip.Exception, match=reason):
+            group.write(name, name, request)
 
 
 @built
@@ -127,18 +219,38 @@ def test_the_fold_is_checked(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     assert fold.check().passed
     monkeypatch.setattr(perplexity_providers.Fold, "compiled", lambda self: None)
     assert not fold.check().passed
+    group = measure_folds(Chunk(IN_CACHE, str(dtype).removeprefix("torch.")), QUICK)
+    assert group.samples.keys() == {FOLD_OPERATIONS}
+    assert "error budget" in group.failed[FOLD]
 
 
-def test_without_the_extension_a_suite_stops_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@built
+@pytest.mark.parametrize(
+    ("place", "who"),
+    [
+        (IN_HBM, {FOLD, FOLD_SOFTCAP, COPY}),
+        (IN_HBM_CHUNK, {FOLD, FOLD_SOFTCAP, COPY}),
+        (IN_L2, {FOLD, FOLD_SOFTCAP}),
+    ],
+)
+def test_a_copy_moves_twice_the_bytes_of_a_fold(place: str, who: set[str]) -> None:
+    group = measure_folds(Chunk(place, "float16"), QUICK)
+    assert group.samples.keys() == who
+    assert {name: row["bytes"] for name, row in group.figures.items()} == {
+        name: 2 * 256 * 1003 * (2 if name == COPY else 1) for name in who
+    }
+    assert group.figures[FOLD_SOFTCAP]["kind"] == "float16, softcap"
+    assert [row["ours"] for row in group.figures.values()] == [n != COPY for n in group.figures]
+
+
+def test_without_the_extension_ours_fails_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(perplexity_providers, "build_info", lambda: None)
-    file = tmp_path / "out.json"
-    with pytest.raises(SystemExit) as ended:
-        main(["perplexity", "--json", str(file)])
-    assert ended.value.code == 1
-    assert "is not built" in capsys.readouterr().err
-    assert "is not built" in json.loads(file.read_text())["perplexity"]["failed"]
+    whole = measure_whole(QUICK, size_of(QUICK), {OURS: dense, DENSE: dense}, {})
+    assert "is not built" in whole.failed[OURS]
+    assert whole.samples.keys() == {BARE_CHUNKS, DENSE}
+    folds = measure_folds(Chunk(IN_CACHE, "float32"), QUICK)
+    assert "is not built" in folds.failed[FOLD]
+    assert folds.samples.keys() == {FOLD_OPERATIONS}
 
 
 def test_an_extension_without_cuda_does_not_do_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,29 +261,7 @@ def test_an_extension_without_cuda_does_not_do_for_a_gpu(monkeypatch: pytest.Mon
 
 
 @built
-def test_scoring_suite_compares_with_the_obvious_loop(tmp_path: Path) -> None:
-    data = tmp_path / "data.jsonl"
-    rows = [{"question": "one " * (i + 1), "answer": "two " * (2 * i + 1)} for i in range(7)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ("--data", str(data), "--rows", "18", "--scoring-repeats", "1")
-    found = run("scoring", tmp_path / "out.json", *options)
-    assert (found["examples"], found["distinct_examples"]) == (18, 7)
-    assert found["difference"] <= bench_scoring.AGREE
-    assert found["tokens"] > found["response_tokens"] > 0
-    ways = found["ways"]
-    assert ways.keys() == {
-        bench_scoring.OURS,
-        bench_scoring.FORWARD,
-        bench_scoring.BACKBONE,
-        bench_scoring.LOOP,
-        bench_scoring.MEANS,
-    }
-    rate = ways[bench_scoring.LOOP]["tokens_per_second"]
-    assert rate == pytest.approx(found["tokens"] / ways[bench_scoring.LOOP]["median"])
-    assert [target["limit"] for target in found["targets"]] == [1.1, 1.0]
-
-
-def test_scores_that_differ_from_the_obvious_loop_get_no_time(
+def test_scores_that_differ_from_the_obvious_loop_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(bench_scoring, "obvious_loop", lambda task: torch.tensor([1.0, 2.0]))
@@ -180,20 +270,3 @@ def test_scores_that_differ_from_the_obvious_loop_get_no_time(
         monkeypatch.setattr(bench_scoring, "ours", lambda task, v=values: torch.tensor(v))
         with pytest.raises(SuiteError, match="differ"):
             bench_scoring.check(task)
-
-
-def test_rates_are_held_beside_the_copy_of_all_logits() -> None:
-    def row(step: str, place: str, rate: float) -> dict[str, Any]:
-        return {"step": step, "place": place, "dtype": "bfloat16", "gb_per_second": rate}
-
-    rows = {
-        "a": row("copy", IN_HBM, 400.0),
-        "b": row(FOLD, IN_HBM, 360.0),
-        "c": row(FOLD, IN_L2, 300.0),
-    }
-    shares = with_shares(rows, "bfloat16")
-    assert [one["share_of_copy"] for one in shares.values()] == [1.0, 0.9, 0.75]
-    whole = {OURS: {"median": 1.04}, BARE_CHUNKS: {"median": 1.0}}
-    result = {"perplexity": {"providers": whole}, "perplexity fold": shares}
-    assert [target.reached for target in perplexity_targets(result)] == [True, True, False]
-    assert [target.reached for target in perplexity_targets({})] == [None] * 3

@@ -1,0 +1,88 @@
+"""Whether a provider is right: loss and gradients against float64, before anything is timed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sftmix_kernels import reference
+
+from .inputs import Inputs
+from .providers import BOTH, MIXUP, MU, NTP, Loss
+
+
+def ntp_rows(x: Inputs) -> Tensor:
+    """The reference, as what adds up to the loss."""
+    rows = reference.cross_entropy(x.hidden, x.weight, x.labels, reduction="none")
+    return rows / rows.numel()
+
+
+def mixup_rows(x: Inputs) -> Tensor:
+    """The reference, as what adds up to the loss."""
+    hidden, labels = x.hidden.chunk(2), x.labels.chunk(2)
+    rows = reference.mixup_loss(*hidden, x.weight, *labels, x.lam, reduction="none")
+    return rows / rows.numel()
+
+
+def sftmix_rows(x: Inputs) -> Tensor:
+    """The reference, as what adds up to the loss."""
+    return torch.cat((ntp_rows(x), MU * mixup_rows(x)))
+
+
+ORACLES: dict[str, Loss] = {NTP: ntp_rows, MIXUP: mixup_rows, BOTH: sftmix_rows}
+
+
+def step(loss: Loss, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward and backward: the loss and two gradients."""
+    value = loss(x)
+    return value.detach(), *torch.autograd.grad(value, (x.hidden, x.weight))
+
+
+class Errors(NamedTuple):
+    """Of the loss, dH and dW in turn, against float64."""
+
+    largest: tuple[float, ...]
+    dense_largest: tuple[float, ...]  # of the reference in the inputs' own dtype
+    relative: tuple[float, ...]  # of norms
+    in_budget: bool
+
+    def passed(self, limit: float | None) -> bool:
+        """In the error budget, or by ``limit`` close enough. NaN never is."""
+        return self.in_budget if limit is None else all(r <= limit for r in self.relative)
+
+    def says(self, limit: float | None) -> str:
+        allowed = "the error budget" if limit is None else f"{limit:g}"
+        return f"over {allowed}: relative errors of loss, dH, dW {self.relative}"
+
+    def of_dense(self) -> float:
+        """The worst of the gradients' errors, in those of dense PyTorch."""
+        pairs = zip(self.largest[1:], self.dense_largest[1:], strict=True)
+        return max(own / max(other, 1e-300) for own, other in pairs)
+
+
+def errors(loss: Loss, oracle_rows: Loss, x: Inputs) -> Errors:
+    """Loss and gradients against float64.
+
+    The budget of the largest element of each: twice the error of the reference in the inputs' own
+    dtype plus one rounding; of the loss, the reference's error is added up row by row without
+    cancelling.
+    """
+    hidden, weight = (t.detach().double().requires_grad_() for t in (x.hidden, x.weight))
+    doubles = x._replace(hidden=hidden, weight=weight)
+    found = step(loss, x)
+    plain, truth = (step(lambda v: oracle_rows(v).sum(), values) for values in (x, doubles))
+    largest = [float((a.double() - t).abs().max()) for a, t in zip(found, truth, strict=True)]
+    allowed = [float((p.double() - t).abs().max()) for p, t in zip(plain, truth, strict=True)]
+    with torch.no_grad():
+        allowed[0] = float((oracle_rows(x).double() - oracle_rows(doubles)).abs().sum())
+    limits = [
+        2 * a + torch.finfo(f.dtype).eps * float(t.abs().max())
+        for a, f, t in zip(allowed, found, truth, strict=True)
+    ]
+    relative = [
+        float((f.double() - t).norm() / t.norm()) for f, t in zip(found, truth, strict=True)
+    ]
+    in_budget = all(error <= limit for error, limit in zip(largest, limits, strict=True))
+    return Errors(tuple(largest), tuple(allowed), tuple(relative), in_budget)

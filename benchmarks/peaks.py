@@ -1,0 +1,180 @@
+"""What a loss holds at its peak, from shapes alone: formulas that measurements are held to.
+
+Peak extra memory is the highest sum of tensor bytes allocated at once in one forward and backward,
+gradients and results included, inputs not. hidden and weight need gradients, no label is ignored,
+there is neither bias nor softcap. In NTP + Mixup every row is in a pair; Mixup alone takes two
+halves of N / 2 rows.
+
+Legend: N rows of hidden, R rows of logits (N / 2 for Mixup alone, else N), K rows of one chunk or
+group, B rows of one cache block, B2 of two that follow each other, C columns of the tiles at hand,
+D hidden size, V vocabulary, w bytes of a number of the inputs, f bytes of numbers a row of hidden.
+
+All through it dW in float32, dH and numbers of rows are kept, ``4 V D + w R D + f N``. On top of
+them comes the largest of these moments:
+
+| schedule | moment | bytes |
+|---|---|---|
+| ``row_chunks``, kernels | a chunk; V padded to 16 | ``w K V + 2 w K D`` |
+| ``row_chunks``, CPU | a chunk: its rows gathered, its dH | ``w K V + 2 w K D`` |
+| | ... Mixup alone: its rows mixed in float32 | ``w K V + (w + 20) K D`` |
+| | ... a cache block of NTP + Mixup | ``w K V + w K D + 4 B V`` |
+| | ... of half precision: NTP or Mixup alone | ``w K V + w K D + 4 B2 V`` |
+| | ... of half precision: NTP + Mixup | ``w K V + w K D + 4 (B + 2 B2) V`` |
+| | ... its dW, half precision | ``w K V + w K D + 4 K (V + D)`` |
+| ``vocab_tiles`` | a group; filtered or not | ``w K C + (4 + w) K D`` |
+| | ... its dH rounded, half precision | ``w K C + (4 + 2 w) K D`` |
+| all | gradients handed out | ``w V D + w N D`` |
+| ``row_chunks``, CPU | ... dW, half precision | ``w V D + w N D + 4 V D`` |
+| | ... dH, half precision | ``w N D + 8 R D`` |
+
+Forward of ``vocab_tiles`` keeps LSEs of tiles, half of ``max_bytes``, but no gradients: it is less.
+`streaming_perplexity`, forward only: a block of logits, and 12 bytes a token (20 on the CPU).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from sftmix_kernels import RowChunks, VocabTiles
+from sftmix_kernels.perplexity import block_rows, round_up
+from sftmix_kernels.row_chunks import PADDING, cache_blocks, chunk_sizes
+from sftmix_kernels.tile_gradients import BLOCK_P, BLOCK_R, BLOCK_V, groups
+
+from .providers import BOTH, MIXUP, NTP
+
+# f: labels, weights, shares, order, losses; for tiles also the state that backward needs. Measured
+# while chunks or groups are at work: when gradients are handed out some are gone.
+CHUNK_NUMBERS = {NTP: 28, MIXUP: 30, BOTH: 60}
+TILE_NUMBERS = {NTP: 44, MIXUP: 36, BOTH: 64}
+
+
+class Shape(NamedTuple):
+    """Of one call; hidden is (rows, hidden_size), of Mixup alone both halves together."""
+
+    rows: int
+    hidden_size: int
+    vocab_size: int
+    itemsize: int  # bytes of a number of hidden and weight: 4 or 2
+
+
+def peak_bytes(task: str, schedule: RowChunks | VocabTiles, shape: Shape, kernels: bool) -> int:
+    """Peak extra bytes of one forward and backward of ``task``: NTP, MIXUP or BOTH.
+
+    ``kernels``: by Triton's on CUDA, or in float32 in its interpreter, not by PyTorch operations on
+    the CPU. `VocabTiles` knows no other way.
+    """
+    if isinstance(schedule, VocabTiles):
+        during, kernels = group_bytes(task, schedule, shape), True
+    elif kernels:
+        during = chunk_bytes(task, schedule, shape)
+    else:
+        during = cpu_chunk_bytes(task, schedule, shape)
+    return kept_bytes(task, schedule, shape) + max(during, handed_out_bytes(task, shape, kernels))
+
+
+def logit_rows(task: str, shape: Shape) -> int:
+    """R: Mixup alone interpolates hidden states before it projects them."""
+    return shape.rows // 2 if task == MIXUP else shape.rows
+
+
+def kept_bytes(task: str, schedule: RowChunks | VocabTiles, shape: Shape) -> int:
+    """dW and dH as they are summed up, not yet scaled by the upstream gradient; numbers of rows."""
+    numbers = TILE_NUMBERS if isinstance(schedule, VocabTiles) else CHUNK_NUMBERS
+    # float32, since sums over many chunks diverge in half precision. A row of dH is one sum.
+    dw = 4 * shape.vocab_size * shape.hidden_size
+    dh = shape.itemsize * logit_rows(task, shape) * shape.hidden_size
+    return dw + dh + numbers[task] * shape.rows
+
+
+def handed_out_bytes(task: str, shape: Shape, kernels: bool) -> int:
+    """Gradients in the inputs' dtype, beside those kept."""
+    num_rows, size, vocab_size, width = shape
+    dw, dh = width * vocab_size * size, width * num_rows * size
+    if kernels or width == 4:
+        return dh + dw
+    # On the CPU PyTorch multiplies across dtypes by way of whole float32 tensors: for dW, which is
+    # float32, one of the result; for dH one of the operand too.
+    return max(dh + dw + 4 * vocab_size * size, dh + 8 * logit_rows(task, shape) * size)
+
+
+def chunk_rows(task: str, schedule: RowChunks, shape: Shape, kernels: bool) -> int:
+    """K: rows of the largest chunk."""
+    # The schedule asks hidden for its dtype, and whether it is on the CPU.
+    hidden = torch.empty(0, dtype=dtype_of(shape), device="meta" if kernels else "cpu")
+    most = schedule.rows_for(hidden, shape.vocab_size)
+    return max(chunk_sizes(logit_rows(task, shape), most))
+
+
+def dtype_of(shape: Shape) -> torch.dtype:
+    """One of that size."""
+    return torch.float32 if shape.itemsize == 4 else torch.bfloat16
+
+
+def chunk_bytes(task: str, schedule: RowChunks, shape: Shape) -> int:
+    """A chunk by kernels: logits, whose gradients take their place, and rows of hidden."""
+    num_rows = chunk_rows(task, schedule, shape, kernels=True)
+    # Padded so that each row begins where a 16-byte load can.
+    logits = shape.itemsize * num_rows * round_up(shape.vocab_size, PADDING)
+    # Twice: beside this chunk's first those of the chunk before, then its dH.
+    hidden = 2 * shape.itemsize * num_rows * shape.hidden_size
+    return logits + hidden
+
+
+def cpu_chunk_bytes(task: str, schedule: RowChunks, shape: Shape) -> int:
+    """A chunk by PyTorch operations, which need more than logits and rows in turn."""
+    _, size, vocab_size, width = shape
+    num_rows = chunk_rows(task, schedule, shape, kernels=False)
+    hidden = width * num_rows * size
+    # Its dH, as by kernels; then the cache blocks.
+    moments = [hidden, block_bytes(task, num_rows, shape)]
+    if task == MIXUP:
+        # In float32 both rows, both times their shares, and the sum.
+        moments.append(5 * 4 * num_rows * size)
+    if width < 4:
+        # The CPU's GEMM adds to a float32 dW from float32 operands alone.
+        moments.append(4 * num_rows * (vocab_size + size))
+    logits = width * num_rows * vocab_size
+    return logits + hidden + max(moments)
+
+
+def block_bytes(task: str, num_rows: int, shape: Shape) -> int:
+    """Float32 logits of the cache blocks of a chunk, beside the chunk's own."""
+    count = num_rows // 2 if task == BOTH else num_rows
+    blocks = cache_blocks(0, count, torch.empty(0, shape.vocab_size))
+    rows = [block.stop - block.start for block in blocks]
+    # Of a pair the mixed logits; of other logits than float32 copies, of c and u for a pair. A
+    # block's copies are held until those of the next are made.
+    held = max(rows) if task == BOTH else 0
+    if shape.itemsize < 4:
+        two = max(sum(rows[first : first + 2]) for first in range(len(rows)))
+        held += (2 if task == BOTH else 1) * two
+    return 4 * held * shape.vocab_size
+
+
+def group_bytes(task: str, schedule: VocabTiles, shape: Shape) -> int:
+    """A group of rows in backward of ``vocab_tiles``, with its logit gradient in some tiles."""
+    _, size, vocab_size, width = shape
+    count, block, rows_each = logit_rows(task, shape), BLOCK_R, 1
+    if task == BOTH:
+        count, block, rows_each = count // 2, BLOCK_P, 2
+    row_bytes = rows_each * size * (4 + 2 * width)
+    group = next(groups(count, block, row_bytes, schedule.max_bytes * 3 // 4))
+    num_rows = rows_each * group.stop
+    fitting = schedule.max_bytes // 4 // (num_rows * width) // BLOCK_V * BLOCK_V
+    columns = min(max(BLOCK_V, fitting), round_up(vocab_size, BLOCK_V))
+    # Rows of hidden, their dH in float32, and that once more where it has to be rounded.
+    of_rows = width + 4 + (width if width < 4 else 0)
+    gradient = width * num_rows * columns
+    return gradient + of_rows * num_rows * size
+
+
+def perplexity_peak_bytes(shape: Shape, vocab_chunk: int = 8192, device: str = "cpu") -> int:
+    """Peak extra bytes of `streaming_perplexity` with its compiled ops; forward only."""
+    chunk = min(round_up(vocab_chunk, PADDING), shape.vocab_size)
+    # A workspace depends on the size of the device's cache.
+    hidden = torch.empty(shape.rows, 0, dtype=dtype_of(shape), device=device)
+    logits = shape.itemsize * block_rows(hidden, chunk) * round_up(chunk, PADDING)
+    # Of a token maximum, sum and label's logit; on the CPU also its place among those that count.
+    return logits + (12 if device != "cpu" else 20) * shape.rows

@@ -1,0 +1,160 @@
+"""A run's ratios beside those of a baseline, to see what became slower.
+
+Seconds differ from machine to machine, and on a shared one from hour to hour; the ratio of two
+providers that took turns in one run hangs on both much less. Nothing here fails: it prints, and a
+reader judges.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from . import targets as names
+from .targets import Record, Report, find, first, same
+
+# How much larger than the baseline's a ratio must be, besides lying outside of both intervals.
+MARGIN = 1.25
+AS_BEFORE, SLOWER, FASTER, NEW, GONE = "as before", "slower", "faster", "new", "gone"
+
+# Of the machine: where one of these differs, ratios may differ without a change of the code.
+PLACES = ("gpu", "cpu", "cpu_capability", "threads", "torch", "triton")
+
+# Measure; whose time (None: all of ours); by whose; what both share; what else names the ratio.
+# `BARE` is of the task NTP alone, whatever the task beside it.
+Rule = tuple[str, str | None, str, tuple[str, ...], tuple[str, ...]]
+RULES: tuple[Rule, ...] = (
+    (names.STEP, None, names.BARE, ("case",), ("task",)),
+    (names.STEP, None, names.DENSE, ("case", "task"), ()),
+    (names.FORWARD, None, names.BARE, ("case",), ("task",)),
+    ("row kernel", None, names.COPY, names.LOGITS_SIZE, ()),
+    ("perplexity", names.STREAMING, names.BARE_CHUNKS, ("case",), ()),
+    ("perplexity", names.STREAMING, names.DENSE_PERPLEXITY, ("case",), ()),
+    ("fold", None, names.FOLD_OPERATIONS, names.FOLD_SIZE, ()),
+    ("fold", None, names.COPY, names.COPY_SIZE, ("kind",)),
+    ("scoring", names.SCORE, names.SCORE_FORWARD, ("data",), ()),
+    ("scoring", names.SCORE, names.SCORE_LOOP, ("data",), ()),
+    ("step", names.OUR_SFTMIX, names.OUR_NTP, names.STEP_SIZE, ()),
+    ("step", names.OUR_NTP, names.THEIR_NTP, names.STEP_SIZE, ()),
+)
+
+
+class Interval(NamedTuple):
+    """A ratio of medians, and what the quartiles of both allow."""
+
+    low: float
+    middle: float
+    high: float
+
+    def __str__(self) -> str:
+        if self.low == self.high:
+            return f"{self.middle:.3f}"
+        return f"{self.middle:.3f} ({self.low:.3f}-{self.high:.3f})"
+
+
+class Line(NamedTuple):
+    """One ratio of two runs; None where a run does not have it."""
+
+    says: str
+    now: Interval | None
+    before: Interval | None
+    verdict: str
+
+
+def interval(one: Record, other: Record) -> Interval | None:
+    """The ratio of two records' times; None where a time is 0 or not a number."""
+    low, middle, high = (
+        one[a] / other[b] if other[b] else math.nan
+        for a, b in (("q1", "q3"), ("median", "median"), ("q3", "q1"))
+    )
+    found = Interval(low, middle, high)
+    return found if all(map(math.isfinite, found)) else None
+
+
+def timed_ratios(report: Report) -> Iterator[tuple[str, Interval | None]]:
+    """All ratios of `RULES` whose two records are there."""
+    for measure, who, reference, shared, named in RULES:
+        for record in find(report, measure):
+            chosen = names.is_ours(record) if who is None else record["who"] == who
+            other = first(report, measure, who=reference, **same(record, shared))
+            if chosen and other is not None and record["who"] != reference:
+                where = ", ".join(str(record.get(name, "-")) for name in (*shared, *named))
+                says = f"{measure}, {where}: {record['who']} / {reference}"
+                yield says, interval(record, other)
+
+
+def memory_ratios(report: Report) -> Iterator[tuple[str, Interval | None]]:
+    """Peak memory by the formula, which has no quartiles; "slower" says that it takes more."""
+    for name, value in names.over_formula(report).items():
+        found = Interval(value, value, value) if math.isfinite(value) else None
+        yield f"memory, {name}: peak / formula", found
+
+
+def ratios(report: Report) -> dict[str, Interval]:
+    """Ours by what stands beside it in the same run; what is not a number is left out."""
+    found = [*timed_ratios(report), *memory_ratios(report)]
+    return {says: value for says, value in found if value is not None}
+
+
+def verdict(now: Interval | None, before: Interval | None) -> str:
+    """Slower or faster only where both the quartiles and `MARGIN` say so."""
+    if before is None:
+        return NEW
+    if now is None:
+        return GONE
+    if now.low > before.high and now.middle > MARGIN * before.middle:
+        return SLOWER
+    if now.high < before.low and MARGIN * now.middle < before.middle:
+        return FASTER
+    return AS_BEFORE
+
+
+def compare(run: Report, baseline: Report) -> list[Line]:
+    """Every ratio of either run, in the order of the run, then those that are gone.
+
+    Raises:
+        ValueError: the reports are of different suites or devices, or one of them alone is quick.
+    """
+    kinds = [
+        (report["suite"], report["settings"]["device"], report["settings"]["quick"])
+        for report in (run, baseline)
+    ]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            "expected two reports of the same (suite, device, quick), "
+            f"got {kinds[0]} and the baseline's {kinds[1]}"
+        )
+    now, before = ratios(run), ratios(baseline)
+    return [
+        Line(says, now.get(says), before.get(says), verdict(now.get(says), before.get(says)))
+        for says in dict.fromkeys((*now, *before))
+    ]
+
+
+def differences(run: Report, baseline: Report) -> list[str]:
+    """What of the machines is not the same, for `print_comparison`."""
+    now, before = run["facts"], baseline["facts"]
+    return [
+        f"{name}: {before.get(name, '-')} in the baseline, {now.get(name, '-')} now"
+        for name in PLACES
+        if before.get(name) != now.get(name)
+    ]
+
+
+def print_comparison(lines: Sequence[Line], notes: Sequence[str] = ()) -> None:
+    """Print what `compare` gave, after notes such as those of `differences`."""
+    for note in notes:
+        print(f"  note: {note}")
+    for line in lines:
+        now, before = ("-" if value is None else str(value) for value in line[1:3])
+        print(f"  {line.verdict:9}  {now:>24}  before {before:>24}  {line.says}")
+    print(f"  {summary(lines)}")
+
+
+def summary(lines: Sequence[Line]) -> str:
+    """How many of each verdict."""
+    counts = {word: 0 for word in (AS_BEFORE, SLOWER, FASTER, NEW, GONE)}
+    for line in lines:
+        counts[line.verdict] += 1
+    return ", ".join(f"{count} {word}" for word, count in counts.items())

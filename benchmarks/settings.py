@@ -1,0 +1,97 @@
+"""What a run measures: the device, how much of it, and the sizes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+TRAINED, RANDOM = "trained-like", "random"
+# Hidden size and vocabulary of heads that people train, and a small one for two cores.
+HEADS = {
+    "small": (512, 32000),
+    "SmolLM2-135M": (576, 49152),
+    "Llama-3.2-1B": (2048, 128256),
+    "Gemma-2-2B": (2304, 256000),
+    "Mistral-7B": (4096, 32768),
+    "Llama-3.1-8B": (4096, 128256),
+    "Qwen2.5-14B": (5120, 152064),
+}
+# No multiple of any block.
+QUICK = "tiny"
+QUICK_HEAD = (64, 1003)
+
+
+class Case(NamedTuple):
+    """One head and one batch."""
+
+    head: str
+    rows: int  # N tokens
+    inputs: str = TRAINED
+    # Everyone, forward too; else NTP and NTP + Mixup of those who never hold all logits.
+    full: bool = True
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Hidden size and vocabulary."""
+        return HEADS.get(self.head, QUICK_HEAD)
+
+    @property
+    def name(self) -> str:
+        return f"{self.head}, N = {self.rows}, {self.inputs}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of the command line."""
+
+    device: str = "cpu"
+    quick: bool = False
+    peers: bool = True
+    grid: bool = True
+    seconds: int = 10**6  # no measurement is begun after these
+    data: str | None = None
+    examples: int = 500
+    threads: int = 2
+    command: str = ""
+    commit: str = ""
+    begin: float = field(default_factory=time.monotonic, compare=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.device == "cpu" else torch.bfloat16
+
+    @property
+    def repeats(self) -> int:
+        if self.quick:
+            return 3
+        return 5 if self.device == "cpu" else 15
+
+    @property
+    def out_of_time(self) -> bool:
+        return time.monotonic() - self.begin > self.seconds
+
+    def cases(self) -> list[Case]:
+        """The headline first, then the same with other inputs, then other heads."""
+        if self.quick:
+            return [Case(QUICK, 256)]
+        if self.device == "cpu":
+            small = "SmolLM2-135M"
+            return [Case("small", 4096), Case(small, 512), Case(small, 512, RANDOM)]
+        first = [Case("Llama-3.1-8B", 8192), Case("Llama-3.1-8B", 8192, RANDOM)]
+        heads = [name for name in HEADS if name not in ("small", "SmolLM2-135M")]
+        grid = [Case(name, rows, full=False) for rows in (2048, 8192, 32768) for name in heads]
+        return first + [case for case in grid if self.grid]
+
+    def facts(self) -> dict[str, Any]:
+        """What of them a reader has to know."""
+        return {
+            "device": self.device,
+            "quick": self.quick,
+            "peers": self.peers,
+            "grid": self.grid,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "repeats": self.repeats,
+        }

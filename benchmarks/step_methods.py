@@ -1,0 +1,299 @@
+"""Training steps to hold side by side: ours, and what a user would pick instead.
+
+One step is forward, backward, AdamW and zero_grad, through a trainer's own `training_step`, which
+clips no gradients. Every method trains the same weights with the same optimizer on the same
+batch, so that a large model and its AdamW states are in memory once. The plain Trainer projects
+every position to logits, as models do that are given labels; ours the response tokens alone.
+
+Legend: B examples, L padded length, D hidden size, P mixed pairs of tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.models.llama import modeling_llama
+
+from sftmix import SFTMixConfig, SFTMixTrainer
+from sftmix.pairing import IGNORE_INDEX, PairedCollator
+
+MU = 0.2
+SFTMIX, NTP = "sftmix", "ntp"
+OURS = "SFTMixTrainer, sftmix"
+OURS_NTP = "SFTMixTrainer, ntp"
+OURS_TILES = "SFTMixTrainer, sftmix, vocab_tiles"
+DENSE = "transformers.Trainer, dense sftmix"
+DENSE_NTP = "transformers.Trainer, ntp"
+LIGER = "Liger-Kernel, ntp"
+DENSE_OF = {SFTMIX: DENSE, NTP: DENSE_NTP}
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16, "meta": torch.bfloat16}
+# How far a right method may be from the dense one, as `check` measures it. In float32 5e-7 was
+# seen. In bfloat16 backward rounds anew what differs in one bit: 0.9e-2 was seen with 2 to 32
+# layers, 1.2e-2 where attention was computed otherwise. Errors too small
+# for that limit are for float32 to find.
+LIMITS = {"cpu": 1e-4, "cuda": 2e-2}
+LIGER_LIMIT = 5e-2  # it also replaces norms, MLPs and positions, and sums the head's in bfloat16
+
+
+class ModelSize(NamedTuple):
+    """A Llama model's shape and the batch it is trained on."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    tie_word_embeddings: bool
+    batch: int
+    length: int
+
+
+BATCH_SHAPE = ("batch", "length")
+QUICK = ModelSize(512, 64, 128, 2, 2, 1, False, batch=4, length=32)
+MODELS: dict[str, dict[str, ModelSize]] = {
+    "cpu": {
+        "1M": ModelSize(2000, 192, 512, 2, 4, 4, False, batch=16, length=128),
+        "20M": ModelSize(8192, 384, 1024, 8, 6, 6, False, batch=8, length=128),
+        "60M": ModelSize(32000, 576, 1536, 12, 9, 3, True, batch=8, length=128),
+    },
+    "cuda": {
+        "0.27B": ModelSize(256000, 640, 2048, 18, 4, 1, True, batch=16, length=512),
+        "1B": ModelSize(128256, 2048, 8192, 16, 32, 8, True, batch=16, length=512),
+        # Weights, gradients and AdamW states take 64 GB, activations about 6 MB for each token.
+        "8B": ModelSize(128256, 4096, 14336, 32, 32, 8, False, batch=8, length=512),
+    },
+}
+
+
+def models(device: str, quick: bool) -> dict[str, ModelSize]:
+    """The sizes for ``device`` ("cpu", "cuda"); ``quick`` gives one tiny model."""
+    return {"quick": QUICK} if quick else MODELS[device]
+
+
+def limit(name: str, device: str) -> float:
+    """What `check` may find for a method that is right."""
+    return LIGER_LIMIT if name == LIGER else LIMITS[device]
+
+
+class Method:
+    """A trainer, the batch it is given, and which loss it computes: SFTMIX or NTP."""
+
+    def __init__(
+        self,
+        task: str,
+        trainer: Trainer,
+        batch: dict[str, Tensor],
+        rope: Callable[..., Any] = modeling_llama.apply_rotary_pos_emb,
+    ) -> None:
+        """``rope`` is a function of all Llama models that Liger-Kernel replaces."""
+        self.task, self.trainer, self.batch, self.rope = task, trainer, batch, rope
+        # What the trainer divides its sums by; `Trainer.train` asks it before `training_step`.
+        self.counts = trainer._get_num_items_in_batch([batch], trainer.args.device)
+
+    def backward(self) -> Tensor:
+        """Forward and backward as the trainer does them; the loss, detached."""
+        model: Any = self.trainer.model
+        with patch.object(modeling_llama, "apply_rotary_pos_emb", self.rope):
+            return self.trainer.training_step(model, self.batch, self.counts)
+
+
+class DenseSFTMixTrainer(Trainer):
+    """SFTMix as a user writes it without our kernels: logits of all positions and of the mixed."""
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """``NTP + mu * Mixup`` of one batch that is a whole step, each a mean over its tokens."""
+        tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        hidden = model.model(**tokens, use_cache=False).last_hidden_state  # (B, L, D)
+        ntp = model.loss_function(
+            logits=model.lm_head(hidden),
+            labels=inputs["labels"],
+            vocab_size=model.config.vocab_size,
+            num_items_in_batch=num_items_in_batch,
+        )
+        pair_c, pair_u, lam = (inputs[name] for name in ("pair_c", "pair_u", "lam"))  # (P,) each
+        rows = hidden.flatten(0, 1)
+        share = lam.unsqueeze(-1)
+        mixed = (share * rows[pair_c] + (1 - share) * rows[pair_u]).to(rows.dtype)
+        logits = model.lm_head(mixed).float()
+        targets = F.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:].flatten()
+        loss_c = F.cross_entropy(logits, targets[pair_c], reduction="none")
+        loss_u = F.cross_entropy(logits, targets[pair_u], reduction="none")
+        return ntp + MU * (lam * loss_c + (1 - lam) * loss_u).mean()
+
+
+def make_examples(size: ModelSize) -> list[dict[str, Any]]:
+    """Random tokens of uneven lengths, the second half of each a response; a lam for each pair."""
+    random = np.random.default_rng(0)
+    lengths = random.integers(size.length // 2, size.length + 1, size.batch).tolist()
+    lam = random.beta(0.5, 0.5, size.batch // 2).repeat(2).tolist()
+    examples = []
+    for length, share in zip(lengths, lam, strict=True):
+        tokens = random.integers(0, size.vocab_size, length).tolist()
+        labels = [IGNORE_INDEX] * (length // 2) + tokens[length // 2 :]
+        examples.append({"input_ids": tokens, "labels": labels, "lam": share})
+    return examples
+
+
+def make_batch(size: ModelSize, device: str) -> dict[str, Tensor]:
+    """The one batch, on the device already."""
+    return {name: x.to(device) for name, x in PairedCollator(0)(make_examples(size)).items()}
+
+
+def make_model(size: ModelSize, device: str) -> LlamaForCausalLM:
+    """Random, seeded, in the device's dtype, made where it stays."""
+    config = LlamaConfig(**{n: v for n, v in size._asdict().items() if n not in BATCH_SHAPE})
+    gc.collect()  # trainers are cyclic: an earlier model would stay in memory beside this one
+    torch.manual_seed(0)
+    with torch.device(device):
+        # Unlike a cast afterwards, this leaves the frequencies of the positions in float32.
+        model: LlamaForCausalLM = LlamaForCausalLM._from_config(config, dtype=DTYPES[device])
+    return model
+
+
+def twin(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Other modules over the same tensors: what a method changes in its own no other sees."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def our_trainer(
+    model: LlamaForCausalLM, size: ModelSize, options: dict[str, Any], **choices: Any
+) -> Trainer:
+    """`SFTMixTrainer` over its own twin of the model."""
+    return SFTMixTrainer(
+        model=twin(model),
+        args=SFTMixConfig(**options, mu=MU, **choices),
+        train_dataset=make_examples(size),
+        data_collator=PairedCollator(0),
+        confident=np.arange(size.batch) % 2 == 0,
+    )
+
+
+def liger_method(
+    model: LlamaForCausalLM, options: dict[str, Any], batch: dict[str, Tensor]
+) -> Method:
+    """The plain Trainer with all that Liger-Kernel replaces by default in a Llama model."""
+    args = TrainingArguments(**options, use_liger_kernel=True)
+    trainer = Trainer(model=twin(model), args=args)
+    # `Trainer.train` does it at its start. Besides the model it changes the module of all Llama
+    # models, where the other methods must find it unchanged.
+    with patch.dict(vars(modeling_llama)):
+        apply_liger_kernel(trainer.model, args.liger_kernel_config)
+        rope = modeling_llama.apply_rotary_pos_emb
+    return Method(NTP, trainer, batch, rope)
+
+
+def make_methods(
+    model: LlamaForCausalLM, size: ModelSize, device: str, folder: str
+) -> tuple[dict[str, Method], dict[str, str]]:
+    """All methods over one model, and why one is left out."""
+    options: dict[str, Any] = {
+        "output_dir": folder,
+        "per_device_train_batch_size": size.batch,
+        "use_cpu": device == "cpu",
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    batch = make_batch(size, device)
+    plain = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    args = TrainingArguments(**options)
+    methods = {
+        OURS: Method(SFTMIX, our_trainer(model, size, options), batch),
+        OURS_NTP: Method(NTP, our_trainer(model, size, options, method="ntp"), batch),
+        DENSE_NTP: Method(NTP, Trainer(model=twin(model), args=args), plain),
+        DENSE: Method(SFTMIX, DenseSFTMixTrainer(model=twin(model), args=args), batch),
+    }
+    if device == "cpu":
+        return methods, dict.fromkeys((OURS_TILES, LIGER), "needs CUDA")
+    tiles = our_trainer(model, size, options, loss_schedule="vocab_tiles")
+    methods[OURS_TILES] = Method(SFTMIX, tiles, batch)
+    left_out = {}
+    try:
+        methods[LIGER] = liger_method(model, options, plain)
+    except ImportError as reason:
+        left_out[LIGER] = f"{type(reason).__name__}: {reason}"
+    return methods, left_out
+
+
+def make_steps(
+    size: ModelSize, device: str, folder: str
+) -> tuple[dict[str, Callable[[], object]], dict[str, str], dict[str, Any]]:
+    """The steps by name, what is left out and why, and facts of the model and its batch."""
+    model = make_model(size, device)
+    methods, left_out = make_methods(model, size, device, folder)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-6, weight_decay=0.1, fused=True)
+
+    def step(method: Method) -> None:
+        method.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    batch = methods[OURS].batch
+    facts = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "tokens": int(batch["attention_mask"].sum()),
+        "response_tokens": batch["rows"].numel(),
+        "mixed_positions": batch["pair_c"].numel(),
+    }
+    return {name: partial(step, method) for name, method in methods.items()}, left_out, facts
+
+
+def check(size: ModelSize, device: str) -> dict[str, float]:
+    """How far each method is from the dense one with the same loss; NaN where anything is NaN.
+
+    The largest of three relative differences: of the loss, of the LM head's gradient and of all
+    others, by norms; apart, so that neither of both hides an error in the other.
+    """
+    model = make_model(size, device)
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        methods, _ = make_methods(model, size, device, folder)
+        for task, dense in DENSE_OF.items():
+            reference = loss_and_gradients(model, methods[dense])
+            for name, method in methods.items():
+                if method.task == task:
+                    found[name] = difference(loss_and_gradients(model, method), reference)
+    return {name: found[name] for name in methods}
+
+
+def loss_and_gradients(model: LlamaForCausalLM, method: Method) -> list[list[Tensor]]:
+    """Before the optimizer's step: [loss], [the head's gradient], all other gradients."""
+    loss = method.backward()
+    head = model.lm_head.weight
+    result = [[loss], [head.grad], [p.grad for p in model.parameters() if p is not head]]
+    model.zero_grad()
+    return result
+
+
+def difference(found: list[list[Tensor]], expected: list[list[Tensor]]) -> float:
+    """The largest, over the groups, of the norm of the difference over the norm."""
+    ratios = []
+    for ours, theirs in zip(found, expected, strict=True):
+        apart = norm([norm([a - b]) for a, b in zip(ours, theirs, strict=True)])
+        ratios.append(apart / norm(theirs))
+    return float(torch.stack(ratios).max())
+
+
+def norm(tensors: list[Tensor]) -> Tensor:
+    """Of all numbers together, summed in float32."""
+    norms = [tensor.norm(dtype=torch.float32) for tensor in tensors]
+    return torch.stack(norms).norm()

@@ -1,0 +1,228 @@
+"""`python -m benchmarks`: result files, tables, pictures, comparison, and the GPU kit."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.__main__ import SUITES, main
+from benchmarks.results import Results
+from benchmarks.settings import Settings
+
+ROOT = Path(__file__).parent.parent.parent
+SCRIPT = ROOT / "benchmarks/gpu.sh"
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """As a user starts it, in a process of its own."""
+    call = [sys.executable, "-m", "benchmarks", *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(call, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The suite of losses at tiny sizes."""
+    out = tmp_path_factory.mktemp("out")
+    options = ("--device", "cpu", "--quick", "--threads", "1", "--commit", "abc")
+    done = run("run", "loss", *options, "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "sftmix_loss[" in done.stdout
+    assert "rounds" in done.stdout.lower()
+    return out
+
+
+def test_a_run_leaves_one_file_that_says_all(quick_run: Path) -> None:
+    (file,) = quick_run.iterdir()
+    assert file.name == "cpu-loss-quick.json"
+    report = json.loads(file.read_text())
+    assert report["suite"] == "loss"
+    assert report["facts"]["commit"] == "abc"
+    assert report["facts"]["command"].startswith("python -m benchmarks run loss --device cpu")
+    assert report["settings"]["quick"] is True
+    assert report["failed"] == {}
+    assert "needs a CUDA device" in report["left_out"]["sftmix, vocab_tiles"]
+    assert "cuda" in report["left_out"]["Liger-Kernel"]
+    found = {(r["measure"], r.get("task"), r["who"]) for r in report["records"]}
+    ours = "sftmix, row_chunks"
+    for measure in ("forward", "forward + backward"):
+        for task in ("NTP", "Mixup", "NTP + Mixup"):
+            assert {(measure, task, ours), (measure, task, "dense PyTorch")} <= found
+        assert (measure, "NTP", "bare matrix products") in found
+    assert {("ceiling", None, "copy"), ("ceiling", None, "matrix product")} <= found
+    for record in report["records"]:
+        assert 0 < record["q1"] <= record["median"] <= record["q3"]
+        assert record["rounds"] == report["settings"]["repeats"]
+
+
+def test_tables_and_pictures_come_from_the_files(
+    quick_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    for file in quick_run.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert main(["plot", str(tmp_path)]) == 0
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "sftmix, row_chunks" in text
+    assert "needs a CUDA device" in text
+    assert main(["compare", str(tmp_path), "--baseline", str(tmp_path)]) == 0
+    assert "as before" in capsys.readouterr().out
+    assert main(["compare", str(tmp_path), "--baseline", str(tmp_path / "none")]) == 0
+
+
+def test_a_folder_without_results_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plot", str(tmp_path)]) == 2
+    assert "no result file" in capsys.readouterr().err
+
+
+@no_gpu
+def test_without_a_gpu_its_suites_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "loss", "--device", "cuda", "--out", str(tmp_path)]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["run", "loss"], ["run", "all", "--device", "tpu"]])
+def test_wrong_options_are_refused(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+
+
+def test_a_suite_that_fails_does_not_stop_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+
+    def fails(call: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        calls.append(call)
+        return subprocess.CompletedProcess(call, len(calls) == 1)
+
+    monkeypatch.setattr("benchmarks.__main__.subprocess.run", fails)
+    assert main(["run", "all", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert [call[-1] for call in calls] == [str(ROOT)] * 4
+    assert "failed: loss" in capsys.readouterr().err
+
+
+def test_nothing_is_begun_when_the_time_is_over(tmp_path: Path) -> None:
+    options = (
+        "--device",
+        "cpu",
+        "--quick",
+        "--no-peers",
+        "--seconds",
+        "-1",
+        "--out",
+        str(tmp_path),
+    )
+    assert run("run", "loss", *options).returncode == 0
+    report = json.loads((tmp_path / "cpu-loss-quick.json").read_text())
+    assert report["records"] == []
+    assert "out of time" in next(iter(report["left_out"].values()))
+
+
+def test_every_benchmark_is_in_a_suite() -> None:
+    files = {file.stem for file in (ROOT / "benchmarks").glob("bench_*.py")}
+    assert files == {name for names in SUITES.values() for name in names}
+
+
+def test_results_are_saved_as_they_come_and_whole(tmp_path: Path) -> None:
+    results = Results("loss", Settings(), tmp_path / "new")
+    results.add(who="a", median=1.0)
+    (file,) = (tmp_path / "new").iterdir()
+    assert json.loads(file.read_text())["records"] == [{"who": "a", "median": 1.0}]
+    results.miss("left_out", "b", "two\n  lines")
+    assert json.loads(file.read_text())["left_out"] == {"b": "two lines"}
+
+
+@pytest.fixture
+def failing_python(tmp_path: Path) -> Path:
+    """An interpreter under which every part fails."""
+    script = tmp_path / "python"
+    script.write_text('#!/bin/sh\necho "ran: $*"\nexit 3\n')
+    script.chmod(0o755)
+    return script
+
+
+def kit(python: Path | str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(SCRIPT), *arguments],
+        env={**os.environ, "PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ("", "build tests perplexity step memory loss plot"),
+        ("--only tests", "build tests"),
+        ("--only loss", "build loss plot"),
+        ("--only tune --dry-run", "build tune plot"),
+        ("--dry-run", "build tests perplexity step memory loss plot"),
+    ],
+)
+def test_a_part_that_fails_does_not_stop_the_next(
+    failing_python: Path, tmp_path: Path, options: str, parts: str
+) -> None:
+    out = tmp_path / "out"
+    done = kit(failing_python, str(out), *options.split(), "--no-grid")
+    assert done.returncode == 1, done.stderr
+    table = (out / "RESULTS.md").read_text()
+    ends = re.findall(r"^\| (\w+) \| FAILED: exit status 3 \|$", table, flags=re.MULTILINE)
+    assert ends == parts.split()
+    log = (out / "log.txt").read_text()
+    assert ("--no-grid" in log) == ("plot" in parts)
+    device = "cpu" if "--dry-run" in options else "cuda"
+    assert (f"--device {device}" in log) == ("plot" in parts)
+    assert ("--quick" in log) == ("plot" in parts and device == "cpu")
+    assert len(list(out.iterdir())) <= 8
+
+
+def test_carried_wheels_are_installed_aside(failing_python: Path, tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    (wheels / "a.whl").touch()
+    kit(failing_python, str(tmp_path / "out"), "--only", "tests", "--wheels", str(wheels))
+    log = (tmp_path / "out/log.txt").read_text()
+    installs = next(line for line in log.splitlines() if line.startswith("ran: -m pip install"))
+    assert "--no-index" in installs
+    assert "--target" in installs
+    assert installs.endswith("/wheels/a.whl")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--only", "tests"], ["out", "--only", "else"], ["out", "--wheels", "not there"]],
+)
+def test_the_script_says_how_it_is_called(arguments: list[str], tmp_path: Path) -> None:
+    script = ["bash", str(SCRIPT), *arguments]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "bash benchmarks/gpu.sh OUT" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def result_files() -> list[Any]:
+    return [json.loads(file.read_text()) for file in (ROOT / "benchmarks/results").glob("*.json")]
+
+
+def test_committed_results_say_where_they_come_from() -> None:
+    for report in result_files():
+        assert report["facts"].keys() >= {"date", "commit", "command", "machine", "torch", "triton"}
+        assert "dirty" not in report["facts"]["commit"]
+        assert report["failed"] == {}

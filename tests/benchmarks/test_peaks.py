@@ -1,0 +1,153 @@
+"""Measured peaks meet their formulas from both sides: neither is more held, nor is a bound loose.
+
+Legend: N rows, D hidden size, V vocabulary; one moment, a chunk of rows or the gradients handed
+out, is the peak of each shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import peaks
+from benchmarks.interpreter import tidy_launches
+from benchmarks.measure import peak_extra_bytes
+from benchmarks.peaks import Shape, peak_bytes, perplexity_peak_bytes
+from benchmarks.providers import BOTH, MIXUP, NTP
+from sftmix_kernels import (
+    RowChunks,
+    VocabTiles,
+    fused_cross_entropy,
+    fused_mixup_loss,
+    fused_sftmix_loss,
+    streaming_perplexity,
+)
+from sftmix_kernels.build import build_info
+
+every_task = pytest.mark.parametrize("task", [NTP, MIXUP, BOTH])
+
+
+@pytest.fixture
+def _tidy_launches() -> Iterator[None]:
+    with tidy_launches():
+        yield
+
+
+def head_inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden (N, D), weight (V, D) and labels (N,)."""
+    num_rows, size, vocab_size, width = shape
+    dtype = torch.float32 if width == 4 else torch.bfloat16
+    hidden = torch.randn(num_rows, size).to(dtype)
+    weight = torch.randn(vocab_size, size).to(dtype) / size**0.5
+    return hidden, weight, torch.randint(0, vocab_size, (num_rows,))
+
+
+def training_step(
+    task: str, schedule: RowChunks | VocabTiles, shape: Shape
+) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward and backward: the loss and both gradients."""
+    hidden, weight, labels = head_inputs(shape)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    pairs = torch.arange(shape.rows).chunk(2)
+
+    def step() -> tuple[Tensor, ...]:
+        if task == NTP:
+            loss = fused_cross_entropy(hidden, weight, labels, schedule=schedule)
+        elif task == MIXUP:
+            halves = hidden.chunk(2)
+            loss = fused_mixup_loss(*halves, weight, *labels.chunk(2), 0.3, schedule=schedule)
+        else:
+            loss = fused_sftmix_loss(hidden, weight, labels, *pairs, 0.3, schedule=schedule).loss
+        return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
+
+    return step
+
+
+def assert_met(step: Callable[[], object], formula: int) -> None:
+    assert 0.85 <= peak_extra_bytes(step) / formula <= 1.05
+
+
+@every_task
+@pytest.mark.parametrize("width", [4, 2])
+@pytest.mark.parametrize(
+    ("rows", "size", "vocab_size", "schedule", "chunk_is_peak"),
+    [
+        (400, 64, 6000, RowChunks(rows=128), True),
+        (128, 128, 8000, RowChunks(rows=32), False),
+        (500, 96, 5003, RowChunks(rows=130), True),
+        (2500, 32, 2000, RowChunks(), True),
+        (512, 64, 1000, RowChunks(rows=512), True),
+    ],
+)
+def test_row_chunks_on_the_cpu(
+    task: str,
+    width: int,
+    rows: int,
+    size: int,
+    vocab_size: int,
+    schedule: RowChunks,
+    chunk_is_peak: bool,
+) -> None:
+    shape = Shape(rows, size, vocab_size, width)
+    chunk = peaks.cpu_chunk_bytes(task, schedule, shape)
+    assert (chunk > peaks.handed_out_bytes(task, shape, kernels=False)) == chunk_is_peak
+    step = training_step(task, schedule, shape)
+    assert_met(step, peak_bytes(task, schedule, shape, kernels=False))
+
+
+# The interpreter has no GEMM of half precision: PyTorch then makes float32 copies that CUDA does
+# not need, so that float32 alone says what CUDA holds.
+@pytest.mark.interpret
+@pytest.mark.usefixtures("_tidy_launches")
+@every_task
+@pytest.mark.parametrize(
+    ("rows", "size", "vocab_size", "schedule", "chunk_is_peak"),
+    [
+        (72, 16, 1001, RowChunks(rows=24), True),
+        (72, 128, 1001, RowChunks(rows=24), False),
+    ],
+)
+def test_row_chunks_by_kernels(
+    task: str, rows: int, size: int, vocab_size: int, schedule: RowChunks, chunk_is_peak: bool
+) -> None:
+    shape = Shape(rows, size, vocab_size, 4)
+    chunk = peaks.chunk_bytes(task, schedule, shape)
+    assert (chunk > peaks.handed_out_bytes(task, shape, kernels=True)) == chunk_is_peak
+    step = training_step(task, schedule, shape)
+    assert_met(step, peak_bytes(task, schedule, shape, kernels=True))
+
+
+@pytest.mark.interpret
+@pytest.mark.usefixtures("_tidy_launches")
+@every_task
+@pytest.mark.parametrize("filter_eps", [0.0, 2.0**-8])
+@pytest.mark.parametrize(
+    ("rows", "size", "vocab_size", "group_is_peak"), [(384, 32, 300, True), (256, 128, 400, False)]
+)
+def test_vocab_tiles(
+    task: str, filter_eps: float, rows: int, size: int, vocab_size: int, group_is_peak: bool
+) -> None:
+    shape, schedule = Shape(rows, size, vocab_size, 4), VocabTiles(filter_eps, max_bytes=2**16)
+    group = peaks.group_bytes(task, schedule, shape)
+    assert (group > peaks.handed_out_bytes(task, shape, kernels=True)) == group_is_peak
+    step = training_step(task, schedule, shape)
+    assert_met(step, peak_bytes(task, schedule, shape, kernels=True))
+
+
+@pytest.mark.skipif(build_info() is None, reason="PyTorch operations hold copies of the logits")
+@pytest.mark.parametrize("width", [4, 2])
+@pytest.mark.parametrize("vocab_chunk", [8192, 2048])
+def test_streaming_perplexity(width: int, vocab_chunk: int) -> None:
+    shape, num_samples = Shape(4096, 64, 8000, width), 64
+    hidden, weight, labels = head_inputs(shape)
+    samples = torch.arange(shape.rows) % num_samples
+
+    def step() -> Tensor:
+        tokens = (hidden, weight, labels, samples, num_samples)
+        return streaming_perplexity(*tokens, vocab_chunk=vocab_chunk)
+
+    assert_met(step, perplexity_peak_bytes(shape, vocab_chunk))

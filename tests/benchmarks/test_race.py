@@ -1,0 +1,164 @@
+"""Who is measured on what, and that nothing wrong gets a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import peers
+from benchmarks.errors import ORACLES, errors
+from benchmarks.inputs import Inputs, make_inputs, peakedness
+from benchmarks.providers import (
+    BARE,
+    BOTH,
+    COMPILED,
+    COMPOSED,
+    DENSE,
+    DENSE_LOSSES,
+    FILTERED,
+    NTP,
+    OURS,
+    ROW_CHUNKS,
+    TASKS,
+    VOCAB_TILES,
+    Products,
+    Provider,
+    find_providers,
+    operations,
+)
+from benchmarks.race import BACKWARD, FORWARD, in_race, run_race
+from benchmarks.settings import HEADS, RANDOM, TRAINED, Case, Settings
+
+QUICK = Settings(quick=True)
+TINY = Case("tiny", 64)
+
+
+def hard_labels(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), labels)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_ours_dense_and_compositions_are_the_reference(task: str) -> None:
+    x = make_inputs(16, 8, 50)
+    for loss in (OURS[task](), DENSE_LOSSES[task], COMPOSED[task](hard_labels)):
+        one = Provider("any", task, loss, one_lam=True)
+        assert max(errors(one.loss, ORACLES[task], one.inputs(x)).relative) < 1e-5
+
+
+def test_one_lam_is_one_for_all() -> None:
+    x = Provider("any", BOTH, DENSE_LOSSES[BOTH], one_lam=True).inputs(make_inputs(16, 8, 50))
+    assert (x.lam == x.lam[0]).all()
+
+
+# PyTorch's compiler warns about a part of PyTorch when it is imported.
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+def test_everyone_is_there_or_left_out_with_a_reason() -> None:
+    everyone = {ROW_CHUNKS, VOCAB_TILES, FILTERED, DENSE, COMPILED}
+    everyone |= {peer.who for peer in peers.PEERS}
+    for device in ("cpu", "cuda"):
+        for quick in (False, True):
+            found, left_out = find_providers(Settings(device, quick=quick))
+            names = {one.who for one in found}
+            assert names | left_out.keys() == everyone
+            assert not names & left_out.keys()
+            assert all(left_out.values())
+            assert {(one.who, one.task) for one in found} == {(w, t) for w in names for t in TASKS}
+    ours, _ = find_providers(Settings(peers=False))
+    assert {one.who for one in ours} == {ROW_CHUNKS}
+
+
+def test_a_peer_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> peers.HardLabelLoss:
+        raise ImportError("No module named 'absent'")
+
+    monkeypatch.setattr(peers, "PEERS", (peers.Peer("absent", missing, ("cpu",)),))
+    found, left_out = peers.find_peers("cpu")
+    assert not found
+    assert left_out == {"absent": "ImportError: No module named 'absent'"}
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_provider_that_is_wrong_or_fails_gets_no_time(ours: bool) -> None:
+    def wrong(x: Inputs) -> Tensor:
+        return 1.1 * hard_labels(x.hidden, x.weight, x.labels)
+
+    def not_a_number(x: Inputs) -> Tensor:
+        return hard_labels(x.hidden, x.weight, x.labels) * float("nan")
+
+    def raises(x: Inputs) -> Tensor:
+        raise RuntimeError("no kernel")
+
+    def too_large(x: Inputs) -> Tensor:
+        raise torch.OutOfMemoryError("tried to allocate 1 TiB\nand more")
+
+    limit = None if ours else 0.02
+    losses = {"wrong": wrong, "nan": not_a_number, "raises": raises, "large": too_large}
+    bad = [Provider(who, NTP, loss, ours=ours, limit=limit) for who, loss in losses.items()]
+    right = Provider("right", NTP, DENSE_LOSSES[NTP], limit=0.02)
+    for measure, group in run_race(TINY, [*bad, right], {"absent": "no GPU"}, QUICK).items():
+        assert group.samples.keys() == {(BARE, NTP), right.key}
+        reasons = group.failed if ours else group.left_out
+        assert reasons["raises", NTP].endswith("RuntimeError: no kernel")
+        assert "relative errors" in reasons["wrong", NTP]
+        assert "relative errors" in reasons["nan", NTP]
+        assert len(group.failed) == (3 if ours else 0)
+        assert group.left_out["large", NTP] == "does not fit: tried to allocate 1 TiB"
+        assert group.left_out["absent", BOTH] == "no GPU"
+        figures = group.figures[right.key]
+        assert figures["relative_error"] < 1e-5
+        assert ("peak_bytes" in figures) == (measure == BACKWARD)
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+def test_the_grid_is_for_those_who_hold_no_logits() -> None:
+    found, _ = find_providers(Settings("cuda", quick=True))
+    grid = Case("Llama-3.1-8B", 8192, full=False)
+    names = {(one.who, one.task) for one in found if in_race(one, grid, BACKWARD)}
+    assert (ROW_CHUNKS, BOTH) in names
+    assert (peers.TORCH_CHUNKED, BOTH) not in names
+    assert DENSE not in {who for who, _ in names}
+    assert not any(in_race(one, grid, FORWARD) for one in found)
+
+
+def test_every_head_is_measured_on_a_gpu_at_three_lengths() -> None:
+    cases = Settings("cuda").cases()
+    assert [case.inputs for case in cases[:2]] == [TRAINED, RANDOM]
+    assert cases[0].sizes == (4096, 128256)
+    large = {case.head for case in cases}
+    assert large == HEADS.keys() - {"small", "SmolLM2-135M"}
+    assert {case.rows for case in cases} == {2048, 8192, 32768}
+    assert len(Settings("cuda", grid=False).cases()) == 2
+
+
+def test_trained_like_inputs_favour_the_label() -> None:
+    flat, peaked = (peakedness(make_inputs(64, 64, 500, trained=t)) for t in (False, True))
+    assert flat["mean_target_probability"] < 0.05
+    assert 0.3 < peaked["mean_target_probability"] < 0.95
+    assert peaked["mean_tokens_above_filter"] < flat["mean_tokens_above_filter"]
+
+
+@pytest.mark.parametrize("chunk", [None, 6])
+def test_bare_products_are_the_gradients_of_the_sum_of_losses(
+    chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = make_inputs(8, 8, 50)
+    products = Products(x)
+    if chunk:
+        # The gradient of the first chunk's logits is multiplied with every chunk's rows.
+        monkeypatch.setattr(products, "logits", products.logits[:chunk])
+        assert [rows.stop for rows in products.chunks()] == [6, 12, 16]
+        products.all_three()
+        parts = [products.gradient[: r.stop - r.start] for r in products.chunks()]
+        gradient = torch.cat(parts)
+        torch.testing.assert_close(products.of_hidden, gradient @ x.weight)
+        torch.testing.assert_close(products.of_weight, gradient.t() @ x.hidden)
+        return
+    products.all_three()
+    loss = F.cross_entropy(F.linear(x.hidden, x.weight), x.labels, reduction="sum")
+    of_hidden, of_weight = torch.autograd.grad(loss, (x.hidden, x.weight))
+    torch.testing.assert_close(products.of_hidden, of_hidden)
+    torch.testing.assert_close(products.of_weight, of_weight)
+    assert operations(NTP, x, backward=True) == 3 * 2 * 16 * 8 * 50
+    assert operations("Mixup", x, backward=False) == 2 * 8 * 8 * 50

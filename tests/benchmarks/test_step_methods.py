@@ -1,0 +1,145 @@
+"""Every training step does what the dense one does, and a step that does not is found out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.llama import modeling_llama
+
+import sftmix.trainer
+from benchmarks.step_methods import (
+    DENSE,
+    DENSE_NTP,
+    LIGER,
+    LIMITS,
+    MODELS,
+    MU,
+    OURS,
+    OURS_NTP,
+    OURS_TILES,
+    QUICK,
+    check,
+    difference,
+    liger_method,
+    limit,
+    loss_and_gradients,
+    make_batch,
+    make_methods,
+    make_model,
+    make_steps,
+    models,
+)
+from sftmix_kernels import fused_sftmix_loss, reference
+
+ON_CPU = {OURS, OURS_NTP, DENSE, DENSE_NTP}
+TINY = QUICK._replace(vocab_size=64, hidden_size=16, intermediate_size=24, length=16)
+TIED = TINY._replace(tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("size", [TINY, TIED], ids=["untied", "tied"])
+def test_every_method_agrees_with_the_dense_one(size: Any) -> None:
+    found = check(size, "cpu")
+    assert found.keys() == ON_CPU
+    assert all(far <= limit(name, "cpu") for name, far in found.items()), found
+
+
+def test_the_dense_one_is_the_reference(tmp_path: Path) -> None:
+    model, batch = make_model(TINY, "cpu"), make_batch(TINY, "cpu")
+    methods, _ = make_methods(model, TINY, "cpu", str(tmp_path))
+    tokens = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        hidden = model.model(**tokens).last_hidden_state.flatten(0, 1)
+    weight, labels = model.lm_head.weight, torch.zeros(hidden.shape[0], dtype=torch.long)
+    labels[batch["rows"]] = batch["targets"]
+    ntp = reference.cross_entropy(hidden[batch["rows"]], weight, batch["targets"])
+    c, u = batch["pair_c"], batch["pair_u"]
+    mixup = reference.mixup_loss(hidden[c], hidden[u], weight, labels[c], labels[u], batch["lam"])
+    torch.testing.assert_close(methods[DENSE].backward(), (ntp + MU * mixup).detach())
+    torch.testing.assert_close(methods[DENSE_NTP].backward(), ntp.detach())
+
+
+def wrong_mu(*args: Any, **options: Any) -> Any:
+    return fused_sftmix_loss(*args, **{**options, "mu": 1.1 * options["mu"]})
+
+
+def wrong_gradient(hidden: Tensor, *args: Any, **options: Any) -> Any:
+    """The right loss, and too little of its gradient for the backbone."""
+    return fused_sftmix_loss(0.99 * hidden + 0.01 * hidden.detach(), *args, **options)
+
+
+@pytest.mark.parametrize("wrong", [wrong_mu, wrong_gradient])
+def test_a_wrong_method_is_caught(monkeypatch: pytest.MonkeyPatch, wrong: Any) -> None:
+    monkeypatch.setattr(sftmix.trainer, "fused_sftmix_loss", wrong)
+    found = check(TINY, "cpu")
+    assert found[OURS] > limit(OURS, "cpu")
+    assert found[DENSE] == 0
+
+
+def test_what_is_not_a_number_is_no_agreement() -> None:
+    right = [[torch.ones(2)], [torch.ones(3)]]
+    assert math.isnan(difference([[torch.ones(2)], [torch.tensor([1, 1, math.nan])]], right))
+    assert difference([[torch.ones(2)], [torch.tensor([1.0, 1.0, 4.0])]], right) == pytest.approx(
+        math.sqrt(3)
+    )
+
+
+def test_steps_train_the_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(TINY, "cpu")
+    monkeypatch.setattr("benchmarks.step_methods.make_model", lambda *_: model)
+    steps, left_out, facts = make_steps(TINY, "cpu", str(tmp_path))
+    assert steps.keys() == ON_CPU
+    for step in steps.values():
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        step()
+        after = list(model.parameters())
+        assert all(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
+        assert all(parameter.grad is None for parameter in after)
+    assert left_out == {OURS_TILES: "needs CUDA", LIGER: "needs CUDA"}
+    batch = make_batch(TINY, "cpu")
+    assert facts == {
+        "parameters": model.num_parameters(),
+        "tokens": int(batch["attention_mask"].sum()),
+        "response_tokens": int((batch["labels"] != -100).sum()),
+        "mixed_positions": batch["lam"].numel(),
+    }
+
+
+def test_liger_changes_no_other_method(tmp_path: Path) -> None:
+    pytest.importorskip("liger_kernel")
+    before = dict(vars(modeling_llama))
+    model = make_model(TINY, "cpu")
+    methods, _ = make_methods(model, TINY, "cpu", str(tmp_path))
+    expected = loss_and_gradients(model, methods[DENSE_NTP])
+    args = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
+    liger = liger_method(model, args, methods[DENSE_NTP].batch)
+    assert vars(modeling_llama) == before
+    assert liger.rope is not modeling_llama.apply_rotary_pos_emb
+    assert "Liger" in repr(liger.trainer.model)
+    assert "Liger" not in repr(methods[DENSE_NTP].trainer.model)
+    assert difference(loss_and_gradients(model, methods[DENSE_NTP]), expected) == 0
+
+
+@pytest.mark.gpu
+def test_every_method_agrees_on_a_gpu() -> None:
+    found = check(QUICK, "cuda")
+    assert OURS_TILES in found
+    assert all(far <= limit(name, "cuda") for name, far in found.items()), found
+
+
+def test_shapes_are_the_published_ones() -> None:
+    counts = {n: make_model(size, "meta").num_parameters() for n, size in MODELS["cuda"].items()}
+    assert counts["1B"] == 1_235_814_400
+    assert counts["8B"] == 8_030_261_248
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_sizes_can_be_paired_and_checked(device: str) -> None:
+    assert models(device, quick=True) == {"quick": QUICK}
+    assert models(device, quick=False) == MODELS[device]
+    assert device in LIMITS
+    assert all(size.batch % 2 == 0 for size in MODELS[device].values())
