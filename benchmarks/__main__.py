@@ -129,7 +129,8 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
 
 def plot_results(options: argparse.Namespace, _: list[str]) -> int:
     from .plots import write_pictures
-    from .report import markdown, readme_block, replace_block
+    from .readme import readme_block, replace_block
+    from .report import markdown
 
     reports = read_reports(options.folder)
     if not reports:

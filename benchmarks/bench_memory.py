@@ -16,13 +16,13 @@ from sftmix_kernels import RowChunks, VocabTiles
 from sftmix_kernels.schedules import runs_triton
 
 from .errors import ORACLES, errors, step
+from .group import FAILURES
 from .inputs import FILTER_EPS, make_inputs
 from .interpreter import tidy_launches
 from .measure import peak_extra_bytes
 from .peaks import Shape, peak_bytes
 from .providers import (
     BOTH,
-    COMPILED,
     FILTERED,
     NTP,
     OURS,
@@ -31,7 +31,7 @@ from .providers import (
     Provider,
     find_providers,
 )
-from .race import CHECKED_ROWS, FAILURES
+from .race import CHECKED_ROWS
 from .results import Results
 from .settings import Settings
 
@@ -84,9 +84,8 @@ def places(device: str, quick: bool) -> list[Place]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
     device, quick = option("device"), option("quick")
-    found, left_out = find_providers(Settings(device, quick=True, peers=option("peers")))
+    found, left_out = find_providers(Settings(device, peers=option("peers")), compiled=False)
     names = dict.fromkeys([one.who for one in found] + list(left_out))
-    names.pop(COMPILED, None)
     cases = [
         (place, task, who) for place in places(device, quick) for task in TASKS for who in names
     ]
@@ -99,7 +98,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="module")
 def providers(settings: Settings) -> tuple[dict[tuple[str, str], Provider], dict[str, str]]:
     """Those that do not compile, and why one is left out."""
-    found, left_out = find_providers(Settings(settings.device, quick=True, peers=settings.peers))
+    found, left_out = find_providers(settings, compiled=False)
     return {(one.who, one.task): one for one in found}, left_out
 
 

@@ -48,9 +48,9 @@ class Steps:
             # NaN is not right.
             steps = {who: s for who, s in steps.items() if self.is_right(who)}
             self.peaks = {who: peak_extra_bytes(s, settings.device) for who, s in steps.items()}
-            self.samples = interleaved_samples(
-                steps, settings.repeats, settings.device, says=f"step of {name}"
-            )
+            rounds = settings.repeats * size.turns
+            says = f"step of {name}"
+            self.samples = interleaved_samples(steps, rounds, settings.device, says=says)
 
     def is_right(self, who: str) -> bool:
         return self.difference[who] <= self.limits[who]

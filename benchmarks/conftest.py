@@ -51,7 +51,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
     settings = config.stash[SETTINGS]
     if PROVIDERS not in config.stash:
-        config.stash[PROVIDERS] = find_providers(settings)
+        config.stash[PROVIDERS] = find_providers(settings, compiled=not settings.quick)
     providers, left_out = config.stash[PROVIDERS]
     task = metafunc.module.TASK
     names = [one.who for one in providers if one.task == task] + list(left_out)

@@ -152,6 +152,8 @@ all)
 *) suite "$only" "$(left 10)" ;;
 esac
 [[ $only == tests ]] || part plot 60 "$python" -m benchmarks plot "$out"
+# The ninth file of them all; `plot` draws it again from the data.
+[[ $only != all ]] || rm -f "$out"/*-step.svg
 {
     printf '\n## Parts of `benchmarks/gpu.sh`\n\n| part | end |\n| --- | --- |\n'
     printf '%s\n' "${ends[@]}"

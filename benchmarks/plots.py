@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from . import targets as names
-from .report import duration
+from .readme import duration
 from .targets import Record, Report, find, headline
 
 # One colour for ours, shades of grey-blue for all others: told apart by lightness alone too.
@@ -193,16 +194,13 @@ def memory_picture(report: Report) -> Figure | None:
     records = [r for r in finite(find(report, "memory"), "peak_bytes") if r["peak_bytes"] > 0]
     tasks = [record["task"] for record in records]
     task = names.BOTH if names.BOTH in tasks else next(iter(tasks), None)
-    panels = {
-        sweep: [record for record in records if record["sweep"] == sweep and record["task"] == task]
-        for sweep in SWEEPS
-    }
-    panels = {sweep: found for sweep, found in panels.items() if found}
-    if not panels:
+    records = [record for record in records if record["task"] == task]
+    sweeps = [sweep for sweep in SWEEPS if any(r["sweep"] == sweep for r in records)]
+    if not sweeps:
         return None
-    figure = Figure(figsize=(WIDTH, 0.7 + 3.1 * len(panels)), layout="constrained")
-    for i, (sweep, found) in enumerate(panels.items(), 1):
-        memory_panel(figure.add_subplot(len(panels), 1, i), found, *SWEEPS[sweep])
+    figure = Figure(figsize=(WIDTH, 0.7 + 3.1 * len(sweeps)), layout="constrained")
+    for i, sweep in enumerate(sweeps, 1):
+        memory_panel(figure.add_subplot(len(sweeps), 1, i), records, *SWEEPS[sweep])
     title = f"Extra memory of forward + backward, {task}; dotted: the formula\n{place(report)}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
     return figure
@@ -211,7 +209,8 @@ def memory_picture(report: Report) -> Figure | None:
 def memory_panel(axes: Axes, records: Sequence[Record], field: str, fixed: str, label: str) -> None:
     """A line for each provider with its name at the end.
 
-    All points are of the same hidden size, dtype and other side, those of the first record.
+    All points are of the same hidden size, dtype and other side, those of the first record, which
+    both sweeps have in common.
     """
     size = names.same(records[0], (fixed, "hidden_size", "dtype"))
     records = [r for r in records if names.same(r, tuple(size)) == size]
@@ -228,10 +227,12 @@ def memory_panel(axes: Axes, records: Sequence[Record], field: str, fixed: str, 
         allowed = [r["formula_bytes"] / 2**20 for r in formula]
         axes.plot([r[field] for r in formula], allowed, ":", color=INK, linewidth=1.6)
         note = " (interpreted)" if any(r.get("interpreted") for r in line) else ""
-        ends.append((line[-1][field], peaks[-1], who + note, INK if colour == OTHERS else colour))
+        says = f"{who}{note}: {peaks[-1]:,.3g}"
+        ends.append((line[-1][field], peaks[-1], says, INK if colour == OTHERS else colour))
     sizes = sorted({r[field] for r in records})
     axes.set_xticks(sizes, [f"{value:,}" for value in sizes])
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     held = f"D = {size['hidden_size']}, {SYMBOLS[fixed]} = {size[fixed]:,}, {size['dtype']}"
     axes.set_xlabel(f"{label}; {held}")

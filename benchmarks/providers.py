@@ -145,8 +145,10 @@ def our_schedules(device: str) -> tuple[dict[str, Schedule], dict[str, str]]:
     return {ROW_CHUNKS: "row_chunks", VOCAB_TILES: "vocab_tiles", FILTERED: filtered}, {}
 
 
-def find_providers(settings: Settings) -> tuple[list[Provider], dict[str, str]]:
-    """Everyone on every task, and why someone is left out."""
+def find_providers(
+    settings: Settings, compiled: bool = True
+) -> tuple[list[Provider], dict[str, str]]:
+    """Everyone on every task, and why someone is left out; ``compiled``: by `torch.compile` too."""
     found = []
     schedules, left_out = our_schedules(settings.device)
     for who, schedule in schedules.items():
@@ -157,13 +159,13 @@ def find_providers(settings: Settings) -> tuple[list[Provider], dict[str, str]]:
     dense = {"limit": PEER_LIMIT, "holds_logits": True}
     found += [Provider(DENSE, task, loss, **dense) for task, loss in DENSE_LOSSES.items()]
     peers, absent = find_peers(settings.device)
-    if settings.quick:
-        reason = "compiles for long: not in quick runs"
+    if not compiled:
+        reason = "compiles for long: not in this suite, and not in quick runs"
         absent |= {COMPILED: reason} | {peer.who: reason for peer in peers if peer.compiles}
         peers = {peer: loss for peer, loss in peers.items() if not peer.compiles}
     else:
-        compiled = {task: torch.compile(f, dynamic=False) for task, f in DENSE_LOSSES.items()}
-        found += [Provider(COMPILED, task, loss, **dense) for task, loss in compiled.items()]
+        losses = {task: torch.compile(f, dynamic=False) for task, f in DENSE_LOSSES.items()}
+        found += [Provider(COMPILED, task, loss, **dense) for task, loss in losses.items()]
     for peer, ntp in peers.items():
         limit = FILTER_LIMIT if peer.filters else PEER_LIMIT
         for task, compose in COMPOSED.items():

@@ -78,8 +78,8 @@ class Settings:
         if self.quick:
             return [Case(QUICK, 256)]
         if self.device == "cpu":
-            small = "SmolLM2-135M"
-            return [Case("small", 4096), Case(small, 512), Case(small, 512, RANDOM)]
+            others = [Case("SmolLM2-135M", 512, inputs, full=False) for inputs in (TRAINED, RANDOM)]
+            return [Case("small", 2048), *others]
         first = [Case("Llama-3.1-8B", 8192), Case("Llama-3.1-8B", 8192, RANDOM)]
         heads = [name for name in HEADS if name not in ("small", "SmolLM2-135M")]
         grid = [Case(name, rows, full=False) for rows in (2048, 8192, 32768) for name in heads]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main, read_reports
-from benchmarks.report import readme_block, replace_block
+from benchmarks.readme import readme_block, replace_block
 from sftmix.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent

@@ -58,8 +58,8 @@ def test_everyone_is_there_or_left_out_with_a_reason() -> None:
     everyone = {ROW_CHUNKS, VOCAB_TILES, FILTERED, DENSE, COMPILED}
     everyone |= {peer.who for peer in peers.PEERS}
     for device in ("cpu", "cuda"):
-        for quick in (False, True):
-            found, left_out = find_providers(Settings(device, quick=quick))
+        for compiled in (False, True):
+            found, left_out = find_providers(Settings(device), compiled)
             names = {one.who for one in found}
             assert names | left_out.keys() == everyone
             assert not names & left_out.keys()
@@ -113,7 +113,7 @@ def test_a_provider_that_is_wrong_or_fails_gets_no_time(ours: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
 def test_the_grid_is_for_those_who_hold_no_logits() -> None:
-    found, _ = find_providers(Settings("cuda", quick=True))
+    found, _ = find_providers(Settings("cuda"))
     grid = Case("Llama-3.1-8B", 8192, full=False)
     names = {(one.who, one.task) for one in found if in_race(one, grid, BACKWARD)}
     assert (ROW_CHUNKS, BOTH) in names

@@ -1,0 +1,131 @@
+"""README's block of results: the headline of each suite, and the pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import PurePath
+
+from . import targets as names
+from .report import EXTRA_MEMORY, Column, cell, mib, number, over, records_table, table, who
+from .targets import Record, Report, by_time, figure, find, first, headline, ratio, same
+
+BEGIN = "<!-- results: begin (python -m benchmarks plot) -->"
+END = "<!-- results: end -->"
+NO_GPU = "Nothing has been measured on a GPU yet."
+# What a picture shows, by the end of its name, for whom it is read aloud to.
+ALT = {
+    "loss": "Bars: time of forward and backward by provider, beside the bare matrix products",
+    "memory": "Lines: extra memory against the number of tokens and the size of the vocabulary",
+    "step": "Bars: time of a training step by model and trainer",
+}
+
+
+def duration(seconds: float | None) -> str:
+    """Three digits and a unit."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-"
+    value, unit = (seconds, "s") if seconds >= 1 else (1e3 * seconds, "ms")
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+
+
+def readme_loss(report: Report) -> str:
+    """The headline case: a line for each of ours and for the fastest variant of each peer."""
+    case = headline(report)
+    bare = first(report, names.STEP, case=case, who=names.BARE)
+    both, ntp = (
+        {r["who"]: r for r in by_time(find(report, names.STEP, case=case, task=task))}
+        for task in (names.BOTH, names.NTP)
+    )
+    ntp.pop(names.BARE, None)
+    chosen: dict[str, Record] = {}
+    for record in [*both.values(), *ntp.values()]:
+        # Variants are named after a comma; all of ours are shown.
+        name = record["who"] if names.is_ours(record) else record["who"].split(",")[0]
+        chosen.setdefault(name, record)
+    rows = [
+        [who(r), *timed(both.get(r["who"]), both.get(names.DENSE)), *timed(ntp.get(r["who"]), bare)]
+        for r in chosen.values()
+    ]
+    rows += [[names.BARE, "-", "-", "-", *timed(bare, bare)]] if bare else []
+    head = ["forward + backward", names.BOTH, "/ dense", "extra MiB"]
+    head += [f"{names.NTP} alone", "/ bare", "extra MiB"]
+    return f"{readme_facts(report, names.STEP)}\n\n{table(head, rows)}"
+
+
+def timed(record: Record | None, other: Record | None) -> list[str]:
+    """Time, the same by the other's, extra memory."""
+    quotient = number(ratio(figure(record), figure(other)))
+    return [duration(figure(record)), quotient, mib(figure(record, "peak_bytes"))]
+
+
+def readme_facts(report: Report, measure: str) -> str:
+    """Sizes, machine, dtype and commit over a table."""
+    facts, size = report["facts"], names.sizes(find(report, measure)[0])
+    gpu_or_cpu = facts.get("gpu", names.cpu_text(facts))
+    words = [gpu_or_cpu, f"torch {facts['torch']}", report["settings"]["dtype"]]
+    return cell("; ".join([size, *words, f"commit {facts['commit']}", "medians"])) + ":"
+
+
+def readme_perplexity(report: Report) -> str:
+    records = find(report, "perplexity", case=headline(report, "perplexity"))
+    dense = next((r for r in records if r["who"] == names.DENSE_PERPLEXITY), None)
+    columns: list[Column] = [
+        ("perplexity, no gradients", who),
+        ("median", lambda record: duration(record["median"])),
+        ("/ dense", over(dense)),
+        EXTRA_MEMORY,
+    ]
+    return f"{readme_facts(report, 'perplexity')}\n\n{records_table(by_time(records), columns)}"
+
+
+def readme_steps(report: Report) -> str:
+    """A sentence on each model's step: SFTMix by NTP of ours, and by NTP of another trainer."""
+    said = []
+    for ours in find(report, "step", who=names.OUR_SFTMIX):
+        size = same(ours, names.STEP_SIZE)
+        ntp = first(report, "step", who=names.OUR_NTP, **size)
+        theirs = first(report, "step", who=names.THEIR_NTP, **size)
+        if ntp is not None:
+            times = f"{duration(ours['median'])} and {duration(ntp['median'])}"
+            than = f", {over(theirs)(ours)} of `{names.THEIR_NTP}`" if theirs else ""
+            model = cell(names.step_name(ours))
+            said.append(f"{over(ntp)(ours)} of an NTP step for {model} ({times}){than}")
+    device = report["settings"]["device"].upper()
+    return f"{device}: a whole SFTMix training step takes {'; '.join(said)}.\n" if said else ""
+
+
+README_PARTS = {"loss": readme_loss, "step": readme_steps, "perplexity": readme_perplexity}
+
+
+def readme_block(reports: Sequence[Report], pictures: Sequence[str | PurePath]) -> str:
+    """What README says of the figures, nothing of quick runs; pictures are paths beside it."""
+    parts = []
+    for device in ("cpu", "cuda"):
+        for suite, text in README_PARTS.items():
+            measure = names.STEP if suite == "loss" else suite
+            report = names.report_of(reports, suite, device, quick=False)
+            if report is not None and find(report, measure):
+                parts += [text(report)]
+            elif (device, suite) == ("cuda", "loss"):
+                parts += [NO_GPU + "\n"]
+    for picture in pictures:
+        path = PurePath(picture)
+        device, _, what = path.stem.partition("-")
+        parts += [f"![{ALT.get(what, what)}, {device.upper()}]({path.as_posix()})\n"]
+    return "\n".join(part for part in parts if part)
+
+
+def replace_block(text: str, block: str) -> str:
+    """The text with ``block`` between the lines `BEGIN` and `END`, which stay.
+
+    Raises:
+        ValueError: a line is missing, there more than once, or the second comes first.
+    """
+    lines = text.splitlines()
+    for mark in (BEGIN, END):
+        if lines.count(mark) != 1:
+            raise ValueError(f"expected the line {mark!r} once, found it {lines.count(mark)} times")
+    if (begin := lines.index(BEGIN)) > (end := lines.index(END)):
+        raise ValueError(f"expected the line {BEGIN!r} before {END!r}")
+    return "\n".join([*lines[: begin + 1], block.strip("\n"), *lines[end:]]) + "\n"
