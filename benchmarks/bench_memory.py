@@ -15,7 +15,7 @@ import torch
 from sftmix_kernels import RowChunks, VocabTiles
 from sftmix_kernels.schedules import runs_triton
 
-from .errors import ORACLES, errors, step
+from .errors import Oracle, step
 from .group import FAILURES
 from .inputs import FILTER_EPS, make_inputs
 from .interpreter import tidy_launches
@@ -137,7 +137,7 @@ def test_memory(
     sizes = (place.hidden_size, place.vocab_size, settings.dtype, settings.device)
     try:
         small = provider.inputs(make_inputs(min(place.rows, CHECKED_ROWS) // 2, *sizes))
-        found = errors(provider.loss, ORACLES[task], small)
+        found = Oracle(task, small).errors(provider.loss)
         x = provider.inputs(make_inputs(place.rows // 2, *sizes))
         peak = peak_extra_bytes(lambda: step(provider.loss, x), settings.device)
         kernels = runs_triton(x.hidden)

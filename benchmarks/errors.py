@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ def sftmix_rows(x: Inputs) -> Tensor:
     return torch.cat((ntp_rows(x), MU * mixup_rows(x)))
 
 
-ORACLES: dict[str, Loss] = {NTP: ntp_rows, MIXUP: mixup_rows, BOTH: sftmix_rows}
+ROWS: dict[str, Loss] = {NTP: ntp_rows, MIXUP: mixup_rows, BOTH: sftmix_rows}
 
 
 def step(loss: Loss, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,27 +63,39 @@ class Errors(NamedTuple):
         return max(own / max(other, 1e-300) for own, other in pairs)
 
 
-def errors(loss: Loss, oracle_rows: Loss, x: Inputs) -> Errors:
-    """Loss and gradients against float64.
+class Oracle:
+    """The reference of a task on some inputs, in float64 and in the inputs' own dtype.
 
-    The budget of the largest element of each: twice the error of the reference in the inputs' own
+    The error budget of the largest element: twice the error of the reference in the inputs' own
     dtype plus one rounding; of the loss, the reference's error is added up row by row without
     cancelling.
     """
-    hidden, weight = (t.detach().double().requires_grad_() for t in (x.hidden, x.weight))
-    doubles = x._replace(hidden=hidden, weight=weight)
-    found = step(loss, x)
-    plain, truth = (step(lambda v: oracle_rows(v).sum(), values) for values in (x, doubles))
-    largest = [float((a.double() - t).abs().max()) for a, t in zip(found, truth, strict=True)]
-    allowed = [float((p.double() - t).abs().max()) for p, t in zip(plain, truth, strict=True)]
-    with torch.no_grad():
-        allowed[0] = float((oracle_rows(x).double() - oracle_rows(doubles)).abs().sum())
-    limits = [
-        2 * a + torch.finfo(f.dtype).eps * float(t.abs().max())
-        for a, f, t in zip(allowed, found, truth, strict=True)
-    ]
-    relative = [
-        float((f.double() - t).norm() / t.norm()) for f, t in zip(found, truth, strict=True)
-    ]
-    in_budget = all(error <= limit for error, limit in zip(largest, limits, strict=True))
-    return Errors(tuple(largest), tuple(allowed), tuple(relative), in_budget)
+
+    def __init__(self, task: str, x: Inputs) -> None:
+        self.x, rows = x, ROWS[task]
+        hidden, weight = (t.detach().double().requires_grad_() for t in (x.hidden, x.weight))
+        doubles = x._replace(hidden=hidden, weight=weight)
+        plain, self.truth = (step(lambda v: rows(v).sum(), values) for values in (x, doubles))
+        self.allowed = largest_differences(plain, self.truth)
+        with torch.no_grad():
+            self.allowed[0] = float((rows(x).double() - rows(doubles)).abs().sum())
+
+    def errors(self, loss: Loss) -> Errors:
+        """Of loss and gradients."""
+        found = step(loss, self.x)
+        largest = largest_differences(found, self.truth)
+        limits = [
+            2 * a + torch.finfo(f.dtype).eps * float(t.abs().max())
+            for a, f, t in zip(self.allowed, found, self.truth, strict=True)
+        ]
+        relative = [
+            float((f.double() - t).norm() / t.norm())
+            for f, t in zip(found, self.truth, strict=True)
+        ]
+        in_budget = all(error <= limit for error, limit in zip(largest, limits, strict=True))
+        return Errors(tuple(largest), tuple(self.allowed), tuple(relative), in_budget)
+
+
+def largest_differences(found: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
+    """Of the elements of each tensor; NaN where one is."""
+    return [float((a.double() - t).abs().max()) for a, t in zip(found, truth, strict=True)]

@@ -40,17 +40,19 @@ def interleaved_samples(
     device: str = "cpu",
     prepare: Callable[[], object] | None = None,
     says: str = "",
+    warm: bool = False,
 ) -> dict[Key, list[float]]:
-    """Seconds of each step, after one warm-up, taking turns so that a slow minute hits all alike.
+    """Seconds of each step, taking turns so that a slow minute hits all alike.
 
-    ``prepare`` runs before every step, outside of its time. On CUDA the time is that between two
-    events, and ``prepare`` is by default `L2Scrub`. ``says`` names the progress bar.
+    A round without times goes before, unless all steps are ``warm``. ``prepare`` runs before every
+    step, outside of its time. On CUDA the time is that between two events, and ``prepare`` is by
+    default `L2Scrub`. ``says`` names the progress bar.
     """
     samples: dict[Key, list[float]] = {name: [] for name in steps}
     if prepare is None and device != "cpu":
         prepare = L2Scrub()
-    rounds = tqdm(range(repeats + 1), desc=says, unit="round", disable=not says)
-    for number in rounds:
+    first = 0 if warm else -1
+    for number in tqdm(range(first, repeats), desc=says, unit="round", disable=not says):
         # Read only after the round: waiting for each step would leave the device idle before the
         # next, whose launch would then count as its time.
         pending = {}
@@ -60,7 +62,7 @@ def interleaved_samples(
             pending[name] = started(step, device)
         for name, seconds in pending.items():
             spent = seconds()
-            if number:
+            if number >= 0:
                 samples[name].append(spent)
     return samples
 

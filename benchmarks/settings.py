@@ -53,7 +53,7 @@ class Settings:
     grid: bool = True
     seconds: int = 10**6  # no measurement is begun after these
     data: str | None = None
-    examples: int = 500
+    examples: int = 250
     threads: int = 2
     command: str = ""
     commit: str = ""
@@ -67,7 +67,7 @@ class Settings:
     def repeats(self) -> int:
         if self.quick:
             return 3
-        return 5 if self.device == "cpu" else 15
+        return 4 if self.device == "cpu" else 15
 
     @property
     def out_of_time(self) -> bool:
@@ -78,7 +78,7 @@ class Settings:
         if self.quick:
             return [Case(QUICK, 256)]
         if self.device == "cpu":
-            others = [Case("SmolLM2-135M", 512, inputs, full=False) for inputs in (TRAINED, RANDOM)]
+            others = [Case("SmolLM2-135M", 256, inputs, full=False) for inputs in (TRAINED, RANDOM)]
             return [Case("small", 2048), *others]
         first = [Case("Llama-3.1-8B", 8192), Case("Llama-3.1-8B", 8192, RANDOM)]
         heads = [name for name in HEADS if name not in ("small", "SmolLM2-135M")]

@@ -43,6 +43,9 @@ def test_times_are_of_the_step_and_not_of_what_prepares_it(
     assert order == ["prepare", "a", "prepare", "b"] * 3
     assert [len(times) for times in samples.values()] == [2, 2]
     assert max(samples["a"]) < 0.02
+    order.clear()
+    assert len(interleaved_samples(steps, 3, device, prepare, warm=True)["b"]) == 3
+    assert len(order) == 12
 
 
 def test_peak_counts_what_is_alive_at_once() -> None:

@@ -10,6 +10,16 @@ from typing import Any
 
 import pytest
 
+from benchmarks import (
+    bench_online_softmax,
+    bench_row_chunks,
+    bench_scoring,
+    peers,
+    perplexity_providers,
+    providers,
+    race,
+    step_methods,
+)
 from benchmarks import targets as names
 from benchmarks.readme import BEGIN, END, NO_GPU, duration, readme_block, replace_block
 from benchmarks.report import markdown
@@ -347,3 +357,41 @@ def test_names_at_the_ends_of_lines_are_kept_apart() -> None:
     gaps = [above - below for below, above in itertools.pairwise(found)]
     assert all(gap > 0.099 for gap in gaps)
     assert found[0] == 0.1
+
+
+def test_names_are_those_that_the_suites_write() -> None:
+    """The report needs neither PyTorch nor the suites, and so has the names once more."""
+    here = {name: value for name, value in vars(names).items() if isinstance(value, str)}
+    written = {
+        providers: (
+            "NTP",
+            "MIXUP",
+            "BOTH",
+            "ROW_CHUNKS",
+            "VOCAB_TILES",
+            "FILTERED",
+            "DENSE",
+            "BARE",
+        ),
+        perplexity_providers: ("BARE_CHUNKS", "FOLD"),
+        bench_online_softmax: ("FOLD_OPERATIONS", "IN_HBM", "IN_L2"),
+        bench_row_chunks: ("COPY", "PAIR_ROWS"),
+        race: ("FORWARD",),
+    }
+    for module, same_names in written.items():
+        for name in same_names:
+            assert here[name] == getattr(module, name), name
+    others = {
+        "TORCH": peers.TORCH_CHUNKED,
+        "STEP": race.BACKWARD,
+        "STREAMING": perplexity_providers.OURS,
+        "BARE_CALL": perplexity_providers.ONE_PRODUCT,
+        "DENSE_PERPLEXITY": perplexity_providers.DENSE,
+        "SCORE": bench_scoring.OURS,
+        "SCORE_FORWARD": bench_scoring.FORWARD,
+        "SCORE_LOOP": bench_scoring.LOOP,
+        "OUR_SFTMIX": step_methods.OURS,
+        "OUR_NTP": step_methods.OURS_NTP,
+        "THEIR_NTP": step_methods.DENSE_NTP,
+    }
+    assert {name: here[name] for name in others} == others
