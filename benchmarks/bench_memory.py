@@ -32,7 +32,7 @@ from .providers import (
     find_providers,
 )
 from .race import CHECKED_ROWS
-from .results import Results
+from .result_file import Results
 from .settings import Settings
 
 TASKS = (NTP, BOTH)

@@ -12,7 +12,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from .providers import BARE, NTP, Provider, find_providers
 from .race import BACKWARD, MEASURES, Race, in_race, run_race
-from .results import Results
+from .result_file import Results
 from .settings import Case, Settings
 
 RESULTS = pytest.StashKey[Results]()

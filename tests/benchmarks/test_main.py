@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import SUITES, main
-from benchmarks.results import Results
+from benchmarks.result_file import Results
 from benchmarks.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent
