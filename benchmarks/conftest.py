@@ -77,6 +77,25 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     return report
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    """The same of files that cannot be imported."""
+    report: Any = yield
+    if report.skipped:
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        collector.config.stash[RESULTS].miss("left_out", collector.name, reason)
+    elif report.failed:
+        collector.config.stash[RESULTS].miss("failed", collector.name, str(report.longrepr))
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Nothing to measure is no failure where a result says why."""
+    nothing = exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED
+    if nothing and session.config.stash[RESULTS].report["left_out"]:
+        session.exitstatus = pytest.ExitCode.OK
+
+
 @pytest.fixture(scope="session")
 def settings(pytestconfig: pytest.Config) -> Settings:
     return pytestconfig.stash[SETTINGS]

@@ -133,6 +133,18 @@ def test_nothing_is_begun_when_the_time_is_over(tmp_path: Path) -> None:
     assert "out of time" in next(iter(report["left_out"].values()))
 
 
+def test_a_suite_that_needs_what_is_missing_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "datasets.py").write_text("raise ModuleNotFoundError(\"no 'datasets'\")\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    out = tmp_path / "out"
+    assert run("run", "step", "--device", "cpu", "--quick", "--out", str(out)).returncode == 0
+    report = json.loads((out / "cpu-step-quick.json").read_text())
+    assert report["records"] == []
+    assert report["left_out"] == {"bench_step.py": "datasets is not installed"}
+
+
 def test_every_benchmark_is_in_a_suite() -> None:
     files = {file.stem for file in (ROOT / "benchmarks").glob("bench_*.py")}
     assert files == {name for names in SUITES.values() for name in names}
