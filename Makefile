@@ -38,7 +38,7 @@ demo: $(READY)
 test: $(READY)
 	if "$(PYTHON)" -c "import triton" 2>/dev/null; then \
 		TRITON_INTERPRET=1 "$(PYTHON)" -m pytest -m interpret \
-			tests/sftmix_kernels tests/benchmarks/test_peaks.py; fi
+			tests/sftmix_kernels tests/benchmarks; fi
 	"$(PYTHON)" -m pytest
 
 lint: $(READY)

@@ -22,7 +22,7 @@ from .settings import Settings
 HERE = Path(__file__).resolve().parent
 # Of each suite: its files, in the order in which they run.
 SUITES = {
-    "loss": ("bench_sftmix_loss", "bench_cross_entropy", "bench_mixup_loss", "bench_row_chunks"),
+    "loss": ("bench_row_chunks", "bench_sftmix_loss", "bench_cross_entropy", "bench_mixup_loss"),
     "perplexity": ("bench_perplexity", "bench_online_softmax", "bench_scoring"),
     "step": ("bench_step",),
     "memory": ("bench_memory",),

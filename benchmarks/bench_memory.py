@@ -5,6 +5,7 @@ Legend: N rows, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -31,12 +32,12 @@ from .providers import (
     Provider,
     find_providers,
 )
-from .race import CHECKED_ROWS
 from .result_file import Results
 from .settings import Settings
 
 TASKS = (NTP, BOTH)
 LIMIT = 1.05  # of measured / formula
+CHECKED_ROWS = 256
 SCHEDULES: dict[str, RowChunks | VocabTiles] = {
     ROW_CHUNKS: RowChunks(),
     VOCAB_TILES: VocabTiles(),
@@ -78,7 +79,9 @@ def places(device: str, quick: bool) -> list[Place]:
         sizes = {"D": 4096, "N": (8192, 2048, 32768, 131072), "V": (128256, 32768, 256000)}
     rows, vocab_size = sizes["N"][0], sizes["V"][0]
     found = [Place("N", n, sizes["D"], vocab_size) for n in sizes["N"]]
-    return found + [Place("V", rows, sizes["D"], v) for v in sizes["V"] if v != vocab_size]
+    found += [Place("V", rows, sizes["D"], v) for v in sizes["V"] if v != vocab_size]
+    # The largest, for which time may not last, at the end.
+    return found[:1] + sorted(found[1:], key=lambda place: place.rows * place.vocab_size)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -136,8 +139,8 @@ def test_memory(
     """Right first, then weighed; ours within 5 % of its formula."""
     sizes = (place.hidden_size, place.vocab_size, settings.dtype, settings.device)
     try:
-        small = provider.inputs(make_inputs(min(place.rows, CHECKED_ROWS) // 2, *sizes))
-        found = Oracle(task, small).errors(provider.loss)
+        oracle = oracle_of(task, provider.one_lam, min(place.rows, CHECKED_ROWS) // 2, *sizes)
+        found = oracle.errors(step(provider.loss, oracle.x))
         x = provider.inputs(make_inputs(place.rows // 2, *sizes))
         peak = peak_extra_bytes(lambda: step(provider.loss, x), settings.device)
         kernels = runs_triton(x.hidden)
@@ -147,7 +150,8 @@ def test_memory(
         if provider.ours:
             raise
         pytest.skip(f"FAILED {type(error).__name__}: {error}")
-    assert found.passed(provider.limit), found.says(provider.limit)
+    if not found.passed(provider.limit):
+        (pytest.fail if provider.ours else pytest.skip)(f"FAILED {found.says(provider.limit)}")
     formula = formula_bytes(provider, place, settings, kernels) if provider.ours else None
     results.add(
         measure="memory",
@@ -165,6 +169,15 @@ def test_memory(
         interpreted=place.interpreted,
     )
     assert formula is None or peak <= LIMIT * formula
+
+
+@functools.lru_cache(maxsize=2)
+def oracle_of(
+    task: str, one_lam: bool, pairs: int, hidden: int, vocab: int, dtype: torch.dtype, device: str
+) -> Oracle:
+    """Made once for all who are held to it one after the other."""
+    x = make_inputs(pairs, hidden, vocab, dtype, device)
+    return Oracle(task, Provider("", task, OURS[task](), one_lam=one_lam).inputs(x))
 
 
 def formula_bytes(provider: Provider, place: Place, settings: Settings, kernels: bool) -> int:

@@ -22,7 +22,7 @@ from .perplexity_providers import FOLD, VOCAB_CHUNK, Check, Fold, make_fold, req
 from .settings import Settings
 
 FOLD_SOFTCAP, FOLD_OPERATIONS = f"{FOLD} with softcap", "PyTorch operations"
-OURS = (FOLD, FOLD_SOFTCAP)
+OUR_FOLDS = (FOLD, FOLD_SOFTCAP)
 # Where the logits lie that are folded.
 IN_CACHE = "chunk in cache"
 IN_HBM, IN_HBM_CHUNK, IN_L2 = "all logits in HBM", "chunk in HBM", "chunk in L2"
@@ -53,7 +53,7 @@ class Chunk(NamedTuple):
         """Who is measured there."""
         if self.place == IN_CACHE:
             return FOLD, FOLD_OPERATIONS
-        return OURS if self.place == IN_L2 else (*OURS, COPY)
+        return OUR_FOLDS if self.place == IN_L2 else (*OUR_FOLDS, COPY)
 
     def size(self, settings: Settings) -> tuple[int, int]:  # K, C
         whole = size_of(settings)
@@ -119,7 +119,7 @@ def measure_folds(chunk: Chunk, settings: Settings) -> Group:
             measure="fold",
             case=chunk.place,
             who=who,
-            ours=who in OURS,
+            ours=who in OUR_FOLDS,
             place=chunk.place,
             dtype=chunk.dtype,
             kind=chunk._replace(softcap=softcap).kind,

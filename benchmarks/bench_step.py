@@ -8,12 +8,13 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
 
-from .measure import interleaved_samples, peak_extra_bytes
+from .group import Group
+from .measure import SuiteError, interleaved_samples, peak_extra_bytes
 from .settings import Settings
 
 # Trainers need it; a machine without it has all other suites.
@@ -28,6 +29,7 @@ from .step_methods import (
     OURS_TILES,
     ModelSize,
     check,
+    is_ours,
     limit,
     make_steps,
     models,
@@ -36,24 +38,52 @@ from .step_methods import (
 METHODS = (OURS, OURS_NTP, OURS_TILES, DENSE, DENSE_NTP, LIGER)
 
 
-class Steps:
-    """All methods on one model: how far they are from the dense one, peak memory, and times."""
+def measure_steps(name: str, size: ModelSize, settings: Settings) -> Group:
+    """All methods on one model: those that agree with the dense one, in turns."""
+    group, device = Group(), settings.device
+    difference = check(size, device, group)
+    with tempfile.TemporaryDirectory() as folder:
+        steps, left_out, facts = make_steps(size, device, folder)
+        group.left_out |= left_out
+        peaks = {}
+        for who in difference:
+            if settings.peers or is_ours(who):
+                work = partial(weighed, who, steps[who], difference[who], device)
+                peaks[who] = group.attempt(who, work, ours=is_ours(who))
+        samples = interleaved_samples(
+            {who: steps[who] for who, peak in peaks.items() if peak is not None},
+            settings.repeats * size.turns,
+            device,
+            says=f"step of {name}",
+            stop=lambda: settings.out_of_time,
+        )
+    for who, seconds in samples.items():
+        group.add(
+            who,
+            seconds,
+            measure="step",
+            case=name,
+            model=name,
+            batch=size.batch,
+            length=size.length,
+            **facts,
+            who=who,
+            ours=is_ours(who),
+            difference=difference[who],
+            peak_bytes=peaks[who],
+        )
+    return group
 
-    def __init__(self, name: str, size: ModelSize, settings: Settings) -> None:
-        self.name, self.size = name, size
-        self.difference = check(size, settings.device)
-        self.limits = {who: limit(who, settings.device) for who in self.difference}
-        with tempfile.TemporaryDirectory() as folder:
-            steps, self.left_out, self.facts = make_steps(size, settings.device, folder)
-            # NaN is not right.
-            steps = {who: s for who, s in steps.items() if self.is_right(who)}
-            self.peaks = {who: peak_extra_bytes(s, settings.device) for who, s in steps.items()}
-            rounds = settings.repeats * size.turns
-            says = f"step of {name}"
-            self.samples = interleaved_samples(steps, rounds, settings.device, says=says)
 
-    def is_right(self, who: str) -> bool:
-        return self.difference[who] <= self.limits[who]
+def weighed(who: str, step: Callable[[], object], difference: float, device: str) -> int:
+    """Peak of one step.
+
+    Raises:
+        SuiteError: the method is not the dense one's equal; NaN is not either.
+    """
+    if not difference <= limit(who, device):
+        raise SuiteError(f"off by {difference:.3g}, allowed {limit(who, device):.3g}")
+    return peak_extra_bytes(step, device)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -64,35 +94,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="module")
-def steps(request: pytest.FixtureRequest, settings: Settings) -> Steps:
+def steps(request: pytest.FixtureRequest, settings: Settings) -> Group:
+    """All methods on one model, measured at once."""
     if settings.out_of_time:
         pytest.skip(f"out of time: {settings.seconds} s are over")
     gc.collect()
     if settings.device != "cpu":
         torch.cuda.empty_cache()
     size = models(settings.device, settings.quick)[request.param]
-    return Steps(request.param, size, settings)
+    return measure_steps(request.param, size, settings)
 
 
-def test_step(steps: Steps, who: str, request: pytest.FixtureRequest) -> None:
-    name = who if who in steps.left_out else f"{who}, {steps.name}"
-    request.node.user_properties.append(("name", name))
-    if who in steps.left_out:
-        pytest.skip(steps.left_out[who])
-    if not steps.is_right(who):
-        off = f"off by {steps.difference[who]:.3g}, allowed {steps.limits[who]:.3g}"
-        (pytest.fail if who.startswith("SFTMix") else pytest.skip)(f"FAILED {off}")
-    figures: dict[str, Any] = {
-        "measure": "step",
-        "case": steps.name,
-        "model": steps.name,
-        "batch": steps.size.batch,
-        "length": steps.size.length,
-        **steps.facts,
-        "who": who,
-        "ours": who.startswith("SFTMix"),
-        "difference": steps.difference[who],
-        "peak_bytes": steps.peaks[who],
-    }
-    record: Callable[..., None] = request.getfixturevalue("record")
-    record(steps.samples[who], **figures)
+def test_step(steps: Group, who: str, request: pytest.FixtureRequest) -> None:
+    name = request.node.callspec.params["steps"]
+    steps.write(who, who if who in steps.left_out else f"{who}, {name}", request)

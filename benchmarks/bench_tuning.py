@@ -71,11 +71,11 @@ def measure_launches(kernels: RowKernels, chosen: list[Launch], settings: Settin
     """The kernel under each in turns with a copy, on logits that are fresh every time."""
     group = Group()
     kernels.restore()
-    expected = [t.clone() for t in kernels.pair_rows()]
+    expected = [t.clone() for t in (*kernels.pair_rows(), kernels.logits)]
 
     def first(values: Launch) -> bool:
         kernels.restore()
-        found = list(under(values, kernels))
+        found = [*under(values, kernels), kernels.logits]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         return True
 

@@ -41,12 +41,14 @@ def interleaved_samples(
     prepare: Callable[[], object] | None = None,
     says: str = "",
     warm: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[Key, list[float]]:
     """Seconds of each step, taking turns so that a slow minute hits all alike.
 
     A round without times goes before, unless all steps are ``warm``. ``prepare`` runs before every
     step, outside of its time. On CUDA the time is that between two events, and ``prepare`` is by
-    default `L2Scrub`. ``says`` names the progress bar.
+    default `L2Scrub`. ``says`` names the progress bar. After a round with times ``stop`` may end
+    it all: what was measured is kept.
     """
     samples: dict[Key, list[float]] = {name: [] for name in steps}
     if prepare is None and device != "cpu":
@@ -64,6 +66,8 @@ def interleaved_samples(
             spent = seconds()
             if number >= 0:
                 samples[name].append(spent)
+        if number >= 0 and stop():
+            break
     return samples
 
 

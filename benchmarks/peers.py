@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .group import FAILURES
+
 HardLabelLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, labels
 
 TORCH_CHUNKED = "torch linear_cross_entropy, chunked"
@@ -90,6 +92,6 @@ def find_peers(device: str) -> tuple[dict[Peer, HardLabelLoss], dict[str, str]]:
             continue
         try:
             found[peer] = peer.make()
-        except (ImportError, AttributeError, RuntimeError) as reason:
+        except FAILURES as reason:
             left_out[peer.who] = f"{type(reason).__name__}: {reason}"
     return found, left_out

@@ -119,8 +119,9 @@ def composed_mixup(ntp: HardLabelLoss) -> Loss:
 
     def loss(x: Inputs) -> Tensor:
         (hidden_c, hidden_u), (labels_c, labels_u) = x.hidden.chunk(2), x.labels.chunk(2)
+        # Not a scalar, which would be rounded to hidden's dtype before the product.
+        mixed = (x.lam[:1] * hidden_c + (1 - x.lam[:1]) * hidden_u).to(hidden_c.dtype)
         lam = x.lam[0]
-        mixed = lam * hidden_c + (1 - lam) * hidden_u
         return lam * ntp(mixed, x.weight, labels_c) + (1 - lam) * ntp(mixed, x.weight, labels_u)
 
     return loss
@@ -163,14 +164,15 @@ def find_providers(
         reason = "compiles for long: not in this suite, and not in quick runs"
         absent |= {COMPILED: reason} | {peer.who: reason for peer in peers if peer.compiles}
         peers = {peer: loss for peer, loss in peers.items() if not peer.compiles}
-    else:
-        losses = {task: torch.compile(f, dynamic=False) for task, f in DENSE_LOSSES.items()}
-        found += [Provider(COMPILED, task, loss, **dense) for task, loss in losses.items()]
     for peer, ntp in peers.items():
         limit = FILTER_LIMIT if peer.filters else PEER_LIMIT
         for task, compose in COMPOSED.items():
             one_lam = task != NTP
             found.append(Provider(peer.who, task, compose(ntp), one_lam=one_lam, limit=limit))
+    if compiled:
+        # Last, because where time runs out they are what it is worth the least for.
+        losses = {task: torch.compile(f, dynamic=False) for task, f in DENSE_LOSSES.items()}
+        found += [Provider(COMPILED, task, loss, **dense) for task, loss in losses.items()]
     return found, {**left_out, **absent}
 
 

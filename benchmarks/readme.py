@@ -63,7 +63,9 @@ def readme_facts(report: Report, measure: str) -> str:
     """Sizes, machine, dtype and commit over a table."""
     facts, size = report["facts"], names.sizes(find(report, measure)[0])
     gpu_or_cpu = facts.get("gpu", names.cpu_text(facts))
-    words = [gpu_or_cpu, f"torch {facts['torch']}", report["settings"]["dtype"]]
+    driver = f"driver {facts['driver']}" if facts.get("driver") else ""
+    words = [gpu_or_cpu, driver, f"torch {facts['torch']}", f"triton {facts['triton']}"]
+    words = [*filter(None, words), report["settings"]["dtype"], facts["date"][:10]]
     return cell("; ".join([size, *words, f"commit {facts['commit']}", "medians"])) + ":"
 
 
@@ -95,6 +97,27 @@ def readme_steps(report: Report) -> str:
     return f"{device}: a whole SFTMix training step takes {'; '.join(said)}.\n" if said else ""
 
 
+def readme_targets(reports: Sequence[Report]) -> str:
+    """How many were reached, and all that were not."""
+    judged = [
+        (report, target)
+        for report in reports
+        if not report["settings"]["quick"]
+        for target in names.targets(report)
+        if target.reached is not None
+    ]
+    missed = [
+        f"{cell(target.says)} ({report['settings']['device'].upper()}): {number(target.value)}, "
+        f"wanted {target.limit:.3g}"
+        for report, target in judged
+        if not target.reached
+    ]
+    if not judged:
+        return ""
+    reached = f"{len(judged) - len(missed)} of {len(judged)} targets are reached"
+    return f"{reached}{'; missed: ' + '; '.join(missed) if missed else ''}.\n"
+
+
 README_PARTS = {"loss": readme_loss, "step": readme_steps, "perplexity": readme_perplexity}
 
 
@@ -109,6 +132,7 @@ def readme_block(reports: Sequence[Report], pictures: Sequence[str | PurePath]) 
                 parts += [text(report)]
             elif (device, suite) == ("cuda", "loss"):
                 parts += [NO_GPU + "\n"]
+    parts += [readme_targets(reports)]
     for picture in pictures:
         path = PurePath(picture)
         device, _, what = path.stem.partition("-")

@@ -71,6 +71,7 @@ class Settings:
 
     @property
     def out_of_time(self) -> bool:
+        """Asked before every case, provider and round."""
         return time.monotonic() - self.begin > self.seconds
 
     def cases(self) -> list[Case]:

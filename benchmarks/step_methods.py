@@ -29,6 +29,8 @@ from transformers.models.llama import modeling_llama
 from sftmix import SFTMixConfig, SFTMixTrainer
 from sftmix.pairing import IGNORE_INDEX, PairedCollator
 
+from .group import Group
+
 MU = 0.2
 SFTMIX, NTP = "sftmix", "ntp"
 OURS = "SFTMixTrainer, sftmix"
@@ -258,11 +260,12 @@ def make_steps(
     return {name: partial(step, method) for name, method in methods.items()}, left_out, facts
 
 
-def check(size: ModelSize, device: str) -> dict[str, float]:
+def check(size: ModelSize, device: str, group: Group) -> dict[str, float]:
     """How far each method is from the dense one with the same loss; NaN where anything is NaN.
 
     The largest of three relative differences: of the loss, of the LM head's gradient and of all
-    others, by norms; apart, so that neither of both hides an error in the other.
+    others, by norms; apart, so that neither of both hides an error in the other. A method that
+    cannot run is noted in the group.
     """
     model = make_model(size, device)
     found = {}
@@ -271,9 +274,18 @@ def check(size: ModelSize, device: str) -> dict[str, float]:
         for task, dense in DENSE_OF.items():
             reference = loss_and_gradients(model, methods[dense])
             for name, method in methods.items():
-                if method.task == task:
-                    found[name] = difference(loss_and_gradients(model, method), reference)
-    return {name: found[name] for name in methods}
+                if method.task != task:
+                    continue
+                work = partial(loss_and_gradients, model, method)
+                result = group.attempt(name, work, ours=is_ours(name))
+                model.zero_grad()
+                if result is not None:
+                    found[name] = difference(result, reference)
+    return {name: found[name] for name in methods if name in found}
+
+
+def is_ours(name: str) -> bool:
+    return name.startswith("SFTMixTrainer")
 
 
 def loss_and_gradients(model: LlamaForCausalLM, method: Method) -> list[list[Tensor]]:

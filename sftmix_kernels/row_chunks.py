@@ -24,6 +24,12 @@ Backward = Callable[..., tuple[Tensor | None, ...]]
 # Triton vectorises accesses of rows whose stride 16 divides.
 PADDING = 16
 
+# MKL's vector maths gets ready at its first call. Where that was made by two threads at once, one
+# half of an `exp` was off by 1.5e-4 in about one process of five (torch 2.13): one number takes one
+# thread.
+for first_call in (torch.exp, torch.tanh, torch.log1p):
+    first_call(torch.zeros(1))
+
 
 class LogitTransform(NamedTuple):
     """``f(x) = cap * tanh(scale * x / cap)``, or ``scale * x`` where there is no cap."""

@@ -181,11 +181,11 @@ def kit(python: Path | str, *arguments: str) -> subprocess.CompletedProcess[str]
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ("", "build tests perplexity step memory loss plot"),
-        ("--only tests", "build tests"),
-        ("--only loss", "build loss plot"),
-        ("--only tune --dry-run", "build tune plot"),
-        ("--dry-run", "build tests perplexity step memory loss plot"),
+        ("", "facts build tests perplexity loss step memory plot"),
+        ("--only tests", "facts build tests"),
+        ("--only loss", "facts build loss plot"),
+        ("--only tune --dry-run", "facts build tune plot"),
+        ("--dry-run", "facts build tests perplexity loss step memory plot"),
     ],
 )
 def test_a_part_that_fails_does_not_stop_the_next(
@@ -236,5 +236,8 @@ def result_files() -> list[Any]:
 def test_committed_results_say_where_they_come_from() -> None:
     for report in result_files():
         assert report["facts"].keys() >= {"date", "commit", "command", "machine", "torch", "triton"}
+        assert all(report["facts"][name] for name in ("date", "commit", "command", "torch"))
         assert "dirty" not in report["facts"]["commit"]
+        on_gpu = report["settings"]["device"] == "cuda"
+        assert not on_gpu or all(report["facts"][name] for name in ("gpu", "driver", "cuda"))
         assert report["failed"] == {}

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.models.llama import modeling_llama
 
 import sftmix.trainer
+from benchmarks.group import Group
 from benchmarks.step_methods import (
     DENSE,
     DENSE_NTP,
@@ -43,7 +44,7 @@ TIED = TINY._replace(tie_word_embeddings=True)
 
 @pytest.mark.parametrize("size", [TINY, TIED], ids=["untied", "tied"])
 def test_every_method_agrees_with_the_dense_one(size: Any) -> None:
-    found = check(size, "cpu")
+    found = check(size, "cpu", Group())
     assert found.keys() == ON_CPU
     assert all(far <= limit(name, "cpu") for name, far in found.items()), found
 
@@ -75,7 +76,7 @@ def wrong_gradient(hidden: Tensor, *args: Any, **options: Any) -> Any:
 @pytest.mark.parametrize("wrong", [wrong_mu, wrong_gradient])
 def test_a_wrong_method_is_caught(monkeypatch: pytest.MonkeyPatch, wrong: Any) -> None:
     monkeypatch.setattr(sftmix.trainer, "fused_sftmix_loss", wrong)
-    found = check(TINY, "cpu")
+    found = check(TINY, "cpu", Group())
     assert found[OURS] > limit(OURS, "cpu")
     assert found[DENSE] == 0
 
@@ -126,7 +127,7 @@ def test_liger_changes_no_other_method(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_every_method_agrees_on_a_gpu() -> None:
-    found = check(QUICK, "cuda")
+    found = check(QUICK, "cuda", Group())
     assert OURS_TILES in found
     assert all(far <= limit(name, "cuda") for name, far in found.items()), found
 

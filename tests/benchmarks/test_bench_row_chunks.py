@@ -1,0 +1,27 @@
+"""The row kernels are held to PyTorch operations before they are timed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.bench_row_chunks import PAIR_ROWS, SOFT_ROWS, RowKernels
+from benchmarks.measure import SuiteError
+
+pytestmark = pytest.mark.interpret
+
+
+@pytest.mark.parametrize("who", [PAIR_ROWS, SOFT_ROWS])
+def test_right_kernels_pass_and_wrong_ones_do_not(
+    who: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = RowKernels(8, 300, torch.float32, "cpu")
+    assert kernels.check(who)
+
+    def nothing(*_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return kernels.row_weight, kernels.pair_weight
+
+    monkeypatch.setattr(kernels, "pair_rows", nothing)
+    monkeypatch.setattr(kernels, "soft_rows", lambda: kernels.row_weight)
+    with pytest.raises(SuiteError, match=who):
+        kernels.check(who)
