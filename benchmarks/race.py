@@ -1,4 +1,4 @@
-"""Everyone on one case: checked, then weighed, then timed in turns."""
+"""Everyone on one case: checked and weighed, then timed in turns."""
 
 from __future__ import annotations
 
@@ -64,16 +64,16 @@ def timed(
 ) -> Group:
     """One direction in turns, with the bare products."""
     group = Group(noted.left_out, noted.failed)
-    runs = {one.key: one for one in figures if in_race(one, case, measure)}
+    entered = {one.key: one for one in figures if in_race(one, case, measure)}
     products = Products(x)
     products.all_three()
     bare = products.all_three if measure == BACKWARD else products.forward
     steps: dict[tuple[str, str], Callable[[], object]] = {(BARE, NTP): bare}
-    for key, one in runs.items():
+    for key, one in entered.items():
         step_of = call(one, x, measure)
         # With gradients it was run to be checked; on a GPU memory is another now.
         warm = measure == BACKWARD and settings.device == "cpu"
-        if warm or group.attempt(key, lambda run=step_of: run() is None or True, one.ours):
+        if warm or group.attempt(key, partial(runs, step_of), one.ours):
             steps[key] = step_of
     samples = interleaved_samples(
         steps,
@@ -85,12 +85,18 @@ def timed(
     )
     shared = {**case_facts(case, settings), **peakedness(x), "measure": measure}
     for (who, task), seconds in samples.items():
-        own = dict(figures[runs[who, task]]) if (who, task) in runs else {"ours": False}
+        own = dict(figures[entered[who, task]]) if (who, task) in entered else {"ours": False}
         if measure == FORWARD:
             own.pop("peak_bytes", None)
         amount = operations(task, x, measure == BACKWARD)
         group.add((who, task), seconds, **shared, task=task, who=who, operations=amount, **own)
     return group
+
+
+def runs(work: Callable[[], object]) -> bool:
+    """Once, or it raises."""
+    work()
+    return True
 
 
 def case_inputs(case: Case, settings: Settings, most: int | None = None) -> Inputs:
