@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,15 +49,6 @@ from sftmix_kernels.build import build_info
 ROOT = Path(__file__).parent.parent.parent
 QUICK = Settings(device="cpu", quick=True)
 built = pytest.mark.skipif(build_info() is None, reason="the extension is not built")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Two wait for each other up to fifty times as long, where other processes share the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(out: Path, *options: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,15 +36,6 @@ QUICK = Settings(device="cpu", quick=True)
 # Room for 128 rows of 16 float32 columns.
 ROOM = 128 * 16 * 4
 built = pytest.mark.skipif(build_info() is None, reason="the extension is not built")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Two wait for each other up to fifty times as long, where other processes share the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_the_search_holds_what_is_shipped_and_nothing_that_cannot_launch() -> None:
