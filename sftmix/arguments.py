@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from sftmix.trainer import SFTMixConfig, option
+from sftmix.config import SFTMixConfig, SFTMixOptions, option
 
 
 @dataclasses.dataclass
@@ -147,7 +147,7 @@ def _hide_inherited(parser: argparse.ArgumentParser, config_type: type[SFTMixCon
     ours = {
         name
         for base in config_type.__mro__
-        if issubclass(base, SFTMixConfig)
+        if issubclass(base, SFTMixOptions)
         for name in base.__annotations__
     }
     # A reference model is trained without Mixup.

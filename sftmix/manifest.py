@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from sftmix import __version__
 from sftmix.arguments import RunArguments
+from sftmix.config import SFTMixConfig
 from sftmix.data import data_hash
 from sftmix.runs import write_json
 from sftmix.templates import template_hash
-from sftmix.trainer import SFTMixConfig
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sftmix.arguments import TrainRunArguments, parse
+from sftmix.config import SFTMixConfig
 from sftmix.loading import load_data, load_model, load_tokenizer, save_final_model
 from sftmix.manifest import recipe, start_manifest
 from sftmix.partition import match, partition_hash, read_partition
 from sftmix.runs import lock_run, open_run, remove_leftovers
-from sftmix.trainer import SFTMixConfig, SFTMixTrainer, make_collator
+from sftmix.trainer import SFTMixTrainer, make_collator
 
 
 def main(words: Sequence[str]) -> None:

@@ -8,97 +8,24 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from sftmix.checkpoints import PREFIX, STAGING, latest_checkpoint, writing
+from sftmix.config import SFTMixOptions
 from sftmix.head import HeadAdapter
 from sftmix.metrics import LossWindow
+from sftmix.objective import BatchLoss, batch_loss
 from sftmix.pairing import PairedCollator, PairedExamples, PairedSampler, ShuffledSampler
 from sftmix.runs import publish_folder
 from sftmix.scoring import score_examples
-from sftmix_kernels import fused_sftmix_loss
-
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
-
-CHOICES = {"method": ("sftmix", "ntp"), "loss_schedule": ("auto", "row_chunks", "vocab_tiles")}
-
-# Options of transformers that this trainer's loss and sampler would not heed, and their defaults.
-UNSUPPORTED = {
-    "label_smoothing_factor": 0.0,
-    "train_sampling_strategy": "random",
-    "data_seed": None,
-    "save_only_model": False,
-}
-
-
-def option(default: Any, help_text: str, source: str) -> Any:
-    """A config field whose help names where the default comes from."""
-    return field(default=default, metadata={"help": f"{help_text} [{source}]"})
-
-
-@dataclass
-class SFTMixConfig(TrainingArguments):
-    """`transformers.TrainingArguments` with SFTMix's options, and the paper's defaults.
-
-    Every help text ends in "paper" (arXiv 2410.05248) or "ours" (the paper does not say).
-    """
-
-    method: Literal["sftmix", "ntp"] = option(
-        "sftmix", "sftmix: NTP + mu * Mixup; ntp: next-token prediction alone", "paper"
-    )
-    mu: float = option(0.2, "Weight of the Mixup term", "paper")
-    alpha: float = option(0.5, "lam ~ Beta(alpha, alpha), one for each pair of examples", "paper")
-    learning_rate: float = option(2e-6, "Peak learning rate of AdamW", "paper")
-    weight_decay: float = option(0.1, "Weight decay of AdamW", "paper")
-    lr_scheduler_type: str = option("cosine", "Learning-rate schedule", "paper")
-    warmup_steps: float = option(
-        0.1, "Warm-up: a share of all steps where below 1, else a number of steps", "paper"
-    )
-    num_train_epochs: float = option(3.0, "Epochs (the paper's 3 are for Alpaca-52K)", "paper")
-    per_device_train_batch_size: int = option(
-        4, "Examples of a step on each device, an even number (the paper's 32 on 8 GPUs)", "paper"
-    )
-    loss_schedule: Literal["auto", "row_chunks", "vocab_tiles"] = option(
-        "auto", "How the loss avoids full logits; vocab_tiles: least memory, CUDA only", "ours"
-    )
-    logging_steps: float = option(10, "Steps between two log lines", "ours")
-    save_strategy: str = option("epoch", "When to write a checkpoint: no, steps, epoch", "ours")
-    save_total_limit: int | None = option(2, "Checkpoints kept, the newest", "ours")
-    seed: int = option(0, "Seed of pairs, lam, shuffling and initialisation", "ours")
-    report_to: str = option("none", "Reporter of the metrics: none, tensorboard, ...", "ours")
-    # Examples carry columns that no model's forward knows, and the trainer sorts them itself.
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Always off"})
-
-    def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                choices = ", ".join(allowed)
-                raise ValueError(f"{name}: expected {choices}; got {getattr(self, name)!r}")
-        if not (np.isfinite(self.mu) and self.mu >= 0):
-            raise ValueError(f"mu: expected a finite number of at least 0, got {self.mu}")
-        if not (np.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha: expected a finite number above 0, got {self.alpha}")
-        if self.method == "sftmix" and self.per_device_train_batch_size % 2:
-            raise ValueError(
-                "per_device_train_batch_size: expected an even number (pairs of examples), "
-                f"got {self.per_device_train_batch_size}"
-            )
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns: the trainer needs every column; leave it off")
-        for name, default in UNSUPPORTED.items():
-            if getattr(self, name) != default:
-                raise ValueError(f"{name}: not supported here, got {getattr(self, name)!r}")
-        super().__post_init__()  # type: ignore[no-untyped-call]
-
 
 # The mixin goes over any trainer derived from Trainer; type checkers read it as one.
 if TYPE_CHECKING:
@@ -116,7 +43,7 @@ class SFTMixMixin(TrainerBase):
     SFTMix's, so that the loss is all that differs.
     """
 
-    args: SFTMixConfig
+    args: SFTMixOptions
     model: Any
     train_dataset: Any
     data_collator: Any
@@ -213,52 +140,25 @@ class SFTMixMixin(TrainerBase):
         """This micro-batch's share of ``NTP + mu * Mixup`` over the whole window and all ranks."""
         if not isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
-        ntp_count, mixup_count = num_items_in_batch
-        rows, targets = inputs["rows"], inputs["targets"]
-        mixed = self.args.method == "sftmix"
-        pair_c, pair_u, lam = (
-            inputs[name] if mixed else inputs["rows"].new_empty(0)
-            for name in ("pair_c", "pair_u", "lam")
-        )
-        row_ntp = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
-
-        def head_function(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-            return fused_sftmix_loss(
-                hidden,
-                weight,
-                targets,
-                torch.searchsorted(rows, pair_c),
-                torch.searchsorted(rows, pair_u),
-                lam.float(),
-                mu=self.args.mu if mixed else 0.0,
-                bias=bias,
-                ntp_divisor=ntp_count,
-                mixup_divisor=mixup_count,
-                schedule=self.args.loss_schedule,
-                row_ntp_out=row_ntp,
-                **self.head.options,
-            )
-
-        tokens = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
-        loss = model(**tokens, use_cache=False, rows=rows, head_function=head_function)
-        self._measure(inputs, loss, row_ntp)
+        loss = batch_loss(model, self.head, inputs, self.args, *num_items_in_batch)
+        self._measure(inputs, loss)
         # Gradients are averaged over ranks, while the counts are of all ranks together.
-        total = loss[0] * self.accelerator.num_processes
+        total = loss.loss * self.accelerator.num_processes
         return (total, loss) if return_outputs else total
 
-    def _measure(self, inputs: dict[str, Tensor], loss: Any, row_ntp: Tensor) -> None:
+    def _measure(self, inputs: dict[str, Tensor], loss: BatchLoss) -> None:
         values: dict[str, Tensor | float] = {
-            "loss": loss[0],
-            "ntp_loss": loss[1],
-            "mixup_loss": loss[2],
+            "loss": loss.loss,
+            "ntp_loss": loss.ntp,
+            "mixup_loss": loss.mixup,
             "input_tokens": inputs["attention_mask"].sum(),
             "tokens_confident": float(inputs["rows"].numel()),
         }
         if self.paired:
             unconfident = inputs["owner"] % 2 == 1
             values |= {
-                "nll_confident": (row_ntp * ~unconfident).sum(),
-                "nll_unconfident": (row_ntp * unconfident).sum(),
+                "nll_confident": (loss.row_ntp * ~unconfident).sum(),
+                "nll_unconfident": (loss.row_ntp * unconfident).sum(),
                 "tokens_confident": (~unconfident).sum(),
                 "tokens_unconfident": unconfident.sum(),
                 "mixed_pairs": float(inputs["pair_c"].numel()),

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sftmix.arguments import RunArguments, ScoreConfig, TrainRunArguments
 from sftmix.cli import COMMANDS, main
+from sftmix.config import SFTMixConfig
 from sftmix.partition import read_partition
 from sftmix.toy import build_toy_model
-from sftmix.trainer import SFTMixConfig
 
 QUIET = ["--use_cpu", "true", "--disable_tqdm", "true"]
 REAL_DATA = Path(__file__).parents[2] / "../shared/data"

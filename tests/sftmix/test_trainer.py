@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
+from sftmix.config import SFTMixConfig
 from sftmix.pairing import PairedCollator
-from sftmix.trainer import SFTMixConfig, make_collator
+from sftmix.trainer import make_collator
 
 from . import tiny
 

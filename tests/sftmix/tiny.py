@@ -12,8 +12,9 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
+from sftmix.config import SFTMixConfig
 from sftmix.pairing import PairedCollator
-from sftmix.trainer import SFTMixConfig, SFTMixTrainer
+from sftmix.trainer import SFTMixTrainer
 
 VOCABULARY = 64
 

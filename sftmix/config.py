@@ -1,0 +1,92 @@
+"""The options of training: SFTMix's own, and `transformers.TrainingArguments` with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from transformers import TrainingArguments
+
+CHOICES = {"method": ("sftmix", "ntp"), "loss_schedule": ("auto", "row_chunks", "vocab_tiles")}
+
+# Options of transformers that this trainer's loss and sampler would not heed, and their defaults.
+UNSUPPORTED = {
+    "label_smoothing_factor": 0.0,
+    "train_sampling_strategy": "random",
+    "data_seed": None,
+    "save_only_model": False,
+}
+
+
+def option(default: Any, help_text: str, source: str) -> Any:
+    """A config field whose help names where the default comes from."""
+    return field(default=default, metadata={"help": f"{help_text} [{source}]"})
+
+
+# The options go over any config derived from TrainingArguments; type checkers read them as one.
+if TYPE_CHECKING:
+    ConfigBase = TrainingArguments
+else:
+    ConfigBase = object
+
+
+@dataclass
+class SFTMixOptions(ConfigBase):
+    """SFTMix's own options, for any config derived from `transformers.TrainingArguments`.
+
+    Every help text ends in "paper" (arXiv 2410.05248) or "ours" (the paper does not say).
+    """
+
+    method: Literal["sftmix", "ntp"] = option(
+        "sftmix", "sftmix: NTP + mu * Mixup; ntp: next-token prediction alone", "paper"
+    )
+    mu: float = option(0.2, "Weight of the Mixup term", "paper")
+    alpha: float = option(0.5, "lam ~ Beta(alpha, alpha), one for each pair of examples", "paper")
+    loss_schedule: Literal["auto", "row_chunks", "vocab_tiles"] = option(
+        "auto", "How the loss avoids full logits; vocab_tiles: least memory, CUDA only", "ours"
+    )
+    # Examples carry columns that no model's forward knows, and the trainer sorts them itself.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Always off"})
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(allowed)
+                raise ValueError(f"{name}: expected {choices}; got {getattr(self, name)!r}")
+        if not (np.isfinite(self.mu) and self.mu >= 0):
+            raise ValueError(f"mu: expected a finite number of at least 0, got {self.mu}")
+        if not (np.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha: expected a finite number above 0, got {self.alpha}")
+        if self.method == "sftmix" and self.per_device_train_batch_size % 2:
+            raise ValueError(
+                "per_device_train_batch_size: expected an even number (pairs of examples), "
+                f"got {self.per_device_train_batch_size}"
+            )
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns: the trainer needs every column; leave it off")
+        for name, default in UNSUPPORTED.items():
+            if getattr(self, name) != default:
+                raise ValueError(f"{name}: not supported here, got {getattr(self, name)!r}")
+        super().__post_init__()  # type: ignore[no-untyped-call]
+
+
+@dataclass
+class SFTMixConfig(SFTMixOptions, TrainingArguments):
+    """`transformers.TrainingArguments` with SFTMix's options, and the paper's defaults."""
+
+    learning_rate: float = option(2e-6, "Peak learning rate of AdamW", "paper")
+    weight_decay: float = option(0.1, "Weight decay of AdamW", "paper")
+    lr_scheduler_type: str = option("cosine", "Learning-rate schedule", "paper")
+    warmup_steps: float = option(
+        0.1, "Warm-up: a share of all steps where below 1, else a number of steps", "paper"
+    )
+    num_train_epochs: float = option(3.0, "Epochs (the paper's 3 are for Alpaca-52K)", "paper")
+    per_device_train_batch_size: int = option(
+        4, "Examples of a step on each device, an even number (the paper's 32 on 8 GPUs)", "paper"
+    )
+    logging_steps: float = option(10, "Steps between two log lines", "ours")
+    save_strategy: str = option("epoch", "When to write a checkpoint: no, steps, epoch", "ours")
+    save_total_limit: int | None = option(2, "Checkpoints kept, the newest", "ours")
+    seed: int = option(0, "Seed of pairs, lam, shuffling and initialisation", "ours")
+    report_to: str = option("none", "Reporter of the metrics: none, tensorboard, ...", "ours")
