@@ -30,6 +30,7 @@ __all__ = [
     "BadRows",
     "Example",
     "OnBadRow",
+    "content_hash",
     "data_hash",
     "load_examples",
 ]
@@ -201,8 +202,23 @@ def _format_of(rows: Sequence[Row], name: str) -> tuple[str, ...]:
 
 
 def _digest(content: object) -> str:
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(
+        content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str
+    )
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def content_hash(row: dict[str, Any]) -> str:
+    """The `Example.content_hash` of a row; of all its columns where it is of no known format."""
+    try:
+        for columns, messages_of in _FORMATS.items():
+            if all(column in row for column in columns):
+                return _digest({"messages": messages_of(row)})
+        if all(column in row for column in _TOKEN_COLUMNS):
+            return _digest({name: row[name] for name in _TOKEN_COLUMNS})
+    except _BadField:
+        pass
+    return _digest(row)
 
 
 def _example(row: Row, columns: tuple[str, ...], number: int, name: str) -> Example:

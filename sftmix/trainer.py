@@ -69,9 +69,10 @@ class SFTMixMixin(TrainerBase):
         for name in ("model_init", "compute_metrics", "compute_loss_func"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: not supported here")
-        if kwargs.get("data_collator") is None and len(args) < 3:
-            kwargs["data_collator"] = make_collator(kwargs.get("processing_class"))
+        own_collator = kwargs.get("data_collator") is None and len(args) < 3
         super().__init__(*args, **kwargs)
+        if own_collator:
+            self.data_collator = self._make_collator()
         self.head = HeadAdapter(self.accelerator.unwrap_model(self.model))
         # The loss is divided by counts over the whole accumulation window, here and not by Trainer.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
@@ -87,6 +88,9 @@ class SFTMixMixin(TrainerBase):
             raise ValueError("nn.DataParallel is not supported; start one process for each GPU")
         if self.train_dataset is not None:
             self._get_train_sampler()  # refuses data that make no batch
+
+    def _make_collator(self) -> PairedCollator:
+        return make_collator(self.processing_class)
 
     def _pair(self, confident: np.ndarray[Any, Any]) -> None:
         dataset = self.train_dataset
@@ -229,6 +233,14 @@ class SFTMixMixin(TrainerBase):
         handler = self.callback_handler
         self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Not there: logits are never made.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("predict: this trainer makes no logits; see evaluate")
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where Trainer writes: the staging folder while a checkpoint is being made."""
