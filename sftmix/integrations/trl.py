@@ -14,7 +14,8 @@ from typing import Any
 
 import datasets
 import numpy as np
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from sftmix.config import SFTMixOptions
 from sftmix.data import content_hash
@@ -47,19 +48,23 @@ class SFTMixSFTConfig(SFTMixOptions, SFTConfig):
         for name, allowed in UNSUPPORTED.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: not supported here, got {getattr(self, name)!r}")
-        if isinstance(self.dataset_kwargs, dict) and self.dataset_kwargs.get("skip_prepare_dataset"):
+        if isinstance(self.dataset_kwargs, dict) and self.dataset_kwargs.get(
+            "skip_prepare_dataset"
+        ):
             raise ValueError(
                 "dataset_kwargs: skip_prepare_dataset is not supported; data that have input_ids "
                 "are only cut at max_length"
             )
 
 
-class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):  # type: ignore[misc]
+class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
     """`trl.SFTTrainer` with the loss, the pairs and the checkpoints of `SFTMixMixin`.
 
     TRL's metrics that need logits (entropy, mean_token_accuracy) are not logged. A
     mixture-of-experts model needs ``router_aux_loss_coef=0.0``.
     """
+
+    args: SFTMixSFTConfig
 
     _tag_names = ["trl", "sft", "sftmix"]  # noqa: RUF012
     _name = "SFTMix"
@@ -98,12 +103,12 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):  # type: ignore[misc]
         for name in ("data_collator", "preprocess_logits_for_metrics"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: not supported here")
-        if train_dataset is not None:
+        rows = None
+        if confident is not None:
             require_rows(train_dataset, "train_dataset")
-            if confident is not None:
-                confident = confident_rows(train_dataset, confident)
+            rows = confident_rows(train_dataset, confident)
         super().__init__(
-            model=model, args=args, train_dataset=train_dataset, confident=confident, **kwargs
+            model=model, args=args, train_dataset=train_dataset, confident=rows, **kwargs
         )
 
     def _make_collator(self) -> PairedCollator:
@@ -113,7 +118,10 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):  # type: ignore[misc]
                 "model: vision-language models are not supported; give a tokenizer as "
                 "processing_class, not a processor"
             )
-        return PairedCollator(self.data_collator.pad_token_id, self.args.pad_to_multiple_of or 1)
+        # "auto" is a number by now, or None.
+        return PairedCollator(
+            self.data_collator.pad_token_id, int(self.args.pad_to_multiple_of or 1)
+        )
 
     def _prepare_dataset(
         self,
@@ -125,7 +133,7 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):  # type: ignore[misc]
         dataset_name: str,
     ) -> datasets.Dataset:
         """TRL's tokens and labels, and in ``id`` the number of the row that they come from."""
-        require_rows(dataset, f"{dataset_name} dataset")
+        require_rows(dataset, f"{dataset_name}_dataset")
         prepared = super()._prepare_dataset(
             dataset.add_column(ROW, np.arange(len(dataset))),
             processing_class,
@@ -168,7 +176,7 @@ def score(
     num_scorings: int = 5,
     **kwargs: Any,
 ) -> Partition:
-    """Train a reference model for one epoch of next-token prediction, and score the data on the way.
+    """Train a reference model for one epoch of next-token prediction, scoring the data meanwhile.
 
     It takes what the trainer takes, so that a script calls it with the same arguments. ``model``
     and ``peft_config`` are copied where they are objects: what is trained afterwards starts afresh.
