@@ -19,7 +19,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from sftmix.config import SFTMixOptions
 from sftmix.data import content_hash
-from sftmix.pairing import IGNORE_INDEX, PairedCollator
+from sftmix.integrations.tokens import has_targets, named_rows
+from sftmix.pairing import PairedCollator
 from sftmix.partition import Partition, from_scores, match, read_partition
 from sftmix.score import score_while_training
 from sftmix.trainer import SFTMixMixin
@@ -265,21 +266,9 @@ def require_all(prepared: datasets.Dataset, number: int, args: SFTMixSFTConfig) 
     ids: list[int] = prepared["id"][:]
     missing = np.setdiff1d(np.arange(number), ids)
     if len(missing):
-        first = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise ValueError(
             f"train_dataset: {len(missing)} of {number} rows have no token to learn within "
-            f"max_length={args.max_length}: {first}; leave them out, or raise max_length"
+            f"max_length={args.max_length}: {named_rows(missing)}; leave them out, "
+            "or raise max_length"
         )
     return ids
-
-
-def has_targets(prepared: datasets.Dataset) -> np.ndarray[Any, Any]:
-    """Which rows have a label after their first token, which is never predicted: (S,)."""
-    column = prepared.with_format("arrow")[:]["labels"].combine_chunks()
-    lengths = np.asarray(column.value_lengths())
-    rows = np.repeat(np.arange(len(lengths)), lengths)
-    first = np.cumsum(lengths)[lengths > 0] - lengths[lengths > 0]
-    learnt = np.asarray(column.flatten()) != IGNORE_INDEX
-    learnt[first] = False
-    counts: np.ndarray[Any, Any] = np.bincount(rows[learnt], minlength=len(lengths))
-    return counts > 0
