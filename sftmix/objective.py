@@ -63,5 +63,5 @@ def batch_loss(
         )
 
     tokens = {name: batch[name] for name in MODEL_INPUTS if name in batch}
-    loss = model(**tokens, use_cache=False, rows=rows, head_function=head_function)
-    return BatchLoss(*loss[:3], row_ntp)
+    terms = model(**tokens, use_cache=False, rows=rows, head_function=head_function)
+    return BatchLoss(terms.loss, terms.ntp, terms.mixup, row_ntp)
