@@ -51,7 +51,7 @@ def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTM
         args=config,
         train_dataset=dataset,
         eval_dataset=held_out,
-        data_collator=make_collator(tokenizer),
+        data_collator=make_collator(tokenizer, config),
         confident=confident,
     )
     start_manifest(run, recipe(arguments, config, dataset, tokenizer, partition=scores_hash))

@@ -30,7 +30,7 @@ from sftmix.partition import CONFIDENT, read_partition
 from sftmix.trainer import SFTMixMixin, make_collator
 
 HERE = "sftmix.integrations.axolotl"
-OPTIONS = ("method", "mu", "alpha", "loss_schedule")
+OPTIONS = ("method", "mu", "alpha", "loss_schedule", "layout", "row_length")
 
 # Options of axolotl that the loss, the pairs or the collator would not heed.
 UNSUPPORTED = (
@@ -50,6 +50,8 @@ UNSUPPORTED = (
     "activation_offloading",
     "layer_offloading",
 )
+# Pairs are laid out by the collator, which keeps them whole.
+INSTEAD = {"sample_packing": "packed", "batch_flattening": "padding_free"}
 PARALLEL = ("context_parallel_size", "tensor_parallel_size", "expert_parallel_size")
 
 
@@ -61,6 +63,8 @@ class SFTMixArgs(BaseModel):
     sftmix_mu: float | None = None
     sftmix_alpha: float | None = None
     sftmix_loss_schedule: Literal["auto", "row_chunks", "vocab_tiles"] | None = None
+    sftmix_layout: Literal["padded", "padding_free", "packed"] | None = None
+    sftmix_row_length: int | None = None
 
 
 @dataclass
@@ -91,7 +95,8 @@ class SFTMixPlugin(BasePlugin):  # type: ignore[misc]
         """
         for name in UNSUPPORTED:
             if cfg.get(name):
-                raise ValueError(f"{name}: not supported with SFTMix, got {cfg.get(name)!r}")
+                hint = f"; set sftmix_layout: {INSTEAD[name]}" if name in INSTEAD else ""
+                raise ValueError(f"{name}: not supported with SFTMix, got {cfg.get(name)!r}{hint}")
         for name in PARALLEL:
             if (cfg.get(name) or 1) > 1:
                 raise ValueError(f"{name}: not supported with SFTMix, got {cfg.get(name)!r}")
@@ -107,7 +112,10 @@ class SFTMixPlugin(BasePlugin):  # type: ignore[misc]
         self, cfg: Any, is_eval: bool = False
     ) -> tuple[Any, dict[str, Any]]:
         """The collator, which is called with the tokenizer."""
-        return paired_collator, {}
+        return paired_collator, {
+            "layout": cfg.get("sftmix_layout") or "padded",
+            "row_length": cfg.get("sftmix_row_length"),
+        }
 
 
 class SFTMixAxolotlTrainer(SFTMixMixin, AxolotlTrainer):  # type: ignore[misc]
@@ -140,10 +148,16 @@ class SFTMixAxolotlTrainer(SFTMixMixin, AxolotlTrainer):  # type: ignore[misc]
 
 
 def paired_collator(
-    tokenizer: Any, *, pad_to_multiple_of: int | None = None, **_: Any
+    tokenizer: Any,
+    *,
+    layout: str,
+    row_length: int | None,
+    pad_to_multiple_of: int | None = None,
+    **_: Any,
 ) -> PairedCollator:
     """A `PairedCollator`, of the arguments that axolotl gives to any collator."""
-    return PairedCollator(make_collator(tokenizer).pad_token_id, pad_to_multiple_of or 1)
+    token = make_collator(tokenizer).pad_token_id
+    return PairedCollator(token, pad_to_multiple_of or 1, layout=layout, row_length=row_length)
 
 
 def numbered(dataset: datasets.Dataset) -> datasets.Dataset:

@@ -35,6 +35,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_liger_kernel": (False,),
     "parallelism_config": (None,),
 }
+# Pairs are laid out by the collator, which keeps them whole.
+INSTEAD = {"packing": "packed", "padding_free": "padding_free"}
 ROW = "sftmix_row"  # the column in which a row's number goes through TRL's preparation
 
 Confident = Sequence[bool] | np.ndarray[Any, Any] | Partition | str | Path
@@ -48,7 +50,8 @@ class SFTMixSFTConfig(SFTMixOptions, SFTConfig):
         super().__post_init__()
         for name, allowed in UNSUPPORTED.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: not supported here, got {getattr(self, name)!r}")
+                hint = f"; set layout={INSTEAD[name]!r}" if name in INSTEAD else ""
+                raise ValueError(f"{name}: not supported here, got {getattr(self, name)!r}{hint}")
         if isinstance(self.dataset_kwargs, dict) and self.dataset_kwargs.get(
             "skip_prepare_dataset"
         ):
@@ -121,7 +124,10 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
             )
         # "auto" is a number by now, or None.
         return PairedCollator(
-            self.data_collator.pad_token_id, int(self.args.pad_to_multiple_of or 1)
+            self.data_collator.pad_token_id,
+            int(self.args.pad_to_multiple_of or 1),
+            layout=self.args.layout,
+            row_length=self.args.row_length,
         )
 
     def _prepare_dataset(
