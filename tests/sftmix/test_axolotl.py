@@ -157,6 +157,8 @@ def test_it_trains_evaluates_and_saves(
     assert batch["input_ids"].shape == (4, 64)
     trainer.train()
     assert tiny.losses(trainer, "mixup_loss")
+    packed = build(axolotl, cfg | {"sftmix_layout": "packed"}, data, toy_model, tmp_path / "run")
+    assert next(iter(packed.get_train_dataloader()))["input_ids"].shape == (1, 64)
     assert trainer.evaluate()["eval_loss"] > 0
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-4")
 
@@ -173,7 +175,7 @@ def test_what_does_not_fit_is_refused(
             build(axolotl, cfg, data, toy_model, tmp_path)
 
     refused("^sample_packing: not supported with SFTMix, got True", sample_packing=True)
-    refused("^batch_flattening: not supported", batch_flattening="auto")
+    refused("^batch_flattening: .* set sftmix_layout: padding_free$", batch_flattening="auto")
     refused("^context_parallel_size: not supported", context_parallel_size=2)
     refused("^mu: expected a finite number", sftmix_mu=-1.0)
     refused("^sftmix_partition: prepared row 19 is not in")

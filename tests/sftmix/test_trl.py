@@ -188,6 +188,20 @@ def test_it_trains_as_the_plain_trainer_on_the_same_tokens(
     assert tiny.same(tiny.weights(over_trl.model), tiny.weights(plain.model))
 
 
+@pytest.mark.parametrize("layout", ["padding_free", "packed"])
+def test_a_layout_changes_no_loss(
+    layout: str, toy_model: Path, pairs: datasets.Dataset, tmp_path: Path
+) -> None:
+    losses = []
+    for changes in ({}, {"layout": layout, "pad_to_multiple_of": 4}):
+        trainer = ours(toy_model, tmp_path, pairs, **changes)
+        batch = next(iter(trainer.get_train_dataloader()))
+        losses.append(trainer.compute_loss(trainer.model, batch))
+    assert batch["input_ids"].shape[0] < 4
+    assert batch["input_ids"].shape[1] % 4 == 0
+    assert tiny.relative_difference(losses[1], losses[0]) < 1e-6
+
+
 PLAIN_SCRIPT = """
 import sys
 from datasets import Dataset
