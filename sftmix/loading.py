@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from sftmix.arguments import RunArguments
 from sftmix.checkpoints import STAGING, writing
 from sftmix.data import load_examples
+from sftmix.runs import sync_folder
 from sftmix.templates import tokenize_examples
 
 
@@ -59,6 +60,7 @@ def save_final_model(model: Any, tokenizer: PreTrainedTokenizerBase, run: Path) 
     with writing(staging):
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
+    sync_folder(staging)
     for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, run / path.name)
     staging.rmdir()
