@@ -81,7 +81,7 @@ def fault(checkpoint: Path) -> str | None:
         listed = json.loads(path.read_text(encoding="utf-8"))
         kept = {checkpoint / name: entry for name, entry in listed.items() if entry is not None}
         sizes = {path: int(size) for path, (size, _) in kept.items()}
-        changing = [checkpoint / name for name in listed.keys() if listed[name] is None]
+        changing = [checkpoint / name for name, entry in listed.items() if entry is None]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"{LIST}: {error}"
     if STATE not in listed:

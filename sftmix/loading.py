@@ -14,8 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from sftmix.arguments import RunArguments
 from sftmix.checkpoints import STAGING, writing
 from sftmix.data import load_examples
+from sftmix.model_card import FILE as CARD
 from sftmix.runs import sync_folder
 from sftmix.templates import tokenize_examples
+
+CONFIGS = ("config.json", "adapter_config.json")
 
 
 def load_model(arguments: RunArguments) -> Any:
@@ -54,13 +57,17 @@ def load_data(
     )
 
 
-def save_final_model(model: Any, tokenizer: PreTrainedTokenizerBase, run: Path) -> None:
-    """Put the model into the run folder, each file renamed into place, ``config.json`` last."""
+def save_final_model(model: Any, tokenizer: PreTrainedTokenizerBase, run: Path, card: str) -> None:
+    """Put the model and its card into the run folder, each file renamed into place.
+
+    What makes the folder a model comes last: ``config.json``, or an adapter's.
+    """
     staging = run / STAGING
     with writing(staging):
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
+    (staging / CARD).write_text(card, encoding="utf-8")  # PEFT writes one of its own
     sync_folder(staging)
-    for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+    for path in sorted(staging.iterdir(), key=lambda path: path.name in CONFIGS):
         os.replace(path, run / path.name)
     staging.rmdir()

@@ -8,7 +8,8 @@ from pathlib import Path
 from sftmix.arguments import TrainRunArguments, parse
 from sftmix.config import SFTMixConfig
 from sftmix.loading import load_data, load_model, load_tokenizer, save_final_model
-from sftmix.manifest import recipe, start_manifest
+from sftmix.manifest import recipe, start_manifest, versions
+from sftmix.model_card import model_card
 from sftmix.partition import match, partition_hash, read_partition
 from sftmix.runs import lock_run, open_run, remove_leftovers
 from sftmix.trainer import SFTMixTrainer, make_collator
@@ -54,10 +55,20 @@ def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTM
         data_collator=make_collator(tokenizer),
         confident=confident,
     )
-    start_manifest(run, recipe(arguments, config, dataset, tokenizer, partition=scores_hash))
+    numbers = recipe(arguments, config, dataset, tokenizer, partition=scores_hash)
+    start_manifest(run, numbers)
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     if held_out is not None:
         trainer.evaluate()
     trainer.save_state()
-    save_final_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    card = model_card(
+        numbers,
+        versions(),
+        trainer.state.log_history,
+        seconds=trainer.window.seconds,
+        halves=None if confident is None else (int(confident.sum()), int((~confident).sum())),
+        adapter=hasattr(model, "peft_config"),
+    )
+    save_final_model(model, tokenizer, run, card)
     return trainer

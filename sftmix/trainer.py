@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import TrainOutput
 
 from sftmix.checkpoints import (
@@ -29,7 +30,7 @@ from sftmix.checkpoints import (
 )
 from sftmix.config import SFTMixOptions
 from sftmix.head import HeadAdapter
-from sftmix.metrics import LossWindow
+from sftmix.metrics import LossWindow, RunTensorBoard
 from sftmix.objective import BatchLoss, batch_loss
 from sftmix.pairing import PairedCollator, PairedExamples, PairedSampler, ShuffledSampler
 from sftmix.pickles import refuse_code
@@ -87,6 +88,9 @@ class SFTMixMixin(TrainerBase):
         self.window = LossWindow(self.args.device)
         self.checkpoint_extras = list(checkpoint_extras)
         self.staging: Path | None = None
+        if "tensorboard" in (self.args.report_to or ()):
+            self.pop_callback(TensorBoardCallback)
+            self.add_callback(RunTensorBoard(Path(str(self.args.output_dir))))
         self.paired = confident is not None
         if confident is not None:
             self._pair(np.asarray(confident, dtype=bool))
@@ -301,6 +305,8 @@ class SFTMixMixin(TrainerBase):
             refuse_code(Path(resume_from_checkpoint))
             for extra in [self.window, *self.checkpoint_extras]:
                 extra.load(Path(resume_from_checkpoint))
+        else:
+            self.window.begin()
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _newest_checkpoint(self) -> str | None:
