@@ -26,7 +26,13 @@ def load_model(arguments: RunArguments) -> Any:
 
     Raises:
         OSError: there is no such model, or it has no safetensors, or they are cut off.
+        ValueError: it is an adapter.
     """
+    if (Path(arguments.model) / "adapter_config.json").exists():
+        raise ValueError(
+            f"model: {arguments.model} is an adapter of a model; merge the two, or train it with "
+            "SFTMixTrainer in a script of your own"
+        )
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -48,12 +54,22 @@ def load_tokenizer(arguments: RunArguments) -> PreTrainedTokenizerBase:
 
 
 def load_data(
-    arguments: RunArguments, tokenizer: PreTrainedTokenizerBase, data: list[str] | None = None
+    arguments: RunArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    data: list[str] | None = None,
+    *,
+    disable_progress: bool | None = False,
 ) -> datasets.Dataset:
     """The examples of ``--data`` (or of other files) as tokens."""
-    examples = load_examples(data or arguments.data, on_bad_row=arguments.on_bad_row)
+    examples = load_examples(
+        data or arguments.data, on_bad_row=arguments.on_bad_row, disable_progress=disable_progress
+    )
     return tokenize_examples(
-        examples, tokenizer, max_length=arguments.max_length, on_bad_row=arguments.on_bad_row
+        examples,
+        tokenizer,
+        max_length=arguments.max_length,
+        on_bad_row=arguments.on_bad_row,
+        disable_progress=disable_progress,
     )
 
 

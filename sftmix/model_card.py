@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -124,5 +125,6 @@ def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
+    value = value.value if isinstance(value, Enum) else value
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return "-" if value is None else text.replace("|", "\\|").replace("\n", " ")

@@ -65,7 +65,7 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{path.name}")
     try:
         write(temporary)
-        _sync(temporary)
+        _finish(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -85,7 +85,7 @@ def write_json(path: Path, obj: Any) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until everything in `folder` is on the disk.
+    """Waits until everything in `folder` is on the disk, with the permissions of new files.
 
     Raises:
         OSError: the disk refuses.
@@ -94,7 +94,7 @@ def sync_folder(folder: Path) -> None:
         # A link has no data of its own to sync; its name is synced with its folder.
         for name in files:
             if not (root / name).is_symlink():
-                _sync(root / name)
+                _finish(root / name)
         _sync(root)
 
 
@@ -212,6 +212,14 @@ def _refuse_links_out_of(folder: Path) -> None:
                 raise ValueError(
                     f"path: {str(entry)!r} is a symbolic link that leads out of the run's folder"
                 )
+
+
+def _finish(file: Path) -> None:
+    # safetensors lets its files be read by their owner alone, whatever the umask says.
+    umask = os.umask(0o077)
+    os.umask(umask)
+    os.chmod(file, 0o666 & ~umask)
+    _sync(file)
 
 
 def _sync(path: Path) -> None:

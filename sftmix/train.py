@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,8 +41,9 @@ def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTM
         FloatingPointError: the loss is not finite.
     """
     tokenizer = load_tokenizer(arguments)
-    dataset = load_data(arguments, tokenizer)
-    held_out = load_data(arguments, tokenizer, arguments.eval_data) if arguments.eval_data else None
+    load = functools.partial(load_data, arguments, tokenizer, disable_progress=config.disable_tqdm)
+    dataset = load()
+    held_out = load(arguments.eval_data) if arguments.eval_data else None
     confident, scores_hash = None, None
     if arguments.partition is not None:
         partition = read_partition(Path(arguments.partition))
