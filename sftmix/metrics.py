@@ -47,16 +47,13 @@ class LossWindow:
     def begin(self) -> None:
         """Forget everything: training starts now, at step 0."""
         self.begun = time.perf_counter()
+        self.seconds = 0.0  # trained, over all the processes of a run that was resumed
         self.reset(0)
-
-    @property
-    def seconds(self) -> float:
-        """Time trained, over all the processes of a run that was resumed."""
-        return time.perf_counter() - self.begun
 
     def add(self, values: dict[str, Tensor | float]) -> None:
         """Add one micro-batch; fields that are not given stay as they are."""
         self.sums += torch.stack([self._scalar(values.get(field, 0.0)) for field in FIELDS])
+        self.seconds = time.perf_counter() - self.begun
 
     def _scalar(self, value: Tensor | float) -> Tensor:
         # A number becomes a tensor by a fill: a copy from the host would wait for the device.
@@ -104,7 +101,8 @@ class LossWindow:
         self.first_step = state["first_step"]
         self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
         self.started = time.perf_counter() - state["window_seconds"]
-        self.begun = time.perf_counter() - state["seconds"]
+        self.seconds = state["seconds"]
+        self.begun = time.perf_counter() - self.seconds
 
 
 class RunTensorBoard(TensorBoardCallback):

@@ -199,7 +199,7 @@ def saves_of(child: int, run: Path, stop_at: int | None = None) -> int:
         before = now
         if stop_at is not None and len(seen) >= stop_at:
             break
-        os.sched_yield()
+        time.sleep(0.0005)
         with contextlib.suppress(ChildProcessError):
             if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
                 break

@@ -111,17 +111,19 @@ def test_a_resumed_run_goes_on_in_the_same_folder(tmp_path: Path) -> None:
 def test_speed_counts_the_time_of_the_killed_process(tmp_path: Path) -> None:
     """The window that a checkpoint cut in two: tokens and seconds of both its parts."""
     window = make(tmp_path).window
-    window.add({"input_tokens": 1000.0})
     window.started -= 100
     window.begun -= 300
+    window.add({"input_tokens": 1000.0})
     window.save(tmp_path)
     resumed = make(tmp_path).window
     resumed.load(tmp_path)
     logged = resumed.report(resumed.sums, 1, paired=False, mixed=False)
     assert logged["tokens_per_second"] == pytest.approx(10, rel=0.05)
-    assert resumed.seconds == pytest.approx(300, rel=0.05)
+    assert resumed.seconds == window.seconds == pytest.approx(300, rel=0.05)
+    resumed.add({})
+    assert 300 < window.seconds < resumed.seconds < 350
     resumed.begin()
-    assert resumed.seconds < 10
+    assert resumed.seconds == 0
     assert resumed.sums.sum() == 0
 
 
