@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, Trainer
 
 from sftmix.checkpoints import STAGING
 from sftmix.cli import main
@@ -284,3 +284,30 @@ def test_a_run_that_exists_is_not_overwritten(
     assert main([*words, "--output", str(tmp_path / "new"), "--resume"]) == 1
     assert "there is no run to resume" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_loss_that_is_not_finite_leaves_a_run_that_goes_on(
+    finished: tuple[Path, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A weight goes bad in step 6; the checkpoint of step 4 knows nothing of it."""
+    whole, words = finished
+    run = tmp_path / "run"
+    words = [*words, "--save_strategy", "steps", "--save_steps", "4", "--output", str(run)]
+    own = Trainer.training_step
+
+    def spoiling(self: Any, model: Any, *arguments: Any) -> Any:
+        if self.state.global_step == 5:
+            model.get_output_embeddings().weight.data.fill_(float("nan"))
+        return own(self, model, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "training_step", spoiling)
+        assert main(words) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"error: loss is nan at step 6, examples \[\d+(, \d+){3}\]; the model", error)
+    assert checkpoints(sorted(contents(run))) == {"checkpoint-4"}
+    assert main([*words, "--resume"]) == 0
+    assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
