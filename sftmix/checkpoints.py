@@ -120,9 +120,11 @@ def rotate_checkpoints(run: Path, newest: int, limit: int | None, best: str | No
     if limit is None or limit < 1:
         return
     found = sorted(list_checkpoints(run), key=lambda path: (step_of(path) <= newest, step_of(path)))
-    stays = {run / f"{PREFIX}{newest}"} | ({Path(best)} if best else set())
-    candidates = [path for path in found if path not in stays]
-    excess = len(found) - max(limit, len(stays))
+    # By name: the best one's path is of another working directory where a run was resumed there.
+    stays = {f"{PREFIX}{newest}"} | ({Path(best).name} if best else set())
+    candidates = [path for path in found if path.name not in stays]
+    kept = len(found) - len(candidates)
+    excess = len(found) - max(limit, kept)
     for checkpoint in candidates[: max(excess, 0)]:
         remove_checkpoint(checkpoint)
 

@@ -190,7 +190,8 @@ def test_rotation_goes_by_steps_and_not_by_the_clock(tmp_path: Path) -> None:
             folder = run / f"checkpoint-{step}"
             folder.mkdir(parents=True)
             os.utime(folder, (age, age))
-        best_path = None if best is None else str(run / f"checkpoint-{best}")
+        # The path as another working directory saw it.
+        best_path = None if best is None else f"elsewhere/checkpoint-{best}"
         rotate_checkpoints(run, newest, limit, best_path)
         assert not list(run.glob(".tmp-*"))
         return [path.name.removeprefix("checkpoint-") for path in list_checkpoints(run)]
@@ -199,6 +200,7 @@ def test_rotation_goes_by_steps_and_not_by_the_clock(tmp_path: Path) -> None:
     assert left((10, 9, 3, 6), 10, 2, None) == ["10", "9"]
     assert left((10, 9, 3, 6), 10, 2, 3) == ["10", "3"]
     assert left((10, 9, 3, 6), 10, 1, 6) == ["10", "6"]
+    assert left((10, 9, 3, 6), 10, 1, 5) == ["10"]
     assert left((10, 9, 3, 6), 10, None, None) == ["10", "9", "6", "3"]
     # Training went past a damaged one of step 9 and has come to step 7.
     assert left((9, 6, 7), 7, 2, None) == ["7", "6"]
