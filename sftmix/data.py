@@ -14,6 +14,7 @@ list. Other columns are ignored.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -243,6 +244,7 @@ def load_examples(
     *,
     on_bad_row: OnBadRow = "error",
     split: str = "train",
+    disable_progress: bool | None = False,
 ) -> list[Example]:
     """Read examples from JSON, JSONL and parquet files, or from `datasets` by name.
 
@@ -259,14 +261,15 @@ def load_examples(
     if not data:
         raise ValueError("data must name at least one file, got none")
     bad = BadRows(on_bad_row)
+    bar = functools.partial(tqdm, unit="row", delay=2, disable=disable_progress)
     examples: list[Example] = []
     number = 0
     for name in data:
-        rows = list(tqdm(read_rows(name, split), desc=f"Reading {name}", unit="row", delay=2))
+        rows = list(bar(read_rows(name, split), desc=f"Reading {name}"))
         if not rows:
             raise ValueError(f"{name}: holds no rows")
         columns = _format_of(rows, str(name))
-        for row in tqdm(rows, desc=f"Checking {name}", unit="row", delay=2):
+        for row in bar(rows, desc=f"Checking {name}"):
             try:
                 examples.append(_example(row, columns, number, str(name)))
             except BadRowError as error:

@@ -43,7 +43,7 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
         ValueError: bad data, fewer steps than scorings, or a resumed run of another recipe.
     """
     tokenizer = load_tokenizer(arguments)
-    dataset = load_data(arguments, tokenizer)
+    dataset = load_data(arguments, tokenizer, disable_progress=config.disable_tqdm)
     numbers = recipe(arguments, config, dataset, tokenizer)
     if (run / FILE).exists():
         start_manifest(run, numbers)
