@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from transformers import TrainingArguments
 
-CHOICES = {"method": ("sftmix", "ntp"), "loss_schedule": ("auto", "row_chunks", "vocab_tiles")}
+CHOICES = {
+    "method": ("sftmix", "ntp"),
+    "loss_schedule": ("auto", "row_chunks", "vocab_tiles"),
+    "layout": ("padded", "padding_free", "packed"),
+}
 
 # Options of transformers that this trainer's loss and sampler would not heed, and their defaults.
 UNSUPPORTED = {
@@ -45,6 +49,14 @@ class SFTMixOptions(ConfigBase):
     alpha: float = option(0.5, "lam ~ Beta(alpha, alpha), one for each pair of examples", "paper")
     loss_schedule: Literal["auto", "row_chunks", "vocab_tiles"] = option(
         "auto", "How the loss avoids full logits; vocab_tiles: least memory, CUDA only", "ours"
+    )
+    layout: Literal["padded", "padding_free", "packed"] = option(
+        "padded",
+        "How examples lie in a batch: a row each; all in one row; several in each row",
+        "ours",
+    )
+    row_length: int | None = option(
+        None, "Most tokens of a packed row; by default the longest example's", "ours"
     )
     # Examples carry columns that no model's forward knows, and the trainer sorts them itself.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Always off"})

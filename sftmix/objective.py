@@ -40,8 +40,8 @@ def batch_loss(
     divisors are the counts of tokens and of mixed pairs that the loss is a mean over.
     """
     rows, mixed = batch["rows"], options.method == "sftmix"
-    pair_c, pair_u, lam = (
-        batch[name] if mixed else rows.new_empty(0) for name in ("pair_c", "pair_u", "lam")
+    mix_c, mix_u, lam = (
+        batch[name] if mixed else rows.new_empty(0) for name in ("mix_c", "mix_u", "lam")
     )
     row_ntp = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
 
@@ -50,8 +50,8 @@ def batch_loss(
             hidden,
             weight,
             batch["targets"],
-            torch.searchsorted(rows, pair_c),
-            torch.searchsorted(rows, pair_u),
+            mix_c,
+            mix_u,
             lam.float(),
             mu=options.mu if mixed else 0.0,
             bias=bias,
@@ -63,5 +63,5 @@ def batch_loss(
         )
 
     tokens = {name: batch[name] for name in MODEL_INPUTS if name in batch}
-    loss = model(**tokens, use_cache=False, rows=rows, head_function=head_function)
-    return BatchLoss(*loss[:3], row_ntp)
+    terms = model(**tokens, use_cache=False, rows=rows, head_function=head_function)
+    return BatchLoss(terms.loss, terms.ntp, terms.mixup, row_ntp)

@@ -49,7 +49,7 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
         start_manifest(run, numbers)
         partition = read_partition(run / FILE)
     else:
-        model, collator = load_model(arguments), make_collator(tokenizer)
+        model, collator = load_model(arguments), make_collator(tokenizer, config)
         trainer, scores = reference_trainer(model, dataset, collator, config)
         start_manifest(run, numbers)
         trainer.train(resume_from_checkpoint=arguments.resume or None)
@@ -86,7 +86,7 @@ def reference_trainer(
             model,
             trainer.head,
             dataset,
-            collator=collator,
+            collator=collator.padded(),
             context=scoring_autocast(trainer.head, trainer.accelerator),
             disable_progress=config.disable_tqdm,
         ),

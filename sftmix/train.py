@@ -54,7 +54,7 @@ def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTM
         args=config,
         train_dataset=dataset,
         eval_dataset=held_out,
-        data_collator=make_collator(tokenizer),
+        data_collator=make_collator(tokenizer, config),
         confident=confident,
     )
     numbers = recipe(arguments, config, dataset, tokenizer, partition=scores_hash)

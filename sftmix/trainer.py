@@ -30,6 +30,7 @@ from sftmix.checkpoints import (
 )
 from sftmix.config import SFTMixOptions
 from sftmix.head import HeadAdapter
+from sftmix.layouts import check_layout
 from sftmix.metrics import LossWindow, RunTensorBoard
 from sftmix.objective import BatchLoss, batch_loss
 from sftmix.pairing import PairedCollator, PairedExamples, PairedSampler, ShuffledSampler
@@ -80,9 +81,11 @@ class SFTMixMixin(TrainerBase):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: not supported here")
         if kwargs.get("data_collator") is None and len(args) < 3:
-            kwargs["data_collator"] = make_collator(kwargs.get("processing_class"))
+            options = kwargs.get("args", args[1] if len(args) > 1 else None)
+            kwargs["data_collator"] = make_collator(kwargs.get("processing_class"), options)
         super().__init__(*args, **kwargs)
         self.head = HeadAdapter(self.accelerator.unwrap_model(self.model))
+        self._check_layout()
         # The loss is divided by counts over the whole accumulation window, here and not by Trainer.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.window = LossWindow(self.args.device)
@@ -100,6 +103,16 @@ class SFTMixMixin(TrainerBase):
             raise ValueError("nn.DataParallel is not supported; start one process for each GPU")
         if self.train_dataset is not None:
             self._get_train_sampler()  # refuses data that make no batch
+
+    def _check_layout(self) -> None:
+        layout = self.data_collator.layout
+        if layout.name != self.args.layout:
+            raise ValueError(
+                f"data_collator: expected layout={self.args.layout!r} as in args, "
+                f"got {layout.name!r}"
+            )
+        with self.accelerator.autocast():
+            check_layout(self.accelerator.unwrap_model(self.model), layout.name)
 
     def _pair(self, confident: np.ndarray[Any, Any]) -> None:
         dataset = self.train_dataset
@@ -164,7 +177,7 @@ class SFTMixMixin(TrainerBase):
             "loss": loss.loss,
             "ntp_loss": loss.ntp,
             "mixup_loss": loss.mixup,
-            "input_tokens": inputs["attention_mask"].sum(),
+            "input_tokens": inputs["lengths"].sum(),
             "tokens_confident": float(inputs["rows"].numel()),
         }
         if self.paired:
@@ -228,7 +241,7 @@ class SFTMixMixin(TrainerBase):
             self.model,
             self.head,
             dataset,
-            collator=self.data_collator,
+            collator=self.data_collator.padded(),
             context=self.accelerator.autocast,
             description="evaluate",
             disable_progress=self.args.disable_tqdm,
@@ -323,11 +336,16 @@ class SFTMixTrainer(SFTMixMixin, Trainer):
     """`transformers.Trainer` with the loss, the pairs and the checkpoints of `SFTMixMixin`."""
 
 
-def make_collator(tokenizer: Any) -> PairedCollator:
+def make_collator(tokenizer: Any, options: SFTMixOptions | None = None) -> PairedCollator:
     """The collator that `SFTMixMixin` expects, padding with the tokenizer's token.
+
+    Batches are laid out as ``options`` says, padded without.
 
     Padding is masked, so that the end token will do where there is none, and 0 without a
     tokenizer.
     """
     tokens = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("pad", "eos"))
-    return PairedCollator(next((token for token in tokens if token is not None), 0))
+    token = next((token for token in tokens if token is not None), 0)
+    if options is None:
+        return PairedCollator(token)
+    return PairedCollator(token, layout=options.layout, row_length=options.row_length)
