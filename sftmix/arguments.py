@@ -142,7 +142,10 @@ def parse(
         [*words, "--output_dir", folder], look_for_args_file=False
     )
     # Reading and writing weights has bars of its own.
-    (disable_progress_bar if config.disable_tqdm else enable_progress_bar)()
+    if config.disable_tqdm:
+        disable_progress_bar()
+    else:
+        enable_progress_bar()
     return run, config
 
 
