@@ -43,11 +43,17 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
     # A command's module brings transformers with it, which takes seconds to import.
     module = importlib.import_module(f"sftmix.{command}")
+    from sftmix.ranks import RankError
+
     try:
         module.main(words[1:])
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if traceback:
             raise
         print(f"sftmix {command}: error: {error}", file=sys.stderr)
+        return 1
+    except RankError:  # the rank that failed prints why
+        if traceback:
+            raise
         return 1
     return 0

@@ -53,11 +53,19 @@ def load_data(
     )
 
 
-def save_final_model(model: Any, tokenizer: PreTrainedTokenizerBase, run: Path) -> None:
-    """Put the model into the run folder, each file renamed into place, ``config.json`` last."""
+def save_final_model(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    run: Path,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Put the model into the run folder, each file renamed into place, ``config.json`` last.
+
+    ``state``: its weights, where the model has but shards of them.
+    """
     staging = run / STAGING
     with writing(staging):
-        model.save_pretrained(staging)
+        model.save_pretrained(staging, state_dict=state)
         tokenizer.save_pretrained(staging)
     for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, run / path.name)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sftmix.ranks import is_main, summed
 from sftmix.runs import write_json
 
 FIELDS = (
@@ -77,14 +78,16 @@ class LossWindow:
         self.started = time.perf_counter()
 
     def save(self, folder: Path) -> None:
-        """Put the sums into a checkpoint."""
-        write_json(folder / self.FILE, {"first_step": self.first_step, "sums": self.sums.tolist()})
+        """Put the sums over all ranks into a checkpoint; every rank has to call this."""
+        state = {"first_step": self.first_step, "sums": summed(self.sums).tolist()}
+        if is_main():
+            write_json(folder / self.FILE, state)
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint's sums."""
+        """Go on from a checkpoint's sums, which the first rank takes."""
         state = json.loads((folder / self.FILE).read_text(encoding="utf-8"))
         self.first_step = state["first_step"]
-        self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+        self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64) * is_main())
 
 
 def peak_memory(device: torch.device) -> float:

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 IGNORE_INDEX = -100
+# Tokens of an example without loss that fills up a batch (`ranks.filler`).
+FILLER_TOKENS = 2
 
 
 class PairedSampler(Sampler[tuple[int, float]]):
@@ -100,7 +102,8 @@ class PairedCollator:
     models take them; ``ids`` (B,); ``rows`` (N,) of ``hidden.reshape(B * L, D)`` that predict a
     response token, ``targets`` (N,) what they predict, ``owner`` (N,) whose row it is within the
     batch; and where examples carry ``lam``, taken as pairs (c, u) in order, ``pair_c``, ``pair_u``
-    (P,) rows of ``hidden.reshape(B * L, D)`` and ``lam`` (P,) float32.
+    (P,) rows of ``hidden.reshape(B * L, D)`` and ``lam`` (P,) float32. ``fillers`` () says how many
+    examples are marked as ``filler``, where there are some: these alone may be without loss.
     """
 
     def __init__(self, pad_token_id: int, pad_to_multiple_of: int = 1) -> None:
@@ -120,8 +123,11 @@ class PairedCollator:
         rows = (shifted != IGNORE_INDEX).flatten().nonzero().squeeze(-1)
         owner = rows // length
         counts = torch.bincount(owner, minlength=len(examples))
-        if (counts == 0).any():
-            empty = int((counts == 0).nonzero()[0])
+        fillers = torch.tensor(["filler" in example for example in examples])
+        if fillers.any():
+            batch["fillers"] = fillers.sum()
+        if ((counts == 0) & ~fillers).any():
+            empty = int(((counts == 0) & ~fillers).nonzero()[0])
             raise ValueError(f"example {examples[empty].get('id')}: no response token to learn")
         batch.update(rows=rows, targets=shifted.flatten()[rows], owner=owner)
         if "lam" in examples[0]:

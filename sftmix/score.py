@@ -13,7 +13,7 @@ from sftmix.loading import load_data, load_model, load_tokenizer
 from sftmix.manifest import recipe, start_manifest
 from sftmix.pairing import PairedCollator
 from sftmix.partition import Partition, from_scores, read_partition, summary, write_partition
-from sftmix.runs import lock_run, open_run, remove_leftovers
+from sftmix.ranks import is_main, on_main, opened_run, refuse_differences, together
 from sftmix.scoring import ScoringCallback, score_examples, scoring_autocast, scoring_steps
 from sftmix.trainer import SFTMixTrainer, make_collator
 from sftmix_kernels import StreamingPerplexity
@@ -24,13 +24,12 @@ FILE = "confidence.parquet"
 def main(words: Sequence[str]) -> None:
     """Run the command."""
     arguments, config = parse(words, RunArguments, ScoreConfig, "sftmix score")
-    run = open_run(arguments.output, resume=arguments.resume)
-    with lock_run(run):
-        remove_leftovers(run)
-        finished = (run / FILE).exists()
+    with opened_run(arguments.output, resume=arguments.resume) as run:
+        finished = on_main(lambda: (run / FILE).exists())
         partition = score(run, arguments, config)
-    print(summary(partition))
-    print(f"{run / FILE} was finished already" if finished else f"wrote {run / FILE}")
+        if is_main():
+            print(summary(partition))
+            print(f"{run / FILE} was finished already" if finished else f"wrote {run / FILE}")
 
 
 def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
@@ -42,16 +41,16 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
     Raises:
         ValueError: bad data, fewer steps than scorings, or a resumed run of another recipe.
     """
-    tokenizer = load_tokenizer(arguments)
-    dataset = load_data(arguments, tokenizer)
-    numbers = recipe(arguments, config, dataset, tokenizer)
-    if (run / FILE).exists():
-        start_manifest(run, numbers)
-        partition = read_partition(run / FILE)
-    else:
-        model, collator = load_model(arguments), make_collator(tokenizer)
-        trainer, scores = reference_trainer(model, dataset, collator, config)
-        start_manifest(run, numbers)
+    with together():
+        tokenizer = load_tokenizer(arguments)
+        dataset = load_data(arguments, tokenizer)
+        numbers = recipe(arguments, config, dataset, tokenizer)
+    refuse_differences(numbers)
+    if not on_main(lambda: (run / FILE).exists()):
+        with together():
+            model, collator = load_model(arguments), make_collator(tokenizer)
+            trainer, scores = reference_trainer(model, dataset, collator, config)
+        on_main(lambda: start_manifest(run, numbers))
         trainer.train(resume_from_checkpoint=arguments.resume or None)
         partition = from_scores(
             dataset["id"][:],
@@ -59,9 +58,12 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
             scores.num_tokens.cpu().numpy(),
             scores.nll_sum.cpu().numpy(),
         )
-        write_partition(run / FILE, partition)
+        on_main(lambda: write_partition(run / FILE, partition))
+    else:
+        on_main(lambda: start_manifest(run, numbers))
+        partition = read_partition(run / FILE)
     if config.save_strategy == "no":
-        remove_checkpoints(run)
+        on_main(lambda: remove_checkpoints(run))
     return partition
 
 
@@ -71,11 +73,8 @@ def reference_trainer(
     """A trainer that scores its own data on the way, and where the scores add up.
 
     Raises:
-        ValueError: several processes, fewer steps than scorings, or an argument that
-            `SFTMixTrainer` refuses.
+        ValueError: fewer steps than scorings, or an argument that `SFTMixTrainer` refuses.
     """
-    if config.world_size > 1:
-        raise ValueError(f"score: expected one process, got {config.world_size}")
     trainer = SFTMixTrainer(model=model, args=config, train_dataset=dataset, data_collator=collator)
     batches = len(trainer.get_train_dataloader())
     scoring = ScoringCallback(
@@ -89,6 +88,7 @@ def reference_trainer(
             collator=collator,
             context=scoring_autocast(trainer.head, trainer.accelerator),
             disable_progress=config.disable_tqdm,
+            shared=True,
         ),
         checkpointed=config.checkpoint_scorings,
     )

@@ -23,9 +23,30 @@ from sftmix.config import SFTMixOptions
 from sftmix.head import HeadAdapter
 from sftmix.metrics import LossWindow
 from sftmix.objective import BatchLoss, batch_loss
-from sftmix.pairing import PairedCollator, PairedExamples, PairedSampler, ShuffledSampler
+from sftmix.pairing import (
+    FILLER_TOKENS,
+    PairedCollator,
+    PairedExamples,
+    PairedSampler,
+    ShuffledSampler,
+)
+from sftmix.ranks import (
+    FilledExamples,
+    FilledSampler,
+    RankError,
+    array_hash,
+    check_parallelism,
+    data_hash,
+    on_main,
+    refuse_differences,
+    summed,
+    weights_hash,
+)
 from sftmix.runs import publish_folder
 from sftmix.scoring import score_examples
+
+# Training arguments that do not decide a training's results, or that each rank has its own of.
+OF_RANK = ("local_rank", "output_dir", "logging_dir", "run_name", "disable_tqdm")
 
 # The mixin goes over any trainer derived from Trainer; type checkers read it as one.
 if TYPE_CHECKING:
@@ -72,19 +93,21 @@ class SFTMixMixin(TrainerBase):
         if kwargs.get("data_collator") is None and len(args) < 3:
             kwargs["data_collator"] = make_collator(kwargs.get("processing_class"))
         super().__init__(*args, **kwargs)
+        check_parallelism(self.args, self.accelerator, self.accelerator.unwrap_model(self.model))
         self.head = HeadAdapter(self.accelerator.unwrap_model(self.model))
         # The loss is divided by counts over the whole accumulation window, here and not by Trainer.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.window = LossWindow(self.args.device)
         self.checkpoint_extras = [self.window, *checkpoint_extras]
         self.staging: Path | None = None
+        self.unchecked: list[tuple[Tensor, Tensor]] = []
         self.paired = confident is not None
+        if self.args.world_size > 1 and self.train_dataset is not None:
+            self.train_dataset = FilledExamples(self.train_dataset)
         if confident is not None:
             self._pair(np.asarray(confident, dtype=bool))
         elif self.args.method == "sftmix":
             raise ValueError("confident: method='sftmix' needs a partition of the training data")
-        if self.args.n_gpu > 1:
-            raise ValueError("nn.DataParallel is not supported; start one process for each GPU")
         if self.train_dataset is not None:
             self._get_train_sampler()  # refuses data that make no batch
 
@@ -111,11 +134,15 @@ class SFTMixMixin(TrainerBase):
             raise ValueError(
                 f"train_dataset: expected at least one batch of {batch} examples, got {examples}"
             )
-        if not self.paired:
-            return ShuffledSampler(examples, seed=self.args.seed)
-        return PairedSampler(
-            self.confident_rows, self.unconfident_rows, alpha=self.args.alpha, seed=self.args.seed
-        )
+        sampler: Sampler[Any]
+        if self.paired:
+            halves = self.confident_rows, self.unconfident_rows
+            sampler = PairedSampler(*halves, alpha=self.args.alpha, seed=self.args.seed)
+        else:
+            sampler = ShuffledSampler(examples, seed=self.args.seed)
+        if self.args.world_size == 1 or self.args.dataloader_drop_last:
+            return sampler
+        return FilledSampler(sampler, batch, (None, 1.0) if self.paired else None)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Tokens with loss and mixed pairs of one accumulation window over all ranks: (2,)."""
@@ -151,7 +178,8 @@ class SFTMixMixin(TrainerBase):
             "loss": loss.loss,
             "ntp_loss": loss.ntp,
             "mixup_loss": loss.mixup,
-            "input_tokens": inputs["attention_mask"].sum(),
+            "input_tokens": inputs["attention_mask"].sum()
+            - FILLER_TOKENS * inputs.get("fillers", 0),
             "tokens_confident": float(inputs["rows"].numel()),
         }
         if self.paired:
@@ -173,14 +201,28 @@ class SFTMixMixin(TrainerBase):
 
         Raises:
             FloatingPointError: the loss is NaN or infinite, with the step and the examples' ids.
+            RankError: it is so on another rank.
         """
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"loss is {loss.item()} at step {self.state.global_step + 1}, "
-                f"examples {inputs['ids'].tolist()}; the model was not updated"
-            )
+        self.unchecked.append((loss, inputs["ids"]))
+        if self.accelerator.sync_gradients:
+            self._refuse_losses_not_finite()
         return loss
+
+    def _refuse_losses_not_finite(self) -> None:
+        """Look at a window's losses at once, over all ranks: the host waits once a step."""
+        window, self.unchecked = self.unchecked, []
+        bad = ~torch.stack([loss for loss, _ in window]).isfinite()
+        if not summed(bad.any().float()):
+            return
+        step = f"at step {self.state.global_step + 1}"
+        for (loss, ids), is_bad in zip(window, bad.tolist(), strict=True):
+            if is_bad:
+                raise FloatingPointError(
+                    f"loss is {loss.item()} {step}, examples {ids.tolist()}; "
+                    "the model was not updated"
+                )
+        raise RankError(f"the loss of another rank is not finite {step}; the model was not updated")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Replace Trainer's loss by the window's exact mean, and add the terms and rates."""
@@ -219,6 +261,7 @@ class SFTMixMixin(TrainerBase):
             context=self.accelerator.autocast,
             description="evaluate",
             disable_progress=self.args.disable_tqdm,
+            shared=True,
         )
         loss = float(scores.nll_sum.sum() / scores.num_tokens.sum())
         metrics = {
@@ -246,9 +289,9 @@ class SFTMixMixin(TrainerBase):
             staging, self.staging = self.staging, None
         # Every rank writes its random state into the folder that the first one renames.
         self.accelerator.wait_for_everyone()
+        for extra in self.checkpoint_extras:
+            extra.save(staging / name)
         if self.args.should_save:
-            for extra in self.checkpoint_extras:
-                extra.save(staging / name)
             if (run / name).exists():  # damaged, or an earlier training's in the same folder
                 shutil.rmtree(run / name)
             self._name_best_checkpoint(staging / name, run / name)
@@ -278,12 +321,29 @@ class SFTMixMixin(TrainerBase):
         A run that has no checkpoint yet starts from the beginning, which comes to the same.
         """
         if resume_from_checkpoint is True:
-            newest = latest_checkpoint(Path(str(self.args.output_dir)))
+            run = Path(str(self.args.output_dir))
+            newest = on_main(lambda: latest_checkpoint(run))
             resume_from_checkpoint = None if newest is None else str(newest)
         if isinstance(resume_from_checkpoint, str):
             for extra in self.checkpoint_extras:
                 extra.load(Path(resume_from_checkpoint))
+        if self.args.world_size > 1:
+            refuse_differences(self._decisive())
+        self.unchecked = []
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _decisive(self) -> dict[str, Any]:
+        """What decides a training's results, by name, and has to be the same on all ranks."""
+        values = {name: value for name, value in self.args.to_dict().items() if name not in OF_RANK}
+        # DDP begins with the first rank's weights; FSDP2 shards those of each.
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and not plugin.cpu_ram_efficient_loading:
+            values["model"] = weights_hash(self.model)
+        return {
+            **values,
+            "train_dataset": data_hash(self.train_dataset),
+            "confident": array_hash(self.confident_rows) if self.paired else None,
+        }
 
 
 class SFTMixTrainer(SFTMixMixin, Trainer):
