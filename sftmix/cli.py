@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import time
 from collections.abc import Sequence
 
 COMMANDS = {
@@ -13,6 +14,10 @@ COMMANDS = {
     "demo": "the whole method on a small model, in minutes, without a GPU or a network",
     "doctor": "what is installed and what would run",
 }
+
+
+# Time for the rank that failed to print its message and end.
+RANK_ERROR_SECONDS = 5.0
 
 
 def usage() -> str:
@@ -52,7 +57,9 @@ def main(words: Sequence[str] | None = None) -> int:
             raise
         print(f"sftmix {command}: error: {error}", file=sys.stderr)
         return 1
-    except RankError:  # the rank that failed prints why
+    except RankError:
+        # A launcher ends all ranks with the first one that ends: this is to be the one that says why.
+        time.sleep(RANK_ERROR_SECONDS)
         if traceback:
             raise
         return 1

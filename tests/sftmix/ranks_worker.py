@@ -1,6 +1,7 @@
-"""What `test_ranks` runs in two processes and in one: python ranks_worker.py FOLDER.
+"""What `test_ranks` runs in two processes and in one.
 
-The ranks are forked where everything is imported, and meet at a file.
+python -m tests.sftmix.ranks_worker FOLDER forks the ranks where everything is imported; they meet
+at a file.
 """
 
 from __future__ import annotations

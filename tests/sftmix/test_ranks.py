@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from sftmix.checkpoints import list_checkpoints
+from sftmix.cli import main
 
 from . import tiny
 from .ranks_worker import CASES, RANKS, TRAININGS
@@ -117,3 +122,65 @@ def test_ranks_that_differ_are_refused(name: str, message: str, both: Both) -> N
     said = f"{name}: expected the same on all ranks, {message}"
     assert first.startswith(f"ValueError: {said}")
     assert second.startswith(f"RankError: rank 0: {said}")
+
+
+ACCELERATE = ("accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_machines", "1")
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--nproc_per_node", str(RANKS), "--rdzv_backend", "c10d"),
+    "accelerate": (*ACCELERATE, "--num_processes", str(RANKS), "--mixed_precision", "no"),
+}
+FREE_PORT = {
+    "torchrun": ("--rdzv_endpoint", "localhost:0"),
+    "accelerate": ("--dynamo_backend", "no", "--main_process_port", "0"),
+}
+
+
+def launch(launcher: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Two processes, which find each other at a free port."""
+    launching = [sys.executable, "-m", *LAUNCHERS[launcher], *FREE_PORT[launcher], *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        launching, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def test_a_launched_run_ends_with_a_crashed_rank_and_goes_on(
+    tmp_path: Path, toy_model: Path, toy_data: Path, held_out: Path
+) -> None:
+    """Sixteen pairs, six of them in a step: in an epoch's last the second rank has one."""
+
+    def command(name: str, batch: int, *more: str) -> list[str]:
+        words = ["--model", str(toy_model), "--data", str(toy_data), "--use_cpu", "true"]
+        words += ["--disable_tqdm", "true", "--learning_rate", "0.01", "--logging_steps", "1"]
+        words += ["--output", str(tmp_path / name), *more]
+        return [*words, "--per_device_train_batch_size", str(batch)]
+
+    assert main(["score", *command("score", 6)]) == 0
+    more = ["--partition", str(tmp_path / "score" / "confidence.parquet")]
+    more += ["--eval_data", str(held_out), "--num_train_epochs", "2"]
+    two = ["train", *command("two", 6, *more)]
+    crashed = launch("torchrun", str(Path(__file__).with_name("crash.py")), *two)
+    assert crashed.returncode != 0
+    assert "KeyError: 'the second rank fails'" in crashed.stderr
+    assert [path.name for path in list_checkpoints(tmp_path / "two")] == ["checkpoint-3"]
+    resumed = launch("accelerate", "-m", "sftmix", *two, "--resume", "true")
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.count("wrote the model to") == resumed.stdout.count("eval_loss") == 1
+
+    assert main(["train", *command("one", 12, *more)]) == 0
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert tiny.relative_difference(found[name], weight) <= CLOSE, name
+    wanted = [pytest.approx(line, rel=CLOSE) for line in log(tmp_path / "one")]
+    assert log(tmp_path / "two") == wanted
+
+
+def log(run: Path) -> list[dict[str, float]]:
+    """What a run logged, without what the machine decides and the sums over a training."""
+    state = json.loads((run / "trainer_state.json").read_text())
+    return [
+        {k: v for k, v in line.items() if k not in ("tokens_per_second", "peak_memory_gib")}
+        for line in state["log_history"]
+        if "train_loss" not in line
+    ]
