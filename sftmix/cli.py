@@ -58,7 +58,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"sftmix {command}: error: {error}", file=sys.stderr)
         return 1
     except RankError:
-        # A launcher ends all ranks with the first one that ends: this is to be the one that says why.
+        # A launcher ends all ranks with the first that ends, which is to be the one that says why.
         time.sleep(RANK_ERROR_SECONDS)
         if traceback:
             raise

@@ -173,9 +173,11 @@ def _arrays(examples: Any, name: str) -> Iterator[np.ndarray[Any, Any]]:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Hash of the names, shapes and first 64 values of all parameters."""
+    """Hash of the names, shapes and first 64 values of all parameters that are not shards."""
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            continue
         first = parameter.detach().flatten()[:64].float().cpu()
         digest.update(f"{name} {tuple(parameter.shape)} {first.tolist()}".encode())
     return digest.hexdigest()
@@ -247,6 +249,12 @@ def check_parallelism(args: Any, accelerator: Any, model: nn.Module) -> None:
             )
     _check_model(model)
     _check_fsdp(args, accelerator)
+
+
+def loads_on_main_alone(accelerator: Any) -> bool:
+    """Whether the other ranks' weights are not there before the model is sharded."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    return plugin is not None and bool(plugin.cpu_ram_efficient_loading)
 
 
 def _check_model(model: nn.Module) -> None:

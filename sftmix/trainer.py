@@ -37,6 +37,8 @@ from sftmix.ranks import (
     array_hash,
     check_parallelism,
     data_hash,
+    is_main,
+    loads_on_main_alone,
     on_main,
     refuse_differences,
     summed,
@@ -94,7 +96,8 @@ class SFTMixMixin(TrainerBase):
             kwargs["data_collator"] = make_collator(kwargs.get("processing_class"))
         super().__init__(*args, **kwargs)
         check_parallelism(self.args, self.accelerator, self.accelerator.unwrap_model(self.model))
-        self.head = HeadAdapter(self.accelerator.unwrap_model(self.model))
+        loaded = is_main() or not loads_on_main_alone(self.accelerator)
+        self.head = HeadAdapter(self.accelerator.unwrap_model(self.model), checked=loaded)
         # The loss is divided by counts over the whole accumulation window, here and not by Trainer.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.window = LossWindow(self.args.device)
@@ -336,8 +339,7 @@ class SFTMixMixin(TrainerBase):
         """What decides a training's results, by name, and has to be the same on all ranks."""
         values = {name: value for name, value in self.args.to_dict().items() if name not in OF_RANK}
         # DDP begins with the first rank's weights; FSDP2 shards those of each.
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None and not plugin.cpu_ram_efficient_loading:
+        if self.is_fsdp_enabled and not loads_on_main_alone(self.accelerator):
             values["model"] = weights_hash(self.model)
         return {
             **values,

@@ -22,14 +22,25 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import TrainerCallback
 
 from sftmix.head import HeadAdapter
 from sftmix.objective import batch_loss
 from sftmix.pairing import PairedCollator
-from sftmix.ranks import RankError, is_main, num_ranks, rank, summed
+from sftmix.ranks import (
+    RankError,
+    is_main,
+    num_ranks,
+    on_main,
+    opened_run,
+    rank,
+    summed,
+    together,
+)
 from sftmix.scoring import ScoringCallback, score_examples
 from sftmix.trainer import SFTMixTrainer
 from sftmix_kernels import StreamingPerplexity
@@ -69,10 +80,9 @@ def shard(made: SFTMixTrainer, **options: Any) -> None:
     state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         state_dict_type="FULL_STATE_DICT",
-        cpu_ram_efficient_loading=False,
         auto_wrap_policy="TRANSFORMER_BASED_WRAP",
         transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-        **options,
+        **{"cpu_ram_efficient_loading": False, **options},
     )
     made.is_fsdp_enabled = True
 
@@ -111,6 +121,9 @@ def training(
     )
     if fsdp is not None and num_ranks() > 1:
         shard(made, **fsdp)
+        if made.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading and not is_main():
+            for weight in model.parameters():
+                weight.data.zero_()
     made.train(resume_from_checkpoint=resume)
     evaluated = made.evaluate()
     logs = [
@@ -233,11 +246,35 @@ def stopped(folder: Path) -> Found:
     return told
 
 
+def agreed(folder: Path) -> Found:
+    """What each rank is told of errors of both, of the second, and of the main process."""
+    folder.mkdir(exist_ok=True)
+
+    def fail(numbers: tuple[int, ...]) -> None:
+        with together():
+            if rank() in numbers:
+                raise OSError(f"rank {rank()} cannot")
+
+    def open_twice() -> None:
+        with opened_run(str(folder), resume=False):
+            raise AssertionError("the folder holds something")
+
+    if is_main():
+        (folder / "something").touch()
+    return {
+        "both": message(lambda: fail((0, 1))),
+        "second": message(lambda: fail((1,))),
+        "none": message(lambda: fail(())),
+        "folder": message(open_twice),
+        "main": on_main(lambda: rank()),
+    }
+
+
 def message(action: Callable[[], object]) -> str:
     """The error that an action ends with."""
     try:
         action()
-    except (ValueError, FloatingPointError, RankError) as error:
+    except (ValueError, OSError, FloatingPointError, RankError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
 
@@ -255,6 +292,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
         "gradient_accumulation_steps": 4,
     },
     "fsdp, tied": {"fsdp": {}, "tied": True},
+    "fsdp, loaded by one": {"fsdp": {"cpu_ram_efficient_loading": True}},
     "fsdp, lora": {"fsdp": {"activation_checkpointing": True}, "adapter": True},
 }
 
@@ -273,11 +311,20 @@ CASES: dict[str, Callable[[Path], Found]] = {
 }
 
 
+def sharded_head(folder: Path) -> Found:
+    """What a trainer says of a model whose head was parted over the vocabulary."""
+    model, mesh = tiny.build("Llama"), init_device_mesh("cpu", (RANKS,))
+    parallelize_module(model, mesh, {"lm_head": ColwiseParallel()})
+    return {"message": message(lambda: tiny.trainer(model, folder, tiny.examples(8)))}
+
+
 # What only several ranks can do.
 OF_RANKS: dict[str, Callable[[Path], Found]] = {
     "ddp, resumed": functools.partial(resumed, fsdp=False),
     "fsdp, resumed": functools.partial(resumed, fsdp=True),
     "stopped": stopped,
+    "agreed": agreed,
+    "sharded head": sharded_head,
 }
 
 

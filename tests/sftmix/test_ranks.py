@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from torch.distributed.fsdp import StateDictType
 
 from sftmix.checkpoints import list_checkpoints
 from sftmix.cli import main
+from sftmix.ranks import check_parallelism
 
 from . import tiny
 from .ranks_worker import CASES, RANKS, TRAININGS
@@ -122,6 +127,76 @@ def test_ranks_that_differ_are_refused(name: str, message: str, both: Both) -> N
     said = f"{name}: expected the same on all ranks, {message}"
     assert first.startswith(f"ValueError: {said}")
     assert second.startswith(f"RankError: rank 0: {said}")
+
+
+def test_an_error_is_told_once_and_ends_all_ranks(both: Both) -> None:
+    first, second = (found["agreed"] for found in both[0])
+    assert first["both"] == "OSError: rank 0 cannot"
+    assert second["both"] == "RankError: rank 0: rank 0 cannot"
+    assert first["second"] == "RankError: rank 1: rank 1 cannot"
+    assert second["second"] == "OSError: rank 1 cannot"
+    assert first["folder"].startswith("ValueError: path: ")
+    assert second["folder"] == f"RankError: rank 0: {first['folder'].removeprefix('ValueError: ')}"
+    assert first["none"] == second["none"] == "no error"
+    assert first["main"] == second["main"] == 0
+
+
+class Mesh:
+    """What `accelerate.ParallelismConfig` says of itself."""
+
+    def __init__(self, **sizes: int) -> None:
+        self.__dict__ |= {"cp_size": 1, "sp_size": 1, "tp_size": 1, **sizes}
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value", "expected"),
+    [
+        ("args", "n_gpu", 2, "nn.DataParallel is not supported; start one process for each GPU"),
+        ("args", "save_on_each_node", True, "save_on_each_node: expected one folder"),
+        ("args", "fsdp", True, "fsdp: accelerate does not shard on cpu"),
+        ("split", "split_batches", True, "accelerator_config: split_batches parts pairs"),
+        ("split", "dispatch_batches", True, "accelerator_config: dispatch_batches parts pairs"),
+        ("accelerator", "distributed_type", DistributedType.MEGATRON_LM, "Megatron-LM"),
+        ("accelerator", "parallelism_config", Mesh(cp_size=2), "cp_size = 2, context parallelism"),
+        ("accelerator", "parallelism_config", Mesh(sp_size=4), "sp_size = 4, sequence parallel"),
+        ("accelerator", "parallelism_config", Mesh(tp_size=2), "tp_size = 2, tensor parallelism"),
+        ("plugin", "fsdp_version", 1, "fsdp_config: expected version 2, got 1"),
+        ("plugin", "state_dict_type", StateDictType.SHARDED_STATE_DICT, "FULL_STATE_DICT, got SHA"),
+        ("model", "tp_size", 2, "model: loaded with a tp_plan, whose head is sharded over the voc"),
+        ("model", "hf_device_map", {"a": 0, "b": 1}, "device_map over several devices, pipeline"),
+    ],
+)
+def test_what_is_not_supported_is_refused(where: str, name: str, value: Any, expected: str) -> None:
+    parts: dict[str, Any] = {
+        "split": SimpleNamespace(split_batches=False, dispatch_batches=None),
+        "plugin": SimpleNamespace(fsdp_version=2, state_dict_type=StateDictType.FULL_STATE_DICT),
+        "model": torch.nn.Module(),
+    }
+    parts["args"] = SimpleNamespace(
+        accelerator_config=parts["split"],
+        n_gpu=1,
+        world_size=2,
+        save_on_each_node=False,
+        fsdp=False,
+        device=torch.device("cpu"),
+    )
+    parts["accelerator"] = SimpleNamespace(
+        distributed_type=DistributedType.FSDP,
+        parallelism_config=None,
+        state=SimpleNamespace(fsdp_plugin=parts["plugin"] if where != "args" else None),
+    )
+    checked = [parts[part] for part in ("args", "accelerator", "model")]
+    check_parallelism(*checked)
+    setattr(parts[where], name, value)
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        check_parallelism(*checked)
+
+
+def test_a_head_sharded_over_the_vocabulary_is_refused(both: Both) -> None:
+    for found in both[0]:
+        assert found["sharded head"]["message"].startswith(
+            "ValueError: model: lm_head.weight is a DTensor, sharded already"
+        )
 
 
 ACCELERATE = ("accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_machines", "1")
