@@ -68,4 +68,4 @@ def batch_loss(
 
     tokens = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     loss = model(**tokens, use_cache=False, rows=rows, head_function=head_function)[0]
-    return BatchLoss(loss, *terms[1:], row_ntp)
+    return BatchLoss(loss, terms[1], terms[2], row_ntp)

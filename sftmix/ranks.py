@@ -239,13 +239,18 @@ def check_parallelism(args: Any, accelerator: Any, model: nn.Module) -> None:
     if args.save_on_each_node:
         raise ValueError("save_on_each_node: expected one folder that all nodes see; leave it off")
     if accelerator.distributed_type == DistributedType.MEGATRON_LM:
-        raise ValueError("Megatron-LM is not supported; use DDP or FSDP2 (--fsdp true)")
+        raise ValueError("Megatron-LM is not supported; use DDP or FSDP2 (--fsdp)")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "deepspeed: not supported, its checkpoints hold pickles that run code; use FSDP2 "
+            "(--fsdp)"
+        )
     config = accelerator.parallelism_config
     for name, what in (("cp", "context"), ("sp", "sequence"), ("tp", "tensor")):
         if config is not None and getattr(config, f"{name}_size") > 1:
             raise ValueError(
                 f"parallelism_config: {name}_size = {getattr(config, f'{name}_size')}, {what} "
-                "parallelism, is not supported; use DDP or FSDP2 (--fsdp true)"
+                "parallelism, is not supported; use DDP or FSDP2 (--fsdp)"
             )
     _check_model(model)
     _check_fsdp(args, accelerator)
@@ -261,20 +266,20 @@ def _check_model(model: nn.Module) -> None:
     if (getattr(model, "tp_size", None) or 1) > 1:
         raise ValueError(
             "model: loaded with a tp_plan, whose head is sharded over the vocabulary: not "
-            "supported; load the whole model and use FSDP2 (--fsdp true)"
+            "supported; load the whole model and use FSDP2 (--fsdp)"
         )
     sharded = [name for name, weight in model.named_parameters() if isinstance(weight, DTensor)]
     if sharded:
         raise ValueError(
             f"model: {sharded[-1]} is a DTensor, sharded already (tensor parallelism, a head "
-            "sharded over the vocabulary, fully_shard): pass the whole model, which --fsdp true "
+            "sharded over the vocabulary, fully_shard): pass the whole model, which --fsdp "
             "shards"
         )
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(devices) > 1:
         raise ValueError(
             "model: loaded with a device_map over several devices, pipeline parallelism, which is "
-            "not supported; use FSDP2 (--fsdp true)"
+            "not supported; use FSDP2 (--fsdp)"
         )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from sftmix.arguments import TrainRunArguments, parse
 from sftmix.config import SFTMixConfig
 from sftmix.loading import load_data, load_model, load_tokenizer, save_final_model
@@ -58,8 +60,12 @@ def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTM
     if held_out is not None:
         trainer.evaluate()
     trainer.save_state()
-    # Gathered by all ranks where it is sharded.
+    save(trainer, tokenizer, run)
+    return trainer
+
+
+def save(trainer: SFTMixTrainer, tokenizer: PreTrainedTokenizerBase, run: Path) -> None:
+    """The main process writes the final model, gathered from all ranks where it is sharded."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     on_main(lambda: save_final_model(model, tokenizer, run, state))
-    return trainer

@@ -337,7 +337,8 @@ class SFTMixMixin(TrainerBase):
 
     def _decisive(self) -> dict[str, Any]:
         """What decides a training's results, by name, and has to be the same on all ranks."""
-        values = {name: value for name, value in self.args.to_dict().items() if name not in OF_RANK}
+        options: dict[str, Any] = self.args.to_dict()  # type: ignore[no-untyped-call]
+        values = {name: value for name, value in options.items() if name not in OF_RANK}
         # DDP begins with the first rank's weights; FSDP2 shards those of each.
         if self.is_fsdp_enabled and not loads_on_main_alone(self.accelerator):
             values["model"] = weights_hash(self.model)

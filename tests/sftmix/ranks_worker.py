@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -42,6 +44,7 @@ from sftmix.ranks import (
     together,
 )
 from sftmix.scoring import ScoringCallback, score_examples
+from sftmix.train import save
 from sftmix.trainer import SFTMixTrainer
 from sftmix_kernels import StreamingPerplexity
 
@@ -209,7 +212,9 @@ def resumed(folder: Path, *, fsdp: bool) -> Found:
         if is_main() and not resume:
             shutil.rmtree(folder / "checkpoint-6")
         dist.barrier()
-    return {"whole": found[0], "resumed": found[1]}
+    tokenizer: Any = SimpleNamespace(save_pretrained=lambda folder: None)
+    save(made, tokenizer, folder)
+    return {"trainings": found, "saved": load_file(folder / "model.safetensors")}
 
 
 class Poisoned(tiny.SFTMixTrainer):

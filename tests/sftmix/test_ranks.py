@@ -102,9 +102,10 @@ def test_shared_scores_are_those_of_one_process(both: Both) -> None:
 @pytest.mark.parametrize("name", ["ddp, resumed", "fsdp, resumed"])
 def test_a_resumed_training_is_the_unbroken_one(name: str, both: Both) -> None:
     for found in both[0]:
-        (losses, weights), (losses_after, weights_after) = found[name].values()
+        (losses, weights), (losses_after, weights_after) = found[name]["trainings"]
         assert losses_after == losses
         assert tiny.same(weights_after, weights)
+        assert tiny.same(found[name]["saved"], weights)
 
 
 def test_a_loss_that_is_not_finite_stops_all_ranks(both: Both) -> None:
@@ -157,6 +158,7 @@ class Mesh:
         ("split", "split_batches", True, "accelerator_config: split_batches parts pairs"),
         ("split", "dispatch_batches", True, "accelerator_config: dispatch_batches parts pairs"),
         ("accelerator", "distributed_type", DistributedType.MEGATRON_LM, "Megatron-LM"),
+        ("accelerator", "distributed_type", DistributedType.DEEPSPEED, "deepspeed: not supported"),
         ("accelerator", "parallelism_config", Mesh(cp_size=2), "cp_size = 2, context parallelism"),
         ("accelerator", "parallelism_config", Mesh(sp_size=4), "sp_size = 4, sequence parallel"),
         ("accelerator", "parallelism_config", Mesh(tp_size=2), "tp_size = 2, tensor parallelism"),
