@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import time
 from collections.abc import Sequence
 
 COMMANDS = {
@@ -13,6 +14,10 @@ COMMANDS = {
     "demo": "the whole method on a small model, in minutes, without a GPU or a network",
     "doctor": "what is installed and what would run",
 }
+
+
+# Time for the rank that failed to print its message and end.
+RANK_ERROR_SECONDS = 5.0
 
 
 def usage() -> str:
@@ -43,11 +48,19 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
     # A command's module brings transformers with it, which takes seconds to import.
     module = importlib.import_module(f"sftmix.{command}")
+    from sftmix.ranks import RankError
+
     try:
         module.main(words[1:])
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if traceback:
             raise
         print(f"sftmix {command}: error: {error}", file=sys.stderr)
+        return 1
+    except RankError:
+        # A launcher ends all ranks with the first that ends, which is to be the one that says why.
+        time.sleep(RANK_ERROR_SECONDS)
+        if traceback:
+            raise
         return 1
     return 0

@@ -28,8 +28,11 @@ class HeadAdapter:
     final norm). Calls without ``head_function`` are the model's own.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, checked: bool = True) -> None:
         """Find the head and check it.
+
+        ``checked``: whether the weights are there to be checked; on all ranks but the first they
+        are not, where accelerate loads them there alone (``cpu_ram_efficient_loading``).
 
         Raises:
             ValueError: the model has no linear LM head, or its logits are not
@@ -52,7 +55,8 @@ class HeadAdapter:
             raise ValueError(
                 "model: the router's auxiliary loss (output_router_logits) is not supported"
             )
-        self.check()
+        if checked:
+            self.check()
         self.attach()
 
     @property

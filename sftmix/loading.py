@@ -73,14 +73,21 @@ def load_data(
     )
 
 
-def save_final_model(model: Any, tokenizer: PreTrainedTokenizerBase, run: Path, card: str) -> None:
+def save_final_model(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    run: Path,
+    card: str,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Put the model and its card into the run folder, each file renamed into place.
 
-    What makes the folder a model comes last: ``config.json``, or an adapter's.
+    What makes the folder a model comes last: ``config.json``, or an adapter's. ``state``: its
+    weights, where the model has but shards of them.
     """
     staging = run / STAGING
     with writing(staging):
-        model.save_pretrained(staging)
+        model.save_pretrained(staging, state_dict=state)
         tokenizer.save_pretrained(staging)
     (staging / CARD).write_text(card, encoding="utf-8")  # PEFT writes one of its own
     sync_folder(staging)

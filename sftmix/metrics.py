@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from sftmix.ranks import is_main, summed
 from sftmix.runs import write_json
 
 FIELDS = (
@@ -86,20 +87,21 @@ class LossWindow:
         self.started = time.perf_counter()
 
     def save(self, folder: Path) -> None:
-        """Put the sums into a checkpoint."""
+        """Put the sums over all ranks into a checkpoint; every rank has to call this."""
         state = {
             "first_step": self.first_step,
-            "sums": self.sums.tolist(),
+            "sums": summed(self.sums).tolist(),
             "window_seconds": time.perf_counter() - self.started,
             "seconds": self.seconds,
         }
-        write_json(folder / self.FILE, state)
+        if is_main():
+            write_json(folder / self.FILE, state)
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint's sums."""
+        """Go on from a checkpoint's sums, which the first rank takes."""
         state = json.loads((folder / self.FILE).read_text(encoding="utf-8"))
         self.first_step = state["first_step"]
-        self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+        self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64) * is_main())
         self.started = time.perf_counter() - state["window_seconds"]
         self.seconds = state["seconds"]
         self.begun = time.perf_counter() - self.seconds

@@ -44,9 +44,10 @@ def batch_loss(
         batch[name] if mixed else rows.new_empty(0) for name in ("mix_c", "mix_u", "lam")
     )
     row_ntp = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+    terms: list[Tensor] = []
 
     def head_function(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-        return fused_sftmix_loss(
+        found = fused_sftmix_loss(
             hidden,
             weight,
             batch["targets"],
@@ -61,7 +62,10 @@ def batch_loss(
             row_ntp_out=row_ntp,
             **head.options,
         )
+        # FSDP2's mixed precision rounds what a module returns; these are logged as they are.
+        terms[:] = [term.detach() for term in found[:3]]
+        return found
 
     tokens = {name: batch[name] for name in MODEL_INPUTS if name in batch}
-    terms = model(**tokens, use_cache=False, rows=rows, head_function=head_function)
-    return BatchLoss(terms.loss, terms.ntp, terms.mixup, row_ntp)
+    loss = model(**tokens, use_cache=False, rows=rows, head_function=head_function)[0]
+    return BatchLoss(loss, terms[1], terms[2], row_ntp)

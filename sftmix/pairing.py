@@ -104,7 +104,8 @@ class PairedCollator:
     response token, example by example, ``targets`` (N,) what they predict, ``owner`` (N,) whose row
     it is within the batch; and where examples carry ``lam``, taken as pairs (c, u) in order,
     ``mix_c``, ``mix_u`` (P,) places in ``rows``, ``pair_c``, ``pair_u`` (P,) the rows there, and
-    ``lam`` (P,) float32. In the order of ``rows`` all of it is the same in every layout.
+    ``lam`` (P,) float32. In the order of ``rows`` all of it is the same in every layout. Examples
+    marked as ``filler`` alone may be without loss; their ``lengths`` are 0.
     """
 
     def __init__(
@@ -133,17 +134,17 @@ class PairedCollator:
         batch = {
             **self.layout.inputs(tokens, slots, self.pad_token_id),
             "labels": unshifted(labels, slots),
-            "lengths": lengths,
         }
         # No token comes before an example's first one, whatever lies before it in the row.
         learned = ((labels != IGNORE_INDEX) & (slots.positions > 0)).nonzero()[0]
         owner = np.repeat(np.arange(len(examples)), lengths)[learned]
         counts = np.bincount(owner, minlength=len(examples))
-        if not counts.all():
-            empty = examples[int(counts.argmin())]
+        fillers = np.array(["filler" in example for example in examples])
+        if (empty_ones := (counts == 0) & ~fillers).any():
+            empty = examples[int(empty_ones.argmax())]
             raise ValueError(f"example {empty.get('id')}: no response token to learn")
         rows = slots.flat[learned] - 1
-        batch.update(rows=rows, targets=labels[learned], owner=owner)
+        batch.update(rows=rows, targets=labels[learned], owner=owner, lengths=lengths * ~fillers)
         if "lam" in examples[0]:
             batch.update(pair(rows, counts, [example["lam"] for example in examples]))
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}

@@ -13,7 +13,7 @@ from sftmix.loading import load_data, load_model, load_tokenizer
 from sftmix.manifest import recipe, start_manifest
 from sftmix.pairing import PairedCollator
 from sftmix.partition import Partition, from_scores, read_partition, summary, write_partition
-from sftmix.runs import lock_run, open_run, remove_leftovers
+from sftmix.ranks import is_main, on_main, opened_run, refuse_differences, together
 from sftmix.scoring import ScoringCallback, score_examples, scoring_autocast, scoring_steps
 from sftmix.trainer import SFTMixMixin, SFTMixTrainer, make_collator
 from sftmix_kernels import StreamingPerplexity
@@ -24,13 +24,12 @@ FILE = "confidence.parquet"
 def main(words: Sequence[str]) -> None:
     """Run the command."""
     arguments, config = parse(words, RunArguments, ScoreConfig, "sftmix score")
-    run = open_run(arguments.output, resume=arguments.resume)
-    with lock_run(run):
-        remove_leftovers(run)
-        finished = (run / FILE).exists()
+    with opened_run(arguments.output, resume=arguments.resume) as run:
+        finished = on_main(lambda: (run / FILE).exists())
         partition = score(run, arguments, config)
-    print(summary(partition))
-    print(f"{run / FILE} was finished already" if finished else f"wrote {run / FILE}")
+        if is_main():
+            print(summary(partition))
+            print(f"{run / FILE} was finished already" if finished else f"wrote {run / FILE}")
 
 
 def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
@@ -42,16 +41,16 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
     Raises:
         ValueError: bad data, fewer steps than scorings, or a resumed run of another recipe.
     """
-    tokenizer = load_tokenizer(arguments)
-    dataset = load_data(arguments, tokenizer, disable_progress=config.disable_tqdm)
-    numbers = recipe(arguments, config, dataset, tokenizer)
-    if (run / FILE).exists():
-        start_manifest(run, numbers)
-        partition = read_partition(run / FILE)
-    else:
-        model, collator = load_model(arguments), make_collator(tokenizer, config)
-        trainer, scores = reference_trainer(model, dataset, collator, config)
-        start_manifest(run, numbers)
+    with together():
+        tokenizer = load_tokenizer(arguments)
+        dataset = load_data(arguments, tokenizer, disable_progress=config.disable_tqdm)
+        numbers = recipe(arguments, config, dataset, tokenizer)
+    refuse_differences(numbers)
+    if not on_main(lambda: (run / FILE).exists()):
+        with together():
+            model, collator = load_model(arguments), make_collator(tokenizer, config)
+            trainer, scores = reference_trainer(model, dataset, collator, config)
+        on_main(lambda: start_manifest(run, numbers))
         trainer.train(resume_from_checkpoint=arguments.resume or None)
         partition = from_scores(
             dataset["id"][:],
@@ -59,9 +58,12 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
             scores.num_tokens.cpu().numpy(),
             scores.nll_sum.cpu().numpy(),
         )
-        write_partition(run / FILE, partition)
+        on_main(lambda: write_partition(run / FILE, partition))
+    else:
+        on_main(lambda: start_manifest(run, numbers))
+        partition = read_partition(run / FILE)
     if config.save_strategy == "no":
-        remove_checkpoints(run)
+        on_main(lambda: remove_checkpoints(run))
     return partition
 
 
@@ -71,8 +73,7 @@ def reference_trainer(
     """A trainer that scores its own data on the way, and where the scores add up.
 
     Raises:
-        ValueError: several processes, fewer steps than scorings, or an argument that
-            `SFTMixTrainer` refuses.
+        ValueError: fewer steps than scorings, or an argument that `SFTMixTrainer` refuses.
     """
     trainer = SFTMixTrainer(model=model, args=config, train_dataset=dataset, data_collator=collator)
     return trainer, score_while_training(
@@ -86,23 +87,22 @@ def score_while_training(
     """Have an unpaired trainer of one epoch score its own data; returns where the scores add up.
 
     Raises:
-        ValueError: several processes, or fewer steps than scorings.
+        ValueError: fewer steps than scorings.
     """
     config = trainer.args
-    if config.world_size > 1:
-        raise ValueError(f"score: expected one process, got {config.world_size}")
     batches = len(trainer.get_train_dataloader())
     scoring = ScoringCallback(
-        StreamingPerplexity(len(trainer.train_dataset), config.device),
+        StreamingPerplexity(len(trainer.examples), config.device),
         scoring_steps(-(-batches // config.gradient_accumulation_steps), num_scorings),
         functools.partial(
             score_examples,
             trainer.model,
             trainer.head,
-            trainer.train_dataset,
+            trainer.examples,
             collator=trainer.data_collator.padded(),
             context=scoring_autocast(trainer.head, trainer.accelerator),
             disable_progress=config.disable_tqdm,
+            shared=True,
         ),
         checkpointed=checkpointed,
     )

@@ -20,6 +20,7 @@ from typing import Any
 import datasets
 import pyarrow.compute as pc
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -28,6 +29,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sftmix.checkpoints import PREFIX, writing
 from sftmix.head import HeadAdapter
 from sftmix.pairing import PairedCollator
+from sftmix.ranks import filler, gathered, is_main, num_ranks, rank, summed
 from sftmix.runs import atomic_write
 from sftmix_kernels import StreamingPerplexity
 
@@ -36,6 +38,8 @@ from sftmix_kernels import StreamingPerplexity
 SAVE_SECONDS = 30.0
 # Batches collated at a time: a few megabytes.
 AHEAD = 32
+# Of `StreamingPerplexity.state_dict`: what ranks have parts of.
+OPEN_SUMS = ("open_nll_sum", "open_num_tokens", "open_outside")
 
 
 def score_examples(
@@ -50,13 +54,15 @@ def score_examples(
     description: str = "score",
     disable_progress: bool | None = False,
     save: Callable[[], object] | None = None,
+    shared: bool = False,
 ) -> StreamingPerplexity:
     """Add one scoring of all examples, response tokens only, to ``perplexity`` (or a new one).
 
     The model is in eval mode meanwhile and no gradient is kept. ``max_tokens`` bounds the tokens of
     a batch; ``context`` is entered around all of them (autocast, which then casts a weight once).
     ``save`` is called between two batches, every `SAVE_SECONDS`: where ``perplexity`` comes with a
-    scoring that was broken off, only the examples that it has no token of are scored.
+    scoring that was broken off, only the examples that it has no token of are scored. ``shared``:
+    all ranks call this and share the batches; each gets the sums of all.
 
     Raises:
         ValueError: there is nothing to score, an example has no response token, or ``perplexity``
@@ -74,29 +80,46 @@ def score_examples(
     if isinstance(examples, datasets.Dataset):
         examples = examples.with_format("arrow")
     # A batch holds examples as a whole and each has a response token: the sums say who was scored.
-    waiting = (~perplexity.started).nonzero().flatten().tolist()
+    started = summed(perplexity.started.long()) if shared else perplexity.started
+    waiting = (started == 0).nonzero().flatten().tolist()
     progress = tqdm(
         total=sum(lengths),
         initial=sum(lengths) - sum(lengths[row] for row in waiting),
         desc=description,
         unit="tok",
         unit_scale=True,
-        disable=disable_progress,
+        disable=disable_progress or (shared and not is_main()),
     )
     training = model.training
     model.eval()
     saved = time.monotonic()
+    number, size = (rank(), num_ranks()) if shared else (0, 1)
     with torch.no_grad(), context(), progress:
         batches = batches_by_length(lengths, max_tokens, waiting)
-        for batch_rows, batch in collated(examples, batches, collator):
-            score_batch(model, head, batch, torch.tensor(batch_rows), perplexity)
-            progress.update(sum(lengths[row] for row in batch_rows))
-            if save is not None and time.monotonic() - saved >= SAVE_SECONDS:
+        # A sharded model has to be called equally often by all ranks.
+        batches += [[]] * (-len(batches) % size)
+        own = collated(examples, batches[number::size], collator)
+        for done, (batch_rows, batch) in enumerate(own, start=1):
+            score_batch(model, head, batch, torch.tensor(batch_rows).long(), perplexity)
+            dealt = batches[(done - 1) * size : done * size]
+            progress.update(sum(lengths[row] for rows in dealt for row in rows))
+            if save is not None and save_is_due(saved, done, size):
                 save()
                 saved = time.monotonic()
     model.train(training)
-    perplexity.end_checkpoint()
+    perplexity.end_checkpoint(dist.group.WORLD if size > 1 else None)
     return perplexity
+
+
+def save_is_due(saved: float, done: int, size: int) -> bool:
+    """Whether `SAVE_SECONDS` have passed; of several ranks' clocks the first one's counts.
+
+    They have to agree and would wait for each other, so that they ask every `AHEAD` batches only.
+    """
+    if size > 1 and done % AHEAD:
+        return False
+    due = time.monotonic() - saved >= SAVE_SECONDS
+    return due if size == 1 else bool(gathered(due)[0])
 
 
 def score_batch(
@@ -111,7 +134,7 @@ def score_batch(
     Without padding the model gets no attention mask: it takes its causal path and need not ask the
     device whether the mask is full.
     """
-    device = head.head.weight.device
+    device = perplexity.device
     names = ["input_ids"] if batch["attention_mask"].all() else ["input_ids", "attention_mask"]
     sample_ids = examples[batch["owner"]].to(device)
     model(
@@ -132,8 +155,9 @@ def scoring_autocast(
     what they train in.
     """
     weight = head.head.weight
+    # FSDP has not moved the weights to the device yet.
     if (
-        weight.is_cuda
+        accelerator.device.type == "cuda"
         and weight.dtype == torch.float32
         and accelerator.mixed_precision != "fp16"
         and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -164,7 +188,8 @@ def collated(
     """
     for first in range(0, len(batches), AHEAD):
         yield from [
-            (rows, collator(rows_of(examples, rows))) for rows in batches[first : first + AHEAD]
+            (rows, collator(rows_of(examples, rows) or [filler()]))
+            for rows in batches[first : first + AHEAD]
         ]
 
 
@@ -172,7 +197,7 @@ def rows_of(
     examples: Sequence[dict[str, Any]] | datasets.Dataset, rows: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Examples of one length; of a data set in Arrow's format without making Python numbers."""
-    if not isinstance(examples, datasets.Dataset):
+    if not isinstance(examples, datasets.Dataset) or not rows:
         return [examples[row] for row in rows]
     table = examples[rows]
     arrays = [
@@ -329,12 +354,25 @@ class ScoringCallback(TrainerCallback):
             save()
 
     def save(self, folder: Path) -> None:
-        """Put the scorings into a checkpoint, the unfinished one too."""
-        state = {name: sums.cpu() for name, sums in self.perplexity.state_dict().items()}
-        with writing(folder):
-            atomic_write(folder / self.FILE, lambda path: save_file(state, path))
+        """Put the scorings into a checkpoint, the unfinished one too: every rank has to call this.
+
+        The main process writes the sums over all ranks.
+        """
+        state = self.perplexity.state_dict()
+        for name in OPEN_SUMS:
+            state[name] = summed(state[name].long() if name == "open_outside" else state[name])
+        state["open_outside"] = state["open_outside"] != 0
+        if self.finished == 0:
+            state["num_tokens"] = state["open_num_tokens"].clone()
+        if is_main():
+            state = {name: sums.cpu() for name, sums in state.items()}
+            with writing(folder):
+                atomic_write(folder / self.FILE, lambda path: save_file(state, path))
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint's scorings."""
-        self.perplexity.load_state_dict(load_file(folder / self.FILE))
+        """Go on from a checkpoint's scorings; the main process takes the unfinished one."""
+        state = load_file(folder / self.FILE)
+        if not is_main():
+            state |= {name: torch.zeros_like(state[name]) for name in OPEN_SUMS}
+        self.perplexity.load_state_dict(state)
         self.resumed_from = folder

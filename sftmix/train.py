@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from sftmix.arguments import TrainRunArguments, parse
 from sftmix.config import SFTMixConfig
@@ -12,7 +15,7 @@ from sftmix.loading import load_data, load_model, load_tokenizer, save_final_mod
 from sftmix.manifest import recipe, start_manifest, versions
 from sftmix.model_card import model_card
 from sftmix.partition import match, partition_hash, read_partition
-from sftmix.runs import lock_run, open_run, remove_leftovers
+from sftmix.ranks import is_main, on_main, opened_run, refuse_differences, together
 from sftmix.trainer import SFTMixTrainer, make_collator
 
 
@@ -21,16 +24,10 @@ def main(words: Sequence[str]) -> None:
     arguments, config = parse(words, TrainRunArguments, SFTMixConfig, "sftmix train")
     if config.method == "sftmix" and arguments.partition is None:
         raise ValueError("partition: --method sftmix needs --partition RUN/confidence.parquet")
-    if config.world_size > 1:
-        raise ValueError(
-            f"train: expected one process, got {config.world_size}; "
-            "for several, use SFTMixTrainer in a script of your own"
-        )
-    run = open_run(arguments.output, resume=arguments.resume)
-    with lock_run(run):
-        remove_leftovers(run)
+    with opened_run(arguments.output, resume=arguments.resume) as run:
         train(run, arguments, config)
-    print(f"wrote the model to {run}")
+        if is_main():
+            print(f"wrote the model to {run}")
 
 
 def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTMixTrainer:
@@ -40,37 +37,51 @@ def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTM
         ValueError: bad data, a partition of other data, or a resumed run of another recipe.
         FloatingPointError: the loss is not finite.
     """
-    tokenizer = load_tokenizer(arguments)
-    load = functools.partial(load_data, arguments, tokenizer, disable_progress=config.disable_tqdm)
-    dataset = load()
-    held_out = load(arguments.eval_data) if arguments.eval_data else None
-    confident, scores_hash = None, None
-    if arguments.partition is not None:
-        partition = read_partition(Path(arguments.partition))
-        confident = match(partition, dataset["id"][:], dataset["content_hash"][:])
-        scores_hash = partition_hash(partition)
-    trainer = SFTMixTrainer(
-        model=load_model(arguments),
-        args=config,
-        train_dataset=dataset,
-        eval_dataset=held_out,
-        data_collator=make_collator(tokenizer, config),
-        confident=confident,
-    )
-    numbers = recipe(arguments, config, dataset, tokenizer, partition=scores_hash)
-    start_manifest(run, numbers)
+    with together():
+        tokenizer = load_tokenizer(arguments)
+        load = functools.partial(
+            load_data, arguments, tokenizer, disable_progress=config.disable_tqdm
+        )
+        dataset = load()
+        held_out = load(arguments.eval_data) if arguments.eval_data else None
+        confident, scores_hash = None, None
+        if arguments.partition is not None:
+            partition = read_partition(Path(arguments.partition))
+            confident = match(partition, dataset["id"][:], dataset["content_hash"][:])
+            scores_hash = partition_hash(partition)
+        trainer = SFTMixTrainer(
+            model=load_model(arguments),
+            args=config,
+            train_dataset=dataset,
+            eval_dataset=held_out,
+            data_collator=make_collator(tokenizer, config),
+            confident=confident,
+        )
+        numbers = recipe(arguments, config, dataset, tokenizer, partition=scores_hash)
+    refuse_differences(numbers)
+    on_main(lambda: start_manifest(run, numbers))
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     if held_out is not None:
         trainer.evaluate()
     trainer.save_state()
+    save(trainer, tokenizer, run, numbers)
+    return trainer
+
+
+def save(
+    trainer: SFTMixTrainer, tokenizer: PreTrainedTokenizerBase, run: Path, numbers: dict[str, Any]
+) -> None:
+    """The main process writes the final model, gathered from all ranks where it is sharded."""
     model = trainer.accelerator.unwrap_model(trainer.model)
+    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     card = model_card(
         numbers,
         versions(),
         trainer.state.log_history,
         seconds=trainer.window.seconds,
-        halves=None if confident is None else (int(confident.sum()), int((~confident).sum())),
+        halves=(len(trainer.confident_rows), len(trainer.unconfident_rows))
+        if trainer.paired
+        else None,
         adapter=hasattr(model, "peft_config"),
     )
-    save_final_model(model, tokenizer, run, card)
-    return trainer
+    on_main(lambda: save_final_model(model, tokenizer, run, card, state))

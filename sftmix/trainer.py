@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer
@@ -35,8 +34,25 @@ from sftmix.metrics import LossWindow, RunTensorBoard
 from sftmix.objective import BatchLoss, batch_loss
 from sftmix.pairing import PairedCollator, PairedExamples, PairedSampler, ShuffledSampler
 from sftmix.pickles import refuse_code
+from sftmix.ranks import (
+    FilledExamples,
+    FilledSampler,
+    RankError,
+    array_hash,
+    check_parallelism,
+    data_hash,
+    is_main,
+    loads_on_main_alone,
+    on_main,
+    refuse_differences,
+    summed,
+    weights_hash,
+)
 from sftmix.runs import atomic_write, publish_folder
 from sftmix.scoring import score_examples
+
+# Training arguments that do not decide a training's results, or that each rank has its own of.
+OF_RANK = ("local_rank", "output_dir", "logging_dir", "run_name", "disable_tqdm")
 
 # The mixin goes over any trainer derived from Trainer; type checkers read it as one.
 if TYPE_CHECKING:
@@ -84,8 +100,11 @@ class SFTMixMixin(TrainerBase):
         super().__init__(*args, **kwargs)
         if own_collator:
             self.data_collator = self._make_collator()
-        self.head = HeadAdapter(self.accelerator.unwrap_model(self.model))
-        self._check_layout()
+        check_parallelism(self.args, self.accelerator, self.accelerator.unwrap_model(self.model))
+        loaded = is_main() or not loads_on_main_alone(self.accelerator)
+        self.head = HeadAdapter(self.accelerator.unwrap_model(self.model), checked=loaded)
+        if loaded:
+            self._check_layout()
         # The loss is divided by counts over the whole accumulation window, here and not by Trainer.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.window = LossWindow(self.args.device)
@@ -94,13 +113,15 @@ class SFTMixMixin(TrainerBase):
         if "tensorboard" in (self.args.report_to or ()):
             self.pop_callback(TensorBoardCallback)
             self.add_callback(RunTensorBoard(Path(str(self.args.output_dir))))
+        self.unchecked: list[tuple[Tensor, Tensor]] = []
         self.paired = confident is not None
+        self.examples = self.train_dataset
+        if self.args.world_size > 1 and self.train_dataset is not None:
+            self.train_dataset = FilledExamples(self.train_dataset)
         if confident is not None:
             self._pair(np.asarray(confident, dtype=bool))
         elif self.args.method == "sftmix":
             raise ValueError("confident: method='sftmix' needs a partition of the training data")
-        if self.args.n_gpu > 1:
-            raise ValueError("nn.DataParallel is not supported; start one process for each GPU")
         if self.train_dataset is not None:
             self._get_train_sampler()  # refuses data that make no batch
 
@@ -140,11 +161,15 @@ class SFTMixMixin(TrainerBase):
             raise ValueError(
                 f"train_dataset: expected at least one batch of {batch} examples, got {examples}"
             )
-        if not self.paired:
-            return ShuffledSampler(examples, seed=self.args.seed)
-        return PairedSampler(
-            self.confident_rows, self.unconfident_rows, alpha=self.args.alpha, seed=self.args.seed
-        )
+        sampler: Sampler[Any]
+        if self.paired:
+            halves = self.confident_rows, self.unconfident_rows
+            sampler = PairedSampler(*halves, alpha=self.args.alpha, seed=self.args.seed)
+        else:
+            sampler = ShuffledSampler(examples, seed=self.args.seed)
+        if self.args.world_size == 1 or self.args.dataloader_drop_last:
+            return sampler
+        return FilledSampler(sampler, batch, (None, 1.0) if self.paired else None)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Tokens with loss and mixed pairs of one accumulation window over all ranks: (2,)."""
@@ -202,14 +227,28 @@ class SFTMixMixin(TrainerBase):
 
         Raises:
             FloatingPointError: the loss is NaN or infinite, with the step and the examples' ids.
+            RankError: it is so on another rank.
         """
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"loss is {loss.item()} at step {self.state.global_step + 1}, "
-                f"examples {inputs['ids'].tolist()}; the model was not updated"
-            )
+        self.unchecked.append((loss, inputs["ids"]))
+        if self.accelerator.sync_gradients:
+            self._refuse_losses_not_finite()
         return loss
+
+    def _refuse_losses_not_finite(self) -> None:
+        """Look at a window's losses at once, over all ranks: the host waits once a step."""
+        window, self.unchecked = self.unchecked, []
+        bad = ~torch.stack([loss for loss, _ in window]).isfinite()
+        if not summed(bad.any().float()):
+            return
+        step = f"at step {self.state.global_step + 1}"
+        for (loss, ids), is_bad in zip(window, bad.tolist(), strict=True):
+            if is_bad:
+                raise FloatingPointError(
+                    f"loss is {loss.item()} {step}, examples {ids.tolist()}; "
+                    "the model was not updated"
+                )
+        raise RankError(f"the loss of another rank is not finite {step}; the model was not updated")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Replace Trainer's loss by the window's exact mean, and add the terms and rates."""
@@ -248,6 +287,7 @@ class SFTMixMixin(TrainerBase):
             context=self.accelerator.autocast,
             description="evaluate",
             disable_progress=self.args.disable_tqdm,
+            shared=True,
         )
         loss = float(scores.nll_sum.sum() / scores.num_tokens.sum())
         metrics = {
@@ -283,6 +323,8 @@ class SFTMixMixin(TrainerBase):
             staging, self.staging = self.staging, None
         # Every rank writes its random state into the folder that the first one renames.
         self.accelerator.wait_for_everyone()
+        for extra in [self.window, *self.checkpoint_extras]:
+            extra.save(staging / name)
         if self.args.should_save:
             self._publish(staging / name, run / name)
         self.accelerator.wait_for_everyone()
@@ -291,8 +333,6 @@ class SFTMixMixin(TrainerBase):
         if self.state.best_model_checkpoint == str(staging):
             self.state.best_model_checkpoint = str(final)
             self.state.save_to_json(str(staging / STATE))
-        for extra in [self.window, *self.checkpoint_extras]:
-            extra.save(staging)
         seal(staging, changing=[extra.FILE for extra in self.checkpoint_extras])
         # What is there is damaged, or an earlier training's in the same folder.
         publish_folder(staging, final, replace=True)
@@ -324,23 +364,32 @@ class SFTMixMixin(TrainerBase):
             ValueError: a file of the checkpoint could run code when it is loaded.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._newest_checkpoint()
+            run = Path(str(self.args.output_dir))
+            newest = on_main(lambda: latest_checkpoint(run))
+            resume_from_checkpoint = None if newest is None else str(newest)
         if isinstance(resume_from_checkpoint, str):
             refuse_code(Path(resume_from_checkpoint))
             for extra in [self.window, *self.checkpoint_extras]:
                 extra.load(Path(resume_from_checkpoint))
         else:
             self.window.begin()
+        if self.args.world_size > 1:
+            refuse_differences(self._decisive())
+        self.unchecked = []
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def _newest_checkpoint(self) -> str | None:
-        """The first process reads what there is; all go on from the same."""
-        found: list[str | None] = [None]
-        if self.is_world_process_zero():
-            newest = latest_checkpoint(Path(str(self.args.output_dir)))
-            found = [None if newest is None else str(newest)]
-        broadcast_object_list(found)
-        return found[0]
+    def _decisive(self) -> dict[str, Any]:
+        """What decides a training's results, by name, and has to be the same on all ranks."""
+        options: dict[str, Any] = self.args.to_dict()  # type: ignore[no-untyped-call]
+        values = {name: value for name, value in options.items() if name not in OF_RANK}
+        # DDP begins with the first rank's weights; FSDP2 shards those of each.
+        if self.is_fsdp_enabled and not loads_on_main_alone(self.accelerator):
+            values["model"] = weights_hash(self.model)
+        return {
+            **values,
+            "train_dataset": data_hash(self.examples),
+            "confident": array_hash(self.confident_rows) if self.paired else None,
+        }
 
 
 class SFTMixTrainer(SFTMixMixin, Trainer):

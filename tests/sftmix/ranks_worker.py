@@ -1,0 +1,369 @@
+"""What `test_ranks` runs in two processes and in one.
+
+python -m tests.sftmix.ranks_worker FOLDER forks the ranks where everything is imported; they meet
+at a file.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from transformers import TrainerCallback
+
+from sftmix.head import HeadAdapter
+from sftmix.objective import batch_loss
+from sftmix.pairing import PairedCollator
+from sftmix.ranks import (
+    RankError,
+    is_main,
+    num_ranks,
+    on_main,
+    opened_run,
+    rank,
+    summed,
+    together,
+)
+from sftmix.scoring import ScoringCallback, score_examples
+from sftmix.train import save
+from sftmix.trainer import SFTMixTrainer
+from sftmix_kernels import StreamingPerplexity
+
+from . import tiny
+
+RANKS = 2
+Found = dict[str, Any]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of all of it, where it is sharded."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def plain(name: str) -> str:
+    """A parameter's name without that of a wrapper for activation checkpointing."""
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
+class Recorder(TrainerCallback):
+    """Keeps the whole gradients of every step before they are used."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        named = kwargs["model"].named_parameters()
+        self.steps.append({plain(n): whole(p.grad) for n, p in named if p.grad is not None})
+
+
+def shard(made: SFTMixTrainer, **options: Any) -> None:
+    """Have accelerate wrap the model in FSDP2 as on GPUs: on CPUs it takes DDP by itself."""
+    state = made.accelerator.state
+    state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        state_dict_type="FULL_STATE_DICT",
+        auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        **{"cpu_ram_efficient_loading": False, **options},
+    )
+    made.is_fsdp_enabled = True
+
+
+def lora(model: Any) -> Any:
+    """The model with an adapter whose second factor is not zero."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's own
+        torch.manual_seed(3)
+        options = {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+        return get_peft_model(model, LoraConfig(r=2, **options))
+
+
+def training(
+    folder: Path,
+    *,
+    number: int = 18,
+    total: int = 8,
+    fsdp: dict[str, Any] | None = None,
+    adapter: bool = False,
+    tied: bool = False,
+    resume: bool = False,
+    **changes: Any,
+) -> Found:
+    """Gradients of all steps, logs, evaluation and weights of a training."""
+    model = tiny.build("Llama", tie_word_embeddings=tied)
+    recorder = Recorder()
+    made = tiny.trainer(
+        lora(model) if adapter else model,
+        folder,
+        tiny.examples(number),
+        callbacks=[recorder],
+        eval_dataset=tiny.examples(7, seed=5),
+        per_device_train_batch_size=total // num_ranks(),
+        **{"num_train_epochs": 2, "max_grad_norm": 0.0, **changes},
+    )
+    if fsdp is not None and num_ranks() > 1:
+        shard(made, **fsdp)
+        if made.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading and not is_main():
+            for weight in model.parameters():
+                weight.data.zero_()
+    made.train(resume_from_checkpoint=resume)
+    evaluated = made.evaluate()
+    logs = [
+        {k: v for k, v in line.items() if k not in ("tokens_per_second", "peak_memory_gib")}
+        for line in made.state.log_history
+        if "loss" in line
+    ]
+    named = made.model.named_parameters()
+    return {
+        "gradients": recorder.steps,
+        "logs": logs,
+        "eval_loss": evaluated["eval_loss"],
+        "weights": {plain(name): whole(weight) for name, weight in named},
+    }
+
+
+def sharded_by_hand(folder: Path, *, own_unit: bool, tied: bool = False) -> Found:
+    """Loss and gradients of one batch whose pairs the ranks share, FSDP2 by its own function."""
+    model = tiny.build("Llama", tie_word_embeddings=tied)
+    head = HeadAdapter(model)
+    rows = [{**example, "lam": 0.3} for example in tiny.examples(8)]
+    mine = PairedCollator(0)(rows[rank() * 8 // num_ranks() : (rank() + 1) * 8 // num_ranks()])
+    all_rows = PairedCollator(0)(rows)
+    if num_ranks() > 1:
+        if own_unit:
+            fully_shard(model.lm_head)
+        fully_shard(model)
+    divisors = (torch.tensor(float(all_rows[name].numel())) for name in ("rows", "pair_c"))
+    loss = batch_loss(model, head, mine, tiny.config(folder), *divisors).loss
+    (loss * num_ranks()).backward()
+    gradients = {name: whole(weight.grad) for name, weight in model.named_parameters()}
+    return {"gradients": [gradients], "loss": float(summed(loss.detach()))}
+
+
+def scoring(folder: Path) -> Found:
+    """Scores of nine examples: at once, and broken off, saved, and gone on with."""
+    folder.mkdir(exist_ok=True)
+    model, data = tiny.build("Llama"), tiny.examples(9)
+    options = {"collator": PairedCollator(0), "max_tokens": 20, "disable_progress": True}
+    head = HeadAdapter(model)
+    scores = score_examples(model, head, data, shared=True, **options)
+    broken, resumed = StreamingPerplexity(9, "cpu"), StreamingPerplexity(9, "cpu")
+    part = data.select([0, 4, 8][rank() :: num_ranks()])
+    kept = score_examples(model, head, part, **options)
+    for row, nll, tokens in zip(
+        [0, 4, 8][rank() :: num_ranks()], kept.nll_sum[:, 0], kept.num_tokens, strict=True
+    ):
+        broken._sum[row], broken._count[row] = nll, tokens
+    ScoringCallback(broken, [1], lambda **_: None).save(folder)
+    after = ScoringCallback(resumed, [1], lambda **_: None)
+    if num_ranks() > 1:
+        dist.barrier()
+    after.load(folder)
+    calls: list[Any] = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    score_examples(model, head, data, perplexity=resumed, shared=True, **options)
+    return {
+        "nll": scores.nll_sum,
+        "tokens": scores.num_tokens,
+        "resumed": resumed.nll_sum,
+        "forwards": len(calls),
+    }
+
+
+def resumed(folder: Path, *, fsdp: bool) -> Found:
+    """Losses and weights of a training, and of one that goes on from its first epoch's end."""
+    found = []
+    for resume in (False, True):
+        made = tiny.trainer(
+            tiny.build("Llama"),
+            folder,
+            tiny.examples(18),
+            num_train_epochs=2,
+            logging_steps=2,
+            save_strategy="epoch",
+        )
+        if fsdp:
+            shard(made)
+        made.train(resume_from_checkpoint=resume)
+        named = made.model.named_parameters()
+        weights = {name: whole(weight) for name, weight in named}
+        found.append((tiny.losses(made, "loss", "lam_mean", "ntp_loss_confident"), weights))
+        if is_main() and not resume:
+            shutil.rmtree(folder / "checkpoint-6")
+        dist.barrier()
+    tokenizer: Any = SimpleNamespace(save_pretrained=lambda folder: None)
+    save(made, tokenizer, folder)
+    return {"trainings": found, "saved": load_file(folder / "model.safetensors")}
+
+
+class Poisoned(tiny.SFTMixTrainer):
+    """The second rank's first loss of the second step is not a number."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 1 and not self.unchecked:
+            self.before = tiny.weights(self.model)
+            self.ids = inputs["ids"].tolist()
+            if rank() == 1:
+                return super().compute_loss(model, inputs, *args, **kwargs) * float("nan")
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def stopped(folder: Path) -> Found:
+    """What each rank is told of a loss that is not finite, and of another config or data."""
+
+    def trainer(cls: type[tiny.SFTMixTrainer], number: int, **changes: Any) -> Any:
+        return cls(
+            model=tiny.build("Llama"),
+            args=tiny.config(folder, gradient_accumulation_steps=2, **changes),
+            train_dataset=tiny.examples(number, seed=0 if changes else rank()),
+            data_collator=PairedCollator(0),
+            confident=tiny.halves(number),
+        )
+
+    poisoned = trainer(Poisoned, 40, warmup_steps=0)
+    told: Found = {"nan": message(poisoned.train)}
+    told["ids"] = poisoned.ids
+    told["steps"] = poisoned.state.global_step
+    told["untouched"] = tiny.same(poisoned.before, tiny.weights(poisoned.model))
+    told["mu"] = message(trainer(tiny.SFTMixTrainer, 8, mu=0.25 + 0.5 * rank()).train)
+    told["data"] = message(trainer(tiny.SFTMixTrainer, 8).train)
+    return told
+
+
+def agreed(folder: Path) -> Found:
+    """What each rank is told of errors of both, of the second, and of the main process."""
+    folder.mkdir(exist_ok=True)
+
+    def fail(numbers: tuple[int, ...]) -> None:
+        with together():
+            if rank() in numbers:
+                raise OSError(f"rank {rank()} cannot")
+
+    def open_twice() -> None:
+        with opened_run(str(folder), resume=False):
+            raise AssertionError("the folder holds something")
+
+    if is_main():
+        (folder / "something").touch()
+    return {
+        "both": message(lambda: fail((0, 1))),
+        "second": message(lambda: fail((1,))),
+        "none": message(lambda: fail(())),
+        "folder": message(open_twice),
+        "main": on_main(lambda: rank()),
+    }
+
+
+def message(action: Callable[[], object]) -> str:
+    """The error that an action ends with."""
+    try:
+        action()
+    except (ValueError, OSError, FloatingPointError, RankError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+TRAININGS: dict[str, dict[str, Any]] = {
+    # The last batch of an epoch has a pair, so that the second rank has none.
+    "ddp": {},
+    "ddp, accumulated": {"number": 22, "total": 4, "gradient_accumulation_steps": 4},
+    "ddp, ntp": {"number": 11, "method": "ntp", "activation_checkpointing": True},
+    "fsdp": {"fsdp": {}},
+    "fsdp, accumulated": {
+        "fsdp": {},
+        "number": 22,
+        "total": 4,
+        "gradient_accumulation_steps": 4,
+    },
+    "fsdp, tied": {"fsdp": {}, "tied": True},
+    "fsdp, loaded by one": {"fsdp": {"cpu_ram_efficient_loading": True}},
+    "fsdp, lora": {"fsdp": {"activation_checkpointing": True}, "adapter": True},
+}
+
+
+CASES: dict[str, Callable[[Path], Found]] = {
+    **{
+        name: functools.partial(training, learning_rate=0.0, **options)
+        for name, options in TRAININGS.items()
+    },
+    "ddp, learning": training,
+    "fsdp, learning": functools.partial(training, fsdp={}),
+    "by hand, root": functools.partial(sharded_by_hand, own_unit=False),
+    "by hand, tied": functools.partial(sharded_by_hand, own_unit=False, tied=True),
+    "by hand, head": functools.partial(sharded_by_hand, own_unit=True),
+    "scoring": scoring,
+}
+
+
+def sharded_head(folder: Path) -> Found:
+    """What a trainer says of a model whose head was parted over the vocabulary."""
+    model, mesh = tiny.build("Llama"), init_device_mesh("cpu", (RANKS,))
+    parallelize_module(model, mesh, {"lm_head": ColwiseParallel()})
+    return {"message": message(lambda: tiny.trainer(model, folder, tiny.examples(8)))}
+
+
+# What only several ranks can do.
+OF_RANKS: dict[str, Callable[[Path], Found]] = {
+    "ddp, resumed": functools.partial(resumed, fsdp=False),
+    "fsdp, resumed": functools.partial(resumed, fsdp=True),
+    "stopped": stopped,
+    "agreed": agreed,
+    "sharded head": sharded_head,
+}
+
+
+def run_rank(number: int, folder: Path) -> None:
+    """All cases in one of the ranks; what it found goes into a file."""
+    names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=number, world_size=RANKS)
+    found = {name: case(folder / name) for name, case in CASES.items()}
+    found |= {name: case(folder / name) for name, case in OF_RANKS.items()}
+    torch.save(found, folder / f"rank{number}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> int:
+    """Fork the ranks; whether one of them failed."""
+    folder = Path(sys.argv[1])
+    children = []
+    for number in range(RANKS):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                run_rank(number, folder)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        children.append(child)
+    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
