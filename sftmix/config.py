@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from transformers import TrainingArguments
 
-CHOICES = {"method": ("sftmix", "ntp"), "loss_schedule": ("auto", "row_chunks", "vocab_tiles")}
+CHOICES = {
+    "method": ("sftmix", "ntp"),
+    "loss_schedule": ("auto", "row_chunks", "vocab_tiles"),
+    "head": ("fused", "logits"),
+}
 
 # Options of transformers that this trainer's loss and sampler would not heed, and their defaults.
 UNSUPPORTED = {
@@ -45,6 +49,12 @@ class SFTMixOptions(ConfigBase):
     alpha: float = option(0.5, "lam ~ Beta(alpha, alpha), one for each pair of examples", "paper")
     loss_schedule: Literal["auto", "row_chunks", "vocab_tiles"] = option(
         "auto", "How the loss avoids full logits; vocab_tiles: least memory, CUDA only", "ours"
+    )
+    head: Literal["fused", "logits"] = option(
+        "fused",
+        "fused: the loss reads a linear head, logits are never made; logits: any head, slowly, "
+        "through the model's own logits",
+        "ours",
     )
     # Examples carry columns that no model's forward knows, and the trainer sorts them itself.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Always off"})

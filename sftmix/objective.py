@@ -1,17 +1,20 @@
 """The loss of a batch: ``NTP + mu * Mixup`` over the rows that a `PairedCollator` names.
 
-Legend: N tokens with loss.
+Legend: N tokens with loss, P pairs of them, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sftmix.config import SFTMixOptions
 from sftmix.head import HeadAdapter
+from sftmix.stand_in import HeadOutput
 from sftmix_kernels import fused_sftmix_loss
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -23,7 +26,8 @@ class BatchLoss(NamedTuple):
     loss: Tensor
     ntp: Tensor
     mixup: Tensor
-    row_ntp: Tensor  # (N,) float32
+    row_ntp: Tensor  # (N,) float32 or better
+    router: Tensor | None  # a router's auxiliary loss, differentiable, not in ``loss``
 
 
 def batch_loss(
@@ -43,6 +47,17 @@ def batch_loss(
     pair_c, pair_u, lam = (
         batch[name] if mixed else rows.new_empty(0) for name in ("pair_c", "pair_u", "lam")
     )
+    pairs = (torch.searchsorted(rows, pair_c), torch.searchsorted(rows, pair_u), lam.float())
+    terms: dict[str, Any] = {
+        "mu": options.mu if mixed else 0.0,
+        "ntp_divisor": ntp_divisor,
+        "mixup_divisor": mixup_divisor,
+    }
+    tokens = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+    call = functools.partial(model, **tokens, use_cache=False, rows=rows)
+    if not head.fused:
+        output = call(head_input=lambda hidden: with_mixed(hidden, *pairs))
+        return dense_loss(output, batch["targets"], *pairs, **terms)
     row_ntp = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
 
     def head_function(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
@@ -50,18 +65,51 @@ def batch_loss(
             hidden,
             weight,
             batch["targets"],
-            torch.searchsorted(rows, pair_c),
-            torch.searchsorted(rows, pair_u),
-            lam.float(),
-            mu=options.mu if mixed else 0.0,
+            *pairs,
             bias=bias,
-            ntp_divisor=ntp_divisor,
-            mixup_divisor=mixup_divisor,
             schedule=options.loss_schedule,
             row_ntp_out=row_ntp,
+            **terms,
             **head.options,
         )
 
-    tokens = {name: batch[name] for name in MODEL_INPUTS if name in batch}
-    loss = model(**tokens, use_cache=False, rows=rows, head_function=head_function)
-    return BatchLoss(*loss[:3], row_ntp)
+    output = call(head_function=head_function)
+    loss, ntp, mixup = output.value
+    return BatchLoss(loss, ntp, mixup, row_ntp, output.router_loss)
+
+
+def with_mixed(
+    hidden: Tensor,  # (N, D)
+    pair_c: Tensor,  # (P,) int64
+    pair_u: Tensor,  # (P,) int64
+    lam: Tensor,  # (P,) float32
+) -> Tensor:  # (N + P, D)
+    """The rows with loss, then ``lam h_c + (1 - lam) h_u`` of each pair."""
+    share = lam.unsqueeze(-1)
+    mixed = share * hidden[pair_c] + (1 - share) * hidden[pair_u]
+    return torch.cat([hidden, mixed.to(hidden.dtype)])
+
+
+def dense_loss(
+    output: HeadOutput,  # of logits (N + P, V)
+    targets: Tensor,  # (N,) int64
+    pair_c: Tensor,
+    pair_u: Tensor,
+    lam: Tensor,  # (P,) float32
+    *,
+    mu: float,
+    ntp_divisor: Tensor,
+    mixup_divisor: Tensor,
+) -> BatchLoss:
+    """The same from the model's own logits, in float32 or better; slow, and of any model."""
+    logits: Tensor = output.value
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    row_logits, mixed_logits = logits.split([targets.numel(), lam.numel()])
+    row_ntp = F.cross_entropy(row_logits, targets, reduction="none")
+    loss_c, loss_u = (
+        F.cross_entropy(mixed_logits, targets[pair], reduction="none") for pair in (pair_c, pair_u)
+    )
+    ntp = row_ntp.sum() / ntp_divisor
+    mixup = (lam * loss_c + (1 - lam) * loss_u).sum() / mixup_divisor
+    loss = ntp + mu * mixup
+    return BatchLoss(loss, ntp.detach(), mixup.detach(), row_ntp.detach(), output.router_loss)

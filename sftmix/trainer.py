@@ -72,7 +72,7 @@ class SFTMixMixin(TrainerBase):
         if kwargs.get("data_collator") is None and len(args) < 3:
             kwargs["data_collator"] = make_collator(kwargs.get("processing_class"))
         super().__init__(*args, **kwargs)
-        self.head = HeadAdapter(self.accelerator.unwrap_model(self.model))
+        self.head = HeadAdapter(self.accelerator.unwrap_model(self.model), self.args.head)
         # The loss is divided by counts over the whole accumulation window, here and not by Trainer.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.window = LossWindow(self.args.device)
@@ -137,13 +137,22 @@ class SFTMixMixin(TrainerBase):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """This micro-batch's share of ``NTP + mu * Mixup`` over the whole window and all ranks."""
+        """This micro-batch's share of ``NTP + mu * Mixup`` over the whole window and all ranks.
+
+        A router's auxiliary loss, times the model's coefficient, is a mean over micro-batches and
+        ranks, as in `transformers.Trainer`.
+        """
         if not isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         loss = batch_loss(model, self.head, inputs, self.args, *num_items_in_batch)
-        self._measure(inputs, loss)
         # Gradients are averaged over ranks, while the counts are of all ranks together.
-        total = loss.loss * self.accelerator.num_processes
+        ranks = self.accelerator.num_processes
+        total = loss.loss * ranks
+        if loss.router is not None:
+            router = loss.router / self.current_gradient_accumulation_steps
+            total = total + self.head.router_coefficient * router
+            loss = loss._replace(loss=total / ranks, router=router / ranks)
+        self._measure(inputs, loss)
         return (total, loss) if return_outputs else total
 
     def _measure(self, inputs: dict[str, Tensor], loss: BatchLoss) -> None:
@@ -151,6 +160,7 @@ class SFTMixMixin(TrainerBase):
             "loss": loss.loss,
             "ntp_loss": loss.ntp,
             "mixup_loss": loss.mixup,
+            "router_loss": 0.0 if loss.router is None else loss.router,
             "input_tokens": inputs["attention_mask"].sum(),
             "tokens_confident": float(inputs["rows"].numel()),
         }
@@ -188,7 +198,9 @@ class SFTMixMixin(TrainerBase):
             step = self.state.global_step
             sums = self.accelerator.reduce(self.window.sums, "sum")
             mixed = self.args.method == "sftmix"
-            logs = {**logs, **self.window.report(sums, step, paired=self.paired, mixed=mixed)}
+            router = self.head.router_coefficient != 0
+            report = self.window.report(sums, step, paired=self.paired, mixed=mixed, router=router)
+            logs = {**logs, **report}
             self.window.reset(step)
         super().log(logs, start_time)
 

@@ -267,9 +267,7 @@ def test_the_precision_of_scoring(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
-    head = SimpleNamespace(
-        head=SimpleNamespace(weight=SimpleNamespace(is_cuda=is_cuda, dtype=dtype))
-    )
+    head = SimpleNamespace(weight=SimpleNamespace(is_cuda=is_cuda, dtype=dtype))
     accelerator = SimpleNamespace(mixed_precision=training, autocast=object())
     found: Any = scoring_autocast(head, accelerator)
     if expected == "as it trains":
