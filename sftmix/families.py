@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,14 +33,66 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from sftmix.config import SFTMixConfig, SFTMixOptions
+from sftmix.config import SFTMixConfig
 from sftmix.head import HeadAdapter
 from sftmix.objective import MODEL_INPUTS, BatchLoss, batch_loss
 from sftmix.pairing import PairedCollator
 
+HEADING = """# Models
+
+The trainer takes any causal language model of transformers that calls an LM head once. It does not
+go by names: at the start it runs a few tokens through the model, sees what the model makes of raw
+logits, and compares. What it finds:
+
+- **`--head fused`** (the default) needs a linear head and logits that are
+  `cap * tanh(scale * (W h + b) / cap)`, or without a cap. The head may have a bias, be tied to the
+  embeddings, sit behind further layers (BERT's decoders) or a scale of the hidden states (MiniCPM).
+- **`--head logits`** takes every head: the mixed hidden states go through the model's own head and
+  what follows it. It holds all logits and is slow; it is for models that `fused` refuses.
+- Refused by both: models that are not causal, that call their head several times, or whose own
+  loss adds something besides next-token prediction and a router's auxiliary loss.
+
+**Mixtures of experts.** Where the model's config has `output_router_logits` on, the router's
+auxiliary loss times the model's own coefficient is added, as a mean over micro-batches and ranks,
+and logged as `router_loss`, before the coefficient.
+
+**PEFT.** LoRA and its like on the backbone: a frozen head's gradient is not computed.
+`modules_to_save=["lm_head"]` trains the copy of the head. An adapter on the head itself needs
+`--head logits`. Virtual tokens (prompt learning) are refused.
+
+**Quantised heads** (bitsandbytes) are refused by `fused`: leave the head out of the quantisation.
+
+## Compared
+
+`python -m sftmix.families --markdown docs/models.md` made this table. A tiny random model of each
+family runs padded batches; loss and every parameter's gradient of the fused NTP are compared with
+the model's own `labels=`, and those of NTP + mu * Mixup with the same from the model's own logits,
+both against float64. Errors are relative to what is allowed, twice PyTorch's own in float32: up to
+1.00 is right.
+"""
 VOCABULARY = 64
 EPS = torch.finfo(torch.float32).eps
-LARGEST = 3_000_000  # parameters: what is larger was not made small
+LARGEST = 4_000_000  # parameters: what is larger was not made small
+
+# What is compared by default: types of models as transformers names them.
+_NAMES = """
+    afmoe apertus arcee aria_text bailing_hybrid bamba bart beam bert bert-generation big_bird
+    bigbird_pegasus biogpt bitnet blenderbot-small bloom camembert codegen cohere cohere2
+    cohere2_moe cpmant ctrl cwm data2vec-text deepseek_v2 deepseek_v3 doge dots1 electra ernie
+    ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 falcon_mamba flex_olmo gemma
+    gemma2 gemma3_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neo gpt_neox
+    gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoe_swa
+    granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3
+    hyperclovax inkling_text jais2 jamba jetmoe kolibri1 laguna lfm2 lfm2_moe lfm3 llama
+    llama4_text mamba mamba2 marian mbart megatron-bert mellum mimo_v2_flash minicpm3 minimax
+    minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral modernbert-decoder
+    moshi mpt mvp nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt
+    opt pegasus persimmon phi phi3 phimoe plbart qwen2 qwen2_moe qwen3 qwen3_5_moe_text
+    qwen3_5_text qwen3_moe qwen3_next qwen4_exp_text recurrent_gemma rembert roberta
+    roberta-prelayernorm roformer rwkv seed_oss smollm3 solar_open stablelm starcoder2 trocr
+    vaultgemma whisper xlm xlm-roberta xlm-roberta-xl youtu zaya
+"""
+FAMILIES = tuple(_NAMES.split())
 
 # What makes a config small, where it has an option of that name.
 SMALL: dict[str, Any] = {
@@ -79,9 +131,36 @@ SMALL: dict[str, Any] = {
     "output_router_logits": True,
 }
 # What a family needs besides, None to leave an option of `SMALL` alone.
-CHANGES: dict[str, dict[str, Any]] = {}
+_MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 8}
+_LATENT = {"head_dim": None, "num_key_value_heads": 4}
+CHANGES: dict[str, dict[str, Any]] = {
+    "bamba": _MAMBA2,
+    "codegen": {"rotary_dim": 4},
+    "deepseek_v2": {**_LATENT, "n_group": 1, "topk_group": 1},
+    "deepseek_v3": {**_LATENT, "n_group": 1, "topk_group": 1},
+    "glm4_moe_lite": {**_LATENT, "n_group": 1, "topk_group": 1},
+    "youtu": _LATENT,
+    "falcon": {"head_dim": None},
+    "falcon_h1": {**_MAMBA2, "mamba_d_ssm": 64, "lm_head_multiplier": 0.5},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "gptj": {"rotary_dim": 4},
+    "granite": {"logits_scaling": 3.0},
+    "granitemoe": {"logits_scaling": 3.0},
+    "granitemoehybrid": _MAMBA2,
+    "hyperclovax": {"logits_scaling": 0.5},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 16, "n_groups": 1, "chunk_size": 8},
+    "minicpm3": {**_LATENT, "dim_model_base": 16},
+    "inkling_text": {"logits_mup_width_multiplier": 3.0},
+    "whisper": {"encoder_attention_heads": 4, "decoder_attention_heads": 4},
+    "plbart": {"encoder_attention_heads": 4, "decoder_attention_heads": 4},
+    "zaya": {"num_experts_per_tok": 1},
+}
 # Their own loss takes labels that are already shifted.
-UNSHIFTED = {"bart"}
+UNSHIFTED = {
+    *("bart", "bigbird_pegasus", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"),
+    *("trocr", "whisper", "xlm"),
+}
 # Not causal, or with a head that is not called once on each token: refused, as they should be.
 REFUSED = {"cpmant"}
 
@@ -125,15 +204,18 @@ def build(name: str, **changes: Any) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: PreTrainedModel = cls(config).eval()
+        if any(hasattr(module, "num_experts") for module in model.modules()):
+            # The grouped product of experts has no float64.
+            model.set_experts_implementation("eager")
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
-def padded_batch() -> dict[str, Tensor]:
+def padded_batch(seed: int) -> dict[str, Tensor]:
     """Two pairs of examples of uneven lengths."""
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(seed)
     examples = []
     for row, length in enumerate((24, 17, 9, 21)):
         tokens = torch.randint(3, VOCABULARY, (length,), generator=random).tolist()
@@ -142,12 +224,16 @@ def padded_batch() -> dict[str, Tensor]:
     return PairedCollator(0)(examples)
 
 
+@functools.cache
+def options(method: str) -> SFTMixConfig:
+    """The trainer's options, with enough Mixup to be seen."""
+    return SFTMixConfig(output_dir="unused", use_cpu=True, method=method, mu=0.5)
+
+
 def ours(model: PreTrainedModel, head: HeadAdapter, batch: dict[str, Tensor], method: str) -> Run:
     """The trainer's loss of a batch, with the router's."""
-    options = SFTMixOptions.__new__(SFTMixOptions)
-    options.method, options.mu, options.loss_schedule = method, 0.5, "auto"  # type: ignore[assignment]
     divisors = [torch.tensor(float(batch[name].numel())) for name in ("rows", "pair_c")]
-    loss = batch_loss(model, head, batch, options, *divisors)
+    loss = batch_loss(model, head, batch, options(method), *divisors)
     return backward(model, total(loss, head), loss.row_ntp)
 
 
@@ -179,38 +265,38 @@ def gradient_error(found: Run, truth: Run) -> float:
     if found.gradients.keys() != truth.gradients.keys():
         return torch.inf
     largest = {name: float(gradient.abs().max()) for name, gradient in truth.gradients.items()}
-    floor = EPS**0.5 * max(largest.values())
+    floor = float(EPS**0.5 * max(largest.values()))
     return max(
         float((found.gradients[name].double() - gradient).abs().max()) / (largest[name] + floor)
         for name, gradient in truth.gradients.items()
     )
 
 
-def loss_error(found: Run, truth: Run, plain: Run) -> float:
-    """The loss's error relative to what is allowed; ``plain`` is PyTorch's."""
-    of_rows = float((plain.rows.double() - truth.rows).abs().mean())
-    allowed = 2 * of_rows + EPS * float(truth.loss.abs())
-    return float((found.loss.double() - truth.loss).abs()) / allowed
+def loss_error(found: Run, truth: Run, of_rows: float) -> float:
+    """The loss's error relative to what is allowed: twice a token's with PyTorch, two roundings.
+
+    Two, as models make their own loss, and with it the truth, in float32 even from float64.
+    """
+    rounding = EPS * float(truth.loss.abs())
+    return float((found.loss.double() - truth.loss).abs()) / (2 * of_rows + 2 * rounding)
 
 
 def errors(model: PreTrainedModel, head: HeadAdapter, *, shifted: bool) -> tuple[float, float]:
     """The larger of both comparisons' errors of loss and gradients, relative to the allowed."""
-    batch = padded_batch()
     dense = copy.copy(head)
     dense.fused = False
     doubles = copy.deepcopy(model).double()
-    losses, gradients = [], []
-    for method in ("ntp", "sftmix"):
-        truth, plain = (ours(m, dense, batch, method) for m in (doubles, model))
-        found = ours(model, head, batch, method)
-        losses.append(loss_error(found, truth, plain))
-        if method == "ntp":
-            labels = own(model, batch, shifted=shifted)
-            losses.append(loss_error(labels, truth, plain))
-            plain = labels
-        allowed = 2 * gradient_error(plain, truth) + EPS
-        gradients.append(gradient_error(found, truth) / allowed)
-    return max(losses), max(gradients)
+    losses, found, allowed = [0.0], {"ntp": 0.0, "sftmix": 0.0}, {"ntp": EPS, "sftmix": EPS}
+    for batch in (padded_batch(0), padded_batch(1)):
+        exact, near = (ours(one, dense, batch, "sftmix") for one in (doubles, model))
+        own_exact, own_near = (own(one, batch, shifted=shifted) for one in (doubles, model))
+        of_rows = float((near.rows.double() - exact.rows).abs().mean())
+        for method, truth, plain in (("ntp", own_exact, own_near), ("sftmix", exact, near)):
+            run = ours(model, head, batch, method)
+            losses.append(loss_error(run, truth, of_rows))
+            found[method] = max(found[method], gradient_error(run, truth))
+            allowed[method] = max(allowed[method], 2 * gradient_error(plain, truth) + EPS)
+    return max(losses), max(found[method] / allowed[method] for method in found)
 
 
 def describe(model: PreTrainedModel, head: HeadAdapter) -> str:
@@ -247,3 +333,51 @@ def is_as_expected(family: Family) -> bool:
     if family.name in REFUSED:
         return family.verdict.startswith("refused")
     return family.verdict == "right"
+
+
+def table(families: Sequence[Family]) -> str:
+    """The families as a table in Markdown."""
+    lines = [
+        "| family | class | head | loss error | gradient error | verdict |",
+        "|---|---|---|---:|---:|---|",
+    ]
+    for name, kind, head, loss, gradient, verdict in families:
+        found = "| | |" if verdict.startswith("refused") else f"| {loss:.2f} | {gradient:.2f} |"
+        lines.append(f"| {name} | {kind} | {head} {found} {verdict} |")
+    return "\n".join(lines)
+
+
+def page(families: Sequence[Family]) -> str:
+    """`docs/models.md`."""
+    right = sum(family.verdict == "right" for family in families)
+    pytorch = torch.__version__.partition("+")[0]
+    return (
+        f"{HEADING}\n\n{right} of {len(families)} families with transformers "
+        f"{transformers.__version__}, PyTorch {pytorch}, on the CPU:\n\n"
+        f"{table(families)}\n"
+    )
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Compare families; 1 if one is wrong, or refused where it should not be."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sftmix.families", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="types of models; all by default")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
+    arguments = parser.parse_args(words)
+    transformers.logging.set_verbosity_error()
+    families = []
+    for name in arguments.names or FAMILIES:
+        families.append(compare(name))
+        print(table(families[-1:]).splitlines()[-1], flush=True)
+    if arguments.markdown is not None:
+        arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
+        arguments.markdown.write_text(page(families), encoding="utf-8")
+    wrong = [family.name for family in families if not is_as_expected(family)]
+    print(f"{len(families)} families, not as they should be: {', '.join(wrong) or 'none'}")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

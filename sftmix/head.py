@@ -311,7 +311,8 @@ def added(output: Any, labels: Tensor, expected: float) -> tuple[float, float]:
     ]
     eps = torch.finfo(output.loss.dtype).eps
     nearest = min(extras, key=lambda extra: abs(extra - expected))
-    return nearest, 4 * eps * (float(output.loss.abs()) + abs(expected))
+    # A certain token's log(1 + x) is rounded at 1.
+    return nearest, 4 * eps * (1 + float(output.loss.abs()) + abs(expected))
 
 
 @contextlib.contextmanager

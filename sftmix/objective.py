@@ -48,16 +48,13 @@ def batch_loss(
         batch[name] if mixed else rows.new_empty(0) for name in ("pair_c", "pair_u", "lam")
     )
     pairs = (torch.searchsorted(rows, pair_c), torch.searchsorted(rows, pair_u), lam.float())
-    terms: dict[str, Any] = {
-        "mu": options.mu if mixed else 0.0,
-        "ntp_divisor": ntp_divisor,
-        "mixup_divisor": mixup_divisor,
-    }
+    mu = options.mu if mixed else 0.0
     tokens = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     call = functools.partial(model, **tokens, use_cache=False, rows=rows)
     if not head.fused:
         output = call(head_input=lambda hidden: with_mixed(hidden, *pairs))
-        return dense_loss(output, batch["targets"], *pairs, **terms)
+        divisors = (ntp_divisor, mixup_divisor)
+        return dense_loss(output, batch["targets"], *pairs, mu, *divisors)
     row_ntp = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
 
     def head_function(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
@@ -66,10 +63,12 @@ def batch_loss(
             weight,
             batch["targets"],
             *pairs,
+            mu=mu,
+            ntp_divisor=ntp_divisor,
+            mixup_divisor=mixup_divisor,
             bias=bias,
             schedule=options.loss_schedule,
             row_ntp_out=row_ntp,
-            **terms,
             **head.options,
         )
 
@@ -96,7 +95,6 @@ def dense_loss(
     pair_c: Tensor,
     pair_u: Tensor,
     lam: Tensor,  # (P,) float32
-    *,
     mu: float,
     ntp_divisor: Tensor,
     mixup_divisor: Tensor,
