@@ -11,9 +11,10 @@ things are compared, in loss and in every parameter's gradient:
 
 **Criterion.** An error may be twice PyTorch's own in float32, plus one rounding of float32. Errors
 of a gradient are relative to the parameter's largest one plus ``sqrt(eps)`` of the model's largest,
-and the largest relative error over all parameters is held beside PyTorch's largest: a few numbers
-beside a few others are a lottery, and some gradients (a key's bias) are 0 but for rounding. The
-loss's error is taken over its tokens without cancelling, for the same reason.
+and the largest relative error over all parameters, both comparisons and two batches is held beside
+PyTorch's largest: a few numbers beside a few others are a lottery, and some gradients (a key's
+bias) are 0 but for rounding. The loss's error is taken over its tokens without cancelling, for the
+same reason.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import transformers
@@ -78,7 +79,8 @@ LARGEST = 4_000_000  # parameters: what is larger was not made small
 _NAMES = """
     afmoe apertus arcee aria_text bailing_hybrid bamba bart beam bert bert-generation big_bird
     bigbird_pegasus biogpt bitnet blenderbot-small bloom camembert codegen cohere cohere2
-    cohere2_moe cpmant ctrl cwm data2vec-text deepseek_v2 deepseek_v3 doge dots1 electra ernie
+    cohere2_moe cpmant ctrl cwm data2vec-text deepseek_v2 deepseek_v3 diffllama doge
+    dots1 electra ernie
     ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 falcon_mamba flex_olmo gemma
     gemma2 gemma3_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neo gpt_neox
     gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoe_swa
@@ -161,8 +163,11 @@ UNSHIFTED = {
     *("bart", "bigbird_pegasus", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"),
     *("trocr", "whisper", "xlm"),
 }
-# Not causal, or with a head that is not called once on each token: refused, as they should be.
+# Refused, as they should be: its tokens see those after them.
 REFUSED = {"cpmant"}
+
+
+Method = Literal["sftmix", "ntp"]
 
 
 class Run(NamedTuple):
@@ -225,12 +230,14 @@ def padded_batch(seed: int) -> dict[str, Tensor]:
 
 
 @functools.cache
-def options(method: str) -> SFTMixConfig:
+def options(method: Method) -> SFTMixConfig:
     """The trainer's options, with enough Mixup to be seen."""
     return SFTMixConfig(output_dir="unused", use_cpu=True, method=method, mu=0.5)
 
 
-def ours(model: PreTrainedModel, head: HeadAdapter, batch: dict[str, Tensor], method: str) -> Run:
+def ours(
+    model: PreTrainedModel, head: HeadAdapter, batch: dict[str, Tensor], method: Method
+) -> Run:
     """The trainer's loss of a batch, with the router's."""
     divisors = [torch.tensor(float(batch[name].numel())) for name in ("rows", "pair_c")]
     loss = batch_loss(model, head, batch, options(method), *divisors)
@@ -255,7 +262,7 @@ def own(model: PreTrainedModel, batch: dict[str, Tensor], *, shifted: bool) -> R
 def backward(model: PreTrainedModel, loss: Tensor, rows: Tensor) -> Run:
     """Gradients of a loss, each parameter's once, tied or not."""
     model.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return Run(loss.detach(), rows.detach(), gradients)
 
@@ -286,17 +293,18 @@ def errors(model: PreTrainedModel, head: HeadAdapter, *, shifted: bool) -> tuple
     dense = copy.copy(head)
     dense.fused = False
     doubles = copy.deepcopy(model).double()
-    losses, found, allowed = [0.0], {"ntp": 0.0, "sftmix": 0.0}, {"ntp": EPS, "sftmix": EPS}
+    losses, found, allowed = [0.0], [0.0], [EPS]
+    methods: tuple[Method, Method] = ("ntp", "sftmix")
     for batch in (padded_batch(0), padded_batch(1)):
         exact, near = (ours(one, dense, batch, "sftmix") for one in (doubles, model))
         own_exact, own_near = (own(one, batch, shifted=shifted) for one in (doubles, model))
         of_rows = float((near.rows.double() - exact.rows).abs().mean())
-        for method, truth, plain in (("ntp", own_exact, own_near), ("sftmix", exact, near)):
+        for method, truth, plain in zip(methods, (own_exact, exact), (own_near, near), strict=True):
             run = ours(model, head, batch, method)
             losses.append(loss_error(run, truth, of_rows))
-            found[method] = max(found[method], gradient_error(run, truth))
-            allowed[method] = max(allowed[method], 2 * gradient_error(plain, truth) + EPS)
-    return max(losses), max(found[method] / allowed[method] for method in found)
+            found.append(gradient_error(run, truth))
+            allowed.append(2 * gradient_error(plain, truth) + EPS)
+    return max(losses), max(found) / max(allowed)
 
 
 def describe(model: PreTrainedModel, head: HeadAdapter) -> str:

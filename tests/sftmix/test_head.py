@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,20 +159,6 @@ def test_the_function_sees_the_chosen_rows_of_what_the_head_reads() -> None:
     assert torch.equal(found.value, expected[rows])
     assert found.router_loss is None
     assert torch.equal(model(tokens, head_function=logits).value, expected)
-
-
-def test_the_models_own_logits_of_other_rows() -> None:
-    model = tiny.build("Gemma2", final_logit_softcapping=2.0).eval()
-    tokens = torch.arange(3, 15).reshape(2, 6)
-    expected = model(tokens).logits.reshape(-1, tiny.VOCABULARY)
-    adapter = HeadAdapter(model, "logits")
-    rows = torch.tensor([11, 0, 5])
-    found = model(tokens, rows=rows, head_input=lambda hidden: hidden[[2, 0, 1, 1]]).value
-    assert tiny.relative_difference(found, expected[rows[[2, 0, 1, 1]]]) <= 1e-6
-    assert "forward" not in adapter.head.__dict__
-    with pytest.raises(ZeroDivisionError):
-        model(tokens, head_input=lambda hidden: 1 / 0)
-    assert type(model.lm_head) is nn.Linear
 
 
 def test_checking_keeps_the_mode_and_the_random_state() -> None:
@@ -372,36 +357,3 @@ def test_a_deep_copy_runs_its_own_weights() -> None:
     assert not hidden.value[0].any()
     assert not hidden.value[1].any()
     assert model(input_ids=batch["input_ids"]).logits.any()
-
-
-# Dynamo looks at the gradient of every tensor between two graphs.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("head", ["fused", "logits"])
-def test_a_compiled_model_is_compiled_once(head: str, tmp_path: Path) -> None:
-    graphs: list[torch.fx.GraphModule] = []
-
-    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    model = tiny.build("Llama", num_hidden_layers=1)
-    made = tiny.trainer(model, tmp_path, tiny.examples(8), head=head)
-    batches = list(made.get_train_dataloader()) * 2
-
-    def run(called: nn.Module) -> Iterator[float]:
-        for batch in batches:
-            loss = made.compute_loss(called, batch)
-            assert isinstance(loss, Tensor)
-            yield float(loss.detach())
-
-    expected = list(run(model))
-    torch.compiler.reset()
-    compiled = torch.compile(model, backend=count, dynamic=True)
-    found, graphs_after = [], []
-    for loss in run(compiled):
-        found.append(loss)
-        graphs_after.append(len(graphs))
-    torch.compiler.reset()
-    assert found == pytest.approx(expected, rel=1e-6)
-    assert graphs_after[0] > 0
-    assert graphs_after[-1] == graphs_after[1]
