@@ -35,11 +35,14 @@ help:
 demo: $(READY)
 	"$(PYTHON)" -m sftmix demo --output "$(OUT)"
 
+# One process for each core, each on one thread; a process that is done takes over what others have
+# left. Each holds torch and a toy model or two, so that there are eight at most.
+PYTEST = OMP_NUM_THREADS=1 "$(PYTHON)" -m pytest -n logical --maxprocesses 8 --dist worksteal
+
 test: $(READY)
 	if "$(PYTHON)" -c "import triton" 2>/dev/null; then \
-		TRITON_INTERPRET=1 "$(PYTHON)" -m pytest -m interpret \
-			tests/sftmix_kernels tests/benchmarks; fi
-	"$(PYTHON)" -m pytest
+		TRITON_INTERPRET=1 $(PYTEST) -m interpret tests/sftmix_kernels tests/benchmarks; fi
+	$(PYTEST)
 
 lint: $(READY)
 	"$(PYTHON)" -m ruff check .

@@ -279,16 +279,19 @@ def step_name(record: Record) -> str:
 
 
 def step_targets(report: Report) -> list[Target]:
-    """Two for each model and size of batch."""
+    """Two of time and one of memory for each model and size of batch."""
     sizes = {step_name(record): same(record, STEP_SIZE) for record in find(report, "step")}
     found = []
     for name, size in sizes.items():
-        sftmix, ntp, theirs = (
-            figure(first(report, "step", who=who, **size))
-            for who in (OUR_SFTMIX, OUR_NTP, THEIR_NTP)
-        )
+        records = [
+            first(report, "step", who=who, **size) for who in (OUR_SFTMIX, OUR_NTP, THEIR_NTP)
+        ]
+        sftmix, ntp, theirs = map(figure, records)
+        peaks = [record and record.get("peak_bytes") for record in records[1:]]
         found.append(at_most(f"{name}: sftmix / ntp, of ours", ratio(sftmix, ntp), 1.05))
         found.append(at_most(f"{name}: ntp of ours / {THEIR_NTP}", ratio(ntp, theirs), 1.0))
+        says = f"{name}: peak of ours / {THEIR_NTP}"
+        found.append(at_most(says, ratio(*peaks), 1.0))
     return found
 
 

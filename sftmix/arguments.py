@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from sftmix.config import SFTMixConfig, SFTMixOptions, option
 
@@ -140,6 +141,8 @@ def parse(
     run, config, _ = parser.parse_args_into_dataclasses(
         [*words, "--output_dir", folder], look_for_args_file=False
     )
+    # Reading and writing weights has bars of its own.
+    (disable_progress_bar if config.disable_tqdm else enable_progress_bar)()
     return run, config
 
 

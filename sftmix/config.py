@@ -12,6 +12,7 @@ CHOICES = {
     "method": ("sftmix", "ntp"),
     "loss_schedule": ("auto", "row_chunks", "vocab_tiles"),
     "head": ("fused", "logits"),
+    "layout": ("padded", "padding_free", "packed"),
 }
 
 # Options of transformers that this trainer's loss and sampler would not heed, and their defaults.
@@ -55,6 +56,14 @@ class SFTMixOptions(ConfigBase):
         "fused: the loss reads a linear head, logits are never made; logits: any head, slowly, "
         "through the model's own logits",
         "ours",
+    )
+    layout: Literal["padded", "padding_free", "packed"] = option(
+        "padded",
+        "How examples lie in a batch: a row each; all in one row; several in each row",
+        "ours",
+    )
+    row_length: int | None = option(
+        None, "Most tokens of a packed row; by default the longest example's", "ours"
     )
     # Examples carry columns that no model's forward knows, and the trainer sorts them itself.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Always off"})

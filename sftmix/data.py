@@ -14,6 +14,7 @@ list. Other columns are ignored.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -30,6 +31,7 @@ __all__ = [
     "BadRows",
     "Example",
     "OnBadRow",
+    "content_hash",
     "data_hash",
     "load_examples",
 ]
@@ -201,8 +203,23 @@ def _format_of(rows: Sequence[Row], name: str) -> tuple[str, ...]:
 
 
 def _digest(content: object) -> str:
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(
+        content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str
+    )
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def content_hash(row: dict[str, Any]) -> str:
+    """The `Example.content_hash` of a row; of all its columns where it is of no known format."""
+    try:
+        for columns, messages_of in _FORMATS.items():
+            if all(column in row for column in columns):
+                return _digest({"messages": messages_of(row)})
+        if all(column in row for column in _TOKEN_COLUMNS):
+            return _digest({name: row[name] for name in _TOKEN_COLUMNS})
+    except _BadField:
+        pass
+    return _digest(row)
 
 
 def _example(row: Row, columns: tuple[str, ...], number: int, name: str) -> Example:
@@ -227,6 +244,7 @@ def load_examples(
     *,
     on_bad_row: OnBadRow = "error",
     split: str = "train",
+    disable_progress: bool | None = False,
 ) -> list[Example]:
     """Read examples from JSON, JSONL and parquet files, or from `datasets` by name.
 
@@ -243,14 +261,15 @@ def load_examples(
     if not data:
         raise ValueError("data must name at least one file, got none")
     bad = BadRows(on_bad_row)
+    bar = functools.partial(tqdm, unit="row", delay=2, disable=disable_progress)
     examples: list[Example] = []
     number = 0
     for name in data:
-        rows = list(tqdm(read_rows(name, split), desc=f"Reading {name}", unit="row", delay=2))
+        rows = list(bar(read_rows(name, split), desc=f"Reading {name}"))
         if not rows:
             raise ValueError(f"{name}: holds no rows")
         columns = _format_of(rows, str(name))
-        for row in tqdm(rows, desc=f"Checking {name}", unit="row", delay=2):
+        for row in bar(rows, desc=f"Checking {name}"):
             try:
                 examples.append(_example(row, columns, number, str(name)))
             except BadRowError as error:

@@ -239,7 +239,7 @@ def ours(
     model: PreTrainedModel, head: HeadAdapter, batch: dict[str, Tensor], method: Method
 ) -> Run:
     """The trainer's loss of a batch, with the router's."""
-    divisors = [torch.tensor(float(batch[name].numel())) for name in ("rows", "pair_c")]
+    divisors = [torch.tensor(float(batch[name].numel())) for name in ("rows", "mix_c")]
     loss = batch_loss(model, head, batch, options(method), *divisors)
     return backward(model, total(loss, head), loss.row_ntp)
 

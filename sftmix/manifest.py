@@ -41,6 +41,9 @@ def versions() -> dict[str, str]:
 # Fields of the training config that decide a run's results.
 RECIPE_FIELDS = (
     "method",
+    "loss_schedule",
+    "layout",
+    "row_length",
     "mu",
     "alpha",
     "num_scorings",

@@ -1,7 +1,7 @@
 """What training logs, summed between two log lines and kept in checkpoints.
 
 A resumed run logs the same numbers as an unbroken one, because the sums of an unfinished window
-travel with the checkpoint.
+travel with the checkpoint, and so does the time that they took.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from sftmix.runs import write_json
 
@@ -40,12 +43,18 @@ class LossWindow:
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(len(FIELDS), dtype=torch.float64, device=device)
-        self.first_step = 0
-        self.started = time.perf_counter()
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget everything: training starts now, at step 0."""
+        self.begun = time.perf_counter()
+        self.seconds = 0.0  # trained, over all the processes of a run that was resumed
+        self.reset(0)
 
     def add(self, values: dict[str, Tensor | float]) -> None:
         """Add one micro-batch; fields that are not given stay as they are."""
         self.sums += torch.stack([self._scalar(values.get(field, 0.0)) for field in FIELDS])
+        self.seconds = time.perf_counter() - self.begun
 
     def _scalar(self, value: Tensor | float) -> Tensor:
         # A number becomes a tensor by a fill: a copy from the host would wait for the device.
@@ -83,13 +92,47 @@ class LossWindow:
 
     def save(self, folder: Path) -> None:
         """Put the sums into a checkpoint."""
-        write_json(folder / self.FILE, {"first_step": self.first_step, "sums": self.sums.tolist()})
+        state = {
+            "first_step": self.first_step,
+            "sums": self.sums.tolist(),
+            "window_seconds": time.perf_counter() - self.started,
+            "seconds": self.seconds,
+        }
+        write_json(folder / self.FILE, state)
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint's sums."""
         state = json.loads((folder / self.FILE).read_text(encoding="utf-8"))
         self.first_step = state["first_step"]
         self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+        self.started = time.perf_counter() - state["window_seconds"]
+        self.seconds = state["seconds"]
+        self.begun = time.perf_counter() - self.seconds
+
+
+class RunTensorBoard(TensorBoardCallback):
+    """TensorBoard in the run's own folder, the same one however often the run is resumed.
+
+    What a killed process logged after its last checkpoint is logged again; readers are told to
+    drop the first of both. ``TENSORBOARD_LOGGING_DIR``, which transformers reads, comes first.
+    """
+
+    def __init__(self, run: Path) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.logging_dir = self.logging_dir or str(run / "tensorboard")
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Open the writer at the step that training starts from."""
+        if state.is_world_process_zero and self.tb_writer is None:
+            step = state.global_step + 1
+            self.tb_writer = self._SummaryWriter(self.logging_dir, purge_step=step)
+        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
 
 
 def peak_memory(device: torch.device) -> float:

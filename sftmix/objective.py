@@ -44,10 +44,10 @@ def batch_loss(
     divisors are the counts of tokens and of mixed pairs that the loss is a mean over.
     """
     rows, mixed = batch["rows"], options.method == "sftmix"
-    pair_c, pair_u, lam = (
-        batch[name] if mixed else rows.new_empty(0) for name in ("pair_c", "pair_u", "lam")
+    mix_c, mix_u, lam = (
+        batch[name] if mixed else rows.new_empty(0) for name in ("mix_c", "mix_u", "lam")
     )
-    pairs = (torch.searchsorted(rows, pair_c), torch.searchsorted(rows, pair_u), lam.float())
+    pairs = (mix_c, mix_u, lam.float())
     mu = options.mu if mixed else 0.0
     tokens = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     call = functools.partial(model, **tokens, use_cache=False, rows=rows)

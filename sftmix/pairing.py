@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+
+from sftmix.layouts import Integers, Layout, Slots, spans
 
 IGNORE_INDEX = -100
 
@@ -92,75 +94,100 @@ class PairedExamples(Dataset[dict[str, Any]]):
 
 
 class PairedCollator:
-    """Pads examples to one length and says which rows carry loss and which are mixed.
+    """Lays examples out and says which rows carry loss and which are mixed.
 
-    Legend: B examples, L padded length, N tokens with loss, P mixed pairs of tokens.
+    Legend: B examples, R rows of L slots, N tokens with loss, P mixed pairs of tokens.
 
-    The batch holds ``input_ids``, ``attention_mask`` and ``labels`` (B, L), labels unshifted as
-    models take them; ``ids`` (B,); ``rows`` (N,) of ``hidden.reshape(B * L, D)`` that predict a
-    response token, ``targets`` (N,) what they predict, ``owner`` (N,) whose row it is within the
-    batch; and where examples carry ``lam``, taken as pairs (c, u) in order, ``pair_c``, ``pair_u``
-    (P,) rows of ``hidden.reshape(B * L, D)`` and ``lam`` (P,) float32.
+    The batch holds ``input_ids`` and ``labels`` (R, L), labels unshifted as models take them, with
+    ``attention_mask`` (padded) or ``position_ids`` (padding_free, packed; see `Layout`); ``ids``
+    and ``lengths`` (B,) in tokens; ``rows`` (N,) of ``hidden.reshape(R * L, D)`` that predict a
+    response token, example by example, ``targets`` (N,) what they predict, ``owner`` (N,) whose row
+    it is within the batch; and where examples carry ``lam``, taken as pairs (c, u) in order,
+    ``mix_c``, ``mix_u`` (P,) places in ``rows``, ``pair_c``, ``pair_u`` (P,) the rows there, and
+    ``lam`` (P,) float32. In the order of ``rows`` all of it is the same in every layout.
     """
 
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int = 1) -> None:
+    def __init__(
+        self,
+        pad_token_id: int,
+        pad_to_multiple_of: int = 1,
+        *,
+        layout: str = "padded",
+        row_length: int | None = None,
+    ) -> None:
+        """See `Layout` for the options and their errors; ``row_length`` is for packed rows."""
         self.pad_token_id = pad_token_id
-        self.pad_to_multiple_of = pad_to_multiple_of
+        self.layout = Layout(layout, pad_to_multiple_of, row_length)
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Build a batch.
 
         Raises:
-            ValueError: an odd number of paired examples, or an example without a response token.
+            ValueError: an odd number of paired examples, or an example without a response token,
+                longer than a row, or with another number of labels than of tokens.
         """
-        batch = self.pad(examples)
-        length = batch["labels"].shape[1]
-        shifted = torch.full_like(batch["labels"], IGNORE_INDEX)
-        shifted[:, :-1] = batch["labels"][:, 1:]
-        rows = (shifted != IGNORE_INDEX).flatten().nonzero().squeeze(-1)
-        owner = rows // length
-        counts = torch.bincount(owner, minlength=len(examples))
-        if (counts == 0).any():
-            empty = int((counts == 0).nonzero()[0])
-            raise ValueError(f"example {examples[empty].get('id')}: no response token to learn")
-        batch.update(rows=rows, targets=shifted.flatten()[rows], owner=owner)
-        if "lam" in examples[0]:
-            batch.update(self.pair(rows, counts.tolist(), [e["lam"] for e in examples]))
-        return batch
-
-    def pad(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask``, ``labels`` padded on the right, and ``ids``."""
-        longest = max(len(example["input_ids"]) for example in examples)
-        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        shape = (len(examples), length)
         # In NumPy, which takes lists of numbers eight times as fast as torch does.
+        lengths = np.array([len(example["input_ids"]) for example in examples])
+        tokens, labels = (joined(examples, name, lengths) for name in ("input_ids", "labels"))
+        slots = self.layout.place(lengths)
         batch = {
-            "input_ids": np.full(shape, self.pad_token_id),
-            "attention_mask": np.zeros(shape, dtype=np.int64),
-            "labels": np.full(shape, IGNORE_INDEX),
+            **self.layout.inputs(tokens, slots, self.pad_token_id),
+            "labels": unshifted(labels, slots),
+            "lengths": lengths,
         }
-        for row, example in enumerate(examples):
-            size = len(example["input_ids"])
-            batch["input_ids"][row, :size] = example["input_ids"]
-            batch["attention_mask"][row, :size] = 1
-            batch["labels"][row, :size] = example["labels"]
+        # No token comes before an example's first one, whatever lies before it in the row.
+        learned = ((labels != IGNORE_INDEX) & (slots.positions > 0)).nonzero()[0]
+        owner = np.repeat(np.arange(len(examples)), lengths)[learned]
+        counts = np.bincount(owner, minlength=len(examples))
+        if not counts.all():
+            empty = examples[int(counts.argmin())]
+            raise ValueError(f"example {empty.get('id')}: no response token to learn")
+        rows = slots.flat[learned] - 1
+        batch.update(rows=rows, targets=labels[learned], owner=owner)
+        if "lam" in examples[0]:
+            batch.update(pair(rows, counts, [example["lam"] for example in examples]))
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
         return {**tensors, "ids": torch.tensor([example.get("id", -1) for example in examples])}
 
-    @staticmethod
-    def pair(rows: Tensor, counts: list[int], lam: list[float]) -> dict[str, Tensor]:
-        """The mixed rows of examples (0, 1), (2, 3), ...: the first ``min`` of both responses."""
-        if len(counts) % 2:
+    def padded(self) -> PairedCollator:
+        """The same with an example a row, as scoring takes them."""
+        return PairedCollator(self.pad_token_id, self.layout.pad_to_multiple_of)
+
+
+def joined(examples: Sequence[dict[str, Any]], name: str, lengths: Integers) -> Integers:
+    """One column of all examples, one after another: (T,)."""
+    values = [np.asarray(example[name], dtype=np.int64) for example in examples]
+    for example, value, length in zip(examples, values, lengths, strict=True):
+        if value.shape != (length,):
             raise ValueError(
-                f"batch: expected pairs of examples, an even number, got {len(counts)}; "
-                "use an even per-device batch size"
+                f"example {example.get('id')}: expected {length} {name}, one for each of its "
+                f"tokens, got {value.size}"
             )
-        spans = rows.split(counts)
-        kept = [min(c, u) for c, u in zip(counts[::2], counts[1::2], strict=True)]
-        return {
-            "pair_c": torch.cat([span[:n] for span, n in zip(spans[::2], kept, strict=True)]),
-            "pair_u": torch.cat([span[:n] for span, n in zip(spans[1::2], kept, strict=True)]),
-            "lam": torch.tensor(lam[::2], dtype=torch.float32).repeat_interleave(
-                torch.tensor(kept)
-            ),
-        }
+    return np.concatenate(values)
+
+
+def unshifted(labels: Integers, slots: Slots) -> Integers:
+    """The labels in their slots: none where a model would predict it from another example."""
+    grid = slots.fill(labels, IGNORE_INDEX)
+    follows = (slots.positions == 0) & (slots.flat % slots.shape[1] > 0)
+    grid.reshape(-1)[slots.flat[follows]] = IGNORE_INDEX
+    return grid
+
+
+def pair(rows: Integers, counts: Integers, lam: Sequence[float]) -> dict[str, NDArray[Any]]:
+    """The mixed rows of examples (0, 1), (2, 3), ...: the first ``min`` of both responses."""
+    if len(counts) % 2:
+        raise ValueError(
+            f"batch: expected pairs of examples, an even number, got {len(counts)}; "
+            "use an even per-device batch size"
+        )
+    firsts = np.cumsum(counts) - counts
+    mixed = np.minimum(counts[::2], counts[1::2])
+    mix_c, mix_u = spans(firsts[::2], mixed), spans(firsts[1::2], mixed)
+    return {
+        "mix_c": mix_c,
+        "mix_u": mix_u,
+        "pair_c": rows[mix_c],
+        "pair_u": rows[mix_u],
+        "lam": np.repeat(np.asarray(lam[::2], dtype=np.float32), mixed),
+    }

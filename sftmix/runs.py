@@ -65,7 +65,7 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{path.name}")
     try:
         write(temporary)
-        _sync(temporary)
+        _finish(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -84,29 +84,46 @@ def write_json(path: Path, obj: Any) -> None:
     atomic_write(path, lambda temporary: temporary.write_bytes(data))
 
 
-def publish_folder(staging: Path, final: Path) -> None:
-    """Renames the folder `staging` to `final` once everything in it is on the disk.
-
-    `final` appears complete or not at all. Both must be on one file system.
+def sync_folder(folder: Path) -> None:
+    """Waits until everything in `folder` is on the disk, with the permissions of new files.
 
     Raises:
-        ValueError: `staging` is not a folder, or there is something at `final` already.
+        OSError: the disk refuses.
+    """
+    for root, _, files in _walk(folder):
+        # A link has no data of its own to sync; its name is synced with its folder.
+        for name in files:
+            if not (root / name).is_symlink():
+                _finish(root / name)
+        _sync(root)
+
+
+def publish_folder(staging: Path, final: Path, *, replace: bool = False) -> None:
+    """Renames the folder `staging` to `final` once everything in it is on the disk.
+
+    `final` appears complete or not at all. Both must be on one file system. With `replace`, what
+    stands at `final` is moved out of the way the moment before, and deleted after.
+
+    Raises:
+        ValueError: `staging` is not a folder, or, without `replace`, there is something at `final`
+            already.
         OSError: the disk refuses, or the two lie on different file systems.
     """
     if staging.is_symlink() or not staging.is_dir():
         raise ValueError(f"staging: expected a folder, got {str(staging)!r}")
-    if os.path.lexists(final):
+    stands = os.path.lexists(final)
+    if stands and not replace:
         raise ValueError(f"final: {str(final)!r} exists already")
-    for root, _, files in _walk(staging):
-        # A link has no data of its own to sync; its name is synced with its folder.
-        for name in files:
-            if not (root / name).is_symlink():
-                _sync(root / name)
-        _sync(root)
+    sync_folder(staging)
+    old = final.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{final.name}")
+    if stands:
+        os.rename(final, old)
     os.rename(staging, final)
     _sync(final.parent)
     if staging.parent != final.parent:
         _sync(staging.parent)
+    if stands:
+        shutil.rmtree(old)
 
 
 @contextmanager
@@ -195,6 +212,14 @@ def _refuse_links_out_of(folder: Path) -> None:
                 raise ValueError(
                     f"path: {str(entry)!r} is a symbolic link that leads out of the run's folder"
                 )
+
+
+def _finish(file: Path) -> None:
+    # safetensors lets its files be read by their owner alone, whatever the umask says.
+    umask = os.umask(0o077)
+    os.umask(umask)
+    os.chmod(file, 0o666 & ~umask)
+    _sync(file)
 
 
 def _sync(path: Path) -> None:

@@ -15,7 +15,7 @@ from sftmix.pairing import PairedCollator
 from sftmix.partition import Partition, from_scores, read_partition, summary, write_partition
 from sftmix.runs import lock_run, open_run, remove_leftovers
 from sftmix.scoring import ScoringCallback, score_examples, scoring_autocast, scoring_steps
-from sftmix.trainer import SFTMixTrainer, make_collator
+from sftmix.trainer import SFTMixMixin, SFTMixTrainer, make_collator
 from sftmix_kernels import StreamingPerplexity
 
 FILE = "confidence.parquet"
@@ -43,13 +43,13 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
         ValueError: bad data, fewer steps than scorings, or a resumed run of another recipe.
     """
     tokenizer = load_tokenizer(arguments)
-    dataset = load_data(arguments, tokenizer)
+    dataset = load_data(arguments, tokenizer, disable_progress=config.disable_tqdm)
     numbers = recipe(arguments, config, dataset, tokenizer)
     if (run / FILE).exists():
         start_manifest(run, numbers)
         partition = read_partition(run / FILE)
     else:
-        model, collator = load_model(arguments), make_collator(tokenizer)
+        model, collator = load_model(arguments), make_collator(tokenizer, config)
         trainer, scores = reference_trainer(model, dataset, collator, config)
         start_manifest(run, numbers)
         trainer.train(resume_from_checkpoint=arguments.resume or None)
@@ -74,24 +74,38 @@ def reference_trainer(
         ValueError: several processes, fewer steps than scorings, or an argument that
             `SFTMixTrainer` refuses.
     """
+    trainer = SFTMixTrainer(model=model, args=config, train_dataset=dataset, data_collator=collator)
+    return trainer, score_while_training(
+        trainer, config.num_scorings, checkpointed=config.checkpoint_scorings
+    )
+
+
+def score_while_training(
+    trainer: SFTMixMixin, num_scorings: int, *, checkpointed: bool = False
+) -> StreamingPerplexity:
+    """Have an unpaired trainer of one epoch score its own data; returns where the scores add up.
+
+    Raises:
+        ValueError: several processes, or fewer steps than scorings.
+    """
+    config = trainer.args
     if config.world_size > 1:
         raise ValueError(f"score: expected one process, got {config.world_size}")
-    trainer = SFTMixTrainer(model=model, args=config, train_dataset=dataset, data_collator=collator)
     batches = len(trainer.get_train_dataloader())
     scoring = ScoringCallback(
-        StreamingPerplexity(len(dataset), config.device),
-        scoring_steps(-(-batches // config.gradient_accumulation_steps), config.num_scorings),
+        StreamingPerplexity(len(trainer.train_dataset), config.device),
+        scoring_steps(-(-batches // config.gradient_accumulation_steps), num_scorings),
         functools.partial(
             score_examples,
-            model,
+            trainer.model,
             trainer.head,
-            dataset,
-            collator=collator,
+            trainer.train_dataset,
+            collator=trainer.data_collator.padded(),
             context=scoring_autocast(trainer.head, trainer.accelerator),
             disable_progress=config.disable_tqdm,
         ),
-        checkpointed=config.checkpoint_scorings,
+        checkpointed=checkpointed,
     )
     trainer.add_callback(scoring)
     trainer.checkpoint_extras.append(scoring)
-    return trainer, scoring.perplexity
+    return scoring.perplexity

@@ -192,6 +192,7 @@ def tokenize_examples(
     *,
     max_length: int = 2048,
     on_bad_row: OnBadRow = "error",
+    disable_progress: bool | None = False,
 ) -> datasets.Dataset:
     """Tokenise examples into a dataset of `id`, `content_hash`, `input_ids` and `labels`.
 
@@ -216,7 +217,13 @@ def tokenize_examples(
     bad = BadRows(on_bad_row)
     parts: list[datasets.Dataset] = []
     truncated = 0
-    with tqdm(total=len(examples), desc="Tokenising", unit="row", delay=2) as bar:
+    with tqdm(
+        total=len(examples),
+        desc="Tokenising",
+        unit="row",
+        delay=2,
+        disable=disable_progress,
+    ) as bar:
         for begin in range(0, len(examples), BATCH_ROWS):
             batch = examples[begin : begin + BATCH_ROWS]
             part, cut = _tokenize_batch(batch, tokenizer, max_length, bad)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 from sftmix.arguments import TrainRunArguments, parse
 from sftmix.config import SFTMixConfig
 from sftmix.loading import load_data, load_model, load_tokenizer, save_final_model
-from sftmix.manifest import recipe, start_manifest
+from sftmix.manifest import recipe, start_manifest, versions
+from sftmix.model_card import model_card
 from sftmix.partition import match, partition_hash, read_partition
 from sftmix.runs import lock_run, open_run, remove_leftovers
 from sftmix.trainer import SFTMixTrainer, make_collator
@@ -39,8 +41,9 @@ def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTM
         FloatingPointError: the loss is not finite.
     """
     tokenizer = load_tokenizer(arguments)
-    dataset = load_data(arguments, tokenizer)
-    held_out = load_data(arguments, tokenizer, arguments.eval_data) if arguments.eval_data else None
+    load = functools.partial(load_data, arguments, tokenizer, disable_progress=config.disable_tqdm)
+    dataset = load()
+    held_out = load(arguments.eval_data) if arguments.eval_data else None
     confident, scores_hash = None, None
     if arguments.partition is not None:
         partition = read_partition(Path(arguments.partition))
@@ -51,13 +54,23 @@ def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTM
         args=config,
         train_dataset=dataset,
         eval_dataset=held_out,
-        data_collator=make_collator(tokenizer),
+        data_collator=make_collator(tokenizer, config),
         confident=confident,
     )
-    start_manifest(run, recipe(arguments, config, dataset, tokenizer, partition=scores_hash))
+    numbers = recipe(arguments, config, dataset, tokenizer, partition=scores_hash)
+    start_manifest(run, numbers)
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     if held_out is not None:
         trainer.evaluate()
     trainer.save_state()
-    save_final_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    card = model_card(
+        numbers,
+        versions(),
+        trainer.state.log_history,
+        seconds=trainer.window.seconds,
+        halves=None if confident is None else (int(confident.sum()), int((~confident).sum())),
+        adapter=hasattr(model, "peft_config"),
+    )
+    save_final_model(model, tokenizer, run, card)
     return trainer

@@ -6,25 +6,36 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.trainer_utils import TrainOutput
 
-from sftmix.checkpoints import PREFIX, STAGING, latest_checkpoint, writing
+from sftmix.checkpoints import (
+    PREFIX,
+    STAGING,
+    STATE,
+    latest_checkpoint,
+    rotate_checkpoints,
+    seal,
+    writing,
+)
 from sftmix.config import SFTMixOptions
 from sftmix.head import HeadAdapter
-from sftmix.metrics import LossWindow
+from sftmix.layouts import check_layout
+from sftmix.metrics import LossWindow, RunTensorBoard
 from sftmix.objective import BatchLoss, batch_loss
 from sftmix.pairing import PairedCollator, PairedExamples, PairedSampler, ShuffledSampler
-from sftmix.runs import publish_folder
+from sftmix.pickles import refuse_code
+from sftmix.runs import atomic_write, publish_folder
 from sftmix.scoring import score_examples
 
 # The mixin goes over any trainer derived from Trainer; type checkers read it as one.
@@ -60,7 +71,7 @@ class SFTMixMixin(TrainerBase):
         Args:
             confident: which rows of ``train_dataset`` are in the confident half.
             checkpoint_extras: objects with ``save(folder)`` and ``load(folder)`` whose state
-                travels with checkpoints.
+                travels with checkpoints, in the file ``FILE``, which they may write again later.
 
         Raises:
             ValueError: no partition for SFTMix, one of another length, a model whose head is not
@@ -69,15 +80,20 @@ class SFTMixMixin(TrainerBase):
         for name in ("model_init", "compute_metrics", "compute_loss_func"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: not supported here")
-        if kwargs.get("data_collator") is None and len(args) < 3:
-            kwargs["data_collator"] = make_collator(kwargs.get("processing_class"))
+        own_collator = kwargs.get("data_collator") is None and len(args) < 3
         super().__init__(*args, **kwargs)
+        if own_collator:
+            self.data_collator = self._make_collator()
         self.head = HeadAdapter(self.accelerator.unwrap_model(self.model), self.args.head)
+        self._check_layout()
         # The loss is divided by counts over the whole accumulation window, here and not by Trainer.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.window = LossWindow(self.args.device)
-        self.checkpoint_extras = [self.window, *checkpoint_extras]
+        self.checkpoint_extras = list(checkpoint_extras)
         self.staging: Path | None = None
+        if "tensorboard" in (self.args.report_to or ()):
+            self.pop_callback(TensorBoardCallback)
+            self.add_callback(RunTensorBoard(Path(str(self.args.output_dir))))
         self.paired = confident is not None
         if confident is not None:
             self._pair(np.asarray(confident, dtype=bool))
@@ -87,6 +103,19 @@ class SFTMixMixin(TrainerBase):
             raise ValueError("nn.DataParallel is not supported; start one process for each GPU")
         if self.train_dataset is not None:
             self._get_train_sampler()  # refuses data that make no batch
+
+    def _make_collator(self) -> PairedCollator:
+        return make_collator(self.processing_class, self.args)
+
+    def _check_layout(self) -> None:
+        layout = self.data_collator.layout
+        if layout.name != self.args.layout:
+            raise ValueError(
+                f"data_collator: expected layout={self.args.layout!r} as in args, "
+                f"got {layout.name!r}"
+            )
+        with self.accelerator.autocast():
+            check_layout(self.accelerator.unwrap_model(self.model), layout.name)
 
     def _pair(self, confident: np.ndarray[Any, Any]) -> None:
         dataset = self.train_dataset
@@ -161,7 +190,7 @@ class SFTMixMixin(TrainerBase):
             "ntp_loss": loss.ntp,
             "mixup_loss": loss.mixup,
             "router_loss": 0.0 if loss.router is None else loss.router,
-            "input_tokens": inputs["attention_mask"].sum(),
+            "input_tokens": inputs["lengths"].sum(),
             "tokens_confident": float(inputs["rows"].numel()),
         }
         if self.paired:
@@ -227,7 +256,7 @@ class SFTMixMixin(TrainerBase):
             self.model,
             self.head,
             dataset,
-            collator=self.data_collator,
+            collator=self.data_collator.padded(),
             context=self.accelerator.autocast,
             description="evaluate",
             disable_progress=self.args.disable_tqdm,
@@ -241,6 +270,14 @@ class SFTMixMixin(TrainerBase):
         handler = self.callback_handler
         self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Not there: logits are never made.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("predict: this trainer makes no logits; see evaluate")
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where Trainer writes: the staging folder while a checkpoint is being made."""
@@ -259,25 +296,31 @@ class SFTMixMixin(TrainerBase):
         # Every rank writes its random state into the folder that the first one renames.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            for extra in self.checkpoint_extras:
-                extra.save(staging / name)
-            if (run / name).exists():  # damaged, or an earlier training's in the same folder
-                shutil.rmtree(run / name)
-            self._name_best_checkpoint(staging / name, run / name)
-            publish_folder(staging / name, run / name)
-            staging.rmdir()
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            self._publish(staging / name, run / name)
         self.accelerator.wait_for_everyone()
 
-    def _name_best_checkpoint(self, staging: Path, final: Path) -> None:
+    def _publish(self, staging: Path, final: Path) -> None:
         if self.state.best_model_checkpoint == str(staging):
             self.state.best_model_checkpoint = str(final)
-            self.state.save_to_json(str(staging / "trainer_state.json"))
+            self.state.save_to_json(str(staging / STATE))
+        for extra in [self.window, *self.checkpoint_extras]:
+            extra.save(staging)
+        seal(staging, changing=[extra.FILE for extra in self.checkpoint_extras])
+        # What is there is damaged, or an earlier training's in the same folder.
+        publish_folder(staging, final, replace=True)
+        staging.parent.rmdir()
+        rotate_checkpoints(
+            final.parent,
+            self.state.global_step,
+            self.args.save_total_limit,
+            self.state.best_model_checkpoint,
+        )
+
+    def save_state(self) -> None:
+        """The log and the counters into ``RUN/trainer_state.json``, all of it or nothing."""
+        if self.args.should_save:
+            path = Path(str(self.args.output_dir)) / STATE
+            atomic_write(path, lambda temporary: self.state.save_to_json(str(temporary)))
 
     def train(
         self,
@@ -288,25 +331,44 @@ class SFTMixMixin(TrainerBase):
         """As `transformers.Trainer.train`; ``True`` resumes from the newest whole checkpoint.
 
         A run that has no checkpoint yet starts from the beginning, which comes to the same.
+
+        Raises:
+            ValueError: a file of the checkpoint could run code when it is loaded.
         """
         if resume_from_checkpoint is True:
-            newest = latest_checkpoint(Path(str(self.args.output_dir)))
-            resume_from_checkpoint = None if newest is None else str(newest)
+            resume_from_checkpoint = self._newest_checkpoint()
         if isinstance(resume_from_checkpoint, str):
-            for extra in self.checkpoint_extras:
+            refuse_code(Path(resume_from_checkpoint))
+            for extra in [self.window, *self.checkpoint_extras]:
                 extra.load(Path(resume_from_checkpoint))
+        else:
+            self.window.begin()
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _newest_checkpoint(self) -> str | None:
+        """The first process reads what there is; all go on from the same."""
+        found: list[str | None] = [None]
+        if self.is_world_process_zero():
+            newest = latest_checkpoint(Path(str(self.args.output_dir)))
+            found = [None if newest is None else str(newest)]
+        broadcast_object_list(found)
+        return found[0]
 
 
 class SFTMixTrainer(SFTMixMixin, Trainer):
     """`transformers.Trainer` with the loss, the pairs and the checkpoints of `SFTMixMixin`."""
 
 
-def make_collator(tokenizer: Any) -> PairedCollator:
+def make_collator(tokenizer: Any, options: SFTMixOptions | None = None) -> PairedCollator:
     """The collator that `SFTMixMixin` expects, padding with the tokenizer's token.
+
+    Batches are laid out as ``options`` says, padded without.
 
     Padding is masked, so that the end token will do where there is none, and 0 without a
     tokenizer.
     """
     tokens = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("pad", "eos"))
-    return PairedCollator(next((token for token in tokens if token is not None), 0))
+    token = next((token for token in tokens if token is not None), 0)
+    if options is None:
+        return PairedCollator(token)
+    return PairedCollator(token, layout=options.layout, row_length=options.row_length)

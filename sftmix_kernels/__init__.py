@@ -2,7 +2,7 @@
 
 Which file has what: `reference.py` the formulas, `<op>.py` the op and its public function,
 `row_chunks.py` and `vocab_tiles.py` the two ways to avoid full logits (`schedules.py` chooses),
-`triton/` the kernels.
+`vocab_parallel.py` and `sharded_chunks.py` a head shared out over ranks, `triton/` the kernels.
 """
 
 from .cross_entropy import fused_cross_entropy
@@ -11,11 +11,13 @@ from .perplexity import StreamingPerplexity, streaming_perplexity
 from .reference import SFTMixLoss
 from .schedules import RowChunks, VocabTiles
 from .sftmix_loss import fused_sftmix_loss
+from .vocab_parallel import VocabShard
 
 __all__ = [
     "RowChunks",
     "SFTMixLoss",
     "StreamingPerplexity",
+    "VocabShard",
     "VocabTiles",
     "fused_cross_entropy",
     "fused_mixup_loss",

@@ -27,14 +27,17 @@ def check_head(
     softcap: float | None,
     *,
     name: str = "hidden",
+    fewest_tokens: int = 1,
 ) -> None:
     """Check hidden (..., D), weight (V, D), bias (V,), and the two numbers of the head."""
     check_tensor(name, hidden)
     check_tensor("weight", weight)
     if hidden.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {hidden.dtype}")
-    if weight.dim() != 2 or weight.shape[0] == 0:
-        raise ValueError(f"weight: expected shape (V, D) with V > 0, got {tuple(weight.shape)}")
+    if weight.dim() != 2 or weight.shape[0] < fewest_tokens:
+        raise ValueError(
+            f"weight: expected shape (V, D) with V >= {fewest_tokens}, got {tuple(weight.shape)}"
+        )
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{name}: expected shape (..., {weight.shape[1]}) to match weight, "

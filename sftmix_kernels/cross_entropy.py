@@ -8,7 +8,6 @@ from torch import Tensor
 from .checks import (
     autocast,
     check_divisor,
-    check_head,
     check_ids,
     check_label_values,
     check_reduction,
@@ -16,6 +15,7 @@ from .checks import (
 from .mixup_loss import reduced_loss
 from .reference import label_weight
 from .schedules import Schedule, resolve_schedule
+from .vocab_parallel import VocabShard, checked_head
 
 
 def fused_cross_entropy(
@@ -30,6 +30,7 @@ def fused_cross_entropy(
     reduction: str = "mean",
     divisor: float | Tensor | None = None,
     schedule: Schedule = "auto",
+    vocab_parallel: VocabShard | None = None,
     validate: bool = False,
 ) -> Tensor:
     """Cross-entropy of the LM head's logits without ever holding them.
@@ -45,18 +46,17 @@ def fused_cross_entropy(
         TypeError, ValueError: naming the argument, what was expected, and what came.
     """
     hidden, weight, bias = autocast(hidden, weight, bias)  # type: ignore[assignment]
-    check_head(hidden, weight, bias, logit_scale, softcap)
+    head = checked_head(hidden, weight, bias, logit_scale, softcap, vocab_parallel, schedule)
     check_reduction(reduction)
     check_divisor("divisor", divisor)
     check_ids("labels", labels, hidden)
     if validate:
-        check_label_values("labels", labels, weight.shape[0], ignore_index)
-    counts = label_weight(labels, weight.shape[0], ignore_index)
+        check_label_values("labels", labels, head.vocab_size, ignore_index)
+    counts = label_weight(labels, head.vocab_size, ignore_index)
     return reduced_loss(
         hidden,
         None,
-        weight,
-        bias,
+        head,
         labels.unsqueeze(-1),
         torch.ones_like(counts).unsqueeze(-1),
         counts,
@@ -64,5 +64,5 @@ def fused_cross_entropy(
         softcap,
         reduction,
         divisor,
-        resolve_schedule(schedule, hidden, weight.shape[0]),
+        resolve_schedule(schedule, hidden, head.widest),
     )

@@ -17,7 +17,6 @@ from torch import Tensor
 from .checks import (
     autocast,
     check_divisor,
-    check_head,
     check_ids,
     check_label_values,
     check_reduction,
@@ -43,6 +42,8 @@ from .row_chunks import (
     store_rows_,
 )
 from .schedules import Schedule, VocabTiles, resolve_schedule, runs_triton
+from .sharded_chunks import add_over_ranks_, sharded_losses_
+from .vocab_parallel import Head, VocabShard, checked_head
 
 
 @torch.library.custom_op("sftmix_kernels::mixup_rows", mutates_args=())
@@ -57,14 +58,18 @@ def mixup_rows(
     softcap: float | None,
     chunk_rows: int,
     needs_gradient: list[bool],  # of hidden, weight, bias
+    first_token: int = 0,
+    group: str | None = None,  # over which the vocabulary is shared out
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weighted row losses (R,), and the gradients of their sum with respect to the mixed rows
-    (R, D), weight (V, D) and bias (V,), the last two in float32; empty where not needed."""
+    (R, D), weight (V, D) and bias (V,), the last two in float32; empty where not needed. With a
+    group, weight and bias are this rank's, and the first gradient is float32 too."""
     transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
     loss = torch.zeros_like(row_weight)
     with torch.autocast(weight.device.type, enabled=False):
         rows = counted_rows(row_weight)
-        gradients = Gradients(hidden[0], weight, needs_gradient, rows.numel())
+        partial = group is not None
+        gradients = Gradients(hidden[0], weight, needs_gradient, rows.numel(), partial=partial)
         sizes = chunk_sizes(rows.numel(), chunk_rows)
         workspace = logits_workspace(weight, max(sizes, default=0))
         # Once, and not for every chunk.
@@ -72,15 +77,13 @@ def mixup_rows(
         for chunk in rows.split(sizes):
             mixed = mixed_rows(hidden, share, chunk, row_weight)
             logits = project(mixed, weight, bias, workspace)
-            loss[chunk] = chunk_losses_(
-                logits,
-                targets[chunk],
-                share[chunk],
-                row_weight[chunk],
-                transform,
-                gradients.needed,
-            )
+            rest = (targets[chunk], share[chunk], row_weight[chunk], transform, gradients.needed)
+            if group is None:
+                loss[chunk] = chunk_losses_(logits, *rest)
+            else:
+                loss[chunk] = sharded_losses_(logits, *rest, first_token, group)
             gradients.add_chunk(logits, mixed, weight, chunk)
+        add_over_ranks_(gradients.hidden, group)
     return loss, gradients.hidden, gradients.weight, gradients.bias
 
 
@@ -96,8 +99,10 @@ def _(
     softcap: float | None,
     chunk_rows: int,
     needs_gradient: list[bool],
+    first_token: int = 0,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gradients = Gradients(hidden[0], weight, needs_gradient, 0)
+    gradients = Gradients(hidden[0], weight, needs_gradient, 0, partial=group is not None)
     return torch.empty_like(row_weight), gradients.hidden, gradients.weight, gradients.bias
 
 
@@ -132,6 +137,8 @@ class Options(NamedTuple):
     softcap: float | None
     chunk_rows: int
     needs_gradient: list[bool]
+    first_token: int
+    group: str | None
 
 
 class ReducedRows(torch.autograd.Function):
@@ -202,8 +209,7 @@ class UnreducedRows(torch.autograd.Function):
 def reduced_loss(
     hidden_c: Tensor,  # (..., D)
     hidden_u: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: Head,
     targets: Tensor,  # (..., T)
     share: Tensor,  # (..., T)
     row_weight: Tensor,  # (...)
@@ -214,6 +220,7 @@ def reduced_loss(
     schedule: int | VocabTiles,
 ) -> Tensor:
     """Flatten, run, and reduce: what Mixup and the plain cross-entropy have in common."""
+    weight, bias = head.weight, head.bias
     inputs = (hidden_c, weight, bias)
     if hidden_u is not None and hidden_u.requires_grad:
         inputs = (hidden_u, weight, bias)
@@ -224,7 +231,7 @@ def reduced_loss(
         None if hidden_u is None else hidden_u.reshape(-1, size),
         weight,
         bias,
-        targets.reshape(-1, terms).clamp(0, weight.shape[0] - 1),
+        targets.reshape(-1, terms).clamp(0, head.vocab_size - 1),
         share.reshape(-1, terms),
         row_weight.reshape(-1),
     )
@@ -235,7 +242,7 @@ def reduced_loss(
         if reduction == "none":
             return rows.reshape(row_weight.shape)  # type: ignore[no-any-return]
         return (rows.sum(dtype=torch.float64) / total).float()  # type: ignore[no-any-return]
-    options = Options(float(logit_scale), softcap, schedule, needs)
+    options = Options(float(logit_scale), softcap, schedule, needs, head.start, head.group)
     if reduction == "none":
         return UnreducedRows.apply(*tensors, options).reshape(row_weight.shape)  # type: ignore[no-any-return, no-untyped-call]
     return ReducedRows.apply(*tensors, total, options)  # type: ignore[no-any-return, no-untyped-call]
@@ -267,6 +274,7 @@ def fused_mixup_loss(
     reduction: str = "mean",
     divisor: float | Tensor | None = None,
     schedule: Schedule = "auto",
+    vocab_parallel: VocabShard | None = None,
     validate: bool = False,
 ) -> Tensor:
     """Mixup loss of pairs of hidden states without ever holding their logits.
@@ -287,6 +295,11 @@ def fused_mixup_loss(
             tensor of 0 counts as 1.
         schedule: ``"auto"``, ``"row_chunks"``, ``"vocab_tiles"``, or `RowChunks` or `VocabTiles`
             with other numbers.
+        vocab_parallel: which tokens' rows weight and bias hold, where the head is shared out over
+            ranks (`VocabShard`): labels are global, and hidden, labels, lam, the options and what
+            needs a gradient are the same on every rank of the group. The loss is then the same on
+            every rank too; so are hidden's gradients, whole: reduce neither again. Of weight and
+            bias each rank gets its own. ``row_chunks`` only.
         validate: also check the values of labels and lam, which waits for the device.
 
     Returns:
@@ -296,7 +309,9 @@ def fused_mixup_loss(
         TypeError, ValueError: naming the argument, what was expected, and what came.
     """
     hidden_c, hidden_u, weight, bias = autocast(hidden_c, hidden_u, weight, bias)  # type: ignore[assignment]
-    check_head(hidden_c, weight, bias, logit_scale, softcap, name="hidden_c")
+    head = checked_head(
+        hidden_c, weight, bias, logit_scale, softcap, vocab_parallel, schedule, name="hidden_c"
+    )
     check_reduction(reduction)
     check_divisor("divisor", divisor)
     check_same("hidden_u", hidden_u, "hidden_c", hidden_c)
@@ -305,7 +320,7 @@ def fused_mixup_loss(
             f"hidden_u: expected hidden_c's shape {tuple(hidden_c.shape)}, "
             f"got {tuple(hidden_u.shape)}"
         )
-    vocab_size = weight.shape[0]
+    vocab_size = head.vocab_size
     for name, labels in (("labels_c", labels_c), ("labels_u", labels_u)):
         check_ids(name, labels, hidden_c)
         if validate:
@@ -318,8 +333,7 @@ def fused_mixup_loss(
     return reduced_loss(
         hidden_c,
         hidden_u,
-        weight,
-        bias,
+        head,
         torch.stack((labels_c, labels_u), dim=-1),
         torch.stack((share_c, 1.0 - share_c), dim=-1),
         counts,
@@ -327,5 +341,5 @@ def fused_mixup_loss(
         softcap,
         reduction,
         divisor,
-        resolve_schedule(schedule, hidden_c, vocab_size),
+        resolve_schedule(schedule, hidden_c, head.widest),
     )

@@ -54,6 +54,42 @@ class LogitTransform(NamedTuple):
         return slope
 
 
+class TargetColumns(NamedTuple):
+    """The shares of a row's targets. Both may be the same token: its column carries both shares."""
+
+    share: Tensor  # (B, T) float32, summing to 1
+    column_share: Tensor  # (B, T): of all targets in this target's column
+    same: Tensor  # (B, T, T): 1 where two targets are the same token
+
+    def held(self, exp_at: Tensor) -> Tensor:
+        """What of the targets' exponentials is kept out of the row's sum.
+
+        A target without a share (lam is 0 or 1) stays in like any other: bitwise the plain loss.
+        """
+        return exp_at.masked_fill(self.column_share == 0, 0.0)
+
+    def finish(
+        self, log_p: Tensor, exp_at: Tensor, rest: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:  # (B,), (B, 1), (B, T)
+        """Loss, sum of all exponentials, and that times the gradient at the targets.
+
+        ``log_p`` are the targets' logits less the row's peak, ``exp_at`` their exponentials, and
+        ``rest`` (B, 1) is the sum of all exponentials but those held.
+        """
+        held = self.held(exp_at)
+        held_sum = (held / self.same.sum(-1)).sum(-1, keepdim=True)
+        log_p = log_p - torch.log1p(rest + (held_sum - 1.0))
+        others = rest + ((1.0 - self.same) * held.unsqueeze(-2)).sum(-1)
+        at_targets = exp_at * (1.0 - self.column_share) - self.column_share * others
+        return -(self.share * log_p).sum(-1), rest + held_sum, at_targets
+
+
+def target_columns(targets: Tensor, share: Tensor) -> TargetColumns:
+    """From token ids (B, T) and shares (B, T)."""
+    same = (targets.unsqueeze(-1) == targets.unsqueeze(-2)).float()
+    return TargetColumns(share, (same * share.unsqueeze(-2)).sum(-1), same)
+
+
 def soft_cross_entropy_(
     logits: Tensor,  # (B, V) float32 raw logits; holds the gradient afterwards
     targets: Tensor,  # (B, T) int64 in [0, V)
@@ -71,23 +107,15 @@ def soft_cross_entropy_(
     peak = logits.amax(-1, keepdim=True)
     log_p = logits.gather(-1, targets) - peak
     exp_at = logits.sub_(peak).exp_().gather(-1, targets)
-    # Both targets may be the same token: each column then carries both shares. One without a share
-    # (lam is 0 or 1) stays in the sum like any other: bitwise the plain loss.
-    same = (targets.unsqueeze(-1) == targets.unsqueeze(-2)).float()
-    column_share = (same * share.unsqueeze(-2)).sum(-1)
-    held = exp_at.masked_fill(column_share == 0, 0.0)
-    rest = logits.scatter_(-1, targets, exp_at - held).sum(-1, keepdim=True)
-    held_sum = (held / same.sum(-1)).sum(-1, keepdim=True)
-    log_p -= torch.log1p(rest + (held_sum - 1.0))
+    columns = target_columns(targets, share)
+    rest = logits.scatter_(-1, targets, exp_at - columns.held(exp_at)).sum(-1, keepdim=True)
+    loss, total, at_targets = columns.finish(log_p, exp_at, rest)
     if needs_gradient:
-        factor = (weight * transform.scale).unsqueeze(-1) / (rest + held_sum)
-        others = rest + ((1.0 - same) * held.unsqueeze(-2)).sum(-1)
-        logits.mul_(factor)
-        at_targets = exp_at * (1.0 - column_share) - column_share * others
-        logits.scatter_(-1, targets, factor * at_targets)
+        factor = (weight * transform.scale).unsqueeze(-1) / total
+        logits.mul_(factor).scatter_(-1, targets, factor * at_targets)
         if slope is not None:
             logits.mul_(slope)
-    return -(share * log_p).sum(-1)
+    return loss
 
 
 def pair_cross_entropy_(
@@ -102,12 +130,7 @@ def pair_cross_entropy_(
 ) -> tuple[Tensor, Tensor, Tensor]:  # NTP of c, NTP of u, Mixup: (B,) float32 each
     """The three losses of a pair of rows; both logits become ``G_c`` and ``G_u`` in place."""
     share_c, share_u = share.tensor_split(2, dim=-1)
-    mixed = torch.mul(logits[0], share_c, out=workspace[: share.shape[0]])
-    mixed.addcmul_(logits[1], share_u)
-    if transform.has_bias:
-        # 0 * -inf is NaN: where one share is 0, the mixture is the other row.
-        torch.where(share_u == 0, logits[0], mixed, out=mixed)
-        torch.where(share_c == 0, logits[1], mixed, out=mixed)
+    mixed = mixed_logits(logits, share, transform.has_bias, workspace)
     mixup = soft_cross_entropy_(
         mixed, torch.stack(labels, dim=-1), share, mix_weight, transform, needs_gradient
     )
@@ -119,6 +142,23 @@ def pair_cross_entropy_(
         logits[0].addcmul_(mixed, share_c)
         logits[1].addcmul_(mixed, share_u)
     return ntp_c, ntp_u, mixup
+
+
+def mixed_logits(
+    logits: tuple[Tensor, Tensor],  # two (B, V)
+    share: Tensor,  # (B, 2)
+    has_bias: bool,
+    workspace: Tensor,  # (>= B, V)
+) -> Tensor:  # (B, V)
+    """``share_c a_c + share_u a_u`` of raw logits, in the workspace's first rows."""
+    share_c, share_u = share.tensor_split(2, dim=-1)
+    mixed = torch.mul(logits[0], share_c, out=workspace[: share.shape[0]])
+    mixed.addcmul_(logits[1], share_u)
+    if has_bias:
+        # 0 * -inf is NaN: where one share is 0, the mixture is the other row.
+        torch.where(share_u == 0, logits[0], mixed, out=mixed)
+        torch.where(share_c == 0, logits[1], mixed, out=mixed)
+    return mixed
 
 
 def cross_entropy_(
@@ -134,7 +174,9 @@ def cross_entropy_(
     return soft_cross_entropy_(logits, targets, share, weight, transform, needs_gradient)
 
 
-def cache_blocks(start: int, stop: int, logits: Tensor) -> Iterator[slice]:
+def cache_blocks(
+    start: int, stop: int, logits: Tensor, block_bytes: int = 2**21
+) -> Iterator[slice]:
     """Slices of rows whose float32 logits take about 2 MiB, so that every pass hits a cache.
 
     NTP + Mixup at D = 512, V = 32000 on two cores with 2 MiB of L2 each, in turns: 2.15 s with
@@ -143,7 +185,7 @@ def cache_blocks(start: int, stop: int, logits: Tensor) -> Iterator[slice]:
     A last row alone joins the block before it: PyTorch sums a single long row over threads, in
     another order, and then the bits of a row's loss would hang on its place in the chunk.
     """
-    step = max(2, 2**21 // (4 * logits.shape[1]))
+    step = max(2, block_bytes // (4 * logits.shape[1]))
     while start < stop:
         end = stop if stop - start <= step + 1 else start + step
         yield slice(start, end)
@@ -153,17 +195,24 @@ def cache_blocks(start: int, stop: int, logits: Tensor) -> Iterator[slice]:
 class Gradients:
     """The gradients of one op call, filled chunk by chunk; what is not needed is not allocated.
 
-    ``hidden`` (R, D) in its own dtype; ``weight`` (V, D) and ``bias`` (V,) in float32, since sums
-    over many chunks diverge in bfloat16.
+    ``hidden`` (R, D) in its own dtype, or in float32 where ranks add theirs up; ``weight`` (V, D)
+    and ``bias`` (V,) in float32, since sums over many chunks diverge in bfloat16.
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, needs_gradient: list[bool], num_rows: int
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        needs_gradient: list[bool],
+        num_rows: int,
+        *,
+        partial: bool = False,
     ) -> None:
         self.needs_hidden, self.needs_weight, self.needs_bias = needs_gradient
         self.needed = any(needs_gradient)
         self.first = True
-        self.hidden = hidden.new_zeros(hidden.shape if self.needs_hidden else 0)
+        dtype = torch.float32 if partial else hidden.dtype
+        self.hidden = hidden.new_zeros(hidden.shape if self.needs_hidden else 0, dtype=dtype)
         # The first chunk overwrites dW, so that only an op without rows has to clear it.
         shape = weight.shape if self.needs_weight else (0,)
         self.weight = weight.new_empty(shape, dtype=torch.float32)
@@ -174,7 +223,7 @@ class Gradients:
     def add_chunk(self, gradient: Tensor, hidden: Tensor, weight: Tensor, rows: Tensor) -> None:
         """Add ``dH[rows] = G W``, ``dW += G^T H`` and ``db += sum G`` of one chunk's ``G``."""
         if self.needs_hidden:
-            self.hidden.index_copy_(0, rows, gradient @ weight)
+            self.hidden.index_copy_(0, rows, product(gradient, weight, self.hidden.dtype))
         if self.needs_weight:
             add_product_(self.weight, gradient.t(), hidden, overwrite=self.first)
         if self.needs_bias:
@@ -207,6 +256,15 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     # the gradient's dtype before the product.
     factor = factor if factor.dim() else factor.reshape(1)
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """``left @ right`` in their own dtype, or in float32 without rounding to theirs."""
+    if left.dtype == dtype:
+        return left @ right
+    total = left.new_empty(left.shape[0], right.shape[1], dtype=dtype)
+    add_product_(total, left, right, overwrite=True)
+    return total
 
 
 def add_product_(total: Tensor, left: Tensor, right: Tensor, *, overwrite: bool) -> None:

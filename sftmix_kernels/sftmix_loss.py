@@ -25,7 +25,6 @@ from torch import Tensor
 from .checks import (
     autocast,
     check_divisor,
-    check_head,
     check_ids,
     check_label_values,
     check_number,
@@ -53,6 +52,8 @@ from .row_chunks import (
     store_rows_,
 )
 from .schedules import Schedule, VocabTiles, resolve_schedule, runs_triton
+from .sharded_chunks import add_over_ranks_, sharded_pair_losses_
+from .vocab_parallel import VocabShard, checked_head
 
 
 @torch.library.custom_op("sftmix_kernels::sftmix_rows", mutates_args=())
@@ -71,34 +72,34 @@ def sftmix_rows(
     softcap: float | None,
     chunk_rows: int,
     needs_gradient: list[bool],  # of hidden, weight, bias
+    first_token: int = 0,
+    group: str | None = None,  # over which the vocabulary is shared out
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """NTP losses of rows (R,), Mixup losses of pairs (P,), and the gradients of
     ``sum(ntp) + mix_ratio * sum(mixup)`` with respect to hidden (R, D), weight (V, D) and bias
-    (V,), the last two in float32; empty where not needed."""
+    (V,), the last two in float32; empty where not needed. With a group as in `mixup_rows`."""
     transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
     ntp, mixup = torch.zeros_like(row_weight), torch.zeros_like(pair_weight)
     with torch.autocast(weight.device.type, enabled=False):
         pairs = counted_rows(pair_weight)
         singles = single_rows(row_weight, pair_c[pairs], pair_u[pairs])
         num_rows = 2 * pairs.numel() + singles.numel()
-        gradients = Gradients(hidden, weight, needs_gradient, num_rows)
+        partial = group is not None
+        gradients = Gradients(hidden, weight, needs_gradient, num_rows, partial=partial)
         sizes = chunk_sizes(num_rows, chunk_rows)
         workspace = logits_workspace(weight, max(sizes, default=0))
         for some, single in chunks(pairs, singles, sizes):
             rows = torch.cat((pair_c[some], pair_u[some], single))
             gathered = gather_rows(hidden, rows, row_weight[rows])
             logits = project(gathered, weight, bias, workspace)
-            ntp[rows], mixup[some] = chunk_losses_(
-                logits,
-                labels[rows],
-                row_weight[rows],
-                pair_weight[some],
-                share[some],
-                mix_ratio,
-                transform,
-                gradients.needed,
-            )
+            weights = (row_weight[rows], pair_weight[some], share[some], mix_ratio)
+            rest = (labels[rows], *weights, transform, gradients.needed)
+            if group is None:
+                ntp[rows], mixup[some] = chunk_losses_(logits, *rest)
+            else:
+                ntp[rows], mixup[some] = sharded_pair_losses_(logits, *rest, first_token, group)
             gradients.add_chunk(logits, gathered, weight, rows)
+        add_over_ranks_(gradients.hidden, group)
     return ntp, mixup, gradients.hidden, gradients.weight, gradients.bias
 
 
@@ -118,8 +119,10 @@ def _(
     softcap: float | None,
     chunk_rows: int,
     needs_gradient: list[bool],
+    first_token: int = 0,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gradients = Gradients(hidden, weight, needs_gradient, 0)
+    gradients = Gradients(hidden, weight, needs_gradient, 0, partial=group is not None)
     return (
         torch.empty_like(row_weight),
         torch.empty_like(pair_weight),
@@ -297,6 +300,7 @@ def fused_sftmix_loss(
     ntp_divisor: float | Tensor | None = None,
     mixup_divisor: float | Tensor | None = None,
     schedule: Schedule = "auto",
+    vocab_parallel: VocabShard | None = None,
     row_ntp_out: Tensor | None = None,  # (...) float32
     validate: bool = False,
 ) -> SFTMixLoss:
@@ -318,6 +322,7 @@ def fused_sftmix_loss(
             of 0 counts as 1.
         schedule: ``"auto"``, ``"row_chunks"``, ``"vocab_tiles"``, or `RowChunks` or `VocabTiles`
             with other numbers.
+        vocab_parallel: which part of the head this rank holds, as in `fused_mixup_loss`.
         row_ntp_out: filled with every token's NTP loss (0 where ignored), for logging.
         validate: also check the values of labels, pairs and lam, which waits for the device.
 
@@ -328,14 +333,14 @@ def fused_sftmix_loss(
         TypeError, ValueError: naming the argument, what was expected, and what came.
     """
     hidden, weight, bias = autocast(hidden, weight, bias)  # type: ignore[assignment]
-    check_head(hidden, weight, bias, logit_scale, softcap)
+    head = checked_head(hidden, weight, bias, logit_scale, softcap, vocab_parallel, schedule)
     check_ids("labels", labels, hidden)
     check_number("mu", mu, 0.0)
     check_divisor("ntp_divisor", ntp_divisor)
     check_divisor("mixup_divisor", mixup_divisor)
     check_pairs(pair_c, pair_u, labels, validate=validate)
     check_row_out("row_ntp_out", row_ntp_out, labels)
-    vocab_size = weight.shape[0]
+    vocab_size = head.vocab_size
     if validate:
         check_label_values("labels", labels, vocab_size, ignore_index)
     lam = checked_lam(lam, pair_c, validate=validate)
@@ -359,12 +364,13 @@ def fused_sftmix_loss(
                 ignore_index=ignore_index,
                 divisor=mixup_count,
                 schedule=schedule,
+                vocab_parallel=vocab_parallel,
             )
         pair_c, pair_u, pair_weight, share = (t[:0] for t in (pair_c, pair_u, pair_weight, share))
     terms = (
         flat_hidden,
-        weight,
-        bias,
+        head.weight,
+        head.bias,
         flat_labels.clamp(0, vocab_size - 1),
         row_weight,
         pair_c,
@@ -375,14 +381,14 @@ def fused_sftmix_loss(
         loss_divisor(ntp_divisor, row_weight),
         mixup_count,
     )
-    plan = resolve_schedule(schedule, hidden, vocab_size)
+    plan = resolve_schedule(schedule, hidden, head.widest)
     if isinstance(plan, VocabTiles):
         tiles = TileOptions(float(logit_scale), softcap, plan.filter_eps, plan.max_bytes)
         loss, ntp, mixup, row_ntp = tile_losses(*terms, tiles)
     else:
         inputs = (hidden, weight, bias)
         needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
-        options = Options(float(logit_scale), softcap, plan, needs)
+        options = Options(float(logit_scale), softcap, plan, needs, head.start, head.group)
         loss, ntp, mixup, row_ntp = NTPAndMixup.apply(*terms, options)  # type: ignore[no-untyped-call]
     if row_ntp_out is not None:
         row_ntp_out.copy_(row_ntp.reshape(labels.shape))

@@ -1,6 +1,9 @@
 """Settings shared by all tests."""
 
 import os
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -9,12 +12,36 @@ from hypothesis import settings
 # Shared build machines stall; a slow example is no bug. Derandomised: a run says the same twice.
 settings.register_profile("sftmix", deadline=None, derandomize=True)
 settings.load_profile("sftmix")
-torch.set_num_threads(2)
+# Two, so that work is shared out; OMP_NUM_THREADS=1 says that other processes test as well.
+torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _replaced_once() -> Iterator[None]:
+    """Half of its time, Triton's interpreter replaces what it has replaced already.
+
+    It puts its own functions in the place of Triton's when a kernel begins, and once more at every
+    call of a function in it. Where `static_print` is `print`, they are in their places.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    interpreter = import_module("triton.runtime.interpreter")
+    tl, replace = interpreter.tl, interpreter._patch_lang
+
+    def replace_once(function: Any) -> Any:
+        seen = [one for one in function.__globals__.values() if one is tl or one is tl.core]
+        done = seen and all(one.static_print is print for one in seen)
+        return interpreter._LangPatchScope() if done else replace(function)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(interpreter, "_patch_lang", replace_once)
+        yield
 
 
 @pytest.hookimpl(trylast=True)

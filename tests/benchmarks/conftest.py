@@ -15,3 +15,11 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_worker() -> Iterator[None]:
+    """pytest-benchmark measures nothing where its environment says that pytest-xdist is at work."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delenv("PYTEST_XDIST_WORKER", raising=False)
+        yield

@@ -132,10 +132,11 @@ def perplexity(device: str) -> Report:
 
 def steps() -> Report:
     size = {"model": "1M", "parameters": 10**6, "batch": 4, "length": 32, "tokens": 128}
-    figures = {"peak_bytes": None, "difference": 1e-7, **size}
+    figures = {"difference": 1e-7, **size}
+    peaks = {names.OUR_SFTMIX: 5 * 2**20, names.OUR_NTP: 2**22, names.THEIR_NTP: 2**21}
     times = {names.OUR_SFTMIX: 1.03, names.OUR_NTP: 1.0, names.THEIR_NTP: 0.9}
     records = [
-        timed("step", who, seconds, ours=who.startswith("SFTMix"), **figures)
+        timed("step", who, seconds, ours=who.startswith("SFTM"), peak_bytes=peaks[who], **figures)
         for who, seconds in times.items()
     ]
     return report("step", "cpu", records)
@@ -194,7 +195,7 @@ def test_a_fold_is_held_to_the_operations_of_its_own_options() -> None:
 
 
 def test_steps_and_memory() -> None:
-    assert [target.value for target in targets(steps())] == pytest.approx([1.03, 1 / 0.9])
+    assert [target.value for target in targets(steps())] == pytest.approx([1.03, 1 / 0.9, 2.0])
     [worst] = targets(memory())
     assert worst.value == 2.0
     assert worst.note.startswith("sftmix, vocab_tiles, NTP + Mixup, N = 16")

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
-import resource
+import os
 import shutil
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +12,32 @@ import pytest
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
-from sftmix.checkpoints import STAGING, fault, latest_checkpoint, list_checkpoints
+from sftmix.checkpoints import (
+    LIST,
+    STAGING,
+    fault,
+    latest_checkpoint,
+    list_checkpoints,
+    rotate_checkpoints,
+)
 from sftmix.runs import remove_leftovers
 from sftmix.trainer import SFTMixTrainer
 
 from . import tiny
+from .full_disk import small_disk
 
-LIMIT = resource.RLIMIT_FSIZE
 LOGGED = ("loss", "step", "ntp_loss", "mixup_loss", "truncated_fraction", "lam_mean", "grad_norm")
+
+FILES = (
+    "model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+    "loss_window.json",
+    "config.json",
+    "training_args.bin",
+)
 
 
 class StopAt(TrainerCallback):
@@ -125,19 +139,7 @@ def test_the_newest_is_chosen_by_number(tmp_path: Path, unbroken: Any) -> None:
     assert latest_checkpoint(tmp_path / "nothing") is None
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "model.safetensors",
-        "optimizer.pt",
-        "scheduler.pt",
-        "rng_state.pth",
-        "trainer_state.json",
-        "loss_window.json",
-        "config.json",
-        "training_args.bin",
-    ],
-)
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
 def test_a_truncated_newest_gives_way_to_the_one_before(
     name: str, share: float, unbroken: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -151,11 +153,101 @@ def test_a_truncated_newest_gives_way_to_the_one_before(
     assert "checkpoint-9 is damaged" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json", "loss_window.json"])
+@pytest.mark.parametrize("name", [*FILES, LIST])
 def test_a_missing_file_is_a_fault_too(name: str, unbroken: Any, tmp_path: Path) -> None:
+    """Without optimizer.pt, say, Trainer would go on with a new optimizer and say nothing."""
     run = copy_of(unbroken[0], tmp_path, 6, 9)
     (run / "checkpoint-9" / name).unlink()
+    assert name in (fault(run / "checkpoint-9") or "")
     assert latest_checkpoint(run) == run / "checkpoint-6"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_is_a_fault_too(name: str, unbroken: Any, tmp_path: Path) -> None:
+    """In the middle, where neither a header nor the directory of an archive lies."""
+    run = copy_of(unbroken[0], tmp_path, 6, 9)
+    damaged = run / "checkpoint-9" / name
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    reason = fault(run / "checkpoint-9")
+    assert reason == f"{name} is not what was written: its checksum is another"
+    assert latest_checkpoint(run) == run / "checkpoint-6"
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"a": 3}', '{"a": [1]}', "null", "{"])
+def test_a_list_that_is_none_is_a_fault_too(text: str, unbroken: Any, tmp_path: Path) -> None:
+    run = copy_of(unbroken[0], tmp_path, 9)
+    (run / "checkpoint-9" / LIST).write_text(text)
+    assert (fault(run / "checkpoint-9") or "").startswith(LIST)
+    assert latest_checkpoint(run) is None
+
+
+def test_rotation_goes_by_steps_and_not_by_the_clock(tmp_path: Path) -> None:
+    def left(kept: tuple[int, ...], newest: int, limit: int | None, best: int | None) -> list[str]:
+        run = tmp_path / f"{newest}-{limit}-{best}"
+        for age, step in enumerate(kept):
+            folder = run / f"checkpoint-{step}"
+            folder.mkdir(parents=True)
+            os.utime(folder, (age, age))
+        # The path as another working directory saw it.
+        best_path = None if best is None else f"elsewhere/checkpoint-{best}"
+        rotate_checkpoints(run, newest, limit, best_path)
+        assert not list(run.glob(".tmp-*"))
+        return [path.name.removeprefix("checkpoint-") for path in list_checkpoints(run)]
+
+    # The later in the list, the newer by the clock.
+    assert left((10, 9, 3, 6), 10, 2, None) == ["10", "9"]
+    assert left((10, 9, 3, 6), 10, 2, 3) == ["10", "3"]
+    assert left((10, 9, 3, 6), 10, 1, 6) == ["10", "6"]
+    assert left((10, 9, 3, 6), 10, 1, 5) == ["10"]
+    assert left((10, 9, 3, 6), 10, None, None) == ["10", "9", "6", "3"]
+    # Training went past a damaged one of step 9 and has come to step 7.
+    assert left((9, 6, 7), 7, 2, None) == ["7", "6"]
+    assert left((9, 7), 7, 1, None) == ["7"]
+
+
+def test_what_is_being_deleted_is_no_checkpoint(
+    unbroken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copy_of(unbroken[0], tmp_path, 3, 6)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", lambda path: next(path.glob("*.pt")).unlink())
+        rotate_checkpoints(run, 6, 1, None)
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-6"]
+    assert len(remove_leftovers(run)) == 1
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_checkpoint_of_an_adapter_alone(tmp_path: Path) -> None:
+    """PEFT: neither the model nor its optimizer's states of frozen weights are written."""
+    peft = pytest.importorskip("peft")
+
+    def adapted(stop: int | None = None) -> SFTMixTrainer:
+        lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.2)
+        torch.manual_seed(0)
+        return tiny.trainer(
+            peft.get_peft_model(tiny.build("Llama"), lora),
+            tmp_path / ("whole" if stop is None else "broken"),
+            tiny.examples(20),
+            callbacks=[] if stop is None else [StopAt(stop)],
+            save_strategy="steps",
+            save_steps=2,
+            learning_rate=0.01,
+        )
+
+    whole = adapted()
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        adapted(stop=3).train()
+    resumed = adapted(stop=99)
+    torch.manual_seed(1234)
+    resumed.train(resume_from_checkpoint=True)
+    written = {path.name for path in list_checkpoints(tmp_path / "broken")[0].iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= written
+    assert "model.safetensors" not in written
+    assert tiny.losses(resumed, *LOGGED) == tiny.losses(whole, *LOGGED)
+    assert tiny.same(tiny.weights(resumed.model), tiny.weights(whole.model))
 
 
 def test_training_goes_past_a_damaged_checkpoint(unbroken: Any, tmp_path: Path) -> None:
@@ -179,24 +271,6 @@ def test_training_again_in_the_same_folder_writes_anew(tmp_path: Path) -> None:
     second.train()
     assert (tmp_path / "checkpoint-3" / "model.safetensors").read_bytes() != before
     assert fault(tmp_path / "checkpoint-3") is None
-
-
-@contextlib.contextmanager
-def small_disk(size: int) -> Iterator[None]:
-    """No file can grow beyond `size` bytes, which fails as a full disk does.
-
-    The limit is the process's: what it prints meanwhile is kept from standard output and error,
-    which may be files too.
-    """
-    own, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(LIMIT)
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            resource.setrlimit(LIMIT, (size, limits[1]))
-            yield
-    finally:
-        resource.setrlimit(LIMIT, limits)
-        signal.signal(signal.SIGXFSZ, own)
 
 
 @pytest.mark.parametrize("size", [1_000, 50_000])

@@ -229,3 +229,9 @@ def test_an_example_without_a_response_is_named() -> None:
     batch = [{"id": 1, **tiny.named([3, 4], [-100, 4])}, {"id": 2, **tiny.named([3, 4], [3, -100])}]
     with pytest.raises(ValueError, match="example 2: no response token to learn"):
         PairedCollator(0)(batch)
+
+
+def test_labels_of_another_length_are_refused() -> None:
+    batch = [{"id": 1, **tiny.named([3, 4], [-100, 4])}, {"id": 2, **tiny.named([3, 4], [4])}]
+    with pytest.raises(ValueError, match=r"example 2: expected 2 labels, .* got 1"):
+        PairedCollator(0)(batch)

@@ -4,39 +4,56 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, Trainer
 
-from sftmix.checkpoints import STAGING, list_checkpoints
+from sftmix.checkpoints import STAGING
 from sftmix.cli import main
 
 from .conftest import write_rows
 
 ROOT = Path(__file__).parents[2]
 
-# The command line, killed by itself: the first word says where, the rest are the command's.
-KILL_INSIDE = """
-import os, signal, sys
-from transformers import Trainer
+# Runs the command line again and again, each time in a process of its own, forked where everything
+# is imported and nothing has run. The plan gives each its words, and the function of Trainer and
+# the step at which it kills itself.
+RUNS = """
+import json, os, signal, sys
+from pathlib import Path
+import sftmix.train
 from sftmix.cli import main
+from transformers import GPT2LMHeadModel, Trainer
 
-place, step = sys.argv[1].split(":")
-own = getattr(Trainer, place)
+def kill_inside(name, step):
+    own = getattr(Trainer, name)
 
-def killing(self, *arguments):
-    if self.state.global_step == int(step):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return own(self, *arguments)
+    def killing(self, *arguments):
+        if self.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return own(self, *arguments)
 
-setattr(Trainer, place, killing)
-main(sys.argv[2:])
+    setattr(Trainer, name, killing)
+
+def run(words, place):
+    if place is not None:
+        kill_inside(*place)
+    os._exit(main(["--traceback", *words]))
+
+for words, place in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        run(words, place)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    folder = Path(words[words.index("--output") + 1])
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    print(json.dumps([status, found]))
 """
 
 
@@ -78,16 +95,21 @@ def command(model: Path, partition: Path, toy_data: Path) -> list[str]:
     return words
 
 
-def start(words: list[str], kill_at: str | None = None) -> subprocess.Popen[bytes]:
-    program = ["-m", "sftmix"] if kill_at is None else ["-c", KILL_INSIDE, kill_at]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *program, *words],
+def forked(plan: list[tuple[list[str], tuple[str, int] | None]]) -> list[tuple[int, list[str]]]:
+    """How each run of the plan ended, and the files that there were then."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUNS, json.dumps(plan)],
         cwd=ROOT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines() if line.startswith("[")]
+
+
+def checkpoints(files: list[str]) -> set[str]:
+    return {name.split("/")[0] for name in files if name.startswith("checkpoint-")}
 
 
 def history(run: Path) -> list[dict[str, Any]]:
@@ -107,37 +129,50 @@ def test_a_run_killed_three_times_ends_like_an_unbroken_one(
 ) -> None:
     command = [*command, "--num_train_epochs", "4", "--eval_data", str(held_out)]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    unbroken = start([*command, "--output", str(whole)])
-
-    # From outside, once there is a checkpoint: wherever the run is then.
-    killed = start([*command, "--output", str(broken)])
-    while not (broken / "checkpoint-3").exists():
-        assert killed.poll() is None
-        time.sleep(0.002)
-    killed.kill()
-    assert killed.wait() == -signal.SIGKILL
-    assert not (broken / "config.json").exists()
-
-    command = [*command, "--output", str(broken), "--resume"]
-    # While a checkpoint is written: weights and optimizer are in the staging folder.
-    assert start(command, "_save_rng_state:24").wait() == -signal.SIGKILL
-    staged = {path.name for path in (broken / STAGING / "checkpoint-24").iterdir()}
+    resumed = [*command, "--output", str(broken), "--resume"]
+    ends = forked(
+        [
+            ([*command, "--output", str(whole)], None),
+            ([*command, "--output", str(broken)], ("training_step", 4)),
+            # While a checkpoint is written: weights and optimizer are in the staging folder.
+            (resumed, ("_save_rng_state", 24)),
+            # Between two checkpoints, and between two log lines: within step 29.
+            (resumed, ("training_step", 28)),
+            (resumed, None),
+        ]
+    )
+    assert [status for status, _ in ends] == [0, *[-signal.SIGKILL] * 3, 0]
+    found = [files for _, files in ends[1:]]
+    assert [checkpoints(files) for files in found] == [
+        {f"checkpoint-{step}" for step in kept} for kept in ([3], [21, 18], [27, 24], [32, 30])
+    ]
+    staged = {Path(name).name for name in found[1] if name.startswith(f"{STAGING}/checkpoint-24/")}
     assert {"model.safetensors", "optimizer.pt"} <= staged
     assert "trainer_state.json" not in staged
-    assert [path.name for path in list_checkpoints(broken)] == ["checkpoint-21", "checkpoint-18"]
+    assert not any(name.startswith(STAGING) for name in found[2])
+    assert ["config.json" in files for files in found] == [False, False, False, True]
 
-    # Between two checkpoints, and between two log lines: within step 29.
-    assert start(command, "training_step:28").wait() == -signal.SIGKILL
-    assert [path.name for path in list_checkpoints(broken)] == ["checkpoint-27", "checkpoint-24"]
-    assert not (broken / STAGING).exists()
-
-    assert start(command).wait() == 0
-    assert unbroken.wait() == 0
     assert [line["step"] for line in history(whole)] == [*range(2, 33, 2), 32]
     assert history(broken) == history(whole)
     names = ["config.json", "model.safetensors", "tokenizer.json"]
     for name in names:
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_runs_killed_at_random_moments_end_like_unbroken_ones(tmp_path: Path) -> None:
+    """A few of the moments that `tests/kill_runs.py` draws; it says itself what was wrong."""
+    script = [sys.executable, "tests/kill_runs.py", "--kills", "5", "--folder", str(tmp_path)]
+    done = subprocess.run(
+        script,
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^5 kills, \d+ runs ended, 0 faults$", done.stdout, re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -249,3 +284,30 @@ def test_a_run_that_exists_is_not_overwritten(
     assert main([*words, "--output", str(tmp_path / "new"), "--resume"]) == 1
     assert "there is no run to resume" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_loss_that_is_not_finite_leaves_a_run_that_goes_on(
+    finished: tuple[Path, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A weight goes bad in step 6; the checkpoint of step 4 knows nothing of it."""
+    whole, words = finished
+    run = tmp_path / "run"
+    words = [*words, "--save_strategy", "steps", "--save_steps", "4", "--output", str(run)]
+    own = Trainer.training_step
+
+    def spoiling(self: Any, model: Any, *arguments: Any) -> Any:
+        if self.state.global_step == 5:
+            model.get_output_embeddings().weight.data.fill_(float("nan"))
+        return own(self, model, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "training_step", spoiling)
+        assert main(words) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"error: loss is nan at step 6, examples \[\d+(, \d+){3}\]; the model", error)
+    assert checkpoints(sorted(contents(run))) == {"checkpoint-4"}
+    assert main([*words, "--resume"]) == 0
+    assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

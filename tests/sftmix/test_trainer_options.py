@@ -58,3 +58,42 @@ def test_pairs_need_an_even_batch_for_the_baseline_too(tmp_path: Path) -> None:
             method="ntp",
             per_device_train_batch_size=3,
         )
+
+
+def test_layouts_are_trained_and_evaluated_alike(tmp_path: Path) -> None:
+    """The last bits differ, by which rows the attention multiplies together."""
+    found = {}
+    for layout in ("padded", "padding_free", "packed"):
+        made = SFTMixTrainer(
+            model=tiny.build("Llama"),
+            args=tiny.config(tmp_path, max_steps=2, layout=layout),
+            train_dataset=tiny.examples(8),
+            confident=tiny.halves(8),
+        )
+        made.remove_callback(transformers.PrinterCallback)
+        batch = next(iter(made.get_train_dataloader()))
+        assert ("position_ids" in batch) == (layout != "padded")
+        made.train()
+        evaluated = made.evaluate(tiny.examples(5, seed=1))["eval_loss"]
+        found[layout] = [*tiny.losses(made, "loss", "lam_mean", "truncated_fraction"), (evaluated,)]
+    assert len(found["padded"]) == 3
+    for lines in (found["padding_free"], found["packed"]):
+        for ours, padded in zip(lines, found["padded"], strict=True):
+            assert ours == pytest.approx(padded, rel=1e-6)
+
+
+def test_a_layout_that_a_model_does_not_heed_is_refused(tmp_path: Path) -> None:
+    options = {"vocab_size": 64, "hidden_size": 16, "n_layer": 1, "n_head": 2}
+    model = transformers.BloomForCausalLM(transformers.BloomConfig(**options))
+    with pytest.raises(ValueError, match=r"layout: .*BloomForCausalLM"):
+        SFTMixTrainer(
+            model=model,
+            args=tiny.config(tmp_path, layout="packed"),
+            train_dataset=tiny.examples(8),
+            confident=tiny.halves(8),
+        )
+
+
+def test_a_collator_of_another_layout_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data_collator: expected layout='packed'.*got 'padded'"):
+        tiny.trainer(tiny.build("Llama"), tmp_path, tiny.examples(8), layout="packed")

@@ -98,11 +98,21 @@ def assert_in_budget(
     rows: Loss | None = None,
 ) -> None:
     """Hold loss and gradients to the budget; ``rows`` gives what adds up to a scalar loss."""
+    found = run(ours, tensors, upstream)
+    assert_result_in_budget(found, dense, tensors, upstream=upstream, rows=rows)
+
+
+def assert_result_in_budget(
+    found: Result,
+    dense: Loss,
+    tensors: Mapping[str, Tensor],
+    *,
+    upstream: float | Tensor,
+    rows: Loss | None = None,
+) -> None:
+    """`assert_in_budget` of what has been found elsewhere, in another process say."""
     doubles = {name: tensor.double() for name, tensor in tensors.items()}
-    found, plain, truth = (
-        run(loss, values, upstream)
-        for loss, values in ((ours, tensors), (dense, tensors), (dense, doubles))
-    )
+    plain, truth = (run(dense, values, upstream) for values in (tensors, doubles))
     assert found.loss.dtype == torch.float32
     error = largest(plain.loss - truth.loss)
     if rows is not None:

@@ -7,11 +7,9 @@ here they fail on any machine. A new kernel needs one entry in `CASES`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
 
 import pytest
 import torch
@@ -86,24 +84,12 @@ def faults(program: Program) -> list[str]:
     return [fault for fault, holds in rules.items() if not holds]
 
 
-@pytest.fixture(scope="module")
-def compiled() -> Iterator[Callable[[Case, int], list[Program]]]:
-    """All cases on all chips, by as many processes as there are cores."""
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        found = {
-            (case, chip): pool.submit(compile_case, case, chip) for case in CASES for chip in CHIPS
-        }
-        yield lambda case, chip: found[case, chip].result()
-
-
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(
     "case", [pytest.param(case, id=f"{case.launch.func.__name__}, {case.name}") for case in CASES]
 )
-def test_kernels_keep_to_the_rules(
-    case: Case, chip: int, compiled: Callable[[Case, int], list[Program]]
-) -> None:
-    programs = compiled(case, chip)
+def test_kernels_keep_to_the_rules(case: Case, chip: int) -> None:
+    programs = compile_case(case, chip)
     assert [fault for program in programs for fault in faults(program)] == [], table(programs)
 
 

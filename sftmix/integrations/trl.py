@@ -1,0 +1,280 @@
+"""SFTMix in TRL: `trl.SFTConfig` and `trl.SFTTrainer` with SFTMix's options, loss and pairs.
+
+TRL prepares the data as ever (chat template, end token, ``completion_only_loss``,
+``assistant_only_loss``, ``max_length``). What the loss or the sampler would not heed is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from sftmix.config import SFTMixOptions
+from sftmix.data import content_hash
+from sftmix.integrations.tokens import has_targets, named_rows
+from sftmix.pairing import PairedCollator
+from sftmix.partition import Partition, from_scores, match, read_partition
+from sftmix.score import score_while_training
+from sftmix.trainer import SFTMixMixin
+
+# Options of TRL that the loss, the pairs or the collator would not heed, and what they must be.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "packing": (False,),
+    "eval_packing": (False, None),
+    "padding_free": (False,),
+    "loss_type": ("nll",),
+    "activation_offloading": (False,),
+    "use_liger_kernel": (False,),
+    "parallelism_config": (None,),
+}
+# Pairs are laid out by the collator, which keeps them whole.
+INSTEAD = {"packing": "packed", "padding_free": "padding_free"}
+ROW = "sftmix_row"  # the column in which a row's number goes through TRL's preparation
+
+Confident = Sequence[bool] | np.ndarray[Any, Any] | Partition | str | Path
+
+
+@dataclasses.dataclass
+class SFTMixSFTConfig(SFTMixOptions, SFTConfig):
+    """`trl.SFTConfig` with SFTMix's options; every default of TRL's stays."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in UNSUPPORTED.items():
+            if getattr(self, name) not in allowed:
+                hint = f"; set layout={INSTEAD[name]!r}" if name in INSTEAD else ""
+                raise ValueError(f"{name}: not supported here, got {getattr(self, name)!r}{hint}")
+        if isinstance(self.dataset_kwargs, dict) and self.dataset_kwargs.get(
+            "skip_prepare_dataset"
+        ):
+            raise ValueError(
+                "dataset_kwargs: skip_prepare_dataset is not supported; data that have input_ids "
+                "are only cut at max_length"
+            )
+
+
+class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
+    """`trl.SFTTrainer` with the loss, the pairs and the checkpoints of `SFTMixMixin`.
+
+    TRL's metrics that need logits (entropy, mean_token_accuracy) are not logged. A
+    mixture-of-experts model needs ``router_aux_loss_coef=0.0``.
+    """
+
+    args: SFTMixSFTConfig
+
+    _tag_names = ["trl", "sft", "sftmix"]  # noqa: RUF012
+    _name = "SFTMix"
+    _paper = {  # noqa: RUF012
+        "title": "SFTMix: Elevating Language Model Instruction Tuning with Mixup Recipe",
+        "id": "2410.05248",
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        args: SFTMixSFTConfig,
+        *,
+        train_dataset: datasets.Dataset | None = None,
+        confident: Confident | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As `trl.SFTTrainer`.
+
+        Args:
+            model: a name or a model, as TRL takes it.
+            args: the options.
+            train_dataset: data as TRL takes it; no stream.
+            confident: which rows of ``train_dataset``, as given here, are in the confident half:
+                booleans, the `Partition` that `score` returns, or the path of a
+                ``confidence.parquet``. A partition is matched with the rows' content.
+            kwargs: the trainer's own.
+
+        Raises:
+            TypeError: options that are not an `SFTMixSFTConfig`, or a data set that is a stream.
+            ValueError: as `SFTMixMixin`; a vision model; an argument that would not be heeded; a
+                partition of other data; or rows that TRL leaves out while ``confident`` has them.
+        """
+        if not isinstance(args, SFTMixSFTConfig):
+            raise TypeError(f"args: expected an SFTMixSFTConfig, got {type(args).__name__}")
+        for name in ("data_collator", "preprocess_logits_for_metrics"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name}: not supported here")
+        rows = None
+        if confident is not None:
+            require_rows(train_dataset, "train_dataset")
+            rows = confident_rows(train_dataset, confident)
+        super().__init__(
+            model=model, args=args, train_dataset=train_dataset, confident=rows, **kwargs
+        )
+
+    def _make_collator(self) -> PairedCollator:
+        # TRL has found the padding token by now, and made its own collator with it.
+        if self._is_vlm:
+            raise ValueError(
+                "model: vision-language models are not supported; give a tokenizer as "
+                "processing_class, not a processor"
+            )
+        # "auto" is a number by now, or None.
+        return PairedCollator(
+            self.data_collator.pad_token_id,
+            int(self.args.pad_to_multiple_of or 1),
+            layout=self.args.layout,
+            row_length=self.args.row_length,
+        )
+
+    def _prepare_dataset(
+        self,
+        dataset: Any,
+        processing_class: Any,
+        args: Any,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
+    ) -> datasets.Dataset:
+        """TRL's tokens and labels, and in ``id`` the number of the row that they come from."""
+        require_rows(dataset, f"{dataset_name}_dataset")
+        prepared = super()._prepare_dataset(
+            dataset.add_column(ROW, np.arange(len(dataset))),
+            processing_class,
+            args,
+            packing,
+            formatting_func,
+            dataset_name,
+        )
+        prepared = prepared.select_columns([ROW, "input_ids", "labels"]).with_format(None)
+        prepared = prepared.rename_column(ROW, "id")
+        learnt = has_targets(prepared)
+        return prepared if learnt.all() else prepared.select(learnt.nonzero()[0])
+
+    def _pair(self, confident: np.ndarray[Any, Any]) -> None:
+        ids = require_all(self.train_dataset, len(confident), self.args)
+        super()._pair(confident[ids])
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As `SFTMixMixin.evaluate`; data given here are prepared as the trainer's own are."""
+        own = self.eval_dataset
+        known = list(own.values()) if isinstance(own, dict) else [own]
+        is_dict = isinstance(eval_dataset, dict)  # evaluated one by one, each by a call of this
+        if not is_dict and all(eval_dataset is not part for part in [None, *known]):
+            eval_dataset = self._prepare_dataset(
+                eval_dataset, self.processing_class, self.args, False, self._formatting_func, "eval"
+            )
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+
+def score(
+    model: Any,
+    args: SFTMixSFTConfig,
+    *,
+    train_dataset: datasets.Dataset,
+    num_scorings: int = 5,
+    **kwargs: Any,
+) -> Partition:
+    """Train a reference model for one epoch of next-token prediction, scoring the data meanwhile.
+
+    It takes what the trainer takes, so that a script calls it with the same arguments. ``model``
+    and ``peft_config`` are copied where they are objects: what is trained afterwards starts afresh.
+    Nothing is saved but by ``write_partition(path, partition)``.
+
+    Args:
+        model: the reference model, a name or a model.
+        args: the options of training; epochs, evaluation and checkpoints are put aside.
+        train_dataset: what is scored, as the trainer will get it.
+        num_scorings: C, how often every row is scored, evenly spaced over the epoch.
+        kwargs: ``processing_class``, ``peft_config``, ... of the trainer.
+
+    Returns:
+        The partition at the median of ``-(1/C) sum_c perplexity_c`` (arXiv 2410.05248), one row for
+        each row of ``train_dataset``.
+
+    Raises:
+        ValueError: several processes, rows without a token to learn, fewer steps than scorings, or
+            as `SFTMixSFTTrainer`.
+    """
+    reference = dataclasses.replace(
+        args,
+        method="ntp",
+        num_train_epochs=1,
+        max_steps=-1,
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+        push_to_hub=False,
+    )
+    if kwargs.get("peft_config") is not None:
+        kwargs["peft_config"] = copy.deepcopy(kwargs["peft_config"])
+    trainer = SFTMixSFTTrainer(
+        model=model if isinstance(model, str) else copy.deepcopy(model),
+        args=reference,
+        train_dataset=train_dataset,
+        **kwargs,
+    )
+    ids = require_all(trainer.train_dataset, len(train_dataset), args)
+    scores = score_while_training(trainer, num_scorings)
+    trainer.train()
+    hashes = [content_hash(row) for row in train_dataset]
+    return from_scores(
+        ids,
+        [hashes[row] for row in ids],
+        scores.num_tokens.cpu().numpy(),
+        scores.nll_sum.cpu().numpy(),
+    )
+
+
+def confident_rows(dataset: datasets.Dataset, confident: Confident) -> np.ndarray[Any, Any]:
+    """``confident`` as one boolean for each row of the data as the user has them, (S,).
+
+    Raises:
+        ValueError: another number of rows, or a partition of other data.
+    """
+    if isinstance(confident, str | Path):
+        confident = read_partition(Path(confident))
+    if isinstance(confident, Partition):
+        return match(confident, np.arange(len(dataset)), [content_hash(row) for row in dataset])
+    confident = np.asarray(confident, dtype=bool)
+    if confident.shape != (len(dataset),):
+        raise ValueError(
+            f"confident: expected one value for each of {len(dataset)} rows of train_dataset, "
+            f"got shape {confident.shape}"
+        )
+    return confident
+
+
+def require_rows(dataset: Any, name: str) -> None:
+    """Refuse what has no numbered rows.
+
+    Raises:
+        TypeError: not a `datasets.Dataset`.
+    """
+    if not isinstance(dataset, datasets.Dataset):
+        raise TypeError(f"{name}: expected a datasets.Dataset, got {type(dataset).__name__}")
+
+
+def require_all(prepared: datasets.Dataset, number: int, args: SFTMixSFTConfig) -> list[int]:
+    """The row numbers of prepared data, none of ``number`` missing.
+
+    Raises:
+        ValueError: rows that were left out, because nothing in them is learnt.
+    """
+    ids: list[int] = prepared["id"][:]
+    missing = np.setdiff1d(np.arange(number), ids)
+    if len(missing):
+        raise ValueError(
+            f"train_dataset: {len(missing)} of {number} rows have no token to learn within "
+            f"max_length={args.max_length}: {named_rows(missing)}; leave them out, "
+            "or raise max_length"
+        )
+    return ids

@@ -1,0 +1,130 @@
+"""The model card of a run: what the model was made from, what was measured, how to cite.
+
+It is `README.md` in the run's folder, with the metadata that the Hugging Face Hub reads. Local
+paths are reduced to their last name.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+FILE = "README.md"
+PAPER = "https://arxiv.org/abs/2410.05248"
+# https://aclanthology.org/2026.acl-long.78
+CITATION = """\
+@inproceedings{xiao-etal-2026-sftmix,
+  title = "{SFTM}ix: Elevating Language Model Instruction Tuning with Mixup Recipe",
+  author = "Xiao, Yuxin and Zhang, Shujian and Ghassemi, Marzyeh and Zhou, Wenxuan",
+  booktitle = "Proceedings of the 64th Annual Meeting of the Association for Computational
+    Linguistics (Volume 1: Long Papers)",
+  year = "2026",
+  pages = "1705--1718",
+}"""
+METHODS = {
+    "sftmix": f"[SFTMix]({PAPER}): next-token prediction plus `mu` times Mixup between a confident "
+    "and an unconfident half of the data, `lam ~ Beta(alpha, alpha)` for each pair of examples",
+    "ntp": "next-token prediction",
+}
+# Of the last log line that has them.
+LAST = (
+    "loss",
+    "ntp_loss",
+    "mixup_loss",
+    "ntp_loss_confident",
+    "ntp_loss_unconfident",
+    "eval_loss",
+    "eval_perplexity",
+)
+NOT_FOR_NTP = ("mu", "alpha")
+
+
+def model_card(
+    recipe: Mapping[str, Any],
+    versions: Mapping[str, str],
+    log: Sequence[Mapping[str, Any]],
+    *,
+    seconds: float,
+    halves: tuple[int, int] | None = None,
+    adapter: bool = False,
+) -> str:
+    """The card of a trained model as Markdown, with metadata in YAML before it.
+
+    ``recipe`` is that of `sftmix.manifest.recipe`, ``log`` the trainer's log history, ``seconds``
+    the time trained, ``halves`` the numbers of confident and unconfident examples; ``adapter``
+    says that the folder holds a PEFT adapter and not a whole model.
+    """
+    method = recipe["method"]
+    hidden = ("method", "model", "data", *(NOT_FOR_NTP if method == "ntp" else ()))
+    options = {name: value for name, value in recipe.items() if name not in hidden}
+    counts = {"confident, unconfident examples": f"{halves[0]}, {halves[1]}"} if halves else {}
+    model, data = public_name(recipe["model"]), [public_name(name) for name in recipe["data"]]
+    return (
+        "\n\n".join(
+            [
+                f"---\n{_metadata(recipe, adapter=adapter).to_yaml()}\n---",
+                f"# {model}, fine-tuned with {'SFTMix' if method == 'sftmix' else 'NTP'}",
+                f"{'An adapter of' if adapter else 'Made from'} `{model}` on "
+                f"{', '.join(f'`{name}`' for name in data)} by {METHODS[method]}.",
+                "## Recipe",
+                _table(("option", "value"), {**options, **counts}),
+                "## Measured",
+                _table(("figure", "value"), figures(log, seconds)),
+                "Losses are means over response tokens, in nats; those of training are of the last "
+                "log line.",
+                "## Versions",
+                _table(("package", "version"), versions),
+                *(("## Citation", f"```bibtex\n{CITATION}\n```") if method == "sftmix" else ()),
+            ]
+        )
+        + "\n"
+    )
+
+
+def figures(log: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
+    """What was measured: last losses, median speed, peak memory, time trained."""
+    found = {name: line[name] for name in LAST for line in log if name in line}
+    speeds = [line["tokens_per_second"] for line in log if "tokens_per_second" in line]
+    peaks = [line["peak_memory_gib"] for line in log if "peak_memory_gib" in line]
+    if speeds:
+        found["tokens per second, median"] = statistics.median(speeds)
+        found["peak memory, GiB"] = max(peaks)
+    return {**found, "seconds of training": seconds}
+
+
+def public_name(name: str) -> str:
+    """A hub name as it is; of a path its last part alone."""
+    return Path(name).name if _is_local(name) else name
+
+
+def _is_local(name: str) -> bool:
+    on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
+    is_file = name.endswith((".json", ".jsonl", ".parquet"))
+    return not on_hub or is_file or Path(name).exists()
+
+
+def _metadata(recipe: Mapping[str, Any], *, adapter: bool) -> ModelCardData:
+    return ModelCardData(
+        base_model=None if _is_local(recipe["model"]) else recipe["model"],
+        datasets=[name for name in recipe["data"] if not _is_local(name)] or None,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=[*(["sftmix"] if recipe["method"] == "sftmix" else []), "sft"],
+    )
+
+
+def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "| --- | --- |"]
+    return "\n".join(lines + [f"| {name} | {_shown(value)} |" for name, value in rows.items()])
+
+
+def _shown(value: Any) -> str:
+    value = value.value if isinstance(value, Enum) else value
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return "-" if value is None else text.replace("|", "\\|").replace("\n", " ")

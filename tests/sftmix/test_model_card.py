@@ -1,0 +1,115 @@
+"""The model card: metadata that the Hub reads, figures that were measured, no local paths."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from sftmix.cli import main
+from sftmix.loading import save_final_model
+from sftmix.model_card import LAST, model_card, public_name
+
+from . import tiny
+
+RECIPE = {
+    "model": "org/base",
+    "data": ["org/instructions", "/home/someone/secret/more.jsonl"],
+    "method": "ntp",
+    "mu": 0.2,
+    "learning_rate": 2e-6,
+    "data_hash": "0123abcd",
+}
+
+
+def table(card: str) -> dict[str, str]:
+    return dict(re.findall(r"^\| ([^|]+) \| ((?:[^|]|\\\|)+) \|$", card, re.MULTILINE))
+
+
+def test_the_card_of_a_run(toy_model: Path, toy_data: Path, held_out: Path, tmp_path: Path) -> None:
+    words = ["--model", str(toy_model), "--data", str(toy_data), "--use_cpu", "true"]
+    words += ["--disable_tqdm", "true", "--learning_rate", "0.01", "--logging_steps", "2"]
+    scored, run = tmp_path / "scored", tmp_path / "run"
+    assert main(["score", *words, "--output", str(scored)]) == 0
+    train = ["train", *words, "--output", str(run), "--num_train_epochs", "1", "--mu", "0.3"]
+    train += ["--partition", str(scored / "confidence.parquet"), "--eval_data", str(held_out)]
+    assert main(train) == 0
+    card = ModelCard.load(run / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.tags == ["sftmix", "sft"]
+    assert card.data.base_model is card.data.datasets is card.data.license is None
+    cells = table(card.content)
+    manifest = json.loads((run / "manifest.json").read_text())
+    for name in ("data_hash", "template_hash", "partition"):
+        assert cells[name] == manifest[name]
+    for name in ("mu", "alpha", "learning_rate", "seed", "num_examples"):
+        assert float(cells[name]) == manifest[name]
+    assert (cells["mu"], cells["lr_scheduler_type"]) == ("0.3", "cosine")
+    assert cells["confident, unconfident examples"] == "16, 15"
+    assert cells["torch"] == manifest["versions"]["torch"]
+    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    for name in LAST:
+        value = [line[name] for line in log if name in line][-1]
+        assert float(cells[name]) == pytest.approx(value, rel=1e-5), name
+    speeds = [line["tokens_per_second"] for line in log if "tokens_per_second" in line]
+    assert float(cells["tokens per second, median"]) == pytest.approx(
+        statistics.median(speeds), rel=1e-5
+    )
+    assert float(cells["peak memory, GiB"]) > 0
+    assert 0 < float(cells["seconds of training"]) < 600
+    assert "@inproceedings{xiao-etal-2026-sftmix" in card.content
+    assert f"`{toy_data.name}`" in card.content
+    for path in (tmp_path, toy_model.parent, toy_data.parent):
+        assert str(path) not in card.content
+
+
+def test_names_of_the_hub_stay_and_paths_go(tmp_path: Path) -> None:
+    card = ModelCard(model_card(RECIPE, {"torch": "2"}, [], seconds=1.5))
+    assert card.data.base_model == "org/base"
+    assert card.data.datasets == ["org/instructions"]
+    assert card.data.tags == ["sft"]
+    assert "`org/instructions`, `more.jsonl`" in card.content
+    assert "someone" not in card.content
+    cells = table(card.content)
+    assert cells["learning_rate"] == "2e-06"
+    assert "mu" not in cells
+    assert "@inproceedings" not in card.content
+    for name, shown in (
+        ("gpt2", "gpt2"),
+        ("org/name-1.5", "org/name-1.5"),
+        (str(tmp_path), tmp_path.name),
+        ("./models/own", "own"),
+        ("~/models/own", "own"),
+        ("rows.jsonl", "rows.jsonl"),
+        ("a/b/c", "c"),
+    ):
+        assert public_name(name) == shown
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_has_a_card_too(toy_model: Path, tmp_path: Path) -> None:
+    """PEFT writes a card of its own, with nothing in it; ours takes its place."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny.build("Llama"), peft.LoraConfig(task_type="CAUSAL_LM"))
+
+    class Tokenizer:
+        def save_pretrained(self, folder: Any) -> None:
+            """A tokenizer that has no files."""
+
+    save_final_model(
+        model, Tokenizer(), tmp_path, model_card(RECIPE, {}, [], seconds=1.0, adapter=True)
+    )
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "peft"
+    assert card.content.count("An adapter of `org/base`") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }

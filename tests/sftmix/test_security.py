@@ -1,0 +1,224 @@
+"""Nothing that lies in a model's or a run's folder is executed; what is written heeds the umask."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+
+from sftmix.checkpoints import LIST, fault, seal
+from sftmix.cli import main
+from sftmix.pickles import refuse_code
+
+QUIET = ["--use_cpu", "true", "--disable_tqdm", "true"]
+
+
+class Canary:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Iterator[Canary]:
+    """A canary that has to live until the test ends; that it can sing is tried first."""
+    path = tmp_path / "executed"
+    pickle.loads(pickle.dumps(Canary(path)))
+    path.unlink()
+    yield Canary(path)
+    assert not path.exists()
+
+
+@pytest.fixture(scope="module")
+def broken_off(
+    tmp_path_factory: pytest.TempPathFactory, toy_model: Path, toy_data: Path
+) -> tuple[Path, list[str]]:
+    """A run with a checkpoint before its end, and the command that goes on with it."""
+    run = tmp_path_factory.mktemp("security") / "run"
+    words = ["train", "--method", "ntp", "--model", str(toy_model), "--data", str(toy_data), *QUIET]
+    words += ["--num_train_epochs", "1", "--save_strategy", "steps", "--save_steps", "6"]
+    assert main([*words, "--save_total_limit", "9", "--output", str(run)]) == 0
+    shutil.rmtree(run / "checkpoint-8")
+    return run, [*words, "--resume"]
+
+
+@pytest.fixture
+def run(broken_off: tuple[Path, list[str]], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(broken_off[0], tmp_path / "run"))
+
+
+def with_torch(value: Any, path: Path) -> None:
+    torch.save({"state": value}, path)
+
+
+def with_pickle(value: Any, path: Path) -> None:
+    path.write_bytes(pickle.dumps({"state": value}))
+
+
+@pytest.mark.parametrize("write", [with_torch, with_pickle])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "rng_state_0.pth",
+        "scaler.pt",
+        "optimizer.bin",
+        "pytorch_model.bin",
+        "pytorch_model-00001-of-00002.bin",
+        "pytorch_model_fsdp.bin",
+        "adapter_model.bin",
+        "other/adapter_model.bin",
+        "global_step6/mp_rank_00_model_states.pt",
+    ],
+)
+def test_a_pickle_in_a_checkpoint_stops_the_run(
+    name: str,
+    write: Callable[[Any, Path], None],
+    canary: Canary,
+    run: Path,
+    broken_off: tuple[Path, list[str]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whoever planted it made the list of checksums anew."""
+    planted = run / "checkpoint-6" / name
+    planted.parent.mkdir(exist_ok=True)
+    write(canary, planted)
+    if name.startswith("pytorch_model"):
+        (run / "checkpoint-6" / "model.safetensors").unlink()
+    seal(run / "checkpoint-6")
+    assert fault(run / "checkpoint-6") is None
+    assert main([*broken_off[1], "--output", str(run)]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert f"resume: {planted} holds more than tensors and plain values" in error
+    assert len(error.splitlines()[-1]) < 600
+
+
+def test_the_pickle_that_nobody_reads(
+    canary: Canary, run: Path, broken_off: tuple[Path, list[str]]
+) -> None:
+    """Trainer writes its arguments for people; a run goes on without a look at them."""
+    with_torch(canary, run / "checkpoint-6" / "training_args.bin")
+    seal(run / "checkpoint-6")
+    assert main([*broken_off[1], "--output", str(run)]) == 0
+
+
+def test_a_pickle_that_changed_the_checksums_is_passed_over(
+    canary: Canary, run: Path, broken_off: tuple[Path, list[str]]
+) -> None:
+    with_torch(canary, run / "checkpoint-6" / "optimizer.pt")
+    assert main([*broken_off[1], "--output", str(run)]) == 0
+    weights = [load_file(folder / "model.safetensors") for folder in (run, broken_off[0])]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def test_a_checkpoint_of_our_own_is_not_refused(run: Path) -> None:
+    refuse_code(run / "checkpoint-6")
+    assert LIST in {path.name for path in (run / "checkpoint-6").iterdir()}
+
+
+def sharded(folder: Path, value: Any) -> Path:
+    """What FSDP writes of an optimizer: an index, and shards with tensors and other values."""
+    state = {"exp_avg": torch.ones(3), "dtype": torch.zeros(2, dtype=torch.bfloat16), "lr": value}
+    dcp.save({"optimizer": state}, checkpoint_id=folder / "optimizer_0", no_dist=True)
+    return folder / "optimizer_0"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_sharded_checkpoints(canary: Canary, tmp_path: Path) -> None:
+    refuse_code(sharded(tmp_path / "sound", 0.1).parent)
+    shards = sharded(tmp_path / "shard", canary)
+    canary.path.unlink(missing_ok=True)  # planning the save copies the value
+    with pytest.raises(ValueError, match=r"optimizer_0/\.metadata .* could run code"):
+        refuse_code(shards.parent)
+    index = sharded(tmp_path / "index", 0.1) / ".metadata"
+    metadata = pickle.loads(index.read_bytes())
+    metadata.planner_data = canary
+    for content in (metadata, canary, {"state": 3}):
+        index.write_bytes(pickle.dumps(content))
+        with pytest.raises(ValueError, match=r"optimizer_0/\.metadata .* could run code"):
+            refuse_code(index.parent.parent)
+
+
+# Model folders
+
+
+@pytest.fixture
+def model(toy_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(toy_model, tmp_path / "model"))
+
+
+def refusal(
+    model: Path, toy_data: Path, output: Path, capsys: pytest.CaptureFixture[str], *flags: str
+) -> str:
+    words = ["train", "--method", "ntp", "--model", str(model), "--data", str(toy_data), *QUIET]
+    assert main([*words, "--num_train_epochs", "1", "--output", str(output), *flags]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert ": error: " in error
+    return error
+
+
+def test_pickled_adapters_are_never_opened(
+    model: Path,
+    toy_data: Path,
+    canary: Canary,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with_torch(canary, model / "adapter_model.bin")
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(model), "r": 4}
+    (model / "adapter_config.json").write_text(json.dumps(config))
+    assert "is an adapter" in refusal(model, toy_data, tmp_path / "run", capsys)
+
+
+def test_code_beside_a_tokenizer_is_not_run(
+    model: Path,
+    toy_data: Path,
+    canary: Canary,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (model / "own.py").write_text(f"from pathlib import Path\nPath({str(canary.path)!r}).touch()\n")
+    path = model / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    path.write_text(json.dumps(config))
+    error = refusal(model, toy_data, tmp_path / "run", capsys)
+    assert "contains custom code" in error
+
+
+# Permissions
+
+
+def test_what_is_written_heeds_the_umask(model: Path, toy_data: Path, tmp_path: Path) -> None:
+    """Also where safetensors by itself would shut others out."""
+    words = ["--model", str(model), "--data", str(toy_data), *QUIET]
+    before = os.umask(0o027)
+    try:
+        score = ["score", *words, "--num_scorings", "2", "--save_strategy", "epoch"]
+        assert main([*score, "--output", str(tmp_path / "score")]) == 0
+        train = ["train", *words, "--num_train_epochs", "1", "--save_strategy", "epoch"]
+        train += ["--partition", str(tmp_path / "score" / "confidence.parquet")]
+        assert main([*train, "--output", str(tmp_path / "train")]) == 0
+    finally:
+        os.umask(before)
+    found = [path for run in ("score", "train") for path in (tmp_path / run).rglob("*")]
+    assert {path.name for path in found} >= {"perplexity.safetensors", "model.safetensors"}
+    for path in found:
+        assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
