@@ -149,7 +149,7 @@ def measure_ways(task: Task, data: str, settings: Settings) -> Group:
     difference = group.attempt(OURS, partial(check, task, settings.device), ours=True)
     steps: dict[str, Callable[[], object]] = {
         FORWARD: lambda: forward(task.model, task.batches),
-        BACKBONE: lambda: forward(task.head.backbone, task.batches),
+        BACKBONE: lambda: forward(task.model.base_model, task.batches),
         LOOP: lambda: obvious_loop(task),
         MEANS: lambda: mean_loop(task),
     }

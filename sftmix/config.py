@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 CHOICES = {
     "method": ("sftmix", "ntp"),
     "loss_schedule": ("auto", "row_chunks", "vocab_tiles"),
+    "head": ("fused", "logits"),
     "layout": ("padded", "padding_free", "packed"),
 }
 
@@ -49,6 +50,12 @@ class SFTMixOptions(ConfigBase):
     alpha: float = option(0.5, "lam ~ Beta(alpha, alpha), one for each pair of examples", "paper")
     loss_schedule: Literal["auto", "row_chunks", "vocab_tiles"] = option(
         "auto", "How the loss avoids full logits; vocab_tiles: least memory, CUDA only", "ours"
+    )
+    head: Literal["fused", "logits"] = option(
+        "fused",
+        "fused: the loss reads a linear head, logits are never made; logits: any head, slowly, "
+        "through the model's own logits",
+        "ours",
     )
     layout: Literal["padded", "padding_free", "packed"] = option(
         "padded",

@@ -23,9 +23,10 @@ from sftmix.ranks import is_main, summed
 from sftmix.runs import write_json
 
 FIELDS = (
-    "loss",  # the first three are sums over steps of a step's mean
+    "loss",  # the first four are sums over steps of a step's mean
     "ntp_loss",
     "mixup_loss",
+    "router_loss",
     "nll_confident",  # the rest are sums over tokens or pairs
     "nll_unconfident",
     "tokens_confident",
@@ -62,7 +63,9 @@ class LossWindow:
             return value.detach().double()
         return torch.full_like(self.sums[0], value)
 
-    def report(self, sums: Tensor, step: int, *, paired: bool, mixed: bool) -> dict[str, float]:
+    def report(
+        self, sums: Tensor, step: int, *, paired: bool, mixed: bool, router: bool = False
+    ) -> dict[str, float]:
         """The log line of a window that ends at ``step``, from its sums over all ranks."""
         total = dict(zip(FIELDS, sums.tolist(), strict=True))
         steps = step - self.first_step
@@ -73,6 +76,8 @@ class LossWindow:
             logs["mixup_loss"] = total["mixup_loss"] / steps
             logs["truncated_fraction"] = 1 - 2 * pairs / tokens
             logs["lam_mean"] = total["lam"] / max(pairs, 1)
+        if router:
+            logs["router_loss"] = total["router_loss"] / steps
         if paired:
             logs["ntp_loss_confident"] = total["nll_confident"] / total["tokens_confident"]
             logs["ntp_loss_unconfident"] = total["nll_unconfident"] / total["tokens_unconfident"]

@@ -21,6 +21,7 @@ import datasets
 import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -71,7 +72,7 @@ def score_examples(
     if len(examples) == 0:
         raise ValueError("examples: expected at least one, got none")
     if perplexity is None:
-        perplexity = StreamingPerplexity(len(examples), head.head.weight.device)
+        perplexity = StreamingPerplexity(len(examples), head.weight.device)
     if perplexity.num_samples != len(examples):
         raise ValueError(
             f"perplexity: expected sums of {len(examples)} examples, got {perplexity.num_samples}"
@@ -137,12 +138,18 @@ def score_batch(
     device = perplexity.device
     names = ["input_ids"] if batch["attention_mask"].all() else ["input_ids", "attention_mask"]
     sample_ids = examples[batch["owner"]].to(device)
-    model(
+    targets = batch["targets"].to(device)
+    call = functools.partial(
+        model,
         **{name: batch[name].to(device) for name in names},
         use_cache=False,
         rows=batch["rows"].to(device),
-        head_function=_adding(perplexity, batch["targets"].to(device), sample_ids, head),
     )
+    if head.fused:
+        call(head_function=_adding(perplexity, targets, sample_ids, head))
+        return
+    logits = call(head_input=lambda hidden: hidden).value.float()
+    perplexity.add(F.cross_entropy(logits, targets, reduction="none"), sample_ids)
 
 
 def scoring_autocast(
@@ -154,7 +161,7 @@ def scoring_autocast(
     in fp16; a CPU, weights that are not float32, and a GPU that only emulates bfloat16 score in
     what they train in.
     """
-    weight = head.head.weight
+    weight = head.weight
     # FSDP has not moved the weights to the device yet.
     if (
         accelerator.device.type == "cuda"

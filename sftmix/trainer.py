@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,22 +18,12 @@ from transformers import Trainer
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import TrainOutput
 
-from sftmix.checkpoints import (
-    PREFIX,
-    STAGING,
-    STATE,
-    latest_checkpoint,
-    rotate_checkpoints,
-    seal,
-    writing,
-)
 from sftmix.config import SFTMixOptions
 from sftmix.head import HeadAdapter
 from sftmix.layouts import check_layout
 from sftmix.metrics import LossWindow, RunTensorBoard
 from sftmix.objective import BatchLoss, batch_loss
 from sftmix.pairing import PairedCollator, PairedExamples, PairedSampler, ShuffledSampler
-from sftmix.pickles import refuse_code
 from sftmix.ranks import (
     FilledExamples,
     FilledSampler,
@@ -48,20 +38,14 @@ from sftmix.ranks import (
     summed,
     weights_hash,
 )
-from sftmix.runs import atomic_write, publish_folder
+from sftmix.saving import WholeCheckpoints
 from sftmix.scoring import score_examples
 
 # Training arguments that do not decide a training's results, or that each rank has its own of.
 OF_RANK = ("local_rank", "output_dir", "logging_dir", "run_name", "disable_tqdm")
 
-# The mixin goes over any trainer derived from Trainer; type checkers read it as one.
-if TYPE_CHECKING:
-    TrainerBase = Trainer
-else:
-    TrainerBase = object
 
-
-class SFTMixMixin(TrainerBase):
+class SFTMixMixin(WholeCheckpoints):
     """NTP + mu * Mixup for a trainer derived from `transformers.Trainer`.
 
     ``train_dataset`` has ``input_ids`` and ``labels`` (-100 outside of responses, not shifted), and
@@ -100,16 +84,11 @@ class SFTMixMixin(TrainerBase):
         super().__init__(*args, **kwargs)
         if own_collator:
             self.data_collator = self._make_collator()
-        check_parallelism(self.args, self.accelerator, self.accelerator.unwrap_model(self.model))
-        loaded = is_main() or not loads_on_main_alone(self.accelerator)
-        self.head = HeadAdapter(self.accelerator.unwrap_model(self.model), checked=loaded)
-        if loaded:
-            self._check_layout()
+        self.head = self._find_head()
         # The loss is divided by counts over the whole accumulation window, here and not by Trainer.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.window = LossWindow(self.args.device)
         self.checkpoint_extras = list(checkpoint_extras)
-        self.staging: Path | None = None
         if "tensorboard" in (self.args.report_to or ()):
             self.pop_callback(TensorBoardCallback)
             self.add_callback(RunTensorBoard(Path(str(self.args.output_dir))))
@@ -127,6 +106,18 @@ class SFTMixMixin(TrainerBase):
 
     def _make_collator(self) -> PairedCollator:
         return make_collator(self.processing_class, self.args)
+
+    def _find_head(self) -> HeadAdapter:
+        model = self.accelerator.unwrap_model(self.model)
+        check_parallelism(self.args, self.accelerator, model)
+        alone = loads_on_main_alone(self.accelerator)
+        head = HeadAdapter(model, self.args.head, checked=is_main() or not alone)
+        if alone:
+            known = ("logit_scale", "softcap", "router_coefficient")
+            vars(head).update(on_main(lambda: {name: vars(head)[name] for name in known}))
+        if is_main() or not alone:
+            self._check_layout()
+        return head
 
     def _check_layout(self) -> None:
         layout = self.data_collator.layout
@@ -191,13 +182,23 @@ class SFTMixMixin(TrainerBase):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """This micro-batch's share of ``NTP + mu * Mixup`` over the whole window and all ranks."""
+        """This micro-batch's share of ``NTP + mu * Mixup`` over the whole window and all ranks.
+
+        A router's auxiliary loss, times the model's coefficient, is a mean over micro-batches and
+        ranks; that of a batch without examples is 0.
+        """
         if not isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         loss = batch_loss(model, self.head, inputs, self.args, *num_items_in_batch)
-        self._measure(inputs, loss)
         # Gradients are averaged over ranks, while the counts are of all ranks together.
-        total = loss.loss * self.accelerator.num_processes
+        ranks = self.accelerator.num_processes
+        total = loss.loss * ranks
+        if loss.router is not None:
+            router = loss.router * (inputs["lengths"].sum() > 0)
+            router = router / self.current_gradient_accumulation_steps
+            total = total + self.head.router_coefficient * router
+            loss = loss._replace(loss=total / ranks, router=router / ranks)
+        self._measure(inputs, loss)
         return (total, loss) if return_outputs else total
 
     def _measure(self, inputs: dict[str, Tensor], loss: BatchLoss) -> None:
@@ -205,6 +206,7 @@ class SFTMixMixin(TrainerBase):
             "loss": loss.loss,
             "ntp_loss": loss.ntp,
             "mixup_loss": loss.mixup,
+            "router_loss": 0.0 if loss.router is None else loss.router,
             "input_tokens": inputs["lengths"].sum(),
             "tokens_confident": float(inputs["rows"].numel()),
         }
@@ -256,7 +258,9 @@ class SFTMixMixin(TrainerBase):
             step = self.state.global_step
             sums = self.accelerator.reduce(self.window.sums, "sum")
             mixed = self.args.method == "sftmix"
-            logs = {**logs, **self.window.report(sums, step, paired=self.paired, mixed=mixed)}
+            router = self.head.router_coefficient != 0
+            report = self.window.report(sums, step, paired=self.paired, mixed=mixed, router=router)
+            logs = {**logs, **report}
             self.window.reset(step)
         super().log(logs, start_time)
 
@@ -307,49 +311,6 @@ class SFTMixMixin(TrainerBase):
         """
         raise NotImplementedError("predict: this trainer makes no logits; see evaluate")
 
-    def _get_output_dir(self, trial: Any) -> str:
-        """Where Trainer writes: the staging folder while a checkpoint is being made."""
-        return str(self.staging or super()._get_output_dir(trial))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint beside its place, then rename it: it is complete or not there."""
-        run = Path(str(self.args.output_dir))
-        name = f"{PREFIX}{self.state.global_step}"
-        self.staging = run / STAGING
-        try:
-            with writing(self.staging):
-                super()._save_checkpoint(model, trial)
-        finally:
-            staging, self.staging = self.staging, None
-        # Every rank writes its random state into the folder that the first one renames.
-        self.accelerator.wait_for_everyone()
-        for extra in [self.window, *self.checkpoint_extras]:
-            extra.save(staging / name)
-        if self.args.should_save:
-            self._publish(staging / name, run / name)
-        self.accelerator.wait_for_everyone()
-
-    def _publish(self, staging: Path, final: Path) -> None:
-        if self.state.best_model_checkpoint == str(staging):
-            self.state.best_model_checkpoint = str(final)
-            self.state.save_to_json(str(staging / STATE))
-        seal(staging, changing=[extra.FILE for extra in self.checkpoint_extras])
-        # What is there is damaged, or an earlier training's in the same folder.
-        publish_folder(staging, final, replace=True)
-        staging.parent.rmdir()
-        rotate_checkpoints(
-            final.parent,
-            self.state.global_step,
-            self.args.save_total_limit,
-            self.state.best_model_checkpoint,
-        )
-
-    def save_state(self) -> None:
-        """The log and the counters into ``RUN/trainer_state.json``, all of it or nothing."""
-        if self.args.should_save:
-            path = Path(str(self.args.output_dir)) / STATE
-            atomic_write(path, lambda temporary: self.state.save_to_json(str(temporary)))
-
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
@@ -363,16 +324,7 @@ class SFTMixMixin(TrainerBase):
         Raises:
             ValueError: a file of the checkpoint could run code when it is loaded.
         """
-        if resume_from_checkpoint is True:
-            run = Path(str(self.args.output_dir))
-            newest = on_main(lambda: latest_checkpoint(run))
-            resume_from_checkpoint = None if newest is None else str(newest)
-        if isinstance(resume_from_checkpoint, str):
-            refuse_code(Path(resume_from_checkpoint))
-            for extra in [self.window, *self.checkpoint_extras]:
-                extra.load(Path(resume_from_checkpoint))
-        else:
-            self.window.begin()
+        resume_from_checkpoint = self._load_extras(resume_from_checkpoint)
         if self.args.world_size > 1:
             refuse_differences(self._decisive())
         self.unchecked = []

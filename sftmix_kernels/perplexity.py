@@ -275,6 +275,20 @@ class StreamingPerplexity:
             validate=validate,
         )
 
+    def add(
+        self,
+        losses: Tensor,  # (R,) nats
+        sample_ids: Tensor,  # (R,) int64, in [0, S)
+    ) -> None:
+        """Add token losses made elsewhere, rounded as those of `update`."""
+        losses = losses.float()
+        # A state of which the loss is log(1) - (0 - loss).
+        state = torch.stack([losses, torch.ones_like(losses), torch.zeros_like(losses)])
+        order = sample_ids.argsort(stable=True)
+        torch.ops.sftmix_kernels.add_token_losses(
+            state, torch.zeros_like(sample_ids), -100, sample_ids, order, self._sum, self._count
+        )
+
     def end_checkpoint(self, group: ProcessGroup | None = None) -> None:
         """Close one scoring of the data set; with a process group, of the parts its ranks saw.
 

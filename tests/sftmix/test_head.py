@@ -17,8 +17,6 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
-    MixtralConfig,
-    MixtralForCausalLM,
     PreTrainedModel,
 )
 
@@ -157,8 +155,10 @@ def test_the_function_sees_the_chosen_rows_of_what_the_head_reads() -> None:
         return torch.nn.functional.linear(hidden, weight, bias)
 
     rows = torch.tensor([11, 0, 5])
-    assert torch.equal(model(tokens, rows=rows, head_function=logits), expected[rows])
-    assert torch.equal(model(tokens, head_function=logits), expected)
+    found = model(tokens, rows=rows, head_function=logits)
+    assert torch.equal(found.value, expected[rows])
+    assert found.router_loss is None
+    assert torch.equal(model(tokens, head_function=logits).value, expected)
 
 
 def test_checking_keeps_the_mode_and_the_random_state() -> None:
@@ -193,6 +193,30 @@ class ShiftsOne(Changed):
         return logits + torch.nn.functional.one_hot(torch.tensor(5), logits.shape[-1])
 
 
+class BreaksOne(Changed):
+    def change(self, logits: Tensor) -> Tensor:
+        return logits.clone().index_fill_(-1, torch.tensor([7]), float("nan"))
+
+
+class Clamps(Changed):
+    def change(self, logits: Tensor) -> Tensor:
+        return logits.clamp(max=2)
+
+
+class CutsOff(Changed):
+    def change(self, logits: Tensor) -> Tensor:
+        return logits[..., :-1]
+
+
+class Learns(Changed):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def change(self, logits: Tensor) -> Tensor:
+        return logits * self.temperature
+
+
 class Multiplies(Changed):
     def change(self, logits: Tensor) -> Tensor:
         return logits * 1.001
@@ -203,17 +227,98 @@ class Caps(Changed):
         return 3 * torch.tanh(logits / 3)
 
 
-class BreaksOne(Changed):
-    def change(self, logits: Tensor) -> Tensor:
-        return logits.clone().index_fill_(-1, torch.tensor([7]), float("nan"))
+class ScalesBefore(LlamaForCausalLM):
+    """A Llama that scales what its head reads, as MiniCPM does."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model.register_forward_hook(self.scale)
+
+    def scale(self, module: nn.Module, args: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state / 3
+        return output
 
 
-@pytest.mark.parametrize("cls", [ShiftsOne, Multiplies, Caps, BreaksOne])
+@pytest.mark.parametrize("cls", [ShiftsOne, BreaksOne, Clamps, CutsOff, Learns])
 def test_other_logits_are_refused(cls: type[Changed]) -> None:
     model = cls(tiny.build("Llama").config)
-    with pytest.raises(ValueError, match=f"the logits of {cls.__name__} are not"):
+    with pytest.raises(ValueError, match=f"^model: .*{cls.__name__} .*--head logits"):
         HeadAdapter(model)
     assert "forward" not in model.__dict__
+    assert "forward" not in model.lm_head.__dict__
+
+
+@pytest.mark.parametrize("cls", [ShiftsOne, Clamps, CutsOff, Learns, Multiplies, Caps])
+def test_any_logits_train_through_the_models_own(cls: type[Changed], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, batch = cls(tiny.build("Llama").config), batch_of()
+    batch["labels"][batch["labels"] == tiny.VOCABULARY - 1] = 3
+    batch["targets"][batch["targets"] == tiny.VOCABULARY - 1] = 3
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1)[batch["rows"]], batch["targets"]
+    )
+    expected.backward()
+    own = {name: gradient.clone() for name, gradient in gradients(model).items()}
+    model.zero_grad()
+    made = tiny.trainer(model, tmp_path, tiny.examples(4), method="ntp", head="logits")
+    loss = made.compute_loss(model, batch)
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    assert tiny.relative_difference(loss, expected) <= 1e-6
+    assert_close_gradients(gradients(model), own)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (Multiplies, {"logit_scale": 1.001, "softcap": None}),
+        (Caps, {"logit_scale": 1.0, "softcap": 3.0}),
+        (ScalesBefore, {"logit_scale": 1.0, "softcap": None}),
+    ],
+)
+def test_logits_of_no_known_config_are_understood(
+    cls: type[LlamaForCausalLM], options: dict[str, Any]
+) -> None:
+    adapter = HeadAdapter(cls(tiny.build("Llama").config))
+    assert adapter.logit_scale == pytest.approx(options["logit_scale"], rel=1e-15)
+    assert adapter.softcap == options["softcap"]
+
+
+class CallsTwice(LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        super().forward(*args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+
+class AddsToItsLoss(LlamaForCausalLM):
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        output = super().forward(*args, labels=labels, **kwargs)
+        if labels is not None:
+            output.loss = output.loss + 1e-4 * output.logits.logsumexp(-1).square().mean()
+        return output
+
+
+@pytest.mark.parametrize("head", ["fused", "logits"])
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [(CallsTwice, "to call its head lm_head once, got 2"), (AddsToItsLoss, "the loss of .* adds")],
+)
+def test_what_no_head_allows_is_refused(
+    cls: type[LlamaForCausalLM], message: str, head: str
+) -> None:
+    model = cls(tiny.build("Llama").config)
+    with pytest.raises(ValueError, match=message):
+        HeadAdapter(model, head)
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_a_quantised_head_is_refused() -> None:
+    model = tiny.build("Llama")
+    packed = torch.zeros(tiny.VOCABULARY, 16, dtype=torch.uint8)
+    model.lm_head.weight = nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(ValueError, match="got Linear in uint8; leave the head out of the quant"):
+        HeadAdapter(model)
 
 
 def not_causal() -> list[PreTrainedModel]:
@@ -239,51 +344,6 @@ def test_models_that_are_not_causal_are_refused(model: PreTrainedModel) -> None:
         HeadAdapter(model)
 
 
-def test_the_routers_loss_is_refused() -> None:
-    options = {**tiny.build("Llama").config.to_dict(), "num_local_experts": 2}
-    for name in ("model_type", "architectures", "head_dim", "rope_parameters"):
-        options.pop(name, None)
-    config = MixtralConfig(**options, num_experts_per_tok=1)
-    HeadAdapter(MixtralForCausalLM(config))
-    config.output_router_logits = True
-    with pytest.raises(ValueError, match="output_router_logits"):
-        HeadAdapter(MixtralForCausalLM(config))
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_a_model_with_a_lora_is_trained_through_it(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    batch = batch_of()
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-    lora = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
-    model = peft.get_peft_model(
-        tiny.build("Llama"), peft.LoraConfig(init_lora_weights=False, **lora)
-    )
-    own_loss = model(**inputs).loss
-    own_loss.backward()
-    own = {name: gradient.clone() for name, gradient in gradients(model).items()}
-    model.zero_grad()
-    made = tiny.trainer(model, tmp_path, tiny.examples(4), method="ntp")
-    loss = made.compute_loss(model, batch)
-    assert isinstance(loss, Tensor)
-    loss.backward()
-    assert tiny.relative_difference(loss, own_loss) <= 1e-5
-    assert_close_gradients(gradients(model), own)
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_what_peft_may_not_change_is_refused() -> None:
-    peft = pytest.importorskip("peft")
-    for changed in ({"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}):
-        lora = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **changed}
-        model = peft.get_peft_model(tiny.build("Llama"), peft.LoraConfig(**lora))
-        with pytest.raises(ValueError, match="linear LM head"):
-            HeadAdapter(model)
-    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    with pytest.raises(ValueError, match="virtual tokens"):
-        HeadAdapter(peft.get_peft_model(tiny.build("Llama"), prompt))
-
-
 def test_a_deep_copy_runs_its_own_weights() -> None:
     model, batch = tiny.build("Llama"), batch_of()
     HeadAdapter(model)
@@ -294,6 +354,6 @@ def test_a_deep_copy_runs_its_own_weights() -> None:
     hidden = copied(
         input_ids=batch["input_ids"], rows=batch["rows"], head_function=lambda h, w, b: (h, w)
     )
-    assert not hidden[0].any()
-    assert not hidden[1].any()
+    assert not hidden.value[0].any()
+    assert not hidden.value[1].any()
     assert model(input_ids=batch["input_ids"]).logits.any()

@@ -267,7 +267,7 @@ def test_the_precision_of_scoring(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
-    head = SimpleNamespace(head=SimpleNamespace(weight=SimpleNamespace(dtype=dtype)))
+    head = SimpleNamespace(weight=SimpleNamespace(dtype=dtype))
     device = torch.device("cuda" if is_cuda else "cpu")
     accelerator = SimpleNamespace(mixed_precision=training, autocast=object(), device=device)
     found: Any = scoring_autocast(head, accelerator)
