@@ -213,7 +213,8 @@ def resumed(folder: Path, *, fsdp: bool) -> Found:
             shutil.rmtree(folder / "checkpoint-6")
         dist.barrier()
     tokenizer: Any = SimpleNamespace(save_pretrained=lambda folder: None)
-    save(made, tokenizer, folder)
+    recipe = {"model": "org/base", "data": ["org/rows"], "method": "sftmix"}
+    save(made, tokenizer, folder, recipe)
     return {"trainings": found, "saved": load_file(folder / "model.safetensors")}
 
 

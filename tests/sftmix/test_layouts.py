@@ -177,7 +177,7 @@ def in_layout(model: PreTrainedModel, batch: dict[str, Tensor]) -> Result:
     names = ("input_ids", "attention_mask", "position_ids")
     inputs = {name: batch[name] for name in names if name in batch}
     made = model(**inputs, use_cache=False, rows=batch["rows"], head_function=loss)
-    return collected(model, head, made[0])
+    return collected(model, head, made.value.loss)
 
 
 def alone(model: PreTrainedModel, data: list[dict[str, Any]], dtype: torch.dtype) -> Result:
@@ -192,7 +192,7 @@ def alone(model: PreTrainedModel, data: list[dict[str, Any]], dtype: torch.dtype
                 use_cache=False,
                 rows=batch["rows"],
                 head_function=lambda hidden, weight, bias: hidden,
-            )
+            ).value
             for batch in batches
         ]
     )
