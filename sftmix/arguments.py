@@ -19,6 +19,9 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from sftmix.config import SFTMixConfig, SFTMixOptions, option
 
+# Flags of transformers that the commands have flags of their own for.
+ELSEWHERE = {"output_dir": "the folder as --output", "resume_from_checkpoint": "--resume"}
+
 
 @dataclasses.dataclass
 class RunArguments:
@@ -133,8 +136,10 @@ def parse(
             action.default = argparse.SUPPRESS
     if "--help-all" not in words:
         _hide_inherited(parser, config_type)
-    if any(word.split("=")[0] in ("--output_dir", "--output-dir") for word in words):
-        parser.error("give the folder as --output")
+    given = {word.split("=")[0].replace("-", "_") for word in words}
+    for name, instead in ELSEWHERE.items():
+        if f"__{name}" in given:
+            parser.error(f"--{name}: give {instead}")
     output = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     output.add_argument("--output", default="")
     folder = output.parse_known_args(words)[0].output

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
@@ -37,6 +38,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
+        # Out of memory, a lost rank: no fault of the disk's.
+        if isinstance(error, torch.OutOfMemoryError | torch.distributed.DistError):
+            raise
         raise OSError(f"cannot write {path}, is the disk full? ({error})") from error
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 CHOICES = {
     "method": ("sftmix", "ntp"),
@@ -21,6 +22,10 @@ UNSUPPORTED = {
     "train_sampling_strategy": "random",
     "data_seed": None,
     "save_only_model": False,
+    "average_tokens_across_devices": True,
+    "prediction_loss_only": False,
+    "bf16_full_eval": False,
+    "fp16_full_eval": False,
 }
 
 
@@ -87,6 +92,11 @@ class SFTMixOptions(ConfigBase):
         for name, default in UNSUPPORTED.items():
             if getattr(self, name) != default:
                 raise ValueError(f"{name}: not supported here, got {getattr(self, name)!r}")
+        if self.push_to_hub and HubStrategy(self.hub_strategy) != HubStrategy.END:
+            raise ValueError(
+                f"hub_strategy: expected 'end', got {self.hub_strategy!r}: checkpoints are renamed "
+                "while they would be uploaded"
+            )
         super().__post_init__()  # type: ignore[no-untyped-call]
 
 

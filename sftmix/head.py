@@ -147,7 +147,7 @@ class HeadAdapter:
         tokens[:, -1] = (tokens[:, -1] + 1) % self.model.config.get_text_config().vocab_size
         changed = self.model(**{**inputs, "input_ids": tokens}).logits
         difference = (changed.float() - own.float())[:, :-1].abs().max()
-        if difference > torch.finfo(self.weight.dtype).eps ** 0.5 * own.float().abs().max():
+        if difference > torch.finfo(own.dtype).eps ** 0.5 * own.float().abs().max():
             raise ValueError(
                 f"model: expected a causal language model; a token's logits in "
                 f"{type(self.model).__name__} change by {difference:.3g} with a later token"
@@ -161,8 +161,11 @@ class HeadAdapter:
                 f"model: expected logits (1, {CHECKED}, V) of {kind}, got {tuple(own.shape)} and "
                 f"from its head {tuple(found.shape)}{self.way_out}"
             )
+        # Of a quantised head the logits' dtype is all there is.
+        weight_dtype = self.weight.dtype
+        eps = torch.finfo(weight_dtype if weight_dtype.is_floating_point else own.dtype).eps
         expected, found = own[0].float(), found.float()
-        allowed = 4 * torch.finfo(self.weight.dtype).eps * expected.abs().max()
+        allowed = 4 * eps * expected.abs().max()
         difference = (found - expected).abs()
         if not (difference <= allowed).all():
             worst = int(difference.argmax())
@@ -174,6 +177,7 @@ class HeadAdapter:
 
     @property
     def way_out(self) -> str:
+        """What else a refused model can be trained with."""
         return OTHER_WAY if self.fused else ""
 
     def find_scale_and_softcap(self, inputs: dict[str, Any]) -> None:

@@ -13,9 +13,8 @@ Legend: B examples, T tokens of all examples, R rows of L slots.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sftmix.head import without_peft
+from sftmix.head import evaluating, without_peft
 
 Integers = NDArray[np.int64]
 
@@ -217,18 +216,6 @@ def check_layout(model: nn.Module, layout: str) -> None:
             f"{refusal}: a token's hidden state is {error:.3g} off what it is alone, relative to "
             f"its norm; rounding explains {allowed:.3g}"
         )
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and each module's own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class Reading(NamedTuple):

@@ -41,6 +41,7 @@ def versions() -> dict[str, str]:
 # Fields of the training config that decide a run's results.
 RECIPE_FIELDS = (
     "method",
+    "head",
     "loss_schedule",
     "layout",
     "row_length",

@@ -149,7 +149,7 @@ def array_hash(array: np.ndarray[Any, Any]) -> str:
     return hashlib.blake2b(array.tobytes(), digest_size=16).hexdigest()
 
 
-def data_hash(examples: Any) -> str:
+def tokens_hash(examples: Any) -> str:
     """Hash of every example's ``input_ids`` and ``labels``, and of how many there are."""
     digest = hashlib.blake2b(str(len(examples)).encode(), digest_size=16)
     for name in ("input_ids", "labels"):

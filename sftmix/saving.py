@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,14 +59,17 @@ class WholeCheckpoints(TrainerBase):
         self.accelerator.wait_for_everyone()
         for extra in [self.window, *self.checkpoint_extras]:
             extra.save(staging / name)
+        # Every rank loads the best one at the end.
+        is_best = self.state.best_model_checkpoint == str(staging / name)
+        if is_best:
+            self.state.best_model_checkpoint = str(run / name)
         if self.args.should_save:
+            if is_best:
+                self.state.save_to_json(str(staging / name / STATE))
             self._publish(staging / name, run / name)
         self.accelerator.wait_for_everyone()
 
     def _publish(self, staging: Path, final: Path) -> None:
-        if self.state.best_model_checkpoint == str(staging):
-            self.state.best_model_checkpoint = str(final)
-            self.state.save_to_json(str(staging / STATE))
         seal(staging, changing=[extra.FILE for extra in self.checkpoint_extras])
         # What is there is damaged, or an earlier training's in the same folder.
         publish_folder(staging, final, replace=True)
@@ -83,7 +87,9 @@ class WholeCheckpoints(TrainerBase):
             path = Path(str(self.args.output_dir)) / STATE
             atomic_write(path, lambda temporary: self.state.save_to_json(str(temporary)))
 
-    def _load_extras(self, resume_from_checkpoint: str | bool | None) -> str | bool | None:
+    def _load_extras(
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None
+    ) -> str | bool | None:
         """Go on with the log and the extras of a checkpoint; ``True`` is the newest whole one's.
 
         Returns:
@@ -96,7 +102,8 @@ class WholeCheckpoints(TrainerBase):
             run = Path(str(self.args.output_dir))
             newest = on_main(lambda: latest_checkpoint(run))
             resume_from_checkpoint = None if newest is None else str(newest)
-        if isinstance(resume_from_checkpoint, str):
+        if isinstance(resume_from_checkpoint, str | os.PathLike):
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
             refuse_code(Path(resume_from_checkpoint))
             for extra in [self.window, *self.checkpoint_extras]:
                 extra.load(Path(resume_from_checkpoint))

@@ -6,7 +6,7 @@ For the time of one call a `StandIn` takes the head's place: it gets what the he
 the model did to it before, and calls the head itself. With a function of (hidden, weight, bias) the
 loss is made right there and logits never are; with other rows the head and all the model does after
 it run on those. Either way the head's module is called once, so that wrappers that gather a sharded
-weight in its hooks (FSDP2, ZeRO-3), replace it (PEFT) or cast its inputs (autocast) keep working,
+weight in its hooks (FSDP2), replace it (PEFT) or cast its inputs (autocast) keep working,
 and a router's auxiliary loss is the model's own.
 """
 

@@ -30,16 +30,17 @@ from sftmix.ranks import (
     RankError,
     array_hash,
     check_parallelism,
-    data_hash,
     is_main,
     loads_on_main_alone,
     on_main,
     refuse_differences,
     summed,
+    tokens_hash,
     weights_hash,
 )
 from sftmix.saving import WholeCheckpoints
 from sftmix.scoring import score_examples
+from sftmix_kernels import StreamingPerplexity
 
 # Training arguments that do not decide a training's results, or that each rank has its own of.
 OF_RANK = ("local_rank", "output_dir", "logging_dir", "run_name", "disable_tqdm")
@@ -87,6 +88,7 @@ class SFTMixMixin(WholeCheckpoints):
         self.head = self._find_head()
         # The loss is divided by counts over the whole accumulation window, here and not by Trainer.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
+        self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         self.window = LossWindow(self.args.device)
         self.checkpoint_extras = list(checkpoint_extras)
         if "tensorboard" in (self.args.report_to or ()):
@@ -120,12 +122,18 @@ class SFTMixMixin(WholeCheckpoints):
         return head
 
     def _check_layout(self) -> None:
-        layout = self.data_collator.layout
-        if layout.name != self.args.layout:
-            raise ValueError(
-                f"data_collator: expected layout={self.args.layout!r} as in args, "
-                f"got {layout.name!r}"
+        collator = self.data_collator
+        if not isinstance(collator, PairedCollator):
+            raise TypeError(
+                f"data_collator: expected a PairedCollator, got {type(collator).__name__}"
             )
+        layout = collator.layout
+        for name, given in (("layout", layout.name), ("row_length", layout.row_length)):
+            if given != getattr(self.args, name):
+                raise ValueError(
+                    f"data_collator: expected {name}={getattr(self.args, name)!r} as in args, "
+                    f"got {given!r}"
+                )
         with self.accelerator.autocast():
             check_layout(self.accelerator.unwrap_model(self.model), layout.name)
 
@@ -272,9 +280,11 @@ class SFTMixMixin(WholeCheckpoints):
     ) -> dict[str, float]:
         """NTP loss of a data set, a mean over its response tokens, and its perplexity.
 
+        Batches hold examples of one length, up to 8,192 tokens; ``per_device_eval_batch_size`` is
+        not used.
         Several data sets, given as a dict, are evaluated one by one, as `Trainer` does.
         """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):
             parts = [
                 self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
@@ -283,11 +293,14 @@ class SFTMixMixin(WholeCheckpoints):
             return {key: value for part in parts for key, value in part.items()}
         if dataset is None:
             raise ValueError("eval_dataset: expected a data set to evaluate on, got None")
+        if self.is_fsdp_enabled and self.model_wrapped is self.model:
+            raise ValueError("evaluate: the model is sharded when training begins; train first")
         scores = score_examples(
             self.model,
             self.head,
             dataset,
             collator=self.data_collator.padded(),
+            perplexity=StreamingPerplexity(len(dataset), self.args.device),
             context=self.accelerator.autocast,
             description="evaluate",
             disable_progress=self.args.disable_tqdm,
@@ -339,7 +352,7 @@ class SFTMixMixin(WholeCheckpoints):
             values["model"] = weights_hash(self.model)
         return {
             **values,
-            "train_dataset": data_hash(self.examples),
+            "train_dataset": tokens_hash(self.examples),
             "confident": array_hash(self.confident_rows) if self.paired else None,
         }
 

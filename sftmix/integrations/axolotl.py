@@ -30,7 +30,7 @@ from sftmix.partition import CONFIDENT, read_partition
 from sftmix.trainer import SFTMixMixin, make_collator
 
 HERE = "sftmix.integrations.axolotl"
-OPTIONS = ("method", "mu", "alpha", "loss_schedule", "layout", "row_length")
+OPTIONS = ("method", "mu", "alpha", "head", "loss_schedule", "layout", "row_length")
 
 # Options of axolotl that the loss, the pairs or the collator would not heed.
 UNSUPPORTED = (
@@ -62,6 +62,7 @@ class SFTMixArgs(BaseModel):
     sftmix_method: Literal["sftmix", "ntp"] | None = None
     sftmix_mu: float | None = None
     sftmix_alpha: float | None = None
+    sftmix_head: Literal["fused", "logits"] | None = None
     sftmix_loss_schedule: Literal["auto", "row_chunks", "vocab_tiles"] | None = None
     sftmix_layout: Literal["padded", "padding_free", "packed"] | None = None
     sftmix_row_length: int | None = None

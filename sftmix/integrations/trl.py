@@ -210,6 +210,7 @@ def score(
         num_train_epochs=1,
         max_steps=-1,
         eval_strategy="no",
+        eval_on_start=False,
         save_strategy="no",
         load_best_model_at_end=False,
         push_to_hub=False,

@@ -150,6 +150,7 @@ def test_flags_that_argparse_refuses(
         (["--method", "mixup"], "invalid choice: 'mixup'"),
         (["--on_bad_row", "ignore"], "invalid choice: 'ignore'"),
         (["--output_dir", "x"], "give the folder as --output"),
+        (["--resume-from-checkpoint=x"], "give --resume"),
     ):
         with pytest.raises(SystemExit) as caught:
             train(*flags)

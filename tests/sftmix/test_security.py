@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from sftmix.checkpoints import LIST, fault, seal
@@ -130,29 +129,6 @@ def test_a_pickle_that_changed_the_checksums_is_passed_over(
 def test_a_checkpoint_of_our_own_is_not_refused(run: Path) -> None:
     refuse_code(run / "checkpoint-6")
     assert LIST in {path.name for path in (run / "checkpoint-6").iterdir()}
-
-
-def sharded(folder: Path, value: Any) -> Path:
-    """What FSDP writes of an optimizer: an index, and shards with tensors and other values."""
-    state = {"exp_avg": torch.ones(3), "dtype": torch.zeros(2, dtype=torch.bfloat16), "lr": value}
-    dcp.save({"optimizer": state}, checkpoint_id=folder / "optimizer_0", no_dist=True)
-    return folder / "optimizer_0"
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_sharded_checkpoints(canary: Canary, tmp_path: Path) -> None:
-    refuse_code(sharded(tmp_path / "sound", 0.1).parent)
-    shards = sharded(tmp_path / "shard", canary)
-    canary.path.unlink(missing_ok=True)  # planning the save copies the value
-    with pytest.raises(ValueError, match=r"optimizer_0/\.metadata .* could run code"):
-        refuse_code(shards.parent)
-    index = sharded(tmp_path / "index", 0.1) / ".metadata"
-    metadata = pickle.loads(index.read_bytes())
-    metadata.planner_data = canary
-    for content in (metadata, canary, {"state": 3}):
-        index.write_bytes(pickle.dumps(content))
-        with pytest.raises(ValueError, match=r"optimizer_0/\.metadata .* could run code"):
-            refuse_code(index.parent.parent)
 
 
 # Model folders
