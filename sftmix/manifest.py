@@ -42,6 +42,7 @@ def versions() -> dict[str, str]:
 RECIPE_FIELDS = (
     "method",
     "loss_schedule",
+    "head",
     "layout",
     "row_length",
     "mu",
