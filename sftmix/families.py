@@ -54,8 +54,10 @@ logits, and compares. What it finds:
   loss adds something besides next-token prediction and a router's auxiliary loss.
 
 **Mixtures of experts.** Where the model's config has `output_router_logits` on, the router's
-auxiliary loss times the model's own coefficient is added, as a mean over micro-batches and ranks,
-and logged as `router_loss`, before the coefficient.
+auxiliary loss times the model's own coefficient is added, as a mean over the micro-batches of all
+ranks, and logged as `router_loss`, before the coefficient. Padding of packed rows is tokens to
+the router, that of padded batches is not. TRL switches the loss on by itself, and its
+`router_aux_loss_coef` is heeded.
 
 **PEFT.** LoRA and its like on the backbone: a frozen head's gradient is not computed.
 `modules_to_save=["lm_head"]` trains the copy of the head. An adapter on the head itself needs

@@ -43,6 +43,7 @@ RECIPE_FIELDS = (
     "method",
     "head",
     "loss_schedule",
+    "head",
     "layout",
     "row_length",
     "mu",

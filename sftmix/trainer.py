@@ -171,11 +171,12 @@ class SFTMixMixin(WholeCheckpoints):
         return FilledSampler(sampler, batch, (None, 1.0) if self.paired else None)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """Tokens with loss and mixed pairs of one accumulation window over all ranks: (2,)."""
+        """Tokens with loss, mixed pairs and micro-batches of a window over all ranks: (3,)."""
         counts = torch.tensor(
             [
                 sum(batch["rows"].numel() for batch in batch_samples),
                 sum(batch["pair_c"].numel() for batch in batch_samples if "pair_c" in batch),
+                sum(bool(batch["rows"].numel()) for batch in batch_samples),
             ],
             dtype=torch.float32,
             device=device,
@@ -192,20 +193,20 @@ class SFTMixMixin(WholeCheckpoints):
     ) -> Tensor | tuple[Tensor, Any]:
         """This micro-batch's share of ``NTP + mu * Mixup`` over the whole window and all ranks.
 
-        A router's auxiliary loss, times the model's coefficient, is a mean over micro-batches and
-        ranks; that of a batch without examples is 0.
+        A router's auxiliary loss, times the model's coefficient, is a mean over the micro-batches
+        of all ranks; those that hold fillers alone are left out.
         """
         if not isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
-        loss = batch_loss(model, self.head, inputs, self.args, *num_items_in_batch)
+        tokens, pairs, batches = num_items_in_batch
+        loss = batch_loss(model, self.head, inputs, self.args, tokens, pairs)
         # Gradients are averaged over ranks, while the counts are of all ranks together.
         ranks = self.accelerator.num_processes
         total = loss.loss * ranks
         if loss.router is not None:
-            router = loss.router * (inputs["lengths"].sum() > 0)
-            router = router / self.current_gradient_accumulation_steps
-            total = total + self.head.router_coefficient * router
-            loss = loss._replace(loss=total / ranks, router=router / ranks)
+            router = loss.router * bool(inputs["rows"].numel()) / batches
+            total = total + self.head.router_coefficient * router * ranks
+            loss = loss._replace(loss=total / ranks, router=router)
         self._measure(inputs, loss)
         return (total, loss) if return_outputs else total
 

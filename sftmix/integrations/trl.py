@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from sftmix.config import SFTMixOptions
 from sftmix.data import content_hash
+from sftmix.head import HeadAdapter, without_peft
 from sftmix.integrations.tokens import has_targets, named_rows
 from sftmix.pairing import PairedCollator
 from sftmix.partition import Partition, from_scores, match, read_partition
@@ -64,8 +66,8 @@ class SFTMixSFTConfig(SFTMixOptions, SFTConfig):
 class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
     """`trl.SFTTrainer` with the loss, the pairs and the checkpoints of `SFTMixMixin`.
 
-    TRL's metrics that need logits (entropy, mean_token_accuracy) are not logged. A
-    mixture-of-experts model needs ``router_aux_loss_coef=0.0``.
+    TRL's metrics that need logits (entropy, mean_token_accuracy) are not logged. The loss of a
+    mixture of experts' router is added with TRL's ``router_aux_loss_coef``.
     """
 
     args: SFTMixSFTConfig
@@ -99,8 +101,9 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
 
         Raises:
             TypeError: options that are not an `SFTMixSFTConfig`, or a data set that is a stream.
-            ValueError: as `SFTMixMixin`; a vision model; an argument that would not be heeded; a
-                partition of other data; or rows that TRL leaves out while ``confident`` has them.
+            ValueError: as `SFTMixMixin`; a vision model; an argument that would not be heeded,
+                ``router_aux_loss_coef`` of a model without a router's loss too; a partition of
+                other data; or rows that TRL leaves out while ``confident`` has them.
         """
         if not isinstance(args, SFTMixSFTConfig):
             raise TypeError(f"args: expected an SFTMixSFTConfig, got {type(args).__name__}")
@@ -114,6 +117,20 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, confident=rows, **kwargs
         )
+
+    def _find_head(self) -> HeadAdapter:
+        # TRL writes its coefficient into the config, which the model has read already.
+        model: Any = without_peft(self.accelerator.unwrap_model(self.model))
+        if hasattr(model, "router_aux_loss_coef"):
+            model.router_aux_loss_coef = self.router_aux_loss_coef
+        head = super()._find_head()
+        wanted, found = self.args.router_aux_loss_coef, head.router_coefficient
+        if wanted is not None and not math.isclose(wanted, found, rel_tol=1e-5):
+            raise ValueError(
+                f"router_aux_loss_coef: expected what the loss of {type(model).__name__} adds its "
+                f"router's with, {found:.6g}, got {wanted}"
+            )
+        return head
 
     def _make_collator(self) -> PairedCollator:
         # TRL has found the padding token by now, and made its own collator with it.
@@ -155,7 +172,7 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
         return prepared if learnt.all() else prepared.select(learnt.nonzero()[0])
 
     def _pair(self, confident: np.ndarray[Any, Any]) -> None:
-        ids = require_all(self.train_dataset, len(confident), self.args)
+        ids = require_all(self.examples, len(confident), self.args)
         super()._pair(confident[ids])
 
     def evaluate(

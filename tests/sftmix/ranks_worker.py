@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import TrainerCallback
 
+from sftmix import families
 from sftmix.head import HeadAdapter
 from sftmix.objective import batch_loss
 from sftmix.pairing import PairedCollator
@@ -48,7 +49,7 @@ from sftmix.train import save
 from sftmix.trainer import SFTMixTrainer
 from sftmix_kernels import StreamingPerplexity
 
-from . import tiny
+from . import over_trl, tiny
 
 RANKS = 2
 Found = dict[str, Any]
@@ -90,13 +91,18 @@ def shard(made: SFTMixTrainer, **options: Any) -> None:
     made.is_fsdp_enabled = True
 
 
-def lora(model: Any) -> Any:
+def llama() -> Any:
+    """The model of most trainings."""
+    return tiny.build("Llama")
+
+
+def lora(**changes: Any) -> Any:
     """The model with an adapter whose second factor is not zero."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT's own
         torch.manual_seed(3)
         options = {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
-        return get_peft_model(model, LoraConfig(r=2, **options))
+        return get_peft_model(llama(), LoraConfig(r=2, **options, **changes))
 
 
 def training(
@@ -105,21 +111,21 @@ def training(
     number: int = 18,
     total: int = 8,
     fsdp: dict[str, Any] | None = None,
-    adapter: bool = False,
-    tied: bool = False,
-    resume: bool = False,
+    build: Callable[[], Any] = llama,
+    in_turn: bool = False,
     **changes: Any,
 ) -> Found:
-    """Gradients of all steps, logs, evaluation and weights of a training."""
-    model = tiny.build("Llama", tie_word_embeddings=tied)
-    recorder = Recorder()
+    """What a training comes to; ``in_turn``: one process takes the ranks' batches in turn."""
+    model, recorder = build(), Recorder()
+    if in_turn:
+        changes["gradient_accumulation_steps"] = RANKS // num_ranks()
     made = tiny.trainer(
-        lora(model) if adapter else model,
+        model,
         folder,
         tiny.examples(number),
         callbacks=[recorder],
         eval_dataset=tiny.examples(7, seed=5),
-        per_device_train_batch_size=total // num_ranks(),
+        per_device_train_batch_size=total // (RANKS if in_turn else num_ranks()),
         **{"num_train_epochs": 2, "max_grad_norm": 0.0, **changes},
     )
     if fsdp is not None and num_ranks() > 1:
@@ -127,7 +133,21 @@ def training(
         if made.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading and not is_main():
             for weight in model.parameters():
                 weight.data.zero_()
-    made.train(resume_from_checkpoint=resume)
+    found = outcome(made, recorder)
+    for line in found["logs"] if in_turn else ():
+        del line["epoch"]  # counted in micro-batches, of which ranks that wait have more
+    return found
+
+
+def with_trl(folder: Path) -> Found:
+    """The same over TRL's trainer."""
+    data, size, recorder = tiny.examples(18), 8 // num_ranks(), Recorder()
+    return outcome(over_trl.trainer(llama(), folder, data, size, callbacks=[recorder]), recorder)
+
+
+def outcome(made: Any, recorder: Recorder) -> Found:
+    """Gradients of all steps, logs, evaluation and weights of a training."""
+    made.train()
     evaluated = made.evaluate()
     logs = [
         {k: v for k, v in line.items() if k not in ("tokens_per_second", "peak_memory_gib")}
@@ -285,21 +305,23 @@ def message(action: Callable[[], object]) -> str:
     return "no error"
 
 
+TIED = functools.partial(tiny.build, "Llama", tie_word_embeddings=True)
+COPIED = functools.partial(lora, modules_to_save=["lm_head"])
+EXPERTS = functools.partial(families.build, "mixtral", router_aux_loss_coef=8.0)
 TRAININGS: dict[str, dict[str, Any]] = {
     # The last batch of an epoch has a pair, so that the second rank has none.
     "ddp": {},
     "ddp, accumulated": {"number": 22, "total": 4, "gradient_accumulation_steps": 4},
     "ddp, ntp": {"number": 11, "method": "ntp", "activation_checkpointing": True},
     "fsdp": {"fsdp": {}},
-    "fsdp, accumulated": {
-        "fsdp": {},
-        "number": 22,
-        "total": 4,
-        "gradient_accumulation_steps": 4,
-    },
-    "fsdp, tied": {"fsdp": {}, "tied": True},
+    "fsdp, accumulated": {"fsdp": {}, "number": 22, "total": 4, "gradient_accumulation_steps": 4},
+    "fsdp, tied": {"fsdp": {}, "build": TIED},
     "fsdp, loaded by one": {"fsdp": {"cpu_ram_efficient_loading": True}},
-    "fsdp, lora": {"fsdp": {"activation_checkpointing": True}, "adapter": True},
+    "fsdp, lora": {"fsdp": {"activation_checkpointing": True}, "build": lora},
+    "ddp, head copied": {"build": COPIED},
+    "fsdp, head copied": {"fsdp": {}, "build": COPIED},
+    # The router's loss is a mean over micro-batches; an epoch's last is the first rank's alone.
+    "ddp, experts": {"number": 20, "in_turn": True, "build": EXPERTS},
 }
 
 
@@ -308,6 +330,7 @@ CASES: dict[str, Callable[[Path], Found]] = {
         name: functools.partial(training, learning_rate=0.0, **options)
         for name, options in TRAININGS.items()
     },
+    "ddp, trl": with_trl,
     "ddp, learning": training,
     "fsdp, learning": functools.partial(training, fsdp={}),
     "by hand, root": functools.partial(sharded_by_hand, own_unit=False),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from sftmix.checkpoints import (
     LIST,
@@ -118,6 +118,35 @@ def test_resuming_in_the_middle_of_a_log_window(unbroken: Any, tmp_path: Path) -
     assert tiny.same(tiny.weights(resumed.model), unbroken[2])
 
 
+def test_packed_rows_are_packed_again_as_they_were(tmp_path: Path) -> None:
+    def packed(stop: int | None = None) -> SFTMixTrainer:
+        made = SFTMixTrainer(
+            model=dropout_model(),
+            args=tiny.config(
+                tmp_path / str(stop is None),
+                save_strategy="steps",
+                save_steps=3,
+                layout="packed",
+                row_length=24,
+            ),
+            train_dataset=tiny.examples(20),
+            confident=tiny.halves(20),
+            callbacks=[] if stop is None else [StopAt(stop)],
+        )
+        made.remove_callback(PrinterCallback)
+        return made
+
+    whole = packed()
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        packed(stop=4).train()
+    resumed = packed(stop=99)
+    torch.manual_seed(1234)
+    resumed.train(resume_from_checkpoint=True)
+    assert tiny.losses(resumed, *LOGGED) == tiny.losses(whole, *LOGGED)
+    assert tiny.same(tiny.weights(resumed.model), tiny.weights(whole.model))
+
+
 def test_resuming_from_a_named_checkpoint(unbroken: Any, tmp_path: Path) -> None:
     resumed = make(tmp_path)
     resumed.train(resume_from_checkpoint=str(unbroken[0] / "checkpoint-9"))
@@ -219,12 +248,14 @@ def test_what_is_being_deleted_is_no_checkpoint(
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_a_checkpoint_of_an_adapter_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("copied", [None, ["lm_head"]], ids=["alone", "head copied"])
+def test_a_checkpoint_of_an_adapter(copied: list[str] | None, tmp_path: Path) -> None:
     """PEFT: neither the model nor its optimizer's states of frozen weights are written."""
     peft = pytest.importorskip("peft")
 
     def adapted(stop: int | None = None) -> SFTMixTrainer:
-        lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.2)
+        dropping = {"r": 4, "lora_dropout": 0.2, "modules_to_save": copied}
+        lora = peft.LoraConfig(task_type="CAUSAL_LM", **dropping)
         torch.manual_seed(0)
         return tiny.trainer(
             peft.get_peft_model(tiny.build("Llama"), lora),
@@ -248,6 +279,10 @@ def test_a_checkpoint_of_an_adapter_alone(tmp_path: Path) -> None:
     assert "model.safetensors" not in written
     assert tiny.losses(resumed, *LOGGED) == tiny.losses(whole, *LOGGED)
     assert tiny.same(tiny.weights(resumed.model), tiny.weights(whole.model))
+    head = resumed.head.head
+    if copied:
+        head = head.modules_to_save["default"]
+    assert torch.equal(head.weight, tiny.build("Llama").lm_head.weight) == (copied is None)
 
 
 def test_training_goes_past_a_damaged_checkpoint(unbroken: Any, tmp_path: Path) -> None:

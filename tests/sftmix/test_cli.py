@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pickle
 import re
@@ -14,9 +13,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sftmix.arguments import RunArguments, ScoreConfig, TrainRunArguments
-from sftmix.cli import COMMANDS, main
-from sftmix.config import SFTMixConfig
+from sftmix.cli import main
 from sftmix.partition import read_partition
 from sftmix.toy import build_toy_model
 
@@ -170,48 +167,6 @@ def test_score_is_one_epoch_of_ntp(
         capsys, main([*words, "--num_train_epochs", "2"])
     )
     assert "num_scorings: expected 1 to 8" in refused(capsys, main([*words, "--num_scorings", "9"]))
-
-
-# Help
-
-
-@pytest.mark.parametrize("command", ["score", "split", "train"])
-def test_help_says_where_defaults_come_from(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main([command, "--help"])
-    assert caught.value.code == 0
-    text = capsys.readouterr().out
-    assert "[paper]" in text
-    assert "[ours]" in text
-    assert "--adam_beta1" not in text
-    if command != "split":
-        with pytest.raises(SystemExit):
-            main([command, "--help-all"])
-        assert "--adam_beta1" in capsys.readouterr().out
-
-
-def test_every_option_of_our_own_has_a_source() -> None:
-    own = [
-        (cls.__name__, field)
-        for cls in (SFTMixConfig, ScoreConfig, RunArguments, TrainRunArguments)
-        for field in dataclasses.fields(cls)
-        if field.name in cls.__annotations__ and field.name != "remove_unused_columns"
-    ]
-    assert len(own) > 25
-    for name, field in own:
-        required = field.default is dataclasses.MISSING
-        assert required or re.search(r"\[(paper|ours)\]$", field.metadata["help"]), (name, field)
-
-
-def test_the_list_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == 0
-    text = capsys.readouterr().out
-    assert all(re.search(rf"^  {command} ", text, re.MULTILINE) for command in COMMANDS)
-    assert main([]) == 2
-    assert main(["trian"]) == 2
-    assert "no command 'trian'" in capsys.readouterr().err
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
@@ -377,6 +332,25 @@ def test_the_final_model_loads(
     assert [line["step"] for line in lines if "mixup_loss" in line] == [2, 4, 6, 8]
     assert sum("eval_loss" in line for line in lines) == 1
     assert not list(run.glob(".tmp-*"))
+
+
+def test_heads_and_layouts_train_alike(
+    train: Callable[..., int], scored: Path, tmp_path: Path
+) -> None:
+    partition = str(scored / "confidence.parquet")
+    common = ["--method", "sftmix", "--partition", partition, "--logging_steps", "2"]
+    losses = []
+    for flags in ([], ["--head", "logits"], ["--layout", "packed", "--row_length", "128"]):
+        run = tmp_path / f"run-{len(losses)}"
+        assert train(*common, *flags, "--output", str(run)) == 0
+        manifest = json.loads((run / "manifest.json").read_text())
+        for flag, value in zip(flags[::2], flags[1::2], strict=True):
+            assert str(manifest[flag[2:]]) == value
+        lines = json.loads((run / "trainer_state.json").read_text())["log_history"]
+        losses.append([line["mixup_loss"] for line in lines if "mixup_loss" in line])
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["alpaca_9k.json", "gsm8k_train.jsonl"])

@@ -68,7 +68,7 @@ def test_gradients_are_those_of_one_process(name: str, both: Both) -> None:
             assert found[name]["loss"] == pytest.approx(alone[name]["loss"], rel=CLOSE)
 
 
-@pytest.mark.parametrize("name", [*TRAININGS, *LEARNING])
+@pytest.mark.parametrize("name", [*TRAININGS, *LEARNING, "ddp, trl"])
 def test_logs_and_evaluation_are_those_of_one_process(name: str, both: Both) -> None:
     """Steps, epochs, losses, lam and truncated tokens: what fills up a batch is not counted."""
     ranks, alone = both

@@ -237,6 +237,7 @@ def test_a_final_model_that_was_half_saved_is_saved_again(
     [
         (["--seed", "1"], "seed = 0, now it is 1"),
         (["--mu", "0.3"], "mu = 0.2, now it is 0.3"),
+        (["--head", "logits"], "head = 'fused', now it is 'logits'"),
         (["--adam_beta2", "0.9"], "adam_beta2 = 0.999, now it is 0.9"),
         (["--gradient_accumulation_steps", "2"], "gradient_accumulation_steps = 1"),
         (["--max_length", "99"], "max_length = 2048, now it is 99"),

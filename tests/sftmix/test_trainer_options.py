@@ -60,26 +60,32 @@ def test_pairs_need_an_even_batch_for_the_baseline_too(tmp_path: Path) -> None:
         )
 
 
-def test_layouts_are_trained_and_evaluated_alike(tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", ["fused", "logits"])
+def test_layouts_are_trained_and_evaluated_alike(head: str, tmp_path: Path) -> None:
     """The last bits differ, by which rows the attention multiplies together."""
-    found = {}
+    found, gradients = {}, {}
     for layout in ("padded", "padding_free", "packed"):
         made = SFTMixTrainer(
             model=tiny.build("Llama"),
-            args=tiny.config(tmp_path, max_steps=2, layout=layout),
+            args=tiny.config(tmp_path, max_steps=2, layout=layout, head=head),
             train_dataset=tiny.examples(8),
             confident=tiny.halves(8),
         )
         made.remove_callback(transformers.PrinterCallback)
         batch = next(iter(made.get_train_dataloader()))
         assert ("position_ids" in batch) == (layout != "padded")
+        made.compute_loss(made.model, batch).backward()
+        gradients[layout] = {name: p.grad for name, p in made.model.named_parameters()}
+        made.model.zero_grad()
         made.train()
         evaluated = made.evaluate(tiny.examples(5, seed=1))["eval_loss"]
         found[layout] = [*tiny.losses(made, "loss", "lam_mean", "truncated_fraction"), (evaluated,)]
     assert len(found["padded"]) == 3
-    for lines in (found["padding_free"], found["packed"]):
-        for ours, padded in zip(lines, found["padded"], strict=True):
+    for layout in ("padding_free", "packed"):
+        for ours, padded in zip(found[layout], found["padded"], strict=True):
             assert ours == pytest.approx(padded, rel=1e-6)
+        for name, gradient in gradients["padded"].items():
+            assert tiny.relative_difference(gradients[layout][name], gradient) <= 1e-5, name
 
 
 def test_a_layout_that_a_model_does_not_heed_is_refused(tmp_path: Path) -> None:
