@@ -43,7 +43,6 @@ RECIPE_FIELDS = (
     "method",
     "head",
     "loss_schedule",
-    "head",
     "layout",
     "row_length",
     "mu",

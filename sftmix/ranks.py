@@ -259,14 +259,18 @@ def loads_on_main_alone(accelerator: Any) -> bool:
     return plugin is not None and bool(plugin.cpu_ram_efficient_loading)
 
 
+def sharded_weights(model: nn.Module) -> list[str]:
+    """The names of the parameters of which this rank holds a part."""
+    return [name for name, weight in model.named_parameters() if isinstance(weight, DTensor)]
+
+
 def _check_model(model: nn.Module) -> None:
     if (getattr(model, "tp_size", None) or 1) > 1:
         raise ValueError(
             "model: loaded with a tp_plan, whose head is sharded over the vocabulary: not "
             "supported; load the whole model and use FSDP2 (--fsdp)"
         )
-    sharded = [name for name, weight in model.named_parameters() if isinstance(weight, DTensor)]
-    if sharded:
+    if sharded := sharded_weights(model):
         raise ValueError(
             f"model: {sharded[-1]} is a DTensor, sharded already (tensor parallelism, a head "
             "sharded over the vocabulary, fully_shard): pass the whole model, which --fsdp "

@@ -34,6 +34,7 @@ from sftmix.ranks import (
     loads_on_main_alone,
     on_main,
     refuse_differences,
+    sharded_weights,
     summed,
     tokens_hash,
     weights_hash,
@@ -294,7 +295,7 @@ class SFTMixMixin(WholeCheckpoints):
             return {key: value for part in parts for key, value in part.items()}
         if dataset is None:
             raise ValueError("eval_dataset: expected a data set to evaluate on, got None")
-        if self.is_fsdp_enabled and self.model_wrapped is self.model:
+        if self.is_fsdp_enabled and not sharded_weights(self.model):
             raise ValueError("evaluate: the model is sharded when training begins; train first")
         scores = score_examples(
             self.model,

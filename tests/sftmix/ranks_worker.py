@@ -238,6 +238,27 @@ def resumed(folder: Path, *, fsdp: bool) -> Found:
     return {"trainings": found, "saved": load_file(folder / "model.safetensors")}
 
 
+def best(folder: Path) -> Found:
+    """Each rank's weights after a training that grows worse, and its best checkpoint's."""
+    made = tiny.trainer(
+        tiny.build("Llama"),
+        folder,
+        tiny.examples(16),
+        eval_dataset=tiny.examples(5, seed=1),
+        learning_rate=0.3,
+        warmup_steps=0,
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    made.train()
+    path = Path(str(made.state.best_model_checkpoint))
+    return {"weights": tiny.weights(made.model), "best": load_file(path / "model.safetensors")}
+
+
 class Poisoned(tiny.SFTMixTrainer):
     """The second rank's first loss of the second step is not a number."""
 
@@ -347,13 +368,22 @@ def sharded_head(folder: Path) -> Found:
     return {"message": message(lambda: tiny.trainer(model, folder, tiny.examples(8)))}
 
 
+def evaluated_early(folder: Path) -> Found:
+    """What a trainer that will shard its model says of an evaluation before it has."""
+    made = tiny.trainer(tiny.build("Llama"), folder, tiny.examples(8))
+    shard(made)
+    return {"message": message(lambda: made.evaluate(tiny.examples(4)))}
+
+
 # What only several ranks can do.
 OF_RANKS: dict[str, Callable[[Path], Found]] = {
     "ddp, resumed": functools.partial(resumed, fsdp=False),
     "fsdp, resumed": functools.partial(resumed, fsdp=True),
+    "best": best,
     "stopped": stopped,
     "agreed": agreed,
     "sharded head": sharded_head,
+    "evaluated early": evaluated_early,
 }
 
 

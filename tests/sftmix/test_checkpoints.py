@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,16 @@ def test_resuming_in_the_middle_of_an_epoch_is_bitwise_the_same(
     resumed.train(resume_from_checkpoint=True)
     assert tiny.losses(resumed, *LOGGED) == unbroken[1]
     assert tiny.same(tiny.weights(resumed.model), unbroken[2])
+
+
+def test_a_checkpoint_may_be_given_as_a_path(unbroken: Any, tmp_path: Path) -> None:
+    checkpoint = copy_of(unbroken[0], tmp_path / "copy", 3) / "checkpoint-3"
+    resumed = make(tmp_path)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert tiny.losses(resumed, *LOGGED) == unbroken[1]
+    (checkpoint / "scheduler.pt").write_bytes(pickle.dumps(print))
+    with pytest.raises(ValueError, match=r"scheduler\.pt .* could run code"):
+        make(tmp_path).train(resume_from_checkpoint=checkpoint)
 
 
 def test_resuming_in_the_middle_of_a_log_window(unbroken: Any, tmp_path: Path) -> None:

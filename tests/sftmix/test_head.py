@@ -321,6 +321,22 @@ def test_a_quantised_head_is_refused() -> None:
         HeadAdapter(model)
 
 
+class Packed(nn.Linear):
+    """Has its weight in bytes and unpacks them when it is called."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden @ (self.weight.to(hidden.dtype) / 100).T
+
+
+def test_a_quantised_head_goes_by_its_logits() -> None:
+    model = tiny.build("Llama")
+    head = Packed(16, tiny.VOCABULARY, bias=False)
+    bytes_ = torch.randint(-99, 99, (tiny.VOCABULARY, 16), dtype=torch.int8)
+    head.weight = nn.Parameter(bytes_, requires_grad=False)
+    model.set_output_embeddings(head)
+    assert HeadAdapter(model, "logits").weight.dtype == torch.int8
+
+
 def not_causal() -> list[PreTrainedModel]:
     bert = BertConfig(
         vocab_size=64,

@@ -108,6 +108,11 @@ def test_a_resumed_training_is_the_unbroken_one(name: str, both: Both) -> None:
         assert tiny.same(found[name]["saved"], weights)
 
 
+def test_all_ranks_end_with_the_best_checkpoint(both: Both) -> None:
+    for found in (rank["best"] for rank in both[0]):
+        assert tiny.same(found["weights"], found["best"])
+
+
 def test_a_loss_that_is_not_finite_stops_all_ranks(both: Both) -> None:
     first, second = (found["stopped"] for found in both[0])
     assert first["nan"] == (
@@ -199,6 +204,11 @@ def test_a_head_sharded_over_the_vocabulary_is_refused(both: Both) -> None:
         assert found["sharded head"]["message"].startswith(
             "ValueError: model: lm_head.weight is a DTensor, sharded already"
         )
+
+
+def test_a_model_is_not_evaluated_before_it_is_sharded(both: Both) -> None:
+    for found in both[0]:
+        assert found["evaluated early"]["message"].startswith("ValueError: evaluate: the model is")
 
 
 ACCELERATE = ("accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_machines", "1")

@@ -100,6 +100,24 @@ def test_a_layout_that_a_model_does_not_heed_is_refused(tmp_path: Path) -> None:
         )
 
 
+def test_a_collator_of_another_row_length_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data_collator: expected row_length=32 .*got 64"):
+        SFTMixTrainer(
+            model=tiny.build("Llama"),
+            args=tiny.config(tmp_path, layout="packed", row_length=32),
+            train_dataset=tiny.examples(8),
+            data_collator=PairedCollator(0, layout="packed", row_length=64),
+            confident=tiny.halves(8),
+        )
+    with pytest.raises(TypeError, match="data_collator: expected a PairedCollator, got function"):
+        SFTMixTrainer(
+            model=tiny.build("Llama"),
+            args=tiny.config(tmp_path),
+            data_collator=transformers.default_data_collator,
+            confident=tiny.halves(8),
+        )
+
+
 def test_a_collator_of_another_layout_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data_collator: expected layout='packed'.*got 'padded'"):
         tiny.trainer(tiny.build("Llama"), tmp_path, tiny.examples(8), layout="packed")
