@@ -89,7 +89,6 @@ class SFTMixMixin(WholeCheckpoints):
         self.head = self._find_head()
         # The loss is divided by counts over the whole accumulation window, here and not by Trainer.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
-        self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         self.window = LossWindow(self.args.device)
         self.checkpoint_extras = list(checkpoint_extras)
         if "tensorboard" in (self.args.report_to or ()):
@@ -283,8 +282,7 @@ class SFTMixMixin(WholeCheckpoints):
         """NTP loss of a data set, a mean over its response tokens, and its perplexity.
 
         Batches hold examples of one length, up to 8,192 tokens; ``per_device_eval_batch_size`` is
-        not used.
-        Several data sets, given as a dict, are evaluated one by one, as `Trainer` does.
+        not used. Several data sets, given as a dict, are evaluated one by one, as `Trainer` does.
         """
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):
@@ -366,10 +364,8 @@ class SFTMixTrainer(SFTMixMixin, Trainer):
 def make_collator(tokenizer: Any, options: SFTMixOptions | None = None) -> PairedCollator:
     """The collator that `SFTMixMixin` expects, padding with the tokenizer's token.
 
-    Batches are laid out as ``options`` says, padded without.
-
-    Padding is masked, so that the end token will do where there is none, and 0 without a
-    tokenizer.
+    Padding carries nothing, so that the end token will do where there is none, and 0 without a
+    tokenizer. Batches are laid out as ``options`` says, padded without.
     """
     tokens = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("pad", "eos"))
     token = next((token for token in tokens if token is not None), 0)

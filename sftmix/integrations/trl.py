@@ -218,8 +218,8 @@ def score(
         each row of ``train_dataset``.
 
     Raises:
-        ValueError: several processes, rows without a token to learn, fewer steps than scorings, or
-            as `SFTMixSFTTrainer`.
+        ValueError: rows without a token to learn, fewer steps than scorings, or as
+            `SFTMixSFTTrainer`.
     """
     reference = dataclasses.replace(
         args,
