@@ -1,6 +1,6 @@
 """Kills scoring and training at random moments, resumes them, and compares the ends bit by bit.
 
-    python tests/kill_runs.py [--kills 50] [--seed 0] [--folder DIR]
+    python -m tests.kill_runs [--kills 50] [--seed 0] [--folder DIR]
 
 Unbroken runs of `sftmix score` and `sftmix train` come first. Then runs of both are killed with
 SIGKILL and resumed, several times each, until there were enough kills. Half of the moments are

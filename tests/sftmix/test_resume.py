@@ -162,11 +162,11 @@ def test_a_run_killed_three_times_ends_like_an_unbroken_one(
 @pytest.mark.slow
 def test_runs_killed_at_random_moments_end_like_unbroken_ones(tmp_path: Path) -> None:
     """A few of the moments that `tests/kill_runs.py` draws; it says itself what was wrong."""
-    script = [sys.executable, "tests/kill_runs.py", "--kills", "5", "--folder", str(tmp_path)]
+    script = [sys.executable, "-m", "tests.kill_runs", "--kills", "5", "--folder", str(tmp_path)]
     done = subprocess.run(
         script,
         cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
