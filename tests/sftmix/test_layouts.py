@@ -202,13 +202,6 @@ def alone(model: PreTrainedModel, data: list[dict[str, Any]], dtype: torch.dtype
     return collected(model, head, made[0])
 
 
-def assert_in_budget(name: str, found: Tensor, plain: Tensor, truth: Tensor) -> None:
-    """The error budget of the ops, in norms: the largest of a few numbers is a lottery."""
-    error, plain_error = ((one.double() - truth).norm() for one in (found, plain))
-    eps = torch.finfo(torch.float32).eps
-    assert error <= 2 * plain_error + eps * truth.norm(), name
-
-
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "GPT2"])
 def test_every_layout_gives_the_loss_and_gradients_of_examples_alone(family: str) -> None:
     # Some are longer than Gemma2's window of 16, and all together than GPT2's 64 positions.
@@ -225,10 +218,10 @@ def test_every_layout_gives_the_loss_and_gradients_of_examples_alone(family: str
         batch = PairedCollator(0, layout=layout, row_length=row_length)(data)
         shapes.add(tuple(batch["input_ids"].shape))
         loss, gradients = in_layout(tiny.build(family), batch)
-        assert_in_budget(f"{layout} loss", loss, plain[0], truth[0])
+        tiny.assert_in_budget(f"{layout} loss", loss, plain[0], truth[0])
         assert gradients.keys() == truth[1].keys()
         for name, gradient in gradients.items():
-            assert_in_budget(f"{layout} {name}", gradient, plain[1][name], truth[1][name])
+            tiny.assert_in_budget(f"{layout} {name}", gradient, plain[1][name], truth[1][name])
     assert len(shapes) == len(LAYOUTS)
 
 

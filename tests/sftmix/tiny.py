@@ -157,3 +157,33 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest magnitude of what is expected."""
     difference = (found - expected).detach().abs().max()
     return float(difference / expected.detach().abs().max().clamp(min=1e-30))
+
+
+def assert_in_budget(name: str, found: Tensor, plain: Tensor, truth: Tensor) -> None:
+    """The error budget of the ops, in norms: the largest of a few numbers is a lottery."""
+    error, plain_error = ((one.detach().double() - truth).norm() for one in (found, plain))
+    eps = torch.finfo(torch.float32).eps
+    assert error <= 2 * plain_error + eps * truth.norm(), name
+
+
+def assert_same_training(
+    mine: PreTrainedModel, theirs: PreTrainedModel, batch: dict[str, Tensor], router: float = 0.0
+) -> None:
+    """All gradients of ``mine`` in the budget beside those of ``theirs``, after both went backward.
+
+    Together: the errors of a norm's few weights are a lottery. The truth is the dense loss in
+    float64, with ``router`` times the router's.
+    """
+    # No deep copy: the forward that TRL has put on the instance would run the first one's weights.
+    exact = type(theirs)(theirs.config).double()
+    exact.load_state_dict(theirs.state_dict())
+    inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    output = exact(**inputs, **({"output_router_logits": True} if router else {}))
+    labels = batch["labels"][:, 1:].flatten()
+    loss = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels)
+    (loss + router * output.aux_loss if router else loss).backward()
+    found, plain, truth = (
+        torch.cat([weight.grad.flatten() for weight in model.parameters()])
+        for model in (mine, theirs, exact)
+    )
+    assert_in_budget("all gradients", found, plain, truth)
