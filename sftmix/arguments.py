@@ -32,6 +32,14 @@ class RunArguments:
         metadata={"help": "Data files (.json, .jsonl, .parquet) or the name of a data set"}
     )
     output: str = dataclasses.field(metadata={"help": "Folder of the run; must be new or empty"})
+    data_split: str = option("train", "Split of a data set that --data names", "ours")
+    select: list[str] | None = option(
+        None,
+        "Rows to keep, one selection after another: score>=NUMBER:COLUMN (or > <= <), "
+        "longest:NUMBER (responses, in characters), keys:FILE (data, or a .txt of ids or content "
+        "hashes)",
+        "ours",
+    )
     resume: bool = option(False, "Go on with the run in --output", "ours")
     max_length: int = option(2048, "Longest sequence in tokens; the response's tail is cut", "ours")
     on_bad_row: Literal["error", "skip"] = option(
@@ -51,6 +59,7 @@ class TrainRunArguments(RunArguments):
         None, "confidence.parquet of `sftmix score`; needed for --method sftmix", "ours"
     )
     eval_data: list[str] | None = option(None, "Held-out data files, scored at the end", "ours")
+    eval_split: str = option("train", "Split of a data set that --eval_data names", "ours")
 
 
 @dataclasses.dataclass

@@ -11,11 +11,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from sftmix.arguments import RunArguments
+from sftmix.arguments import RunArguments, TrainRunArguments
 from sftmix.checkpoints import STAGING, writing
-from sftmix.data import load_examples
+from sftmix.data import Example, load_examples
 from sftmix.model_card import FILE as CARD
 from sftmix.runs import sync_folder
+from sftmix.selection import columns_of, parse_selection, select
 from sftmix.templates import tokenize_examples
 
 CONFIGS = ("config.json", "adapter_config.json")
@@ -56,14 +57,51 @@ def load_tokenizer(arguments: RunArguments) -> PreTrainedTokenizerBase:
 def load_data(
     arguments: RunArguments,
     tokenizer: PreTrainedTokenizerBase,
-    data: list[str] | None = None,
     *,
     disable_progress: bool | None = False,
 ) -> datasets.Dataset:
-    """The examples of ``--data`` (or of other files) as tokens."""
+    """The examples of ``--data`` that ``--select`` keeps, as tokens."""
+    split, on_bad_row = arguments.data_split, arguments.on_bad_row
+    selections = {
+        text: parse_selection(text, split=split, on_bad_row=on_bad_row)
+        for text in arguments.select or ()
+    }
     examples = load_examples(
-        data or arguments.data, on_bad_row=arguments.on_bad_row, disable_progress=disable_progress
+        arguments.data,
+        on_bad_row=on_bad_row,
+        split=split,
+        numbers=columns_of(selections),
+        disable_progress=disable_progress,
     )
+    examples = select(examples, selections)
+    return _tokenized(examples, arguments, tokenizer, disable_progress=disable_progress)
+
+
+def load_held_out(
+    arguments: TrainRunArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    disable_progress: bool | None = False,
+) -> datasets.Dataset | None:
+    """The examples of ``--eval_data``, all of them, as tokens; None where none are given."""
+    if not arguments.eval_data:
+        return None
+    examples = load_examples(
+        arguments.eval_data,
+        on_bad_row=arguments.on_bad_row,
+        split=arguments.eval_split,
+        disable_progress=disable_progress,
+    )
+    return _tokenized(examples, arguments, tokenizer, disable_progress=disable_progress)
+
+
+def _tokenized(
+    examples: list[Example],
+    arguments: RunArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    disable_progress: bool | None,
+) -> datasets.Dataset:
     return tokenize_examples(
         examples,
         tokenizer,

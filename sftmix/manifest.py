@@ -85,6 +85,8 @@ def recipe(
         "model": arguments.model,
         "dtype": arguments.dtype,
         "data": arguments.data,
+        "data_split": arguments.data_split,
+        "select": arguments.select,
         "data_hash": data_hash(dataset["content_hash"][:]),
         "num_examples": len(dataset),
         "max_length": arguments.max_length,
