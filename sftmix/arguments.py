@@ -48,6 +48,20 @@ class RunArguments:
     dtype: Literal["float32", "bfloat16", "auto"] = option(
         "float32", "Dtype of the weights; --bf16 true adds bfloat16 autocast", "ours"
     )
+    lora_rank: int | None = option(
+        None,
+        "Train LoRA's updates of this rank, the model stays as it is; saves an adapter",
+        "ours",
+    )
+    lora_alpha: float | None = option(
+        None, "LoRA's updates are scaled by alpha / rank; by default alpha = 2 * rank", "ours"
+    )
+    lora_dropout: float = option(0.0, "Dropout before LoRA's updates", "ours")
+    lora_targets: list[str] | None = option(
+        None,
+        "Names of the layers that get updates; by default all linear ones but the head",
+        "ours",
+    )
     trust_remote_code: bool = option(False, "Run Python code that comes with the model", "ours")
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from sftmix.arguments import RunArguments, TrainRunArguments
 from sftmix.checkpoints import STAGING, writing
 from sftmix.data import Example, load_examples
+from sftmix.lora import add_lora
 from sftmix.model_card import FILE as CARD
 from sftmix.runs import sync_folder
 from sftmix.selection import columns_of, parse_selection, select
@@ -22,12 +23,15 @@ from sftmix.templates import tokenize_examples
 CONFIGS = ("config.json", "adapter_config.json")
 
 
-def load_model(arguments: RunArguments) -> Any:
+def load_model(arguments: RunArguments, seed: int = 0) -> Any:
     """The model, from safetensors alone: a pickle would run code on loading.
+
+    With ``--lora_rank`` it has LoRA's updates, which ``seed`` draws.
 
     Raises:
         OSError: there is no such model, or it has no safetensors, or they are cut off.
-        ValueError: it is an adapter.
+        ValueError: it is an adapter, or as `add_lora` does.
+        ImportError: LoRA is asked for and PEFT is not there.
     """
     if (Path(arguments.model) / "adapter_config.json").exists():
         raise ValueError(
@@ -36,7 +40,7 @@ def load_model(arguments: RunArguments) -> Any:
         )
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             arguments.model,
             dtype=dtype,
             use_safetensors=True,
@@ -44,6 +48,7 @@ def load_model(arguments: RunArguments) -> Any:
         )
     except SafetensorError as error:
         raise OSError(f"model: the weights of {arguments.model} are damaged: {error}") from error
+    return add_lora(model, arguments, seed)
 
 
 def load_tokenizer(arguments: RunArguments) -> PreTrainedTokenizerBase:

@@ -17,6 +17,7 @@ from sftmix import __version__
 from sftmix.arguments import RunArguments
 from sftmix.config import SFTMixConfig
 from sftmix.data import data_hash
+from sftmix.lora import lora_options
 from sftmix.runs import write_json
 from sftmix.templates import template_hash
 
@@ -91,6 +92,7 @@ def recipe(
         "num_examples": len(dataset),
         "max_length": arguments.max_length,
         "template_hash": template_hash(tokenizer),
+        **lora_options(arguments),
         **numbers,
         **more,
     }

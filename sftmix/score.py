@@ -48,7 +48,8 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
     refuse_differences(numbers)
     if not on_main(lambda: (run / FILE).exists()):
         with together():
-            model, collator = load_model(arguments), make_collator(tokenizer, config)
+            model = load_model(arguments, config.seed)
+            collator = make_collator(tokenizer, config)
             trainer, scores = reference_trainer(model, dataset, collator, config)
         on_main(lambda: start_manifest(run, numbers))
         trainer.train(resume_from_checkpoint=arguments.resume or None)

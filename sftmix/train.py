@@ -55,7 +55,7 @@ def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTM
                 confident = match(partition, dataset["id"][:], dataset["content_hash"][:])
             scores_hash = partition_hash(partition)
         trainer = SFTMixTrainer(
-            model=load_model(arguments),
+            model=load_model(arguments, config.seed),
             args=config,
             train_dataset=dataset,
             eval_dataset=held_out,
