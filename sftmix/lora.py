@@ -65,8 +65,6 @@ def add_lora(model: Any, arguments: RunArguments, seed: int) -> Any:
         lora_dropout=options["lora_dropout"],
         target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
     )
-    # Reentrant checkpointing has no gradient where a layer's input wants none.
-    model.enable_input_require_grads()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return peft.get_peft_model(model, config)
