@@ -1,26 +1,30 @@
 """Command-line arguments: dataclasses, YAML files and help.
 
-A YAML file (``--config``) holds the same names as the flags and is read as if they had been typed
-before the flags, so that flags override it and both are checked alike.
+A YAML file (``--config``, see `config_file.py`) is read as if it had been typed before the flags,
+so that flags override it and both are checked alike.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, cast
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from sftmix.config import OF_MIXUP, SFTMixConfig, SFTMixOptions, option
+from sftmix.config_file import config_words
 
 # Flags of transformers that the commands have flags of their own for.
 ELSEWHERE = {"output_dir": "the folder as --output", "resume_from_checkpoint": "--resume"}
+
+CONFIG_HELP = (
+    "YAML file with the same names; flags override it. What a mapping named after a command holds "
+    "is that command's own (score: {output: ...}, train: {output: ...}); include: names a file "
+    "whose values come first"
+)
 
 
 @dataclasses.dataclass
@@ -112,28 +116,6 @@ class ScoreConfig(SFTMixConfig):
         super().__post_init__()
 
 
-def read_config(path: str) -> list[str]:
-    """A YAML mapping as command-line words.
-
-    Raises:
-        ValueError: the file is not a mapping of names to values.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"config: {path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"config: {path} must hold names and values, got {content!r}")
-    words: list[str] = []
-    for name, value in content.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name}"]
-        words += [json.dumps(v) if isinstance(v, dict | bool) else str(v) for v in values]
-    return words
-
-
 def parse(
     words: Sequence[str], run_type: type[RunArguments], config_type: type[SFTMixConfig], prog: str
 ) -> tuple[Any, Any]:
@@ -146,13 +128,9 @@ def parse(
         ValueError: a value that the config refuses.
         SystemExit: unknown or missing flags, or help was asked for.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    config_file, rest = first.parse_known_args(words)
-    words = [*(read_config(config_file.config) if config_file.config else []), *rest]
-
     parser = HfArgumentParser(cast(Any, [run_type, config_type]), prog=prog, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file with the same names; flags override it")
+    parser.add_argument("--config", help=CONFIG_HELP)
+    words = with_config(words, parser)
     parser.add_argument("--help-all", action="help", help="also show transformers' own options")
     for action in parser._actions:
         if action.required:
@@ -175,6 +153,24 @@ def parse(
     else:
         enable_progress_bar()
     return run, config
+
+
+def with_config(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The words, those of the ``--config`` file before the others.
+
+    Raises:
+        ValueError: as `config_words` does.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    given, rest = first.parse_known_args(words)
+    if given.config is None:
+        return rest
+    options = {flag.lstrip("-") for flag in parser._option_string_actions}
+    training = {
+        field.name for cls in (TrainRunArguments, ScoreConfig) for field in dataclasses.fields(cls)
+    }
+    return [*config_words(given.config, parser.prog.split()[-1], options, training), *rest]
 
 
 def _hide_inherited(parser: argparse.ArgumentParser, config_type: type[SFTMixConfig]) -> None:
