@@ -19,11 +19,8 @@ from sftmix.lora import lora_options
 from sftmix.partition import read_partition
 
 peft = pytest.importorskip("peft")
-# PEFT calls what transformers has renamed.
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:.*{name}.* is deprecated:FutureWarning")
-    for name in ("is_gradient_checkpointing", "gradient_checkpointing")
-]
+# PEFT asks for what transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 LORA = ["--lora_rank", "2", "--learning_rate", "0.05"]
 QUIET = ["--use_cpu", "true", "--disable_tqdm", "true"]
