@@ -181,7 +181,8 @@ def test_a_layout_changes_no_loss(
     layout: str, toy_model: Path, pairs: datasets.Dataset, tmp_path: Path
 ) -> None:
     losses = []
-    for changes in ({}, {"layout": layout, "pad_to_multiple_of": 4}):
+    length = 256 if layout == "packed" else None
+    for changes in ({}, {"layout": layout, "pad_to_multiple_of": 4, "row_length": length}):
         trainer = ours(toy_model, tmp_path, pairs, **changes)
         batch = next(iter(trainer.get_train_dataloader()))
         losses.append(trainer.compute_loss(trainer.model, batch))
