@@ -62,7 +62,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         "examples in the prompt. The tasks asked for are added to those in the file.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
+
+    def add(flag: str, **options: Any) -> None:
+        parser.add_argument(*dict.fromkeys((flag, f"--{flag[2:].replace('_', '-')}")), **options)
+
     add("--model", required=True, help="Folder of a run or hub name; an adapter's folder, too")
     add(
         "--tasks",
@@ -87,8 +90,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add(
         "--apply_chat_template",
         action="store_true",
-        help="Ask in the model's chat template; plain prompts are what the harness's published "
-        "numbers come from [ours] (default: off)",
+        help="Ask in the model's chat template; without, as the harness does by default [ours] "
+        "(default: off)",
     )
     arguments = parser.parse_args(words)
     for name in arguments.tasks:

@@ -89,7 +89,7 @@ def test_the_command(
     assert main([*common, "--tasks", "medqa", "medmcqa"]) == 0
     first = json.loads((run / "evaluation.json").read_text())
     assert first["metrics"].keys() == {"MedQA", "MedMCQA"}
-    assert main([*common, "--tasks", "pubmedqa", "medqa_5", "medqa_5", "--batch_size", "2"]) == 0
+    assert main([*common, "--tasks", "pubmedqa", "medqa_5", "medqa_5", "--batch-size", "2"]) == 0
     content = json.loads((run / "evaluation.json").read_text())
     for column in ("metrics", "stderr", "num_examples", "details"):
         assert {name: content[column][name] for name in first[column]} == first[column]
