@@ -31,9 +31,10 @@ torchrun --nproc_per_node 8 -m sftmix train --config recipes/llama-3.1-8b-alpaca
 
 With fewer, `--gradient_accumulation_steps` keeps the batch at 32. Runs go to `runs/`. Recipes of
 one model and data share the scored run, so score once: `-ntp`, `-equal`, `-mixup` and `-ir-dro`
-train on the same batches. Flags override a recipe: another model is `--model`, with an `--output`
-of its own where the recipe's is taken. `paper.yaml` holds what all share, a comment on each value
-saying whether it is the paper's or ours; `medalpaca.yaml` says what is not known of those data.
+train on the same batches. Flags override a recipe: another model is `--model`, with `--output` and
+`--partition` of its own where the recipe's runs are there already. `paper.yaml` holds what all
+share, a comment on each value saying whether it is the paper's or ours; `medalpaca.yaml` says what
+is not known of those data.
 
 The tests run every recipe on the CPU with a tiny model of its family. Nobody has trained the models
 below with them yet: the figures are the paper's.
