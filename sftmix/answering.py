@@ -126,7 +126,7 @@ class Answerer:
         self.stops, self.stop_text = stops(tokenizer, model.generation_config.eos_token_id)
         pad = tokenizer.pad_token_id
         self.pad = min(self.stops, default=0) if pad is None else pad
-        model.generation_config = GenerationConfig(
+        config = GenerationConfig(
             max_new_tokens=decoding.max_new_tokens,
             do_sample=False,
             use_cache=True,
@@ -134,6 +134,9 @@ class Answerer:
             pad_token_id=self.pad,
             stop_strings=self.stop_text or None,
         )
+        # PEFT's wrapper hands on its own or lets the model take its own, by the kind of task.
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        model.generation_config = inner.generation_config = config
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """Ask the questions of a batch; later turns are asked with the earlier answers before them.
