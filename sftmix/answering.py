@@ -134,9 +134,9 @@ class Answerer:
             pad_token_id=self.pad,
             stop_strings=self.stop_text or None,
         )
-        # PEFT's wrapper hands on its own or lets the model take its own, by the kind of task.
+        # PEFT's wrapper hands on what it finds in the model.
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        model.generation_config = inner.generation_config = config
+        inner.generation_config = config
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """Ask the questions of a batch; later turns are asked with the earlier answers before them.
