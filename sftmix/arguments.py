@@ -128,13 +128,9 @@ def parse(
         ValueError: a value that the config refuses.
         SystemExit: unknown or missing flags, or help was asked for.
     """
-    parser = HfArgumentParser(cast(Any, [run_type, config_type]), prog=prog, allow_abbrev=False)
-    parser.add_argument("--config", help=CONFIG_HELP)
+    parser = _parser([run_type, config_type], prog)
     words = with_config(words, parser)
     parser.add_argument("--help-all", action="help", help="also show transformers' own options")
-    for action in parser._actions:
-        if action.required:
-            action.default = argparse.SUPPRESS
     if "--help-all" not in words:
         _hide_inherited(parser, config_type)
     given = {word.split("=")[0].replace("-", "_") for word in words}
@@ -147,12 +143,22 @@ def parse(
     run, config, _ = parser.parse_args_into_dataclasses(
         [*words, "--output_dir", folder], look_for_args_file=False
     )
-    # Reading and writing weights has bars of its own.
-    if config.disable_tqdm:
-        disable_progress_bar()
-    else:
-        enable_progress_bar()
+    _show_bars(not config.disable_tqdm)
     return run, config
+
+
+def parse_alone(words: Sequence[str], arguments_type: type[Any], prog: str) -> Any:
+    """The arguments of a command that trains nothing: one dataclass, with ``disable_tqdm`` in it.
+
+    Raises:
+        ValueError: a value that the dataclass refuses.
+        SystemExit: unknown or missing flags, or help was asked for.
+    """
+    parser = _parser([arguments_type], prog)
+    words = with_config(words, parser)
+    arguments, _ = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    _show_bars(not arguments.disable_tqdm)
+    return arguments
 
 
 def with_config(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
@@ -171,6 +177,23 @@ def with_config(words: Sequence[str], parser: argparse.ArgumentParser) -> list[s
         field.name for cls in (TrainRunArguments, ScoreConfig) for field in dataclasses.fields(cls)
     }
     return [*config_words(given.config, parser.prog.split()[-1], options, training), *rest]
+
+
+def _parser(types: list[type[Any]], prog: str) -> HfArgumentParser:
+    parser = HfArgumentParser(cast(Any, types), prog=prog, allow_abbrev=False)
+    parser.add_argument("--config", help=CONFIG_HELP)
+    for action in parser._actions:
+        if action.required:
+            action.default = argparse.SUPPRESS
+    return parser
+
+
+def _show_bars(show: bool) -> None:
+    # Reading and writing weights has bars of its own.
+    if show:
+        enable_progress_bar()
+    else:
+        disable_progress_bar()
 
 
 def _hide_inherited(parser: argparse.ArgumentParser, config_type: type[SFTMixConfig]) -> None:

@@ -17,6 +17,7 @@ from sftmix.loading import (
     load_tokenizer,
     save_final_model,
 )
+from sftmix.lora import add_lora
 from sftmix.manifest import recipe, start_manifest, versions
 from sftmix.model_card import model_card
 from sftmix.partition import match, partition_hash, read_partition
@@ -57,7 +58,7 @@ def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTM
                 confident = match(partition, dataset["id"][:], dataset["content_hash"][:])
             scores_hash = partition_hash(partition)
         trainer = SFTMixTrainer(
-            model=load_model(arguments, config.seed),
+            model=add_lora(load_model(arguments), arguments, config.seed),
             args=config,
             train_dataset=dataset,
             eval_dataset=held_out,
