@@ -15,11 +15,15 @@ from pathlib import Path
 
 HEADING = """# Recipes
 
-Each is one YAML file for two commands: the reference model scores the data, the target is trained.
+Each is one YAML file for several commands: the reference model scores the data, the target is
+trained, and answers questions or, in medicine, is evaluated.
 
 ```sh
 sftmix score --config recipes/llama-3.1-8b-alpaca.yaml
 sftmix train --config recipes/llama-3.1-8b-alpaca.yaml
+sftmix generate --config recipes/llama-3.1-8b-alpaca.yaml \\
+    --format mt_bench --questions question.jsonl --output answers
+sftmix evaluate --config recipes/llama-3.1-8b-medalpaca.yaml
 ```
 
 On the paper's 8 GPUs, the weights sharded over them:

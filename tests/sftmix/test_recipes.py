@@ -19,8 +19,11 @@ import transformers
 from transformers import AutoTokenizer
 
 from sftmix import families
+from sftmix.arguments import parse_alone
 from sftmix.cli import main
 from sftmix.config_file import read_config
+from sftmix.evaluate import EvaluateArguments
+from sftmix.generate import GenerateArguments
 from sftmix.paper import ROWS, page
 from sftmix.partition import read_partition
 from sftmix.toy import build_toy_model
@@ -202,6 +205,20 @@ def test_the_papers_rows_are_recipes() -> None:
         score, train = content["score"], content["train"]
         assert train["partition"] == f"{score['output']}/confidence.parquet"
         assert "model" not in score
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_was_trained_is_what_is_evaluated(recipe: str) -> None:
+    path = FOLDER / f"{recipe}.yaml"
+    run = read_config(path)["train"]["output"]
+    config = ["--config", str(path)]
+    if "medalpaca" in recipe:
+        evaluated = parse_alone(config, EvaluateArguments, "sftmix evaluate")
+        assert evaluated.model == run
+        return
+    files = ["--format", "mt_bench", "--questions", "question.jsonl", "--output", "answers"]
+    answering = parse_alone([*config, *files], GenerateArguments, "sftmix generate")
+    assert (answering.model, answering.name) == (run, recipe)
 
 
 def test_no_two_recipes_write_the_same_run() -> None:
