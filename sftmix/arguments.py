@@ -17,7 +17,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from sftmix.config import SFTMixConfig, SFTMixOptions, option
+from sftmix.config import OF_MIXUP, SFTMixConfig, SFTMixOptions, option
 
 # Flags of transformers that the commands have flags of their own for.
 ELSEWHERE = {"output_dir": "the folder as --output", "resume_from_checkpoint": "--resume"}
@@ -48,7 +48,7 @@ class TrainRunArguments(RunArguments):
     """`sftmix train` besides `SFTMixConfig`."""
 
     partition: str | None = option(
-        None, "confidence.parquet of `sftmix score`; needed for --method sftmix", "ours"
+        None, "confidence.parquet of `sftmix score`; needed for a method with Mixup", "ours"
     )
     eval_data: list[str] | None = option(None, "Held-out data files, scored at the end", "ours")
 
@@ -162,7 +162,7 @@ def _hide_inherited(parser: argparse.ArgumentParser, config_type: type[SFTMixCon
         for name in base.__annotations__
     }
     # A reference model is trained without Mixup.
-    idle = {"mu", "alpha"} if issubclass(config_type, ScoreConfig) else set()
+    idle = set(OF_MIXUP) if issubclass(config_type, ScoreConfig) else set()
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)} - ours
     for action in parser._actions:
         # `--no_X` comes with the help text of `--X`, whose opposite it is.

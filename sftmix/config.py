@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,11 +11,20 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 CHOICES = {
-    "method": ("sftmix", "ntp"),
+    "method": ("sftmix", "ntp", "equal", "mixup", "ir_dro"),
+    "lambda_scope": ("pair", "batch"),
+    "mu_schedule": ("constant", "linear_warmup", "cosine"),
+    "pairing": ("outer", "neighbours", "rank"),
     "loss_schedule": ("auto", "row_chunks", "vocab_tiles"),
     "head": ("fused", "logits"),
     "layout": ("padded", "padding_free", "packed"),
 }
+
+# The methods that have a Mixup term, and so need pairs.
+MIXED = ("sftmix", "equal", "mixup")
+
+# Options of Mixup, with pairs or in its weight, and of one method each.
+OF_MIXUP = ("mu", "mu_schedule", "mu_warmup_ratio", "alpha", "lambda_scope", "pairing")
 
 # Options of transformers that this trainer's loss and sampler would not heed, and their defaults.
 UNSUPPORTED = {
@@ -48,11 +58,32 @@ class SFTMixOptions(ConfigBase):
     Every help text ends in "paper" (arXiv 2410.05248) or "ours" (the paper does not say).
     """
 
-    method: Literal["sftmix", "ntp"] = option(
-        "sftmix", "sftmix: NTP + mu * Mixup; ntp: next-token prediction alone", "paper"
+    method: Literal["sftmix", "ntp", "equal", "mixup", "ir_dro"] = option(
+        "sftmix",
+        "sftmix: NTP + mu * Mixup; ntp: next-token prediction alone; equal: NTP + Mixup; mixup: "
+        "Mixup alone; ir_dro: NTP, examples weighted by the softmax of their mean token loss",
+        "paper",
     )
-    mu: float = option(0.2, "Weight of the Mixup term", "paper")
-    alpha: float = option(0.5, "lam ~ Beta(alpha, alpha), one for each pair of examples", "paper")
+    mu: float = option(0.2, "Weight of the Mixup term in sftmix", "paper")
+    mu_schedule: Literal["constant", "linear_warmup", "cosine"] = option(
+        "constant",
+        "constant: mu throughout [paper]; linear_warmup: from 0 to mu over mu_warmup_ratio of the "
+        "steps; cosine: from mu to 0 over all steps",
+        "ours",
+    )
+    mu_warmup_ratio: float = option(0.1, "Share of the steps in which mu rises", "ours")
+    alpha: float = option(0.5, "lam ~ Beta(alpha, alpha)", "paper")
+    lambda_scope: Literal["pair", "batch"] = option(
+        "pair", "One lam for each pair of examples, or for all pairs of an optimizer step", "ours"
+    )
+    pairing: Literal["outer", "neighbours", "rank"] = option(
+        "outer",
+        "outer: the confident half with the other, of K levels the first with the last and so on "
+        "inwards; neighbours: level 1 with 2, 3 with 4; rank: halves, each example with one of "
+        "about the same rank in the other",
+        "ours",
+    )
+    kl_reg: float = option(1.0, "ir_dro: weights are the softmax of loss / kl_reg", "paper")
     loss_schedule: Literal["auto", "row_chunks", "vocab_tiles"] = option(
         "auto", "How the loss avoids full logits; vocab_tiles: least memory, CUDA only", "ours"
     )
@@ -74,15 +105,8 @@ class SFTMixOptions(ConfigBase):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Always off"})
 
     def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                choices = ", ".join(allowed)
-                raise ValueError(f"{name}: expected {choices}; got {getattr(self, name)!r}")
-        if not (np.isfinite(self.mu) and self.mu >= 0):
-            raise ValueError(f"mu: expected a finite number of at least 0, got {self.mu}")
-        if not (np.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha: expected a finite number above 0, got {self.alpha}")
-        if self.method == "sftmix" and self.per_device_train_batch_size % 2:
+        self._check_numbers()
+        if self.method in MIXED and self.per_device_train_batch_size % 2:
             raise ValueError(
                 "per_device_train_batch_size: expected an even number (pairs of examples), "
                 f"got {self.per_device_train_batch_size}"
@@ -98,6 +122,32 @@ class SFTMixOptions(ConfigBase):
                 "while they would be uploaded"
             )
         super().__post_init__()  # type: ignore[no-untyped-call]
+
+    def _check_numbers(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(allowed)
+                raise ValueError(f"{name}: expected {choices}; got {getattr(self, name)!r}")
+        if not (np.isfinite(self.mu) and self.mu >= 0):
+            raise ValueError(f"mu: expected a finite number of at least 0, got {self.mu}")
+        for name in ("alpha", "kl_reg"):
+            number = getattr(self, name)
+            if not (np.isfinite(number) and number > 0):
+                raise ValueError(f"{name}: expected a finite number above 0, got {number}")
+        if not 0 < self.mu_warmup_ratio <= 1:
+            raise ValueError(
+                f"mu_warmup_ratio: expected above 0 and at most 1, got {self.mu_warmup_ratio}"
+            )
+
+    def mixup_weight(self, progress: float) -> float:
+        """The weight of Mixup beside NTP, when a share ``progress`` of all steps is done."""
+        if self.method != "sftmix":
+            return 1.0 if self.method in MIXED else 0.0
+        if self.mu_schedule == "linear_warmup":
+            return self.mu * min(1.0, progress / self.mu_warmup_ratio)
+        if self.mu_schedule == "cosine":
+            return self.mu * (1 + math.cos(math.pi * progress)) / 2
+        return self.mu
 
 
 @dataclass

@@ -36,7 +36,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from sftmix.config import SFTMixConfig
 from sftmix.head import HeadAdapter
-from sftmix.objective import MODEL_INPUTS, BatchLoss, batch_loss
+from sftmix.objective import MODEL_INPUTS, BatchLoss, batch_counts, batch_loss
 from sftmix.pairing import PairedCollator
 
 HEADING = """# Models
@@ -241,8 +241,9 @@ def ours(
     model: PreTrainedModel, head: HeadAdapter, batch: dict[str, Tensor], method: Method
 ) -> Run:
     """The trainer's loss of a batch, with the router's."""
-    divisors = [torch.tensor(float(batch[name].numel())) for name in ("rows", "mix_c")]
-    loss = batch_loss(model, head, batch, options(method), *divisors)
+    counts = batch_counts([batch], batch["rows"].device)
+    loss = batch_loss(model, head, batch, options(method), counts, options(method).mu)
+    assert loss.row_ntp is not None  # Mixup alone has none
     return backward(model, total(loss, head), loss.row_ntp)
 
 

@@ -64,13 +64,25 @@ class LossWindow:
         return torch.full_like(self.sums[0], value)
 
     def report(
-        self, sums: Tensor, step: int, *, paired: bool, mixed: bool, router: bool = False
+        self,
+        sums: Tensor,
+        step: int,
+        *,
+        paired: bool,
+        mixed: bool,
+        ntp: bool = True,
+        router: bool = False,
     ) -> dict[str, float]:
-        """The log line of a window that ends at ``step``, from its sums over all ranks."""
+        """The log line of a window that ends at ``step``, from its sums over all ranks.
+
+        The terms are those that the method has: ``ntp``, ``mixed``, and a ``router``'s.
+        """
         total = dict(zip(FIELDS, sums.tolist(), strict=True))
         steps = step - self.first_step
         tokens = total["tokens_confident"] + total["tokens_unconfident"]
-        logs = {"loss": total["loss"] / steps, "ntp_loss": total["ntp_loss"] / steps}
+        logs = {"loss": total["loss"] / steps}
+        if ntp:
+            logs["ntp_loss"] = total["ntp_loss"] / steps
         if mixed:
             pairs = total["mixed_pairs"]
             logs["mixup_loss"] = total["mixup_loss"] / steps
@@ -78,7 +90,7 @@ class LossWindow:
             logs["lam_mean"] = total["lam"] / max(pairs, 1)
         if router:
             logs["router_loss"] = total["router_loss"] / steps
-        if paired:
+        if paired and ntp:
             logs["ntp_loss_confident"] = total["nll_confident"] / total["tokens_confident"]
             logs["ntp_loss_unconfident"] = total["nll_unconfident"] / total["tokens_unconfident"]
         logs["tokens_per_second"] = total["input_tokens"] / (time.perf_counter() - self.started)

@@ -15,6 +15,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from sftmix.config import MIXED, OF_MIXUP
+
 FILE = "README.md"
 PAPER = "https://arxiv.org/abs/2410.05248"
 # https://aclanthology.org/2026.acl-long.78
@@ -27,11 +29,19 @@ CITATION = """\
   year = "2026",
   pages = "1705--1718",
 }"""
+PAIRS = (
+    "between a confident and an unconfident half of the data, `lam ~ Beta(alpha, alpha)` for each "
+    "`lambda_scope`"
+)
 METHODS = {
-    "sftmix": f"[SFTMix]({PAPER}): next-token prediction plus `mu` times Mixup between a confident "
-    "and an unconfident half of the data, `lam ~ Beta(alpha, alpha)` for each pair of examples",
+    "sftmix": f"[SFTMix]({PAPER}): next-token prediction plus `mu` times Mixup {PAIRS}",
+    "equal": f"an ablation of [SFTMix]({PAPER}): next-token prediction plus Mixup {PAIRS}",
+    "mixup": f"an ablation of [SFTMix]({PAPER}): Mixup alone, {PAIRS}",
     "ntp": "next-token prediction",
+    "ir_dro": "IR-DRO: next-token prediction, each example weighted by the softmax over the batch "
+    "of its mean token loss, divided by `kl_reg`",
 }
+NAMES = {"sftmix": "SFTMix", "ntp": "NTP", "ir_dro": "IR-DRO", "equal": "NTP and Mixup"}
 # Of the last log line that has them.
 LAST = (
     "loss",
@@ -42,7 +52,16 @@ LAST = (
     "eval_loss",
     "eval_perplexity",
 )
-NOT_FOR_NTP = ("mu", "alpha")
+OF_MU = ("mu", "mu_schedule", "mu_warmup_ratio")
+
+
+def idle_options(method: str) -> tuple[str, ...]:
+    """The options that a method does not heed."""
+    return (
+        *(() if method == "sftmix" else OF_MU),
+        *(() if method in MIXED else set(OF_MIXUP) - set(OF_MU)),
+        *(() if method == "ir_dro" else ("kl_reg",)),
+    )
 
 
 def model_card(
@@ -61,7 +80,7 @@ def model_card(
     says that the folder holds a PEFT adapter and not a whole model.
     """
     method = recipe["method"]
-    hidden = ("method", "model", "data", *(NOT_FOR_NTP if method == "ntp" else ()))
+    hidden = ("method", "model", "data", *idle_options(method))
     options = {name: value for name, value in recipe.items() if name not in hidden}
     counts = {"confident, unconfident examples": f"{halves[0]}, {halves[1]}"} if halves else {}
     model, data = public_name(recipe["model"]), [public_name(name) for name in recipe["data"]]
@@ -69,7 +88,7 @@ def model_card(
         "\n\n".join(
             [
                 f"---\n{_metadata(recipe, adapter=adapter).to_yaml()}\n---",
-                f"# {model}, fine-tuned with {'SFTMix' if method == 'sftmix' else 'NTP'}",
+                f"# {model}, fine-tuned with {NAMES.get(method, 'Mixup')}",
                 f"{'An adapter of' if adapter else 'Made from'} `{model}` on "
                 f"{', '.join(f'`{name}`' for name in data)} by {METHODS[method]}.",
                 "## Recipe",
@@ -80,7 +99,7 @@ def model_card(
                 "log line.",
                 "## Versions",
                 _table(("package", "version"), versions),
-                *(("## Citation", f"```bibtex\n{CITATION}\n```") if method == "sftmix" else ()),
+                *(("## Citation", f"```bibtex\n{CITATION}\n```") if method in MIXED else ()),
             ]
         )
         + "\n"
@@ -115,7 +134,7 @@ def _metadata(recipe: Mapping[str, Any], *, adapter: bool) -> ModelCardData:
         datasets=[name for name in recipe["data"] if not _is_local(name)] or None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=[*(["sftmix"] if recipe["method"] == "sftmix" else []), "sft"],
+        tags=[*(["sftmix"] if recipe["method"] in MIXED else []), "sft"],
     )
 
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from sftmix.layouts import Integers, Layout, Slots, spans
+from sftmix.pools import Pool
 
 IGNORE_INDEX = -100
 
@@ -25,25 +26,20 @@ IGNORE_INDEX = -100
 class PairedSampler(Sampler[tuple[int, float]]):
     """Yields ``(row, lam)`` of c, u, c, u, ...: every example at least once in an epoch.
 
-    Both halves are shuffled anew each epoch. The smaller half starts again from its first example
-    when it is used up, so that an odd example is not left out. ``len`` is twice the larger half.
+    The pairs of all pools are drawn anew each epoch and come in random order, with one lam for
+    every ``pairs_per_lam`` of them in a row. Where a pool is not mixed, lam is NaN.
     """
 
     def __init__(
-        self, confident: ArrayLike, unconfident: ArrayLike, *, alpha: float, seed: int
+        self, pools: Sequence[Pool], *, alpha: float, seed: int, pairs_per_lam: int = 1
     ) -> None:
-        self.halves = (np.asarray(confident), np.asarray(unconfident))
-        if not all(map(len, self.halves)):
-            raise ValueError(
-                f"partition: expected examples in both halves, got {len(self.halves[0])} "
-                f"confident and {len(self.halves[1])} unconfident"
-            )
         if not (np.isfinite(alpha) and alpha > 0):
             raise ValueError(f"alpha: expected a finite number above 0, got {alpha}")
-        self.alpha, self.seed, self.epoch = alpha, seed, 0
+        self.pools, self.alpha, self.seed = list(pools), alpha, seed
+        self.pairs_per_lam, self.epoch = pairs_per_lam, 0
 
     def __len__(self) -> int:
-        return 2 * max(map(len, self.halves))
+        return 2 * sum(pool.num_pairs for pool in self.pools)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration draws."""
@@ -51,11 +47,13 @@ class PairedSampler(Sampler[tuple[int, float]]):
 
     def __iter__(self) -> Iterator[tuple[int, float]]:
         random = np.random.Generator(np.random.Philox(key=[self.seed, self.epoch]))
-        num_pairs = len(self) // 2
-        confident, unconfident = (
-            np.resize(random.permutation(half), num_pairs) for half in self.halves
-        )
-        lam = random.beta(self.alpha, self.alpha, size=num_pairs)
+        sides = [pool.draw(random) for pool in self.pools]
+        mixed = np.repeat([pool.mixed for pool in self.pools], [len(c) for c, _ in sides])
+        order = random.permutation(len(mixed))
+        confident, unconfident = (np.concatenate(side)[order] for side in zip(*sides, strict=True))
+        draws = random.beta(self.alpha, self.alpha, size=-(-len(order) // self.pairs_per_lam))
+        lam = np.repeat(draws, self.pairs_per_lam)[: len(order)]
+        lam[~mixed[order]] = np.nan
         for c, u, share in zip(confident.tolist(), unconfident.tolist(), lam.tolist(), strict=True):
             yield c, share
             yield u, share
@@ -176,19 +174,23 @@ def unshifted(labels: Integers, slots: Slots) -> Integers:
 
 
 def pair(rows: Integers, counts: Integers, lam: Sequence[float]) -> dict[str, NDArray[Any]]:
-    """The mixed rows of examples (0, 1), (2, 3), ...: the first ``min`` of both responses."""
+    """The mixed rows of examples (0, 1), (2, 3), ...: the first ``min`` of both responses.
+
+    A pair whose lam is NaN is not mixed.
+    """
     if len(counts) % 2:
         raise ValueError(
             f"batch: expected pairs of examples, an even number, got {len(counts)}; "
             "use an even per-device batch size"
         )
     firsts = np.cumsum(counts) - counts
-    mixed = np.minimum(counts[::2], counts[1::2])
+    share = np.asarray(lam[::2], dtype=np.float32)
+    mixed = np.minimum(counts[::2], counts[1::2]) * ~np.isnan(share)
     mix_c, mix_u = spans(firsts[::2], mixed), spans(firsts[1::2], mixed)
     return {
         "mix_c": mix_c,
         "mix_u": mix_u,
         "pair_c": rows[mix_c],
         "pair_u": rows[mix_u],
-        "lam": np.repeat(np.asarray(lam[::2], dtype=np.float32), mixed),
+        "lam": np.repeat(share, mixed),
     }

@@ -9,14 +9,16 @@ log-likelihood, in nats, of the response tokens of example s given its prompt:
 
 Variability is the spread of Dataset Cartography (Swayamdipta et al. 2020, arXiv 2009.10795), taken
 over perplexities. The median of the confidence splits the examples into a confident and an
-unconfident half. Letters: S examples, C checkpoints.
+unconfident half; K quantiles, which are ours, into levels of which the first is the most confident.
+Letters: S examples, C checkpoints, K levels.
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +29,8 @@ from sftmix.runs import atomic_write
 
 CONFIDENT = "confident"
 UNCONFIDENT = "unconfident"
-SplitBy = Literal["confidence", "random", "reversed"]
+LEVEL = "level {}"  # from 1, the most confident
+HALVES = ("confidence", "random", "reversed")
 
 _SCHEMA = pa.schema(
     [
@@ -54,7 +57,10 @@ class Partition:
     perplexity: NDArray[np.float64]  # (S, C), per token; inf where exp overflows
     confidence: NDArray[np.float64]  # (S,), -inf where a perplexity is inf
     variability: NDArray[np.float64]  # (S,), inf where a perplexity is inf
-    subset: NDArray[np.str_]  # (S,), "confident" or "unconfident"
+    subset: NDArray[np.str_]  # (S,), "confident", "unconfident"; or "level 1" ... "level K"
+
+    def __len__(self) -> int:
+        return len(self.id)
 
 
 def from_scores(
@@ -100,22 +106,24 @@ def split_subsets(
     id: NDArray[np.int64],  # (S,)
     confidence: NDArray[np.float64],  # (S,)
     *,
-    by: SplitBy,
+    by: str,
     seed: int = 0,
 ) -> NDArray[np.str_]:
-    """Names the half of every example, (S,): "confident" or "unconfident".
+    """Names the half of every example, (S,): "confident" or "unconfident"; or its level.
 
     confidence: the ceil(S/2) most confident examples are confident; equal ones go by smaller id.
     reversed: the same two halves with their names swapped, so with odd S the smaller one is
         called confident.
     random: ceil(S/2) examples drawn by `seed`; the draw belongs to the id, so the order of the
-        examples does not matter. `seed` has no effect on the other two.
+        examples does not matter. `seed` has no effect on the others.
+    quantiles:K: K levels, "level 1" the most confident, ordered as the halves are; the first
+        S mod K have one example more than the others.
 
     Raises:
-        ValueError: a NaN confidence, an unknown `by`, or a `seed` outside 0 .. 2^64-1.
+        ValueError: a NaN confidence, an unknown `by`, a K below 2 or above S / 2, or a `seed`
+            outside 0 .. 2^64-1.
     """
-    if by not in get_args(SplitBy):
-        raise ValueError(f"by: expected one of {get_args(SplitBy)}, got {by!r}")
+    num_levels = _num_levels(by, len(id))
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed: expected 0 .. 2^64-1, got {seed}")
     _require(~np.isnan(confidence), id, "confidence: expected a number", confidence)
@@ -126,13 +134,48 @@ def split_subsets(
         order = np.lexsort((id, draws))
     else:
         order = np.lexsort((id, -confidence))
+    if num_levels:
+        subset = np.empty(len(id), dtype=f"U{len(LEVEL.format(num_levels))}")
+        for number, rows in enumerate(np.array_split(order, num_levels), start=1):
+            subset[rows] = LEVEL.format(number)
+        return subset
     first_half = np.zeros(len(id), dtype=bool)
     first_half[order[: (len(id) + 1) // 2]] = True
     return np.where(first_half != (by == "reversed"), CONFIDENT, UNCONFIDENT)
 
 
-def split(partition: Partition, by: SplitBy, seed: int = 0) -> Partition:
-    """Returns the partition with its halves drawn anew, as `split_subsets` says.
+def _num_levels(by: str, num_examples: int) -> int:
+    """K of "quantiles:K", 0 for halves."""
+    if by in HALVES:
+        return 0
+    quantiles = re.fullmatch(r"quantiles:(\d+)", by)
+    if not quantiles:
+        raise ValueError(f"by: expected {', '.join(HALVES)} or quantiles:K, got {by!r}")
+    number = int(quantiles[1])
+    if not 2 <= number <= num_examples // 2:
+        raise ValueError(
+            f"by: expected quantiles:K with K from 2 to half of {num_examples} examples, got {by!r}"
+        )
+    return number
+
+
+def levels(partition: Partition) -> NDArray[np.int64]:
+    """The level of every example, (S,), 1 the most confident: of two halves 1 or 2."""
+    names = {name: level for level, name in enumerate(subset_names(partition), start=1)}
+    return np.array([names[name] for name in partition.subset.tolist()], dtype=np.int64)
+
+
+def subset_names(partition: Partition) -> list[str]:
+    """The names of the partition's halves or levels, the most confident first."""
+    found = [re.fullmatch(r"level (\d+)", name) for name in set(partition.subset.tolist())]
+    last = max((int(name[1]) for name in found if name), default=0)
+    if not last:
+        return [CONFIDENT, UNCONFIDENT]
+    return [LEVEL.format(number) for number in range(1, min(last, len(partition.id)) + 1)]
+
+
+def split(partition: Partition, by: str, seed: int = 0) -> Partition:
+    """Returns the partition with its halves or levels drawn anew, as `split_subsets` says.
 
     Raises:
         ValueError: as `split_subsets` does.
@@ -184,8 +227,8 @@ def match(
     partition: Partition,
     ids: ArrayLike,  # (S,) integers
     content_hashes: Sequence[str] | NDArray[np.str_],  # (S,)
-) -> NDArray[np.bool_]:
-    """Tells for the examples of a data set, in their order, (S,), which are confident.
+) -> Partition:
+    """The partition in the order of a data set's examples.
 
     The data must be what was scored: the same ids with the same content, no more and no fewer.
 
@@ -207,18 +250,25 @@ def match(
         raise _changed(int(wanted[i]), hashes[i][:12], scored)
     for row in np.flatnonzero(~np.isin(partition.id, wanted))[:1]:
         raise _changed(int(partition.id[row]), "absent", partition.content_hash[row][:12])
-    return np.asarray(partition.subset[rows] == CONFIDENT)
+    return take(partition, rows)
+
+
+def take(partition: Partition, rows: NDArray[np.int64]) -> Partition:
+    """The examples in ``rows`` of the partition, in that order."""
+    columns = {field.name: getattr(partition, field.name)[rows] for field in fields(Partition)}
+    return Partition(**columns)
 
 
 def partition_hash(partition: Partition) -> str:
-    """SHA-256 over ids, content and halves in order: what training takes from a partition."""
-    rows = zip(partition.id, partition.content_hash, partition.subset, strict=True)
-    lines = "\n".join(f"{id} {content} {subset}" for id, content, subset in rows)
+    """SHA-256 over ids, content, subsets and confidence in order: what training takes from it."""
+    columns = (partition.id, partition.content_hash, partition.subset, partition.confidence)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    lines = "\n".join(" ".join(map(str, row)) for row in rows)
     return hashlib.sha256(lines.encode("utf-8")).hexdigest()
 
 
 def summary(partition: Partition) -> str:
-    """Describes both halves in a small plain-text table, one line per half.
+    """Describes the halves or levels in a small plain-text table, one line each.
 
     Median, mean and standard deviation are those of the confidence; the latter two are taken over
     its finite values. `infinite` counts the perplexities, of S * C, that are inf.
@@ -227,7 +277,7 @@ def summary(partition: Partition) -> str:
         f"{'subset':<12}{'examples':>10}{'tokens':>13}{'median':>14}{'mean':>14}{'std':>14}"
         f"{'infinite':>10}"
     ]
-    for name in (CONFIDENT, UNCONFIDENT):
+    for name in subset_names(partition):
         rows = partition.subset == name
         confidence = partition.confidence[rows]
         finite = confidence[np.isfinite(confidence)]
@@ -323,9 +373,11 @@ def _checked(partition: Partition) -> Partition:
         "column confidence: expected a number",
         partition.confidence,
     )
-    named = np.isin(partition.subset, (CONFIDENT, UNCONFIDENT))
     _require(
-        named, ids, f"column subset: expected {CONFIDENT!r} or {UNCONFIDENT!r}", partition.subset
+        np.isin(partition.subset, subset_names(partition)),
+        ids,
+        f"column subset: expected {CONFIDENT!r} or {UNCONFIDENT!r}, or 'level 1' to 'level K'",
+        partition.subset,
     )
     if partition.nll_sum.shape[1] < 1 or partition.nll_sum.shape != partition.perplexity.shape:
         raise ValueError(

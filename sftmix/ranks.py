@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import datasets
 import numpy as np
+import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
@@ -55,6 +56,15 @@ def summed(tensor: Tensor) -> Tensor:
     if num_ranks() > 1:
         dist.all_reduce(total)
     return total
+
+
+def joined_ranks(tensor: Tensor) -> Tensor:
+    """The tensors of all ranks, of one shape, one after another; without gradients."""
+    if num_ranks() == 1:
+        return tensor.detach()
+    parts = [torch.empty_like(tensor) for _ in range(num_ranks())]
+    dist.all_gather(parts, tensor.detach().contiguous())
+    return torch.cat(parts)
 
 
 def gathered(value: Any) -> list[Any]:

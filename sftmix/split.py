@@ -1,4 +1,4 @@
-"""`sftmix split`: rewrite the halves of a scored run."""
+"""`sftmix split`: rewrite the halves of a scored run, or make levels of them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ def main(words: Sequence[str]) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(
         prog="sftmix split",
-        description="Rewrite the `subset` column of RUN/confidence.parquet: equal halves.",
+        description="Rewrite the `subset` column of RUN/confidence.parquet.",
     )
     parser.add_argument("run", help="Folder written by `sftmix score`")
     parser.add_argument(
         "--by",
-        choices=("confidence", "random", "reversed"),
         default="confidence",
-        help="median of the confidence [paper], random halves, or both names swapped "
+        metavar="confidence|random|reversed|quantiles:K",
+        help="halves at the median of the confidence [paper]; random halves; the median's, with "
+        "their names swapped; K levels of equal numbers, see `sftmix train --pairing` [ours] "
         "(default: confidence)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of random halves [ours] (default: 0)")

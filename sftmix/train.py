@@ -1,4 +1,4 @@
-"""`sftmix train`: the target model, with SFTMix or with next-token prediction alone."""
+"""`sftmix train`: the target model, with SFTMix or a method it is compared with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sftmix.arguments import TrainRunArguments, parse
-from sftmix.config import SFTMixConfig
+from sftmix.config import MIXED, SFTMixConfig
 from sftmix.loading import load_data, load_model, load_tokenizer, save_final_model
 from sftmix.manifest import recipe, start_manifest, versions
 from sftmix.model_card import model_card
@@ -22,8 +22,10 @@ from sftmix.trainer import SFTMixTrainer, make_collator
 def main(words: Sequence[str]) -> None:
     """Run the command."""
     arguments, config = parse(words, TrainRunArguments, SFTMixConfig, "sftmix train")
-    if config.method == "sftmix" and arguments.partition is None:
-        raise ValueError("partition: --method sftmix needs --partition RUN/confidence.parquet")
+    if config.method in MIXED and arguments.partition is None:
+        raise ValueError(
+            f"partition: --method {config.method} needs --partition RUN/confidence.parquet"
+        )
     with opened_run(arguments.output, resume=arguments.resume) as run:
         train(run, arguments, config)
         if is_main():

@@ -18,12 +18,14 @@ from transformers import Trainer
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import TrainOutput
 
-from sftmix.config import SFTMixOptions
+from sftmix.config import MIXED, SFTMixOptions
 from sftmix.head import HeadAdapter
 from sftmix.layouts import check_layout
 from sftmix.metrics import LossWindow, RunTensorBoard
-from sftmix.objective import BatchLoss, batch_loss
+from sftmix.objective import BatchLoss, Counts, batch_counts, batch_loss
 from sftmix.pairing import PairedCollator, PairedExamples, PairedSampler, ShuffledSampler
+from sftmix.partition import Partition
+from sftmix.pools import Confident, pools_of
 from sftmix.ranks import (
     FilledExamples,
     FilledSampler,
@@ -48,12 +50,12 @@ OF_RANK = ("local_rank", "output_dir", "logging_dir", "run_name", "disable_tqdm"
 
 
 class SFTMixMixin(WholeCheckpoints):
-    """NTP + mu * Mixup for a trainer derived from `transformers.Trainer`.
+    """NTP + mu * Mixup, and the methods it is compared with, for a `transformers.Trainer`.
 
     ``train_dataset`` has ``input_ids`` and ``labels`` (-100 outside of responses, not shifted), and
-    ``id`` for messages. ``confident`` (S,) says of each row whether it is in the confident half; it
-    is needed for ``method="sftmix"``. With ``method="ntp"`` it fixes the same batches and order as
-    SFTMix's, so that the loss is all that differs.
+    ``id`` for messages. ``confident`` (S,) says of each row whether it is in the confident half, or
+    is the rows' `Partition`, which may have more levels; methods with a Mixup term need it. With
+    the others it fixes the same batches and order, so that the loss is all that differs.
     """
 
     args: SFTMixOptions
@@ -64,20 +66,22 @@ class SFTMixMixin(WholeCheckpoints):
     def __init__(
         self,
         *args: Any,
-        confident: Sequence[bool] | np.ndarray[Any, Any] | None = None,
+        confident: Confident | None = None,
         checkpoint_extras: Sequence[Any] = (),
         **kwargs: Any,
     ) -> None:
         """See the class; other arguments are the trainer's own.
 
         Args:
-            confident: which rows of ``train_dataset`` are in the confident half.
+            confident: which rows of ``train_dataset`` are in the confident half; or a partition of
+                as many rows in the same order (see `sftmix.partition.match`).
             checkpoint_extras: objects with ``save(folder)`` and ``load(folder)`` whose state
                 travels with checkpoints, in the file ``FILE``, which they may write again later.
 
         Raises:
-            ValueError: no partition for SFTMix, one of another length, a model whose head is not
-                understood, examples too few for one batch, or an option that would not be heeded.
+            ValueError: no partition for a method with Mixup, one of another length, a model whose
+                head is not understood, examples too few for one batch, or an option that would not
+                be heeded.
         """
         for name in ("model_init", "compute_metrics", "compute_loss_func"):
             if kwargs.get(name) is not None:
@@ -100,9 +104,11 @@ class SFTMixMixin(WholeCheckpoints):
         if self.args.world_size > 1 and self.train_dataset is not None:
             self.train_dataset = FilledExamples(self.train_dataset)
         if confident is not None:
-            self._pair(np.asarray(confident, dtype=bool))
-        elif self.args.method == "sftmix":
-            raise ValueError("confident: method='sftmix' needs a partition of the training data")
+            self._pair(confident)
+        elif self.args.method in MIXED:
+            raise ValueError(
+                f"confident: method={self.args.method!r} needs a partition of the training data"
+            )
         if self.train_dataset is not None:
             self._get_train_sampler()  # refuses data that make no batch
 
@@ -137,20 +143,22 @@ class SFTMixMixin(WholeCheckpoints):
         with self.accelerator.autocast():
             check_layout(self.accelerator.unwrap_model(self.model), layout.name)
 
-    def _pair(self, confident: np.ndarray[Any, Any]) -> None:
+    def _pair(self, confident: Confident) -> None:
         dataset = self.train_dataset
-        if confident.shape != (len(dataset),):
+        values = confident.id if isinstance(confident, Partition) else np.asarray(confident)
+        if values.shape != (len(dataset),):
             raise ValueError(
                 f"confident: expected one value for each of {len(dataset)} training examples, "
-                f"got shape {confident.shape}"
+                f"got shape {values.shape}"
             )
         if self.args.train_batch_size % 2:
             raise ValueError(
                 "per_device_train_batch_size: expected an even number (pairs of examples), "
                 f"got {self.args.train_batch_size}"
             )
-        self.confident_rows = confident.nonzero()[0]
-        self.unconfident_rows = (~confident).nonzero()[0]
+        self.pools = pools_of(confident, self.args.pairing)
+        self.confident_rows = np.concatenate([pool.confident for pool in self.pools])
+        self.unconfident_rows = np.concatenate([pool.unconfident for pool in self.pools])
         self.train_dataset = PairedExamples(dataset)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any]:
@@ -162,8 +170,13 @@ class SFTMixMixin(WholeCheckpoints):
             )
         sampler: Sampler[Any]
         if self.paired:
-            halves = self.confident_rows, self.unconfident_rows
-            sampler = PairedSampler(*halves, alpha=self.args.alpha, seed=self.args.seed)
+            step = batch * self.args.gradient_accumulation_steps // 2
+            sampler = PairedSampler(
+                self.pools,
+                alpha=self.args.alpha,
+                seed=self.args.seed,
+                pairs_per_lam=step if self.args.lambda_scope == "batch" else 1,
+            )
         else:
             sampler = ShuffledSampler(examples, seed=self.args.seed)
         if self.args.world_size == 1 or self.args.dataloader_drop_last:
@@ -171,16 +184,8 @@ class SFTMixMixin(WholeCheckpoints):
         return FilledSampler(sampler, batch, (None, 1.0) if self.paired else None)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """Tokens with loss, mixed pairs and micro-batches of a window over all ranks: (3,)."""
-        counts = torch.tensor(
-            [
-                sum(batch["rows"].numel() for batch in batch_samples),
-                sum(batch["pair_c"].numel() for batch in batch_samples if "pair_c" in batch),
-                sum(bool(batch["rows"].numel()) for batch in batch_samples),
-            ],
-            dtype=torch.float32,
-            device=device,
-        )
+        """The `Counts` of a window over all ranks, (4,)."""
+        counts = torch.stack(batch_counts(batch_samples, device))
         total: Tensor = self.accelerator.reduce(counts, "sum")
         return total.clamp(min=1)
 
@@ -191,43 +196,47 @@ class SFTMixMixin(WholeCheckpoints):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """This micro-batch's share of ``NTP + mu * Mixup`` over the whole window and all ranks.
+        """This micro-batch's share of the method's loss over the whole window and all ranks.
 
         A router's auxiliary loss, times the model's coefficient, is a mean over the micro-batches
         of all ranks; those that hold fillers alone are left out.
         """
         if not isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
-        tokens, pairs, batches = num_items_in_batch
-        loss = batch_loss(model, self.head, inputs, self.args, tokens, pairs)
+        counts = Counts(*num_items_in_batch)
+        mu = self.args.mixup_weight(self.state.global_step / max(self.state.max_steps, 1))
+        loss = batch_loss(model, self.head, inputs, self.args, counts, mu)
         # Gradients are averaged over ranks, while the counts are of all ranks together.
         ranks = self.accelerator.num_processes
         total = loss.loss * ranks
         if loss.router is not None:
-            router = loss.router * bool(inputs["rows"].numel()) / batches
+            router = loss.router * bool(inputs["rows"].numel()) / counts.micro_batches
             total = total + self.head.router_coefficient * router * ranks
             loss = loss._replace(loss=total / ranks, router=router)
         self._measure(inputs, loss)
         return (total, loss) if return_outputs else total
 
     def _measure(self, inputs: dict[str, Tensor], loss: BatchLoss) -> None:
+        unconfident = inputs["owner"] % 2 == 1 if self.paired else None
         values: dict[str, Tensor | float] = {
             "loss": loss.loss,
-            "ntp_loss": loss.ntp,
-            "mixup_loss": loss.mixup,
+            "ntp_loss": 0.0 if loss.ntp is None else loss.ntp,
+            "mixup_loss": 0.0 if loss.mixup is None else loss.mixup,
             "router_loss": 0.0 if loss.router is None else loss.router,
             "input_tokens": inputs["lengths"].sum(),
             "tokens_confident": float(inputs["rows"].numel()),
         }
-        if self.paired:
-            unconfident = inputs["owner"] % 2 == 1
+        if unconfident is not None:
             values |= {
-                "nll_confident": (loss.row_ntp * ~unconfident).sum(),
-                "nll_unconfident": (loss.row_ntp * unconfident).sum(),
                 "tokens_confident": (~unconfident).sum(),
                 "tokens_unconfident": unconfident.sum(),
                 "mixed_pairs": float(inputs["pair_c"].numel()),
                 "lam": inputs["lam"].sum(),
+            }
+        if unconfident is not None and loss.row_ntp is not None:
+            values |= {
+                "nll_confident": (loss.row_ntp * ~unconfident).sum(),
+                "nll_unconfident": (loss.row_ntp * unconfident).sum(),
             }
         self.window.add(values)
 
@@ -266,10 +275,17 @@ class SFTMixMixin(WholeCheckpoints):
         if "loss" in logs and self.is_in_train:
             step = self.state.global_step
             sums = self.accelerator.reduce(self.window.sums, "sum")
-            mixed = self.args.method == "sftmix"
-            router = self.head.router_coefficient != 0
-            report = self.window.report(sums, step, paired=self.paired, mixed=mixed, router=router)
+            report = self.window.report(
+                sums,
+                step,
+                paired=self.paired,
+                mixed=self.args.method in MIXED,
+                ntp=self.args.method != "mixup",
+                router=self.head.router_coefficient != 0,
+            )
             logs = {**logs, **report}
+            if self.args.method == "sftmix" and self.args.mu_schedule != "constant":
+                logs["mu"] = self.args.mixup_weight((step - 1) / self.state.max_steps)
             self.window.reset(step)
         super().log(logs, start_time)
 
@@ -353,7 +369,13 @@ class SFTMixMixin(WholeCheckpoints):
         return {
             **values,
             "train_dataset": tokens_hash(self.examples),
-            "confident": array_hash(self.confident_rows) if self.paired else None,
+            "confident": [
+                array_hash(side)
+                for pool in self.pools
+                for side in (pool.confident, pool.unconfident)
+            ]
+            if self.paired
+            else None,
         }
 
 

@@ -22,15 +22,15 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 from transformers import Trainer
 
-from sftmix.config import SFTMixOptions
+from sftmix.config import OF_MIXUP, SFTMixOptions
 from sftmix.data import content_hash
 from sftmix.integrations.tokens import has_targets, named_rows
 from sftmix.pairing import PairedCollator
-from sftmix.partition import CONFIDENT, read_partition
+from sftmix.partition import Partition, read_partition, take
 from sftmix.trainer import SFTMixMixin, make_collator
 
 HERE = "sftmix.integrations.axolotl"
-OPTIONS = ("method", "mu", "alpha", "head", "loss_schedule", "layout", "row_length")
+OPTIONS = ("method", *OF_MIXUP, "kl_reg", "head", "loss_schedule", "layout", "row_length")
 
 # Options of axolotl that the loss, the pairs or the collator would not heed.
 UNSUPPORTED = (
@@ -59,9 +59,14 @@ class SFTMixArgs(BaseModel):
     """The plugin's keys in the YAML file; what is left out has `SFTMixOptions`' default."""
 
     sftmix_partition: str | None = None
-    sftmix_method: Literal["sftmix", "ntp"] | None = None
+    sftmix_method: Literal["sftmix", "ntp", "equal", "mixup", "ir_dro"] | None = None
     sftmix_mu: float | None = None
+    sftmix_mu_schedule: Literal["constant", "linear_warmup", "cosine"] | None = None
+    sftmix_mu_warmup_ratio: float | None = None
     sftmix_alpha: float | None = None
+    sftmix_lambda_scope: Literal["pair", "batch"] | None = None
+    sftmix_pairing: Literal["outer", "neighbours", "rank"] | None = None
+    sftmix_kl_reg: float | None = None
     sftmix_head: Literal["fused", "logits"] | None = None
     sftmix_loss_schedule: Literal["auto", "row_chunks", "vocab_tiles"] | None = None
     sftmix_layout: Literal["padded", "padding_free", "packed"] | None = None
@@ -177,8 +182,8 @@ def numbered(dataset: datasets.Dataset) -> datasets.Dataset:
     return dataset.add_column("id", np.arange(len(dataset)))
 
 
-def find_halves(dataset: datasets.Dataset, partition: Path) -> np.ndarray[Any, Any]:
-    """Which rows are confident, (S,), found by the content hash of their tokens and labels.
+def find_halves(dataset: datasets.Dataset, path: Path) -> Partition:
+    """The partition in the order of the rows, found by the content hash of tokens and labels.
 
     The partition may have rows that axolotl left out or holds back for evaluation. Where several
     rows have one content, each takes one of its places.
@@ -186,17 +191,17 @@ def find_halves(dataset: datasets.Dataset, partition: Path) -> np.ndarray[Any, A
     Raises:
         ValueError: a row that was not scored.
     """
-    scored = read_partition(partition)
-    halves: dict[str, list[bool]] = defaultdict(list)
-    for name, subset in zip(scored.content_hash, scored.subset, strict=True):
-        halves[str(name)].append(subset == CONFIDENT)
-    confident = np.empty(len(dataset), dtype=bool)
+    scored = read_partition(path)
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, content in enumerate(scored.content_hash.tolist()):
+        places[content].append(place)
+    found = np.empty(len(dataset), dtype=np.int64)
     for row, example in enumerate(dataset):
-        places = halves[content_hash(example)]
-        if not places:
+        same = places[content_hash(example)]
+        if not same:
             raise ValueError(
-                f"sftmix_partition: prepared row {row} is not in {partition}; score the data that "
+                f"sftmix_partition: prepared row {row} is not in {path}; score the data that "
                 "`axolotl preprocess` wrote"
             )
-        confident[row] = places.pop()
-    return confident
+        found[row] = same.pop()
+    return take(scored, found)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from sftmix.head import HeadAdapter, without_peft
 from sftmix.integrations.tokens import has_targets, named_rows
 from sftmix.pairing import PairedCollator
 from sftmix.partition import Partition, from_scores, match, read_partition
+from sftmix.pools import Confident, chosen
 from sftmix.score import score_while_training
 from sftmix.trainer import SFTMixMixin
 
@@ -40,8 +40,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 # Pairs are laid out by the collator, which keeps them whole.
 INSTEAD = {"packing": "packed", "padding_free": "padding_free"}
 ROW = "sftmix_row"  # the column in which a row's number goes through TRL's preparation
-
-Confident = Sequence[bool] | np.ndarray[Any, Any] | Partition | str | Path
 
 
 @dataclasses.dataclass
@@ -85,7 +83,7 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
         args: SFTMixSFTConfig,
         *,
         train_dataset: datasets.Dataset | None = None,
-        confident: Confident | None = None,
+        confident: Confident | str | Path | None = None,
         **kwargs: Any,
     ) -> None:
         """As `trl.SFTTrainer`.
@@ -171,9 +169,9 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
         learnt = has_targets(prepared)
         return prepared if learnt.all() else prepared.select(learnt.nonzero()[0])
 
-    def _pair(self, confident: np.ndarray[Any, Any]) -> None:
+    def _pair(self, confident: Confident) -> None:
         ids = require_all(self.examples, len(confident), self.args)
-        super()._pair(confident[ids])
+        super()._pair(chosen(confident, ids))
 
     def evaluate(
         self,
@@ -252,8 +250,8 @@ def score(
     )
 
 
-def confident_rows(dataset: datasets.Dataset, confident: Confident) -> np.ndarray[Any, Any]:
-    """``confident`` as one boolean for each row of the data as the user has them, (S,).
+def confident_rows(dataset: datasets.Dataset, confident: Confident | str | Path) -> Confident:
+    """``confident`` of each row of the data as the user has them, (S,).
 
     Raises:
         ValueError: another number of rows, or a partition of other data.
@@ -262,13 +260,13 @@ def confident_rows(dataset: datasets.Dataset, confident: Confident) -> np.ndarra
         confident = read_partition(Path(confident))
     if isinstance(confident, Partition):
         return match(confident, np.arange(len(dataset)), [content_hash(row) for row in dataset])
-    confident = np.asarray(confident, dtype=bool)
-    if confident.shape != (len(dataset),):
+    halves = np.asarray(confident, dtype=bool)
+    if halves.shape != (len(dataset),):
         raise ValueError(
             f"confident: expected one value for each of {len(dataset)} rows of train_dataset, "
-            f"got shape {confident.shape}"
+            f"got shape {halves.shape}"
         )
-    return confident
+    return halves
 
 
 def require_rows(dataset: Any, name: str) -> None:

@@ -32,7 +32,7 @@ from transformers import TrainerCallback
 
 from sftmix import families
 from sftmix.head import HeadAdapter
-from sftmix.objective import batch_loss
+from sftmix.objective import batch_counts, batch_loss
 from sftmix.pairing import PairedCollator
 from sftmix.ranks import (
     RankError,
@@ -174,8 +174,8 @@ def sharded_by_hand(folder: Path, *, own_unit: bool, tied: bool = False) -> Foun
         if own_unit:
             fully_shard(model.lm_head)
         fully_shard(model)
-    divisors = (torch.tensor(float(all_rows[name].numel())) for name in ("rows", "pair_c"))
-    loss = batch_loss(model, head, mine, tiny.config(folder), *divisors).loss
+    counts = batch_counts([all_rows], torch.device("cpu"))
+    loss = batch_loss(model, head, mine, tiny.config(folder), counts, 0.2).loss
     (loss * num_ranks()).backward()
     gradients = {name: whole(weight.grad) for name, weight in model.named_parameters()}
     return {"gradients": [gradients], "loss": float(summed(loss.detach()))}

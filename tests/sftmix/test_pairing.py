@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sftmix.pairing import PairedCollator, PairedExamples, PairedSampler, ShuffledSampler
+from sftmix.pools import Pool
 
 from . import tiny
 
@@ -19,7 +21,14 @@ CONFIDENT, UNCONFIDENT = [4, 9, 2, 7, 0], [1, 3, 5]
 
 
 def sampler(seed: int = 0, alpha: float = 0.5) -> PairedSampler:
-    return PairedSampler(CONFIDENT, UNCONFIDENT, alpha=alpha, seed=seed)
+    return paired_sampler(CONFIDENT, UNCONFIDENT, alpha=alpha, seed=seed)
+
+
+def paired_sampler(
+    confident: Sequence[int], unconfident: Sequence[int], *, alpha: float = 0.5, seed: int = 0
+) -> PairedSampler:
+    pool = Pool(np.asarray(confident), np.asarray(unconfident))
+    return PairedSampler([pool], alpha=alpha, seed=seed)
 
 
 def epoch(sampler: Any, number: int) -> list[Any]:
@@ -33,7 +42,7 @@ def epoch(sampler: Any, number: int) -> list[Any]:
 @pytest.mark.parametrize("smaller_first", [False, True])
 def test_every_example_comes_and_halves_alternate(smaller_first: bool) -> None:
     halves = (UNCONFIDENT, CONFIDENT) if smaller_first else (CONFIDENT, UNCONFIDENT)
-    paired = PairedSampler(*halves, alpha=0.5, seed=3)
+    paired = paired_sampler(*halves, seed=3)
     for number in range(4):
         drawn = epoch(paired, number)
         assert len(drawn) == len(paired) == 2 * len(CONFIDENT)
@@ -45,7 +54,7 @@ def test_every_example_comes_and_halves_alternate(smaller_first: bool) -> None:
 
 
 def test_equal_halves_are_seen_exactly_once() -> None:
-    drawn = list(PairedSampler(range(0, 10), range(10, 20), alpha=0.5, seed=1))
+    drawn = list(paired_sampler(range(0, 10), range(10, 20), seed=1))
     assert sorted(row for row, _ in drawn) == list(range(20))
     assert all(row < 10 for row, _ in drawn[::2])
 
@@ -69,7 +78,7 @@ def test_seed_and_epoch_alone_decide() -> None:
 
 
 def test_partners_change_from_epoch_to_epoch() -> None:
-    paired = PairedSampler(range(50), range(50, 100), alpha=0.5, seed=0)
+    paired = paired_sampler(range(50), range(50, 100))
 
     def partners(number: int) -> set[tuple[int, int]]:
         rows = [row for row, _ in epoch(paired, number)]
@@ -82,7 +91,7 @@ def test_partners_change_from_epoch_to_epoch() -> None:
 def test_lam_is_beta_distributed() -> None:
     """Kolmogorov-Smirnov against Beta(1/2, 1/2), whose distribution is 2/pi asin(sqrt(x))."""
     number = 20_000
-    paired = PairedSampler(range(number), range(number, 2 * number), alpha=0.5, seed=0)
+    paired = paired_sampler(range(number), range(number, 2 * number))
     lam = np.sort([share for _, share in list(paired)[::2]])
     assert lam[0] >= 0
     assert lam[-1] <= 1
@@ -97,18 +106,12 @@ def test_lam_is_beta_distributed() -> None:
 
 def test_alpha_is_used() -> None:
     def spread(alpha: float) -> float:
-        paired = PairedSampler(range(5000), range(5000), alpha=alpha, seed=0)
+        paired = paired_sampler(range(5000), range(5000), alpha=alpha)
         return float(np.var([lam for _, lam in paired]))
 
     # Beta(a, a) has the variance 1 / (4 (2 a + 1)).
     for alpha in (0.5, 1.0, 4.0):
         assert spread(alpha) == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.1)
-
-
-@pytest.mark.parametrize(("confident", "unconfident"), [([], [1]), ([1], []), ([], [])])
-def test_an_empty_half_is_refused(confident: list[int], unconfident: list[int]) -> None:
-    with pytest.raises(ValueError, match="expected examples in both halves"):
-        PairedSampler(confident, unconfident, alpha=0.5, seed=0)
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sftmix.partition import (
+    Partition,
     from_scores,
+    levels,
     match,
     read_partition,
     split,
@@ -171,7 +173,7 @@ def test_split_keeps_everything_else():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"by": "median"}, "by: expected one of .*'median'"),
+        ({"by": "median"}, "by: expected confidence, .*'median'"),
         ({"by": "random", "seed": -1}, "seed: expected"),
         ({"by": "random", "seed": 2**64}, "seed: expected"),
     ],
@@ -306,9 +308,10 @@ def test_wrong_table_is_refused(tmp_path, edit, message):
 
 def test_match_follows_the_order_of_the_data():
     order = [4, 2, 0, 3, 1]
-    mask = match(example(), [10 + i for i in order], [HASHES[i] for i in order])
-    assert mask.tolist() == [False, True, True, False, True]
-    assert mask.dtype == bool
+    found = match(example(), [10 + i for i in order], [HASHES[i] for i in order])
+    assert (found.subset == "confident").tolist() == [False, True, True, False, True]
+    for column in fields(Partition):
+        assert (getattr(found, column.name) == getattr(example(), column.name)[order]).all()
 
 
 @given(st.permutations(range(9)), st.permutations(range(9)))
@@ -316,8 +319,9 @@ def test_match_finds_every_example(scored, wanted):
     partition = from_scores(
         [7 * i for i in scored], [f"hash {i}" for i in scored], [1] * 9, [[i] for i in scored]
     )
-    mask = match(partition, [7 * i for i in wanted], [f"hash {i}" for i in wanted])
-    assert mask.tolist() == [i < 5 for i in wanted]
+    found = match(partition, [7 * i for i in wanted], [f"hash {i}" for i in wanted])
+    assert (found.subset == "confident").tolist() == [i < 5 for i in wanted]
+    assert found.nll_sum[:, 0].tolist() == list(wanted)
 
 
 @pytest.mark.parametrize(

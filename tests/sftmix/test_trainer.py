@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
-from sftmix.config import SFTMixConfig
+from sftmix.config import MIXED, SFTMixConfig
 from sftmix.pairing import PairedCollator
 from sftmix.trainer import make_collator
 
@@ -328,7 +328,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(method: str, tmp_path: 
         ({"mu": float("inf")}, "mu: .*got inf"),
         ({"alpha": 0.0}, "alpha: expected a finite number above 0, got 0.0"),
         ({"alpha": float("nan")}, "alpha: .*got nan"),
-        ({"method": "mixup"}, "method: expected sftmix, ntp; got 'mixup'"),
+        ({"method": "dro"}, "method: expected sftmix, ntp, equal, mixup, ir_dro; got 'dro'"),
+        ({"lambda_scope": "row"}, "lambda_scope: expected pair, batch; got 'row'"),
+        ({"mu_schedule": "sine"}, "mu_schedule: expected constant, .*; got 'sine'"),
+        ({"mu_warmup_ratio": 0.0}, "mu_warmup_ratio: expected above 0 and at most 1, got 0.0"),
+        ({"mu_warmup_ratio": 1.5}, "mu_warmup_ratio: .*got 1.5"),
+        ({"pairing": "inner"}, "pairing: expected outer, .*; got 'inner'"),
+        ({"kl_reg": 0.0}, "kl_reg: expected a finite number above 0, got 0.0"),
+        ({"kl_reg": float("inf")}, "kl_reg: .*got inf"),
+        ({"method": "mixup", "per_device_train_batch_size": 3}, "batch_size: .*even.*got 3"),
         ({"loss_schedule": "rows"}, "loss_schedule: expected auto, .*; got 'rows'"),
         ({"per_device_train_batch_size": 3}, "per_device_train_batch_size: .*even.*got 3"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
@@ -347,14 +355,16 @@ def test_a_wrong_config_is_refused(changes: dict[str, Any], message: str, tmp_pa
 
 def test_wrong_data_is_refused(tmp_path: Path) -> None:
     model, data = tiny.build("Llama"), tiny.examples(6)
-    with pytest.raises(ValueError, match="confident: method='sftmix' needs a partition"):
-        tiny.SFTMixTrainer(model=model, args=tiny.config(tmp_path), train_dataset=data)
+    for method in MIXED:
+        with pytest.raises(ValueError, match=f"confident: method='{method}' needs a partition"):
+            args = tiny.config(tmp_path, method=method)
+            tiny.SFTMixTrainer(model=model, args=args, train_dataset=data)
     for length in (5, 7):
         with pytest.raises(ValueError, match=r"one value for each of 6 .*got shape \(\d,\)"):
             tiny.trainer(model, tmp_path, data, confident=([True, False] * 4)[:length])
     with pytest.raises(ValueError, match="at least one batch of 8 examples, got 6"):
         tiny.trainer(model, tmp_path, data, per_device_train_batch_size=8)
-    with pytest.raises(ValueError, match="expected examples in both halves, got 6 confident and 0"):
+    with pytest.raises(ValueError, match="both sides of every pair, got 6 confident and 0"):
         tiny.trainer(model, tmp_path, data, confident=[True] * 6)
 
 
