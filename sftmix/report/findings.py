@@ -74,14 +74,10 @@ def _measure(findings: Findings, group: Group, examples: int | None) -> None:
     from sftmix.report.measured import measured, sample_examples  # brings torch
 
     run = group.runs[0]
-    known = findings.partitions[run.name]
-    sample = attempt(
-        f"Scoring of {group.name}",
-        sample_examples,
-        run,
-        known if isinstance(known, Partition) else None,
-        examples,
-    )
+    known = attempt("", findings.partition, group)
+    partition = None if isinstance(known, LeftOut) else known
+    title = f"Scoring of {group.name}"
+    sample = attempt(title, sample_examples, run, partition, examples)
     if isinstance(sample, LeftOut):
         findings.before[group.name] = sample
         findings.failures.append(sample)

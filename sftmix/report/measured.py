@@ -87,13 +87,16 @@ def sample_examples(run: Run, partition: Partition | None, number: int | None) -
         str(path) if path.exists() else name
         for path, name in zip(paths, run.recipe["data"], strict=True)
     ]
-    examples = load_examples(names, on_bad_row="skip")
+    split = run.recipe.get("data_split", "train")
+    examples = load_examples(names, on_bad_row="skip", split=split)
     if partition is not None:
         known = set(partition.id.tolist())
         examples = [example for example in examples if example.id in known]
     if data_hash([example.content_hash for example in examples]) != run.recipe["data_hash"]:
+        selected = partition is None and run.recipe.get("select")
+        hint = "; give its run of sftmix score as a RUN too" if selected else ""
         raise ValueError(
-            f"the data {', '.join(names)} are not those that {run.name} was trained on"
+            f"the data {', '.join(names)} are not those that {run.name} was trained on{hint}"
         )
     if number is None or number >= len(examples):
         return examples

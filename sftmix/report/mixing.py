@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sftmix.data import data_hash
-from sftmix.partition import CONFIDENT, Partition
+from sftmix.partition import Partition
 from sftmix.report.drawing import COLOURS, INK, Picture, draw, legend_above, subset_colours
 from sftmix.report.runs import Run
 
@@ -48,10 +48,26 @@ class Drawn:
 def paired_sampler(run: Run, partition: Partition) -> PairedSampler:
     """What a run drew its pairs with; the partition is in the order of its data."""
     from sftmix.pairing import PairedSampler  # brings torch
+    from sftmix.pools import pools_of
 
-    confident = partition.subset == CONFIDENT
-    halves = confident.nonzero()[0], (~confident).nonzero()[0]
-    return PairedSampler(*halves, alpha=float(run.recipe["alpha"]), seed=run.seed)
+    pools = pools_of(partition, run.recipe.get("pairing", "outer"))
+    in_batch = run.recipe.get("lambda_scope") == "batch"
+    return PairedSampler(
+        pools,
+        alpha=float(run.recipe["alpha"]),
+        seed=run.seed,
+        pairs_per_lam=step_size(run) // 2 if in_batch else 1,
+    )
+
+
+def step_size(run: Run) -> int:
+    """Examples of an optimizer step over all ranks."""
+    return batch_size(run) * int(run.recipe.get("gradient_accumulation_steps") or 1)
+
+
+def batch_size(run: Run) -> int:
+    """Examples of a micro-batch over all ranks."""
+    return int(run.recipe["per_device_train_batch_size"]) * int(run.recipe.get("world_size") or 1)
 
 
 def drawn_pairs(run: Run, partition: Partition) -> Drawn:
@@ -68,7 +84,7 @@ def drawn_pairs(run: Run, partition: Partition) -> Drawn:
     rows: list[int] = []
     lam: list[float] = []
     steps: list[int] = []
-    for step, keys in steps_of(sampler, run.recipe):
+    for step, keys in steps_of(sampler, run):
         if step > run.steps:
             break
         rows += [row for row, _ in keys]
@@ -77,19 +93,18 @@ def drawn_pairs(run: Run, partition: Partition) -> Drawn:
     return Drawn(np.array(rows), np.array(lam), np.array(steps))
 
 
-def steps_of(sampler: PairedSampler, recipe: Any) -> Iterator[tuple[int, list[tuple[int, float]]]]:
+def steps_of(sampler: PairedSampler, run: Run) -> Iterator[tuple[int, list[tuple[int, float]]]]:
     """The keys of each optimizer step, over all ranks, epoch after epoch without end.
 
     A rank's batch is its share of consecutive keys; the accumulation window that an epoch ends in
     is a step of its own. Of several ranks the last batch is filled up, with examples without loss.
     """
-    batch = int(recipe["per_device_train_batch_size"]) * int(recipe.get("world_size") or 1)
-    size = batch * int(recipe.get("gradient_accumulation_steps") or 1)
+    batch, size = batch_size(run), step_size(run)
     step, epoch = 0, 0
     while True:
         sampler.set_epoch(epoch)
         keys = list(sampler)
-        if recipe.get("dataloader_drop_last"):
+        if run.recipe.get("dataloader_drop_last"):
             keys = keys[: len(keys) // batch * batch]
         if not keys:
             raise ValueError(f"the data make no batch of {batch} examples")
