@@ -96,13 +96,15 @@ def _picture(
     if not lines:
         raise ValueError("no run has logged it")
 
+    columns = 1 if max(len(line[0]) for line in lines) > 22 else 2
+
     def plot(axes: Axes) -> None:
         for number, line in enumerate(lines):
             # The lines below are the wider ones, so that curves that coincide are both seen.
             _draw(axes, *line, width=1.4 + 2 * (1 - (number + 1) / len(lines)))
         axes.set_xlabel("optimizer steps")
         axes.set_ylabel(unit)
-        legend_above(axes, 1 if max(len(line[0]) for line in lines) > 22 else 2)
+        legend_above(axes, columns)
 
     ends = "; ".join(f"{label} ends at {_last(mean(curves)):.4g}" for label, curves, *_ in lines)
     several = any(len(curves) > 1 for _, curves, *_ in lines)
@@ -110,7 +112,7 @@ def _picture(
         title,
         f"{caption} {SEVERAL}" if several else caption,
         f"Line chart of {unit} against optimizer steps: {ends}.",
-        draw(name, plot, height=3.1 + 0.09 * len(lines)),
+        draw(name, plot, height=2.9 + 0.18 * math.ceil(len(lines) / columns)),
     )
 
 

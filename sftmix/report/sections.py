@@ -46,7 +46,7 @@ def results_section(findings: Findings) -> Section:
         tables.results_table(groups, values),
         tables.differences_table(groups, values),
         tables.paper_table(groups, values),
-        tables.costs_table(groups, values),
+        tables.training_table(groups, values),
         tables.differences_in_recipe(groups),
     ]
     paragraphs = []

@@ -37,12 +37,12 @@ class Measure:
 MEASURES = (
     Measure("eval_loss", "held-out loss", ".4f"),
     Measure("confidence_std", "std. dev. of confidence", ".3f"),
-    Measure("loss", "training loss", ".4f", tested=False),
-    Measure("ntp_loss", "its NTP term", ".4f"),
-    Measure("mixup_loss", "its Mixup term", ".4f", tested=False),
+    Measure("ntp_loss", "training NTP loss", ".4f"),
 )
-COSTS = (
-    Measure("tokens_per_second", "training tokens/s", ",.0f", tested=False),
+TRAINING = (
+    Measure("loss", "training loss", ".4f", tested=False),
+    Measure("mixup_loss", "Mixup loss", ".4f", tested=False),
+    Measure("tokens_per_second", "tokens/s", ",.0f", tested=False),
     Measure("peak_memory_gib", "peak memory (GiB)", ".3f", tested=False),
 )
 # Of the recipe, but no options: what training found in its files.
@@ -53,7 +53,7 @@ Values = Mapping[str, Mapping[int, float]]  # by measure, then by seed
 
 def measures_of(values: Sequence[Values]) -> list[Measure]:
     """The measures that any row has, those of evaluations last."""
-    known = {measure.key for measure in MEASURES + COSTS}
+    known = {measure.key for measure in MEASURES + TRAINING}
     own = [measure for measure in MEASURES if any(row.get(measure.key) for row in values)]
     names = dict.fromkeys(key for row in values for key in row if key not in known)
     return own + [
@@ -80,9 +80,8 @@ def results_table(groups: Sequence[Group], values: Sequence[Values]) -> Table:
     ]
     notes = [
         "Mean ± sample standard deviation over seeds; each row's runs differ in their seed alone.",
-        "Losses in nats per token. Held-out loss: NTP over the response tokens of the held-out "
-        "data. Training losses are of the last log line; those of different methods are different "
-        "sums, of which the NTP term alone compares.",
+        "Losses in nats per token. Held-out: NTP over the response tokens of the held-out data. "
+        "Training: the NTP term alone, of the last log line.",
     ]
     if any(row.get("confidence_std") for row in values):
         notes.append(
@@ -93,18 +92,21 @@ def results_table(groups: Sequence[Group], values: Sequence[Values]) -> Table:
     return Table(columns, rows, "Results", notes)
 
 
-def costs_table(groups: Sequence[Group], values: Sequence[Values]) -> Table:
-    """Speed and memory, a row for each recipe."""
+def training_table(groups: Sequence[Group], values: Sequence[Values]) -> Table:
+    """What training itself logged, a row for each recipe."""
+    measures = [one for one in TRAINING if any(row.get(one.key) for row in values)]
     rows = [
-        [group.name, *(_spread(row.get(measure.key), measure) for measure in COSTS)]
+        [group.name, *(_spread(row.get(measure.key), measure) for measure in measures)]
         for group, row in zip(groups, values, strict=True)
     ]
     notes = (
+        "Losses of the last log line: what is minimised, in which each method has a sum of its "
+        "own, and its Mixup term in nats per position before it is weighted.",
         "Tokens/s: median over the log lines; it counts prompts, and swings with what else the "
         "machine does.",
         "Peak memory: allocated on the GPU, or of the whole process on a CPU.",
     )
-    return Table(["method", *(measure.title for measure in COSTS)], rows, "Cost", notes)
+    return Table(["method", *(measure.title for measure in measures)], rows, "Training", notes)
 
 
 def _seeds(group: Group) -> str:
@@ -134,7 +136,8 @@ def differences_table(groups: Sequence[Group], values: Sequence[Values]) -> Tabl
         for measure in (measure for measure in measures_of(values) if measure.tested):
             if mine.get(measure.key) and theirs.get(measure.key):
                 found = compare(mine[measure.key], theirs[measure.key])
-                rows.append([f"{group.name}: {measure.title}", *_difference(found, measure)])
+                start = _mean_of_common(theirs[measure.key], mine[measure.key])
+                rows.append([f"{group.name}: {measure.title}", *_difference(found, measure, start)])
     if not rows:
         return None
     notes = (
@@ -147,9 +150,17 @@ def differences_table(groups: Sequence[Group], values: Sequence[Values]) -> Tabl
     return Table(columns, rows, "Difference to NTP", notes)
 
 
-def _difference(found: Comparison, measure: Measure) -> list[str]:
+def _mean_of_common(values: Mapping[int, float], others: Mapping[int, float]) -> float:
+    common = [value for seed, value in values.items() if seed in others]
+    return sum(common) / len(common) if common else 0.0
+
+
+def _difference(found: Comparison, measure: Measure, start: float) -> list[str]:
+    """Cells of a comparison; ``start``: the baseline's mean over the common seeds."""
     form = "+" + measure.form
     difference = "-" if found.difference is None else format(found.difference, form)
+    if found.difference is not None and start:
+        difference += f" ({100 * found.difference / start:+.1f} %)"
     interval = "-"
     if found.interval is not None:
         interval = " to ".join(format(end, form) for end in found.interval)
@@ -164,7 +175,7 @@ def verdict(found: Comparison) -> str:
     if found.paired_n == 1:
         return "one seed: says nothing"
     if found.significant is None:
-        return "equal in every seed" if not found.difference else "the same in every seed: no test"
+        return "no difference" if not found.difference else "the same in every seed: not tested"
     return "significant" if found.significant else "no significant difference"
 
 
@@ -177,6 +188,11 @@ def warnings(groups: Sequence[Group]) -> list[str]:
             found.append(
                 f"{group.name}: one seed alone (n = 1). A difference of one run may be chance; "
                 "train with other --seed values."
+            )
+        if len(set(seeds)) == 2:
+            found.append(
+                f"{group.name}: two seeds alone (n = 2). A test of two differences has one degree "
+                "of freedom, and its verdict is easily wrong."
             )
         if len(set(seeds)) < len(seeds):
             found.append(

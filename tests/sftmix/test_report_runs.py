@@ -62,9 +62,9 @@ def test_the_table_is_what_one_works_out_by_hand(study: list[Path]) -> None:
     assert ntp["held-out loss"] == f"{31 / 3:.4f} ± {math.sqrt(42 / 9 / 2):.4f}"
     assert ntp["MedQA"] == f"{50 + 31 / 3:.2f} ± {math.sqrt(42 / 9 / 2):.2f}"
     assert sftmix["held-out loss"].startswith("12.3333 ± ")
-    assert ntp["training loss"] == "1.0000 ± 0.0000"
-    costs = tables.costs_table(groups, values)
-    assert costs.rows[0] == ["NTP", "1,500 ± 0", "0.700 ± 0.000"]
+    assert ntp["training NTP loss"] == "1.0000 ± 0.0000"
+    training = tables.training_table(groups, values)
+    assert training.rows[0] == ["NTP", "1.0000 ± 0.0000", "1,500 ± 0", "0.700 ± 0.000"]
 
 
 def test_the_difference_to_ntp(study: list[Path]) -> None:
@@ -72,12 +72,16 @@ def test_the_difference_to_ntp(study: list[Path]) -> None:
     assert table is not None
     lines = {row[0]: row[1:] for row in table.rows}
     verdict, difference, interval, p_value, number = lines["SFTMix: held-out loss"]
-    assert (verdict, difference, number) == ("no significant difference", "+2.0000", "3")
+    assert (verdict, difference, number) == (
+        "no significant difference",
+        f"+2.0000 (+{100 * 2 / (31 / 3):.1f} %)",
+        "3",
+    )
     # t = 2 sqrt(3) with two degrees of freedom; its 97.5 % point is 4.302653.
     assert p_value == f"{1 - math.sqrt(12 / 14):.2g}"
     ends = [float(end) for end in interval.split(" to ")]
     assert ends == pytest.approx([2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5], abs=1e-4)
-    assert lines["SFTMix: its NTP term"][0] == "equal in every seed"
+    assert lines["SFTMix: training NTP loss"][:2] == ["no difference", "+0.0000 (+0.0 %)"]
     assert "SFTMix: training loss" not in lines
     assert "SFTMix: MedQA" in lines
     assert tables.warnings(rows_of(study)[0]) == []
@@ -99,7 +103,7 @@ def test_one_seed_is_warned_of(study: list[Path]) -> None:
     assert sum("n = 1" in warning for warning in tables.warnings(groups)) == 2
     table = tables.differences_table(groups, values)
     assert table is not None
-    assert table.rows[0][1:] == ["one seed: says nothing", "+1.0000", "-", "-", "1"]
+    assert table.rows[0][1:] == ["one seed: says nothing", "+1.0000 (+10.0 %)", "-", "-", "1"]
     assert tables.results_table(groups, values).rows[0][2] == "10.0000"
     apart = tables.differences_table(*rows_of([study[0], study[4]]))
     assert apart is not None
