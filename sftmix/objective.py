@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sftmix.config import MIXED, SFTMixOptions
 from sftmix.head import HeadAdapter
-from sftmix.ranks import joined_ranks
+from sftmix.ranks import joined_ranks, rank
 from sftmix.stand_in import HeadOutput
 from sftmix_kernels import fused_cross_entropy, fused_mixup_loss, fused_sftmix_loss
 
@@ -171,15 +171,17 @@ def hard_examples_loss(
     """IR-DRO's loss from the token losses (N,) of this micro-batch; see the module."""
     num_examples = batch["lengths"].numel()
     tokens = torch.bincount(batch["owner"], minlength=num_examples)
-    sums = row_ntp.new_zeros(num_examples).index_add(0, batch["owner"], row_ntp)
-    means = sums / tokens.clamp(min=1)
-    # Fillers have no tokens, and no weight.
-    hardness = (means.detach() / kl_reg).masked_fill(tokens == 0, -torch.inf)
+    # In float64: the softmax turns absolute errors of the losses into relative ones of weights.
+    sums = row_ntp.new_zeros(num_examples, dtype=torch.float64)
+    means = sums.index_add(0, batch["owner"], row_ntp.double()) / tokens.clamp(min=1)
+    # Fillers have no tokens, and no weight. What other ranks are told has no gradient.
+    hardness = (means / kl_reg).masked_fill(tokens == 0, -torch.inf)
     everyone = joined_ranks(hardness)
-    weights = torch.exp(hardness - everyone.logsumexp(0)).masked_fill(tokens == 0, 0.0)
+    mine = everyone.softmax(0)[rank() * num_examples :][:num_examples]
+    weights = mine.masked_fill(tokens == 0, 0.0)
     share = everyone.isfinite().sum() / counts.examples
-    ntp = row_ntp.sum() / counts.tokens
-    return BatchLoss(share * (weights * means).sum(), ntp, None, row_ntp)
+    loss = (share * (weights * means).sum()).float()
+    return BatchLoss(loss, row_ntp.sum() / counts.tokens, None, row_ntp)
 
 
 def with_mixed(

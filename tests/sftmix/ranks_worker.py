@@ -341,6 +341,10 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "fsdp, lora": {"fsdp": {"activation_checkpointing": True}, "build": lora},
     "ddp, head copied": {"build": COPIED},
     "fsdp, head copied": {"fsdp": {}, "build": COPIED},
+    # The epoch's last batch leaves the second rank without an example.
+    "ddp, ir_dro": {"method": "ir_dro"},
+    "ddp, mixup": {"method": "mixup"},
+    "ddp, one lam a batch": {"lambda_scope": "batch"},
     # The router's loss is a mean over micro-batches; an epoch's last is the first rank's alone.
     "ddp, experts": {"number": 20, "in_turn": True, "build": EXPERTS},
 }

@@ -144,7 +144,7 @@ def test_flags_that_argparse_refuses(
 ) -> None:
     for flags, message in (
         (["--mu", "much"], "argument --mu: invalid float value"),
-        (["--method", "mixup"], "invalid choice: 'mixup'"),
+        (["--method", "dro"], "invalid choice: 'dro'"),
         (["--on_bad_row", "ignore"], "invalid choice: 'ignore'"),
         (["--output_dir", "x"], "give the folder as --output"),
         (["--resume-from-checkpoint=x"], "give --resume"),

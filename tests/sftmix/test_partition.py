@@ -1,6 +1,6 @@
 """The partition's arithmetic, its split, its file and its match with the data."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pyarrow as pa
@@ -162,6 +162,52 @@ def test_random_split_follows_the_seed_and_is_even():
     assert len({draw.tobytes() for draw in draws}) == 400
     # Each example falls into the confident half 200 times of 400, give or take 10 (one sigma).
     assert np.abs(np.mean(draws, axis=0) - 0.5).max() < 5 * 10 / 400
+
+
+@given(confidences(), st.integers(2, 9))
+def test_quantiles_are_even_and_ordered(drawn, number):
+    ids, confidence = drawn
+    if number > len(ids) // 2:
+        with pytest.raises(ValueError, match="by: expected quantiles:K with K from 2 to half of"):
+            split_subsets(ids, confidence, by=f"quantiles:{number}")
+        return
+    subset = split_subsets(ids, confidence, by=f"quantiles:{number}")
+    ranked = sorted(zip(-confidence, ids, subset, strict=True))
+    counts = [len(ids) // number + (place < len(ids) % number) for place in range(number)]
+    expected = [f"level {place + 1}" for place in range(number) for _ in range(counts[place])]
+    assert [name for *_, name in ranked] == expected
+
+
+def test_levels_by_number():
+    halves = example()
+    assert levels(halves).tolist() == [1, 1, 1, 2, 2]
+    assert levels(split(halves, "reversed")).tolist() == [2, 2, 2, 1, 1]
+    assert levels(split(halves, "quantiles:2")).tolist() == [1, 1, 1, 2, 2]
+
+
+def test_levels_round_trip_and_are_summed_up(tmp_path):
+    path = tmp_path / "confidence.parquet"
+    partition = from_scores(
+        range(30), [f"{i}" for i in range(30)], [1] * 30, [[i] for i in range(30)]
+    )
+    written = split(partition, "quantiles:11")
+    write_partition(path, written)
+    assert_equal(read_partition(path), written)
+    lines = summary(written).splitlines()
+    assert [line[:8].strip() for line in lines[1:12]] == [f"level {i}" for i in range(1, 12)]
+    assert [line.split()[2] for line in lines[1:12]] == ["3"] * 8 + ["2"] * 3
+
+
+@pytest.mark.parametrize("names", [["level 1", "confident"], ["level 0", "level 1"], ["level 9"]])
+def test_subsets_of_no_split_are_refused(tmp_path, names):
+    path = tmp_path / "confidence.parquet"
+    partition = example()
+    subset = np.array([*names, *["level 1"] * (5 - len(names))])
+    write_partition(path, replace(partition, subset=subset))
+    with pytest.raises(
+        ValueError, match="column subset: expected 'confident' or 'unconfident', or"
+    ):
+        read_partition(path)
 
 
 def test_split_keeps_everything_else():

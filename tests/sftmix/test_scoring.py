@@ -19,7 +19,7 @@ import sftmix.scoring
 from sftmix.cli import main
 from sftmix.head import HeadAdapter
 from sftmix.pairing import PairedCollator
-from sftmix.partition import match, read_partition
+from sftmix.partition import read_partition
 from sftmix.scoring import (
     ScoringCallback,
     batches_by_length,

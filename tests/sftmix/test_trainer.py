@@ -356,8 +356,8 @@ def test_a_wrong_config_is_refused(changes: dict[str, Any], message: str, tmp_pa
 def test_wrong_data_is_refused(tmp_path: Path) -> None:
     model, data = tiny.build("Llama"), tiny.examples(6)
     for method in MIXED:
+        args = tiny.config(tmp_path, method=method)
         with pytest.raises(ValueError, match=f"confident: method='{method}' needs a partition"):
-            args = tiny.config(tmp_path, method=method)
             tiny.SFTMixTrainer(model=model, args=args, train_dataset=data)
     for length in (5, 7):
         with pytest.raises(ValueError, match=r"one value for each of 6 .*got shape \(\d,\)"):
