@@ -238,8 +238,10 @@ def _names(parts: Sequence[Sequence[Run]]) -> list[str]:
         alike = [other[0].recipe for other in parts if other[0].recipe["method"] == method]
         fields = [field for field in differing(alike) if field not in ("seed", "data")]
         texts = [f"{field} {shown(part[0].recipe.get(field))}" for field in fields]
-        more = [", ".join(texts) if len(texts) <= 2 else part[0].name] if texts else []
-        names.append(", ".join([METHODS.get(method, method), *more]))
+        if len(texts) > 2:
+            others = f" and {len(part) - 1} more" if len(part) > 1 else ""
+            texts = [f"{part[0].name}{others}"]
+        names.append(", ".join([METHODS.get(method, method), *texts]))
     return names
 
 
@@ -294,17 +296,17 @@ def find_partition(run: Run, runs: Sequence[Run]) -> Partition:
     if wanted is None:
         raise ValueError(f"{run.name} was trained without a partition")
     noted = run.files.get("partition")
-    paths = [run.place(noted)] if noted else []
-    paths += [other.folder / PARTITION for other in runs if other.scored]
-    found = [path for path in paths if path.is_file()]
-    for path in found:
-        partition = read_partition(path)
-        if partition_hash(partition) == wanted:
-            return partition
-    if found:
+    own = [run.place(noted)] if noted else []
+    paths = own + [other.folder / PARTITION for other in runs if other.scored]
+    for path in paths:
+        if path.is_file():
+            partition = read_partition(path)
+            if partition_hash(partition) == wanted:
+                return partition
+    if own and own[0].is_file():
         raise ValueError(
-            f"{run.name} was trained with another partition than {found[0]} is now: it was "
-            "scored or split anew"
+            f"{run.name} was trained with another partition than {own[0]} is now: it was scored or "
+            "split anew"
         )
     raise ValueError(
         f"the partition of {run.name} was not found{f' at {noted}' if noted else ''}; "

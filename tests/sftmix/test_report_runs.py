@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,8 @@ def test_the_partition_is_found_wherever_it_is(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"of lost was not found at gone/confidence.parquet; give"):
         find_partition(lost, [lost])
     assert partition_hash(find_partition(lost, [lost, read_run(scored)])) == wanted
+    with pytest.raises(ValueError, match="was not found"):
+        find_partition(replace(lost, recipe={**lost.recipe, "partition": "4"}), [read_run(scored)])
     other = read_run(make_run(tmp_path / "other", partition="3" * 64, files=files))
     with pytest.raises(ValueError, match="scored or split anew"):
         find_partition(other, [other])
