@@ -123,17 +123,9 @@ def parse(
         ValueError: a value that the config refuses.
         SystemExit: unknown or missing flags, or help was asked for.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    config_file, rest = first.parse_known_args(words)
-    words = [*(read_config(config_file.config) if config_file.config else []), *rest]
-
-    parser = HfArgumentParser(cast(Any, [run_type, config_type]), prog=prog, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file with the same names; flags override it")
+    words = with_config(words)
+    parser = _parser([run_type, config_type], prog)
     parser.add_argument("--help-all", action="help", help="also show transformers' own options")
-    for action in parser._actions:
-        if action.required:
-            action.default = argparse.SUPPRESS
     if "--help-all" not in words:
         _hide_inherited(parser, config_type)
     given = {word.split("=")[0].replace("-", "_") for word in words}
@@ -146,12 +138,46 @@ def parse(
     run, config, _ = parser.parse_args_into_dataclasses(
         [*words, "--output_dir", folder], look_for_args_file=False
     )
-    # Reading and writing weights has bars of its own.
-    if config.disable_tqdm:
-        disable_progress_bar()
-    else:
-        enable_progress_bar()
+    _show_bars(not config.disable_tqdm)
     return run, config
+
+
+def parse_alone(words: Sequence[str], arguments_type: type[Any], prog: str) -> Any:
+    """The arguments of a command that trains nothing: one dataclass, with ``disable_tqdm`` in it.
+
+    Raises:
+        ValueError: a value that the dataclass refuses.
+        SystemExit: unknown or missing flags, or help was asked for.
+    """
+    parser = _parser([arguments_type], prog)
+    arguments, _ = parser.parse_args_into_dataclasses(with_config(words), look_for_args_file=False)
+    _show_bars(not arguments.disable_tqdm)
+    return arguments
+
+
+def with_config(words: Sequence[str]) -> list[str]:
+    """The words with those of the ``--config`` file before them, in its place."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    config_file, rest = first.parse_known_args(words)
+    return [*(read_config(config_file.config) if config_file.config else []), *rest]
+
+
+def _parser(types: list[type[Any]], prog: str) -> HfArgumentParser:
+    parser = HfArgumentParser(cast(Any, types), prog=prog, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file with the same names; flags override it")
+    for action in parser._actions:
+        if action.required:
+            action.default = argparse.SUPPRESS
+    return parser
+
+
+def _show_bars(show: bool) -> None:
+    # Reading and writing weights has bars of its own.
+    if show:
+        enable_progress_bar()
+    else:
+        disable_progress_bar()
 
 
 def _hide_inherited(parser: argparse.ArgumentParser, config_type: type[SFTMixConfig]) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
+from sftmix.arguments import parse_alone
+from sftmix.config import option
+from sftmix.manifest import versions
+from sftmix.medical import Questions, Score, load, read_questions, require_harness, score
 from sftmix.runs import write_json
 from sftmix.tasks import PAPER_NAMES
-
-if TYPE_CHECKING:  # brings transformers, which takes seconds to import
-    from sftmix.medical import Questions, Score
 
 FILE = "evaluation.json"
 MEAN = "mean"
@@ -21,13 +22,62 @@ MEAN = "mean"
 COMPARED = ("limit", "apply_chat_template", "dtype")
 
 
+@dataclasses.dataclass
+class EvaluateArguments:
+    """The options of the command."""
+
+    model: str = dataclasses.field(
+        metadata={"help": "Folder of a run or hub name; an adapter's folder, too"}
+    )
+    tasks: list[str] = dataclasses.field(
+        default_factory=lambda: list(PAPER_NAMES),
+        metadata={"help": f"Some of {', '.join(PAPER_NAMES)} [paper]"},
+    )
+    medqa_data: str | None = option(
+        None, "Rows of GBaker/MedQA-USMLE-4-options-hf; by default from the hub", "ours"
+    )
+    medqa_5_data: str | None = option(
+        None, "Rows of fzkuji/MedQA, or of the first release; by default from the hub", "ours"
+    )
+    medmcqa_data: str | None = option(
+        None, "Rows of openlifescienceai/medmcqa; by default from the hub", "ours"
+    )
+    pubmedqa_data: str | None = option(
+        None, "ori_pqal.json of github.com/pubmedqa/pubmedqa", "ours"
+    )
+    pubmedqa_ids: str | None = option(
+        None, "Its test_ground_truth.json, or any JSON list of ids", "ours"
+    )
+    output: str | None = option(
+        None, f"File to write or to add to; by default {FILE} in the model's folder", "ours"
+    )
+    batch_size: int = option(8, "Prompts at once", "ours")
+    limit: int | None = option(None, "Only the first questions of each task", "ours")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "Dtype of the weights; auto: as they were saved", "ours"
+    )
+    apply_chat_template: bool = option(
+        False,
+        "Ask in the model's chat template; without, as the harness does by default",
+        "ours",
+    )
+    disable_tqdm: bool = option(False, "Show no bars of loading; the harness has its own", "ours")
+
+    def __post_init__(self) -> None:
+        for name in self.tasks:
+            if name not in PAPER_NAMES:
+                raise ValueError(f"tasks: expected some of {', '.join(PAPER_NAMES)}, got {name!r}")
+        for name in ("batch_size", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
 def main(words: Sequence[str]) -> None:
     """Run the command."""
-    arguments = parse(words)
+    arguments = parse_alone(words, EvaluateArguments, "sftmix evaluate")
     output = output_file(arguments.model, arguments.output)
     read_evaluation(output, arguments)
-    from sftmix.medical import load, read_questions, require_harness, score
-
     questions = {}
     for name in dict.fromkeys(arguments.tasks):
         ids = arguments.pubmedqa_ids if name == "pubmedqa" else None
@@ -49,61 +99,6 @@ def main(words: Sequence[str]) -> None:
     print(f"wrote {output}")
 
 
-def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The command's arguments.
-
-    Raises:
-        ValueError: an unknown task, or a number below 1.
-        SystemExit: unknown or missing flags, or help was asked for.
-    """
-    parser = argparse.ArgumentParser(
-        prog="sftmix evaluate",
-        description="Accuracy in the paper's medical tasks, by lm-evaluation-harness, without "
-        "examples in the prompt. The tasks asked for are added to those in the file.",
-        allow_abbrev=False,
-    )
-
-    def add(flag: str, **options: Any) -> None:
-        parser.add_argument(*dict.fromkeys((flag, f"--{flag[2:].replace('_', '-')}")), **options)
-
-    add("--model", required=True, help="Folder of a run or hub name; an adapter's folder, too")
-    add(
-        "--tasks",
-        nargs="+",
-        default=list(PAPER_NAMES),
-        help=f"Some of {', '.join(PAPER_NAMES)} (default: all)",
-    )
-    add("--medqa_data", help="Rows of GBaker/MedQA-USMLE-4-options-hf (default: from the hub)")
-    add("--medqa_5_data", help="Rows of fzkuji/MedQA, or of the first release (default: the hub)")
-    add("--medmcqa_data", help="Rows of openlifescienceai/medmcqa (default: from the hub)")
-    add("--pubmedqa_data", help="ori_pqal.json of github.com/pubmedqa/pubmedqa")
-    add("--pubmedqa_ids", help="Its test_ground_truth.json, or any JSON list of ids")
-    add("--output", help=f"File to write or to add to (default: {FILE} in the model's folder)")
-    add("--batch_size", type=int, default=8, help="Prompts at once [ours] (default: 8)")
-    add("--limit", type=int, help="Only the first questions of each task (default: all)")
-    add(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="Dtype of the weights; auto: as saved [ours] (default: auto)",
-    )
-    add(
-        "--apply_chat_template",
-        action="store_true",
-        help="Ask in the model's chat template; without, as the harness does by default [ours] "
-        "(default: off)",
-    )
-    arguments = parser.parse_args(words)
-    for name in arguments.tasks:
-        if name not in PAPER_NAMES:
-            raise ValueError(f"tasks: expected some of {', '.join(PAPER_NAMES)}, got {name!r}")
-    for name in ("batch_size", "limit"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-    return arguments
-
-
 def output_file(model: str, output: str | None) -> Path:
     """Where the evaluation goes.
 
@@ -118,7 +113,7 @@ def output_file(model: str, output: str | None) -> Path:
     return path
 
 
-def read_evaluation(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def read_evaluation(path: Path, arguments: EvaluateArguments) -> dict[str, Any]:
     """What the file holds so far; nothing where there is none.
 
     Raises:
@@ -140,10 +135,8 @@ def read_evaluation(path: Path, arguments: argparse.Namespace) -> dict[str, Any]
     return content
 
 
-def describe(arguments: argparse.Namespace, questions: Questions) -> dict[str, Any]:
+def describe(arguments: EvaluateArguments, questions: Questions) -> dict[str, Any]:
     """What a score came from, besides the model."""
-    from sftmix.manifest import versions
-
     return {
         "task": questions.config["task"],
         "data": questions.source,
@@ -163,12 +156,12 @@ def merge(
     columns = ("metrics", "stderr", "num_examples", "details")
     content: dict[str, Any] = {name: dict(earlier.get(name, {})) for name in columns}
     content["model"] = model
-    for name, score in scores.items():
+    for name, one in scores.items():
         found = (
-            score.accuracy,
-            score.stderr,
-            score.num_examples,
-            {**details[name], "num_cut": score.num_cut, "prompts_hash": score.prompts_hash},
+            one.accuracy,
+            one.stderr,
+            one.num_examples,
+            {**details[name], "num_cut": one.num_cut, "prompts_hash": one.prompts_hash},
         )
         for column, value in zip(columns, found, strict=True):
             content[column][PAPER_NAMES[name]] = value

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import torch
@@ -21,7 +23,23 @@ from sftmix.templates import tokenize_examples
 CONFIGS = ("config.json", "adapter_config.json")
 
 
-def load_model(arguments: RunArguments) -> Any:
+class ModelArguments(Protocol):
+    """What loading a model takes of a command's arguments."""
+
+    @property
+    def model(self) -> str:
+        """Folder or hub name."""
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the weights, or auto."""
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether code that comes with the model is run."""
+
+
+def load_model(arguments: ModelArguments) -> Any:
     """The model, from safetensors alone: a pickle would run code on loading.
 
     Raises:
@@ -33,19 +51,56 @@ def load_model(arguments: RunArguments) -> Any:
             f"model: {arguments.model} is an adapter of a model; merge the two, or train it with "
             "SFTMixTrainer in a script of your own"
         )
+    return _from_safetensors(arguments.model, arguments)
+
+
+def load_trained_model(arguments: ModelArguments) -> Any:
+    """The model as `load_model` reads it, or an adapter's folder on top of its base model.
+
+    Raises:
+        ImportError: it is an adapter and PEFT is not installed.
+        OSError: as `load_model`; or the adapter has no safetensors, or does not say of which model.
+    """
+    folder = Path(arguments.model)
+    if not (folder / "adapter_config.json").exists():
+        return load_model(arguments)
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError(f"{folder} is an adapter, which needs PEFT: pip install 'sftmix[peft]'")
+    from peft import PeftModel
+
+    # Without this file PEFT opens adapter_model.bin, a pickle.
+    if not (folder / "adapter_model.safetensors").exists():
+        raise OSError(f"model: {folder} has no adapter_model.safetensors")
+    return PeftModel.from_pretrained(_from_safetensors(base_model(folder), arguments), str(folder))
+
+
+def base_model(adapter: Path) -> str:
+    """Folder or hub name of the model that an adapter belongs to.
+
+    Raises:
+        OSError: its config does not say.
+    """
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise OSError(f"model: {adapter}/adapter_config.json has no base_model_name_or_path")
+    return str(base)
+
+
+def _from_safetensors(model: str, arguments: ModelArguments) -> Any:
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     try:
         return AutoModelForCausalLM.from_pretrained(
-            arguments.model,
+            model,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=arguments.trust_remote_code,
         )
     except SafetensorError as error:
-        raise OSError(f"model: the weights of {arguments.model} are damaged: {error}") from error
+        raise OSError(f"model: the weights of {model} are damaged: {error}") from error
 
 
-def load_tokenizer(arguments: RunArguments) -> PreTrainedTokenizerBase:
+def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     """The model's tokenizer."""
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         arguments.model, trust_remote_code=arguments.trust_remote_code

@@ -23,16 +23,15 @@ import datasets
 import jinja2.meta
 import torch
 import yaml
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from sftmix.arguments import RunArguments
-from sftmix.loading import load_model
+from sftmix.loading import load_tokenizer, load_trained_model
 from sftmix.rows import BadRowError, Row, read_rows
 from sftmix.tasks import FOLDER, PAPER_NAMES
 
 logger = logging.getLogger(__name__)
 
-ADAPTER = "adapter_config.json"
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
@@ -194,23 +193,8 @@ def load(model: str, dtype: Dtype = "auto") -> tuple[Any, PreTrainedTokenizerBas
         ImportError: it is an adapter, and PEFT is not installed.
     """
     arguments = RunArguments(model=model, data=[], output="", dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    loaded = _load_adapter(arguments) if (Path(model) / ADAPTER).exists() else load_model(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return loaded.eval().to(device), tokenizer
-
-
-def _load_adapter(arguments: RunArguments) -> Any:
-    folder = Path(arguments.model)
-    if importlib.util.find_spec("peft") is None:
-        raise ImportError(f"model: {folder} is an adapter, which needs PEFT: pip install peft")
-    # PEFT would load a pickle where there are no safetensors.
-    if not (folder / "adapter_model.safetensors").exists():
-        raise OSError(f"model: the adapter {folder} has no adapter_model.safetensors")
-    from peft import PeftConfig, PeftModel
-
-    arguments.model = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
-    return PeftModel.from_pretrained(load_model(arguments), str(folder))
+    return load_trained_model(arguments).eval().to(device), load_tokenizer(arguments)
 
 
 def score(
