@@ -286,8 +286,8 @@ def paper_table(groups: Sequence[Group], values: Sequence[Values]) -> Table | No
                     f"{METHODS.get(paper.method, paper.method)}, {last_part(paper.model)}: {name}"
                 )
                 ours = _spread(row.get(name), Measure(name, name, ".2f"))
-                key = (label, paper.data, group.name)
-                rows[key] = [label, paper.data, f"{figure:g}", ours, group.name]
+                name = f"{group.name} (LoRA)" if group.recipe.get("lora_rank") else group.name
+                rows[label, paper.data, name] = [label, paper.data, f"{figure:g}", ours, name]
     if not rows:
         return None
     notes = (
@@ -301,10 +301,15 @@ def paper_table(groups: Sequence[Group], values: Sequence[Values]) -> Table | No
 
 
 def paper_rows(group: Group) -> list[PaperRow]:
-    """The paper's rows of a row's model, method and data."""
+    """The paper's rows of a row's model, method and data; of selected rows there are none."""
+    if group.recipe.get("select"):
+        return []
     model, names = last_part(group.recipe["model"]).lower(), group.recipe["data"]
     stems = {_stem(row.data) for row in ROWS}
-    text = re.sub(r"[^a-z0-9]", "", " ".join(map(last_part, names)).lower())
+    # Of a file its own name; of a data set also its owner's.
+    files = (".json", ".jsonl", ".parquet")
+    told = [last_part(name) if name.endswith(files) else name for name in names]
+    text = re.sub(r"[^a-z0-9]", "", " ".join(told).lower())
     # "medalpaca" holds "alpaca" too.
     ours = max((stem for stem in stems if stem in text), key=len, default=None)
     return [

@@ -209,6 +209,18 @@ def test_the_papers_figures(tmp_path: Path) -> None:
     assert not any("SFTMix" in label and data == "Alpaca-52K" for label, data in lines)
     assert "sftmix evaluate RUN" in table.notes[1]
     assert tables.paper_table(*rows_of([make_run(tmp_path / "x")])) is None
+    hub = {"model": model, "data": ["medalpaca/medical_meadow_medqa"], "lora_rank": 16}
+    adapter = tables.paper_table(*rows_of([make_run(tmp_path / "hub", **hub)]))
+    assert adapter is not None
+    assert adapter.rows[0] == [
+        "NTP, Llama-3.1-8B: MedQA",
+        "MedAlpaca-263K",
+        "59.31",
+        "-",
+        "NTP (LoRA)",
+    ]
+    some = make_run(tmp_path / "some", **hub, select=["longest:1000"])
+    assert tables.paper_table(*rows_of([some])) is None
 
 
 def test_folders_that_are_no_runs(tmp_path: Path) -> None:
