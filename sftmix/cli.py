@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a model with SFTMix or with next-token prediction",
     "generate": "answer the questions of AlpacaEval or MT-Bench, for their judges to read",
     "evaluate": "accuracy of a saved model in the paper's medical tasks",
+    "report": "runs beside each other, as one HTML file with tables and pictures",
     "demo": "the whole method on a small model, in minutes, without a GPU or a network",
     "doctor": "what is installed and what would run",
 }
