@@ -68,6 +68,8 @@ def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTM
         numbers = recipe(arguments, config, dataset, tokenizer, partition=scores_hash)
     refuse_differences(numbers)
     files = {"partition": arguments.partition, "eval_data": arguments.eval_data}
+    if arguments.eval_data:
+        files["eval_split"] = arguments.eval_split
     on_main(lambda: start_manifest(run, numbers, **files))
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     if held_out is not None:

@@ -92,6 +92,8 @@ def test_the_command_that_is_shown_gives_the_recipe(study: Path) -> None:
             assert json.loads(json.dumps(getattr(config, name))) == run.recipe[name], name
     assert (arguments.model, arguments.data) == (run.recipe["model"], run.recipe["data"])
     assert arguments.partition == str(study / "scored" / "confidence.parquet")
+    assert (arguments.on_bad_row, arguments.eval_split) == ("error", "train")
+    assert {"--on_bad_row", "--eval_split"} <= set(words)
 
 
 def test_scores_and_means_are_the_models(study: Path, toy_data: Path) -> None:
