@@ -31,6 +31,7 @@ UNSUPPORTED = {
     "label_smoothing_factor": 0.0,
     "train_sampling_strategy": "random",
     "data_seed": None,
+    "auto_find_batch_size": False,
     "save_only_model": False,
     "average_tokens_across_devices": True,
     "prediction_loss_only": False,

@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from sftmix.cli import COMMANDS
-
+# The commands that take --config; a mapping for any other would be read by none.
+COMMANDS = ("score", "train", "generate", "evaluate")
 INCLUDE = "include"
 
 
@@ -38,7 +38,9 @@ def config_words(
     for name, value in shared.items():
         if isinstance(value, dict) and name not in {*options, *others}:
             commands = ", ".join(COMMANDS)
-            raise ValueError(f"config: {path}: {name!r} is no command, expected one of {commands}")
+            raise ValueError(
+                f"config: {path}: {name!r} is no command with --config, expected one of {commands}"
+            )
     kept = {name: value for name, value in shared.items() if name in options or name not in others}
     words: list[str] = []
     for name, value in {**kept, **content.get(command, {})}.items():

@@ -251,7 +251,10 @@ def _number(row: dict[str, Any], name: str) -> float:
     value = _field(row, name)
     if type(value) not in (int, float) or value != value:  # a bool is an int to isinstance
         raise _BadField(f"'{name}' must be a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise _BadField(f"'{name}' is an integer beyond any float") from None
 
 
 def load_examples(

@@ -55,8 +55,10 @@ def load_model(arguments: ModelArguments) -> Any:
     return _from_safetensors(arguments.model, arguments)
 
 
-def load_trained_model(arguments: ModelArguments) -> Any:
+def load_trained_model(arguments: ModelArguments, base: str | None = None) -> Any:
     """The model as `load_model` reads it, or an adapter's folder on top of its base model.
+
+    ``base``: folder or hub name of that, where it is not what the adapter says.
 
     Raises:
         ImportError: it is an adapter and PEFT is not installed.
@@ -72,7 +74,8 @@ def load_trained_model(arguments: ModelArguments) -> Any:
     # Without this file PEFT opens adapter_model.bin, a pickle.
     if not (folder / "adapter_model.safetensors").exists():
         raise OSError(f"model: {folder} has no adapter_model.safetensors")
-    return PeftModel.from_pretrained(_from_safetensors(base_model(folder), arguments), str(folder))
+    model = _from_safetensors(base or base_model(folder), arguments)
+    return PeftModel.from_pretrained(model, str(folder))
 
 
 def base_model(adapter: Path) -> str:

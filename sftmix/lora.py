@@ -65,8 +65,9 @@ def add_lora(model: Any, arguments: RunArguments, seed: int) -> Any:
         lora_dropout=options["lora_dropout"],
         target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    # The model is still on the CPU, and so are its updates.
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(seed)
         return peft.get_peft_model(model, config)
 
 

@@ -95,6 +95,7 @@ def recipe(
         "data": arguments.data,
         "data_split": arguments.data_split,
         "select": arguments.select,
+        "on_bad_row": arguments.on_bad_row,
         "data_hash": data_hash(dataset["content_hash"][:]),
         "num_examples": len(dataset),
         "max_length": arguments.max_length,

@@ -30,7 +30,7 @@ CITATION = """\
   pages = "1705--1718",
 }"""
 PAIRS = (
-    "between a confident and an unconfident half of the data, `lam ~ Beta(alpha, alpha)` for each "
+    "between a confident and an unconfident part of the data, `lam ~ Beta(alpha, alpha)` for each "
     "`lambda_scope`"
 )
 METHODS = {
@@ -70,21 +70,23 @@ def model_card(
     log: Sequence[Mapping[str, Any]],
     *,
     seconds: float,
-    halves: tuple[int, int] | None = None,
+    subsets: Mapping[str, int] | None = None,
     adapter: bool = False,
 ) -> str:
     """The card of a trained model as Markdown, with metadata in YAML before it.
 
     ``recipe`` is that of `sftmix.manifest.recipe`, ``log`` the trainer's log history, ``seconds``
-    the time trained, ``halves`` the numbers of confident and unconfident examples; ``adapter``
-    says that the folder holds a PEFT adapter and not a whole model.
+    the time trained, ``subsets`` the numbers of examples in the partition's halves or levels;
+    ``adapter`` says that the folder holds a PEFT adapter and not a whole model.
     """
     method = recipe["method"]
     hidden = ("method", "model", "data", *idle_options(method))
     options = {name: value for name, value in recipe.items() if name not in hidden}
     if selected := options.get("select"):
         options["select"] = ", ".join(map(_public_selection, selected))
-    counts = {"confident, unconfident examples": f"{halves[0]}, {halves[1]}"} if halves else {}
+    counts = {}
+    if subsets:
+        counts = {f"{', '.join(subsets)} examples": ", ".join(map(str, subsets.values()))}
     model, data = public_name(recipe["model"]), [public_name(name) for name in recipe["data"]]
     return (
         "\n\n".join(

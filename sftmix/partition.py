@@ -174,6 +174,11 @@ def subset_names(partition: Partition) -> list[str]:
     return [LEVEL.format(number) for number in range(1, min(last, len(partition.id)) + 1)]
 
 
+def subset_counts(partition: Partition) -> dict[str, int]:
+    """How many examples each of the halves or levels has, the most confident first."""
+    return {name: int((partition.subset == name).sum()) for name in subset_names(partition)}
+
+
 def split(partition: Partition, by: str, seed: int = 0) -> Partition:
     """Returns the partition with its halves or levels drawn anew, as `split_subsets` says.
 

@@ -51,17 +51,20 @@ class Pool:
         return max(len(self.confident), len(self.unconfident))
 
     def draw(self, random: np.random.Generator) -> tuple[Rows, Rows]:
-        """An epoch's pairs, both sides (num_pairs,); the smaller one starts again when used up."""
-        order = _jittered if self.ranked else _shuffled
-        confident, unconfident = (
-            np.resize(order(side, random), self.num_pairs)
-            for side in (self.confident, self.unconfident)
-        )
-        return confident, unconfident
+        """An epoch's pairs, both sides (num_pairs,).
 
+        A smaller side starts again when used up; a ranked one is stretched, so that partners keep
+        their ranks' shares.
+        """
+        draw = self._stretched if self.ranked else self._repeated
+        return draw(self.confident, random), draw(self.unconfident, random)
 
-def _shuffled(rows: Rows, random: np.random.Generator) -> Rows:
-    return random.permutation(rows)
+    def _repeated(self, rows: Rows, random: np.random.Generator) -> Rows:
+        return np.resize(random.permutation(rows), self.num_pairs)
+
+    def _stretched(self, rows: Rows, random: np.random.Generator) -> Rows:
+        places = np.arange(self.num_pairs) * len(rows) // self.num_pairs
+        return _jittered(rows, random)[places]
 
 
 def _jittered(rows: Rows, random: np.random.Generator) -> Rows:

@@ -20,7 +20,7 @@ from sftmix.loading import (
 from sftmix.lora import add_lora
 from sftmix.manifest import recipe, start_manifest, versions
 from sftmix.model_card import model_card
-from sftmix.partition import match, partition_hash, read_partition
+from sftmix.partition import match, partition_hash, read_partition, subset_counts
 from sftmix.ranks import is_main, on_main, opened_run, refuse_differences, together
 from sftmix.selection import naming_selections
 from sftmix.trainer import SFTMixTrainer, make_collator
@@ -51,12 +51,12 @@ def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTM
         quiet = config.disable_tqdm
         dataset = load_data(arguments, tokenizer, disable_progress=quiet)
         held_out = load_held_out(arguments, tokenizer, disable_progress=quiet)
-        confident, scores_hash = None, None
+        confident, scores_hash, subsets = None, None, None
         if arguments.partition is not None:
             partition = read_partition(Path(arguments.partition))
             with naming_selections(Path(arguments.partition), arguments.select):
                 confident = match(partition, dataset["id"][:], dataset["content_hash"][:])
-            scores_hash = partition_hash(partition)
+            scores_hash, subsets = partition_hash(partition), subset_counts(partition)
         trainer = SFTMixTrainer(
             model=add_lora(load_model(arguments), arguments, config.seed),
             args=config,
@@ -68,17 +68,23 @@ def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTM
         numbers = recipe(arguments, config, dataset, tokenizer, partition=scores_hash)
     refuse_differences(numbers)
     files = {"partition": arguments.partition, "eval_data": arguments.eval_data}
+    if arguments.eval_data:
+        files["eval_split"] = arguments.eval_split
     on_main(lambda: start_manifest(run, numbers, **files))
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     if held_out is not None:
         trainer.evaluate()
     trainer.save_state()
-    save(trainer, tokenizer, run, numbers)
+    save(trainer, tokenizer, run, numbers, subsets)
     return trainer
 
 
 def save(
-    trainer: SFTMixTrainer, tokenizer: PreTrainedTokenizerBase, run: Path, numbers: dict[str, Any]
+    trainer: SFTMixTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    run: Path,
+    numbers: dict[str, Any],
+    subsets: dict[str, int] | None,
 ) -> None:
     """The main process writes the final model, gathered from all ranks where it is sharded."""
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -88,9 +94,7 @@ def save(
         versions(),
         trainer.state.log_history,
         seconds=trainer.window.seconds,
-        halves=(len(trainer.confident_rows), len(trainer.unconfident_rows))
-        if trainer.paired
-        else None,
+        subsets=subsets,
         adapter=hasattr(model, "peft_config"),
     )
     on_main(lambda: save_final_model(model, tokenizer, run, card, state))

@@ -26,7 +26,7 @@ from torch import Tensor
 from sftmix.arguments import RunArguments
 from sftmix.data import Example, data_hash, load_examples
 from sftmix.head import HeadAdapter
-from sftmix.loading import load_model, load_tokenizer
+from sftmix.loading import load_model, load_tokenizer, load_trained_model
 from sftmix.partition import Partition, from_scores, read_partition, write_partition
 from sftmix.report.representations import places_of
 from sftmix.report.runs import Run
@@ -39,7 +39,7 @@ from sftmix_kernels import StreamingPerplexity
 logger = logging.getLogger(__name__)
 
 FOLDER = "report"
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER = "adapter_config.json"
 SAMPLE_SEED = 0
 When = Literal["before", "after"]
 
@@ -125,6 +125,8 @@ def measured(
         "model": _fingerprint(run, when),
         "max_length": str(run.recipe["max_length"]),
         "template_hash": str(run.recipe.get("template_hash")),
+        "dtype": _arguments(run, "").dtype,
+        "head": _head(run),
     }
     kept = (_read(one.folder / FOLDER, when, wanted) for one in (run, *others))
     found = next((one for one in kept if one is not None), None)
@@ -132,7 +134,7 @@ def measured(
         found = _score(run, when, examples)
         try:
             _write(run.folder / FOLDER, when, wanted, found)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: another report is writing its own
             logger.warning("scores of %s are not kept: %s", run.name, error)
     return found
 
@@ -161,7 +163,7 @@ def _score(run: Run, when: When, examples: Sequence[Example]) -> Measured:
     sums = ScoresAndMeans(len(tokens), device)
     score_examples(
         model,
-        HeadAdapter(model, run.recipe.get("head", "fused")),
+        HeadAdapter(model, _head(run)),
         tokens,
         collator=make_collator(None),
         perplexity=sums,
@@ -200,6 +202,10 @@ def _arguments(run: Run, model: str) -> RunArguments:
     return RunArguments(model, run.recipe["data"], "", dtype=dtype)
 
 
+def _head(run: Run) -> str:
+    return str(run.recipe.get("head", "fused"))
+
+
 def _base(run: Run) -> str:
     """The model that training began from: a folder that is there, or a hub name."""
     name = str(run.recipe["model"])
@@ -214,16 +220,8 @@ def _base(run: Run) -> str:
 def _load(run: Run, when: When) -> Any:
     if when == "before":
         return load_model(_arguments(run, _base(run)))
-    if not (run.folder / ADAPTER[0]).exists():
-        return load_model(_arguments(run, str(run.folder)))
-    # PEFT would open a pickle where there are no safetensors.
-    if not (run.folder / ADAPTER[1]).exists():
-        raise ValueError(f"{run.folder / ADAPTER[1]} was not found")
-    try:
-        from peft import PeftModel  # an optional extra
-    except ImportError as error:
-        raise ImportError("an adapter needs PEFT: pip install 'sftmix[peft]'") from error
-    return PeftModel.from_pretrained(load_model(_arguments(run, _base(run))), str(run.folder))
+    base = _base(run) if (run.folder / ADAPTER).exists() else None
+    return load_trained_model(_arguments(run, str(run.folder)), base)
 
 
 def _read(cache: Path, when: When, wanted: dict[str, str]) -> Measured | None:

@@ -7,7 +7,7 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ OF_METHOD = {
     "pairing",
     "kl_reg",
 }
+# What data were made with: they are the same where their hash is.
+OF_DATA = {"data", "data_split", "select", "on_bad_row"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,8 @@ class Run:
     log: Sequence[Mapping[str, Any]]
     metrics: Mapping[str, float]  # of evaluation.json, in percent
     finished: bool
+    # Of the metrics of the first questions alone: how many.
+    limits: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def scored(self) -> bool:
@@ -165,6 +169,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
                 f"got {manifest.get(key)!r}"
             )
     state = _state(folder)
+    metrics, limits = _evaluation(folder / EVALUATION)
     finished = (folder / STATE).exists() and any((folder / config).exists() for config in CONFIGS)
     return Run(
         folder,
@@ -173,8 +178,9 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         manifest.get("versions") or {},
         manifest.get("files") or {},
         _mapping(state).get("log_history", []) if state else [],
-        _metrics(folder / EVALUATION),
+        metrics,
         finished or ("num_scorings" in manifest and (folder / PARTITION).exists()),
+        limits,
     )
 
 
@@ -200,21 +206,29 @@ def _mapping(path: Path) -> dict[str, Any]:
     return found
 
 
-def _metrics(path: Path) -> dict[str, float]:
-    metrics = _mapping(path).get("metrics") if path.exists() else {}
+def _evaluation(path: Path) -> tuple[dict[str, float], dict[str, int]]:
+    """Metrics, and how many questions those are of that were not asked all."""
+    content = _mapping(path) if path.exists() else {"metrics": {}}
+    metrics, details = content.get("metrics"), content.get("details")
     if not isinstance(metrics, dict) or not all(
         isinstance(value, int | float) for value in metrics.values()
     ):
         raise ValueError(f"{path}: expected metrics, a number for each name, got {metrics!r}")
-    return {name: float(value) for name, value in metrics.items()}
+    known = details if isinstance(details, dict) else {}
+    limits = {
+        name: one["limit"]
+        for name, one in known.items()
+        if isinstance(one, dict) and one.get("limit")
+    }
+    return {name: float(value) for name, value in metrics.items()}, limits
 
 
 def identity(run: Run) -> str:
     """What runs of one row share: the recipe without the seed.
 
-    Data are the same where their hash is, wherever they lay.
+    Data are the same where their hash is, wherever they lay and however they were selected.
     """
-    left_out = {"seed", "data"} if run.recipe.get("data_hash") else {"seed"}
+    left_out = {"seed", *OF_DATA} if run.recipe.get("data_hash") else {"seed"}
     kept = {key: value for key, value in run.recipe.items() if key not in left_out}
     return json.dumps(kept, sort_keys=True)
 
@@ -279,7 +293,7 @@ def baseline_of(group: Group, groups: Sequence[Group]) -> Group | None:
 def confounders(group: Group, baseline: Group) -> list[str]:
     """Fields besides those of the method in which two rows differ."""
     fields = differing([group.recipe, baseline.recipe])
-    return [field for field in fields if field not in OF_METHOD | {"seed", "data"}]
+    return [field for field in fields if field not in OF_METHOD | OF_DATA | {"seed"}]
 
 
 def find_partition(run: Run, runs: Sequence[Run]) -> Partition:

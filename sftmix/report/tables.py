@@ -183,27 +183,7 @@ def warnings(groups: Sequence[Group]) -> list[str]:
     """What keeps the comparison from being a fair one."""
     found = []
     for group in groups:
-        seeds = [run.seed for run in group.runs if run.finished]
-        if len(set(seeds)) == 1:
-            found.append(
-                f"{group.name}: one seed alone (n = 1). A difference of one run may be chance; "
-                "train with other --seed values."
-            )
-        if len(set(seeds)) == 2:
-            found.append(
-                f"{group.name}: two seeds alone (n = 2). A test of two differences has one degree "
-                "of freedom, and its verdict is easily wrong."
-            )
-        if len(set(seeds)) < len(seeds):
-            found.append(
-                f"{group.name}: several runs have the same recipe and seed; the first counts."
-            )
-        for run in group.runs:
-            if not run.finished:
-                found.append(
-                    f"{run.name} is not finished (last logged step {run.steps}): its curves are "
-                    "shown, and no figure of it counts."
-                )
+        found += [*_of_seeds(group), *_of_runs(group)]
         baseline = baseline_of(group, groups)
         if baseline is None and group.method != "ntp":
             found.append(
@@ -214,17 +194,52 @@ def warnings(groups: Sequence[Group]) -> list[str]:
                 f"{group.name} is compared with {baseline.name}, from which it also differs in "
                 f"{', '.join(others)}: a difference is not the method's alone."
             )
-    held_out = {json.dumps(run.files.get("eval_data")) for group in groups for run in group.runs}
-    if len(held_out) > 1:
+    if len({json.dumps(held_out(run)) for group in groups for run in group.runs}) > 1:
         found.append("The runs do not all name the same held-out data; see what differs.")
     return found
 
 
+def _of_seeds(group: Group) -> list[str]:
+    found = []
+    seeds = [run.seed for run in group.runs if run.finished]
+    if len(set(seeds)) == 1:
+        found.append(
+            f"{group.name}: one seed alone (n = 1). A difference of one run may be chance; "
+            "train with other --seed values."
+        )
+    if len(set(seeds)) == 2:
+        found.append(
+            f"{group.name}: two seeds alone (n = 2). A test of two differences has one degree "
+            "of freedom, and its verdict is easily wrong."
+        )
+    if len(set(seeds)) < len(seeds):
+        found.append(f"{group.name}: several runs have the same recipe and seed; the first counts.")
+    return found
+
+
+def _of_runs(group: Group) -> list[str]:
+    found = []
+    for run in group.runs:
+        if not run.finished:
+            found.append(
+                f"{run.name} is not finished (last logged step {run.steps}): its curves are "
+                "shown, and no figure of it counts."
+            )
+        if run.limits:
+            some = ", ".join(f"{name} (the first {n})" for name, n in run.limits.items())
+            found.append(f"{run.name} was not asked all questions of {some}.")
+    return found
+
+
+def held_out(run: Run) -> list[Any] | None:
+    """The files of a run's held-out data and their split; None without."""
+    files = run.files.get("eval_data")
+    return files and [*files, run.files.get("eval_split", "train")]
+
+
 def differences_in_recipe(groups: Sequence[Group]) -> Table | None:
     """The fields in which the rows' recipes differ; None where there are none."""
-    recipes = [
-        {**group.recipe, "held-out data": group.runs[0].files.get("eval_data")} for group in groups
-    ]
+    recipes = [{**group.recipe, "held-out data": held_out(group.runs[0])} for group in groups]
     fields = [field for field in differing(recipes) if field != "seed"]
     if not fields:
         return None
@@ -252,6 +267,7 @@ def command(run: Run, width: int = 88) -> str:
         "output": str(run.folder),
         "partition": run.files.get("partition"),
         "eval_data": run.files.get("eval_data"),
+        "eval_split": run.files.get("eval_split"),
         **{name: value for name, value in run.recipe.items() if name not in FOUND},
     }
     ranks = int(run.recipe.get("world_size") or 1)

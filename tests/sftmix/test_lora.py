@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from sftmix.arguments import RunArguments
 from sftmix.cli import main
-from sftmix.lora import lora_options
+from sftmix.lora import add_lora, lora_options
 from sftmix.partition import read_partition
 
 peft = pytest.importorskip("peft")
@@ -157,3 +157,19 @@ def test_without_peft(
     monkeypatch.setitem(sys.modules, "peft", None)
     assert train() == 1
     assert "lora_rank: needs PEFT: pip install 'sftmix[peft]'" in capsys.readouterr().err
+
+
+def test_drawing_the_updates_leaves_the_devices_alone(
+    toy_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several GPUs torch would warn, and keep the state of each."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    arguments = RunArguments(str(toy_model), ["data"], "run", lora_rank=2)
+    state, found = torch.get_rng_state(), []
+    for seed in (0, 0, 1):
+        model = add_lora(AutoModelForCausalLM.from_pretrained(toy_model), arguments, seed)
+        weights = {name: weight for name, weight in model.named_parameters() if "lora_A" in name}
+        found.append(torch.cat([weight.flatten() for weight in weights.values()]))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    assert torch.equal(torch.get_rng_state(), state)

@@ -80,6 +80,9 @@ def test_names_of_the_hub_stay_and_paths_go(tmp_path: Path) -> None:
     assert cells["learning_rate"] == "2e-06"
     assert "mu" not in cells
     assert "@inproceedings" not in card.content
+    levels = {"level 1": 3, "level 2": 3, "level 3": 2}
+    mixed = model_card({**RECIPE, "method": "sftmix"}, {}, [], seconds=1.5, subsets=levels)
+    assert "| level 1, level 2, level 3 examples | 3, 3, 2 |" in mixed
     for name, shown in (
         ("gpt2", "gpt2"),
         ("org/name-1.5", "org/name-1.5"),

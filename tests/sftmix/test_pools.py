@@ -100,6 +100,18 @@ def test_ranks_are_paired_half_of_the_data_apart() -> None:
     assert len(partners[0] & partners[1]) < 50
 
 
+def test_ranks_of_halves_that_are_not_equal() -> None:
+    """As where rows were left out after scoring."""
+    for confident, unconfident in ((200, 120), (120, 200), (100, 101)):
+        first, second = np.arange(confident), np.arange(unconfident)
+        c, u = Pool(first, second, ranked=True).draw(np.random.Generator(np.random.Philox(0)))
+        assert len(c) == len(u) == max(confident, unconfident)
+        assert set(c) == set(first)
+        assert set(u) == set(second)
+        # Shares of their halves; each side is up to twice JITTER off.
+        assert np.abs(c / confident - u / unconfident).max() <= 4 * JITTER + 0.01
+
+
 def test_any_partners_are_paired_otherwise() -> None:
     pairs = drawn_ranks(pools_of(partition(400), "outer"), 400)
     assert np.abs(pairs[:, 1] - pairs[:, 0] - 200).max() > 150

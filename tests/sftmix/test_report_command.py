@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from sftmix.report import report_runs, tables
 from sftmix.report.findings import find
 from sftmix.report.measured import ScoresAndMeans, measured, sample_examples
 from sftmix.report.runs import read_run, read_runs
+from sftmix.runs import lock_run
 
 from .report_runs import Page
 
@@ -71,7 +73,8 @@ def test_a_whole_report(
     assert "http" not in "".join(page.values("src", "href", "action"))
     assert any("Training logged a mean of" in text for text in page.texts)
     # Again: from what is kept, without a model.
-    monkeypatch.setattr(measuring, "load_model", None)
+    for name in ("load_model", "load_trained_model"):
+        monkeypatch.setattr(measuring, name, None)
     again = find(read_runs(folders), 1000)
     assert not again.failures
     assert again.after["SFTMix"].keys() == {0, 1}
@@ -89,6 +92,8 @@ def test_the_command_that_is_shown_gives_the_recipe(study: Path) -> None:
             assert json.loads(json.dumps(getattr(config, name))) == run.recipe[name], name
     assert (arguments.model, arguments.data) == (run.recipe["model"], run.recipe["data"])
     assert arguments.partition == str(study / "scored" / "confidence.parquet")
+    assert (arguments.on_bad_row, arguments.eval_split) == ("error", "train")
+    assert {"--on_bad_row", "--eval_split"} <= set(words)
 
 
 def test_scores_and_means_are_the_models(study: Path, toy_data: Path) -> None:
@@ -130,6 +135,36 @@ def test_what_is_kept_belongs_to_its_model_and_examples(study: Path, tmp_path: P
     other = study / "ntp1" / "model.safetensors"
     (run.folder / "model.safetensors").write_bytes(other.read_bytes())
     assert (measured(run, "after", examples).scores.nll_sum != first.scores.nll_sum).any()
+
+
+def test_what_is_kept_was_made_alike(study: Path, tmp_path: Path) -> None:
+    """Of runs from one model: scores in another dtype, or without representations, are others."""
+    first, second = (
+        read_run(shutil.copytree(study / name, tmp_path / name)) for name in ("ntp0", "ntp1")
+    )
+    examples = sample_examples(first, None, 5)
+    measured(first, "before", examples)
+    again = measured(second, "before", examples, [first])
+    assert again.representations is not None
+    assert not (second.folder / "report").exists()
+    slow = replace(second, recipe={**second.recipe, "head": "logits"})
+    assert measured(slow, "before", examples, [first]).representations is None
+    rounded = replace(second, recipe={**second.recipe, "dtype": "bfloat16"})
+    found = measured(rounded, "before", examples, [first])
+    assert (found.scores.nll_sum != again.scores.nll_sum).any()
+
+
+def test_scores_that_cannot_be_kept_are_shown(
+    study: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = read_run(shutil.copytree(study / "ntp0", tmp_path / "run"))
+    examples = sample_examples(run, None, 3)
+    cache = run.folder / "report"
+    cache.mkdir()
+    with lock_run(cache):
+        assert len(measured(run, "before", examples).scores.id) == 3
+    assert "scores of run are not kept: path: another process is writing" in caplog.text
+    assert not list(cache.glob("before.*"))
 
 
 def test_missing_things_are_sentences(study: Path, tmp_path: Path) -> None:
@@ -188,7 +223,7 @@ def test_an_adapter(study: Path, toy_model: Path, tmp_path: Path) -> None:
     before, after = (measured(found, when, examples).scores for when in ("before", "after"))
     assert (before.nll_sum != after.nll_sum).all()
     (run / "adapter_model.safetensors").rename(run / "adapter_model.bin")
-    with pytest.raises(ValueError, match=r"adapter_model.safetensors was not found"):
+    with pytest.raises(OSError, match=r"has no adapter_model\.safetensors"):
         measured(found, "after", examples)
 
 

@@ -25,7 +25,7 @@ from sftmix.report.runs import (
     read_runs,
 )
 
-from .report_runs import log_lines, make_run
+from .report_runs import log_lines, make_run, write
 
 pytest.importorskip("scipy")
 
@@ -174,6 +174,34 @@ def test_what_differs_besides_the_method_is_warned_of(tmp_path: Path) -> None:
     assert any("it also differs in learning_rate" in warning for warning in warnings)
 
 
+def test_what_is_the_same_data_is_no_difference(tmp_path: Path) -> None:
+    """Rows that were selected in two ways and have one hash; held-out data of another split."""
+    made = {"select": ["keys:ids.txt"], "on_bad_row": "skip"}
+    held_out = {"eval_data": ["owner/data"], "eval_split": "test"}
+    folders = [
+        make_run(tmp_path / "a", select=["longest:9"], on_bad_row="error", files=held_out),
+        make_run(tmp_path / "b", **made, seed=1, files=held_out),
+        make_run(tmp_path / "c", **made, method="sftmix", partition="2" * 64, files=held_out),
+    ]
+    groups = grouped(read_runs(folders))
+    assert [len(group.runs) for group in groups] == [2, 1]
+    assert not any("also differs" in warning for warning in tables.warnings(groups))
+    other = {**held_out, "eval_split": "validation"}
+    folders.append(make_run(tmp_path / "d", **made, seed=2, files=other))
+    warnings = tables.warnings(grouped(read_runs(folders)))
+    assert "The runs do not all name the same held-out data; see what differs." in warnings
+    assert "--eval_data owner/data --eval_split test" in tables.command(groups[0].runs[0])
+
+
+def test_an_evaluation_of_some_questions_is_warned_of(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    details = {"MedQA": {"limit": 10}, "MedMCQA": {"limit": None}}
+    content = {"metrics": {"MedQA": 60.0, "MedMCQA": 50.0, "MT-Bench": 4.0}, "details": details}
+    write(run / "evaluation.json", content)
+    warnings = tables.warnings(grouped(read_runs([run])))
+    assert "a was not asked all questions of MedQA (the first 10)." in warnings
+
+
 def test_rows_of_one_method_are_named_after_what_differs(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / str(mu), method="sftmix", mu=mu) for mu in (0.2, 0.5)]
     assert [group.name for group in grouped(read_runs(folders))] == [
@@ -277,10 +305,12 @@ def test_the_partition_is_found_wherever_it_is(tmp_path: Path) -> None:
 
 
 def test_methods_are_those_of_the_options() -> None:
-    from sftmix import manifest
-    from sftmix.config import CHOICES
+    from sftmix import loading, manifest
+    from sftmix.config import CHOICES, OF_MIXUP
 
     assert set(METHODS) == set(CHOICES["method"])
     assert MIXED == METHODS_MIXED
     assert report_runs.NOT_RECIPE == manifest.NOT_RECIPE
+    assert report_runs.CONFIGS == loading.CONFIGS
+    assert {"method", "partition", *OF_MIXUP, "kl_reg"} == report_runs.OF_METHOD
     assert set(manifest.RECIPE_FIELDS) >= report_runs.OF_METHOD - {"partition"}

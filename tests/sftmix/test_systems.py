@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -11,13 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sftmix.arguments import TrainRunArguments
 from sftmix.cli import main
+from sftmix.config import SFTMixOptions
 from sftmix.pairing import PairedSampler
 from sftmix.partition import read_partition, split
 from sftmix.pools import pools_of
 
 QUIET = ["--use_cpu", "true", "--disable_tqdm", "true"]
 ALPHA = 0.8
+
+OWN_OPTIONS = set(SFTMixOptions.__annotations__)
+NOT_DECISIVE = {
+    *("output", "resume", "trust_remote_code", "eval_data", "eval_split"),
+    "remove_unused_columns",
+}
 
 Train = Callable[..., tuple[dict[str, Any], dict[str, Any]]]
 
@@ -88,6 +97,10 @@ def test_partitions_differ(scored: Path) -> None:
 def test_methods(method: str, train: Train) -> None:
     manifest, line = train("confidence", "--method", method, "--mu", "0.3", "--kl_reg", "0.001")
     assert manifest["method"] == method
+    # What a resumed run must not change, which is all that decides results.
+    ours = {field.name for field in dataclasses.fields(TrainRunArguments)}
+    ours = {name for name in ours if not name.startswith("lora_")} | OWN_OPTIONS
+    assert ours - manifest.keys() == NOT_DECISIVE
     terms = {"ntp_loss": line.get("ntp_loss", 0.0), "mixup_loss": line.get("mixup_loss", 0.0)}
     expected = {
         "ntp": terms["ntp_loss"],

@@ -343,6 +343,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(method: str, tmp_path: 
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: not supported here, got 0.1"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy: not supported"),
         ({"data_seed": 3}, "data_seed: not supported"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size: not supported"),
         ({"bf16_full_eval": True}, "bf16_full_eval: not supported"),
         ({"average_tokens_across_devices": False}, "average_tokens_across_devices: not supported"),
         ({"push_to_hub": True}, "hub_strategy: expected 'end'"),
