@@ -7,7 +7,7 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class Run:
     log: Sequence[Mapping[str, Any]]
     metrics: Mapping[str, float]  # of evaluation.json, in percent
     finished: bool
+    limits: Mapping[str, int] = field(default_factory=dict)  # of metrics over the first questions
 
     @property
     def scored(self) -> bool:
@@ -175,6 +176,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         _mapping(state).get("log_history", []) if state else [],
         _metrics(folder / EVALUATION),
         finished or ("num_scorings" in manifest and (folder / PARTITION).exists()),
+        _limits(folder / EVALUATION),
     )
 
 
@@ -198,6 +200,13 @@ def _mapping(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected names and values, got {type(found).__name__}")
     return found
+
+
+def _limits(path: Path) -> dict[str, int]:
+    details = _mapping(path).get("details") if path.exists() else None
+    found = details.items() if isinstance(details, dict) else ()
+    limits = {name: one.get("limit") for name, one in found if isinstance(one, dict)}
+    return {name: limit for name, limit in limits.items() if isinstance(limit, int)}
 
 
 def _metrics(path: Path) -> dict[str, float]:

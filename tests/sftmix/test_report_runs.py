@@ -101,7 +101,9 @@ def test_a_significant_difference_is_called_so(tmp_path: Path) -> None:
 
 def test_one_seed_is_warned_of(study: list[Path]) -> None:
     groups, values = rows_of([study[0], study[3]])
-    assert sum("n = 1" in warning for warning in tables.warnings(groups)) == 2
+    said = [warning for warning in tables.warnings(groups) if "n = 1" in warning]
+    assert len(said) == 1
+    assert all(group.name in said[0] for group in groups)
     table = tables.differences_table(groups, values)
     assert table is not None
     assert table.rows[0][1:] == ["one seed: says nothing", "+1.0000 (+10.0 %)", "-", "-", "1"]
@@ -246,6 +248,15 @@ def test_folders_that_are_no_runs(tmp_path: Path) -> None:
     other = make_run(tmp_path / "other", metrics={"MedQA": "high"})
     with pytest.raises(ValueError, match="expected metrics, a number for each name"):
         read_run(other)
+
+
+def test_metrics_over_some_questions_are_told(tmp_path: Path) -> None:
+    some = make_run(tmp_path / "some", metrics={"PubMedQA": 52.0, "MedQA": 30.0})
+    details = {"PubMedQA": {"limit": 50}, "MedQA": {"limit": None}}
+    path = some / "evaluation.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "details": details}))
+    said = [one for one in tables.warnings(rows_of([some])[0]) if "--limit" in one]
+    assert said == ["some: PubMedQA is over the first 50 questions alone (--limit)."]
 
 
 def test_the_partition_is_found_wherever_it_is(tmp_path: Path) -> None:
