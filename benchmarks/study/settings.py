@@ -19,17 +19,17 @@ class Sizes:
     """The sizes of every run; the same for all systems."""
 
     vocab_size: int = 2000
-    hidden_size: int = 128
+    hidden_size: int = 96
     num_layers: int = 2
     max_length: int = 192
     batch_size: int = 16
-    base_steps: int = 160
+    base_steps: int = 128
     base_learning_rate: float = 3e-3
-    train_examples: int = 512
+    train_examples: int = 320
     epochs: int = 2
     num_scorings: int = 5
     held_out_examples: int = 256
-    learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 9e-3)
 
     @property
     def base_examples(self) -> int:
