@@ -53,12 +53,13 @@ def main(words: Sequence[str]) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run every data set that was given, on one thread."""
+    """Run every data set that was given, on one thread, and report on all that is in ``--out``."""
     # Imported late: `report` needs none of it.
     import torch
     from transformers.utils.logging import disable_progress_bar
 
     from .parts import alpaca, demo, gsm8k
+    from .report import write
     from .runs import study
 
     torch.set_num_threads(1)
@@ -80,6 +81,7 @@ def run(options: argparse.Namespace) -> None:
             options.out,
             lambda line: print(line, flush=True),
         )
+    write(options.out)
 
 
 if __name__ == "__main__":
