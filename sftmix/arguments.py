@@ -1,26 +1,30 @@
 """Command-line arguments: dataclasses, YAML files and help.
 
-A YAML file (``--config``) holds the same names as the flags and is read as if they had been typed
-before the flags, so that flags override it and both are checked alike.
+A YAML file (``--config``, see `config_file.py`) is read as if it had been typed before the flags,
+so that flags override it and both are checked alike.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, cast
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from sftmix.config import OF_MIXUP, SFTMixConfig, SFTMixOptions, option
+from sftmix.config_file import config_words
 
 # Flags of transformers that the commands have flags of their own for.
 ELSEWHERE = {"output_dir": "the folder as --output", "resume_from_checkpoint": "--resume"}
+
+CONFIG_HELP = (
+    "YAML file with the same names; flags override it. What a mapping named after a command holds "
+    "is that command's own (score: {output: ...}, train: {output: ...}); include: names a file "
+    "whose values come first"
+)
 
 
 @dataclasses.dataclass
@@ -32,6 +36,14 @@ class RunArguments:
         metadata={"help": "Data files (.json, .jsonl, .parquet) or the name of a data set"}
     )
     output: str = dataclasses.field(metadata={"help": "Folder of the run; must be new or empty"})
+    data_split: str = option("train", "Split of a data set that --data names", "ours")
+    select: list[str] | None = option(
+        None,
+        "Rows to keep, one selection after another: score>=NUMBER:COLUMN (or > <= <), "
+        "longest:NUMBER (responses, in characters), keys:FILE (data, or a .txt of ids or content "
+        "hashes)",
+        "ours",
+    )
     resume: bool = option(False, "Go on with the run in --output", "ours")
     max_length: int = option(2048, "Longest sequence in tokens; the response's tail is cut", "ours")
     on_bad_row: Literal["error", "skip"] = option(
@@ -39,6 +51,20 @@ class RunArguments:
     )
     dtype: Literal["float32", "bfloat16", "auto"] = option(
         "float32", "Dtype of the weights; --bf16 true adds bfloat16 autocast", "ours"
+    )
+    lora_rank: int | None = option(
+        None,
+        "Train LoRA's updates of this rank, the model stays as it is; saves an adapter",
+        "ours",
+    )
+    lora_alpha: float | None = option(
+        None, "LoRA's updates are scaled by alpha / rank; by default alpha = 2 * rank", "ours"
+    )
+    lora_dropout: float = option(0.0, "Dropout before LoRA's updates", "ours")
+    lora_targets: list[str] | None = option(
+        None,
+        "Names of the layers that get updates; by default all linear ones but the head",
+        "ours",
     )
     trust_remote_code: bool = option(False, "Run Python code that comes with the model", "ours")
 
@@ -51,6 +77,7 @@ class TrainRunArguments(RunArguments):
         None, "confidence.parquet of `sftmix score`; needed for a method with Mixup", "ours"
     )
     eval_data: list[str] | None = option(None, "Held-out data files, scored at the end", "ours")
+    eval_split: str = option("train", "Split of a data set that --eval_data names", "ours")
 
 
 @dataclasses.dataclass
@@ -89,28 +116,6 @@ class ScoreConfig(SFTMixConfig):
         super().__post_init__()
 
 
-def read_config(path: str) -> list[str]:
-    """A YAML mapping as command-line words.
-
-    Raises:
-        ValueError: the file is not a mapping of names to values.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"config: {path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"config: {path} must hold names and values, got {content!r}")
-    words: list[str] = []
-    for name, value in content.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name}"]
-        words += [json.dumps(v) if isinstance(v, dict | bool) else str(v) for v in values]
-    return words
-
-
 def parse(
     words: Sequence[str], run_type: type[RunArguments], config_type: type[SFTMixConfig], prog: str
 ) -> tuple[Any, Any]:
@@ -123,17 +128,9 @@ def parse(
         ValueError: a value that the config refuses.
         SystemExit: unknown or missing flags, or help was asked for.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    config_file, rest = first.parse_known_args(words)
-    words = [*(read_config(config_file.config) if config_file.config else []), *rest]
-
-    parser = HfArgumentParser(cast(Any, [run_type, config_type]), prog=prog, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file with the same names; flags override it")
+    parser = _parser([run_type, config_type], prog)
+    words = with_config(words, parser)
     parser.add_argument("--help-all", action="help", help="also show transformers' own options")
-    for action in parser._actions:
-        if action.required:
-            action.default = argparse.SUPPRESS
     if "--help-all" not in words:
         _hide_inherited(parser, config_type)
     given = {word.split("=")[0].replace("-", "_") for word in words}
@@ -146,12 +143,57 @@ def parse(
     run, config, _ = parser.parse_args_into_dataclasses(
         [*words, "--output_dir", folder], look_for_args_file=False
     )
-    # Reading and writing weights has bars of its own.
-    if config.disable_tqdm:
-        disable_progress_bar()
-    else:
-        enable_progress_bar()
+    _show_bars(not config.disable_tqdm)
     return run, config
+
+
+def parse_alone(words: Sequence[str], arguments_type: type[Any], prog: str) -> Any:
+    """The arguments of a command that trains nothing: one dataclass, with ``disable_tqdm`` in it.
+
+    Raises:
+        ValueError: a value that the dataclass refuses.
+        SystemExit: unknown or missing flags, or help was asked for.
+    """
+    parser = _parser([arguments_type], prog)
+    words = with_config(words, parser)
+    arguments, _ = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    _show_bars(not arguments.disable_tqdm)
+    return arguments
+
+
+def with_config(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The words, those of the ``--config`` file before the others.
+
+    Raises:
+        ValueError: as `config_words` does.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    given, rest = first.parse_known_args(words)
+    if given.config is None:
+        return rest
+    options = {flag.lstrip("-") for flag in parser._option_string_actions}
+    training = {
+        field.name for cls in (TrainRunArguments, ScoreConfig) for field in dataclasses.fields(cls)
+    }
+    return [*config_words(given.config, parser.prog.split()[-1], options, training), *rest]
+
+
+def _parser(types: list[type[Any]], prog: str) -> HfArgumentParser:
+    parser = HfArgumentParser(cast(Any, types), prog=prog, allow_abbrev=False)
+    parser.add_argument("--config", help=CONFIG_HELP)
+    for action in parser._actions:
+        if action.required:
+            action.default = argparse.SUPPRESS
+    return parser
+
+
+def _show_bars(show: bool) -> None:
+    # Reading and writing weights has bars of its own.
+    if show:
+        enable_progress_bar()
+    else:
+        disable_progress_bar()
 
 
 def _hide_inherited(parser: argparse.ArgumentParser, config_type: type[SFTMixConfig]) -> None:

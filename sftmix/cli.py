@@ -11,6 +11,9 @@ COMMANDS = {
     "score": "score every example during one epoch and split at the median",
     "split": "rewrite the halves of a scored run",
     "train": "train a model with SFTMix or with next-token prediction",
+    "generate": "answer the questions of AlpacaEval or MT-Bench, for their judges to read",
+    "evaluate": "accuracy of a saved model in the paper's medical tasks",
+    "report": "runs beside each other, as one HTML file with tables and pictures",
     "demo": "the whole method on a small model, in minutes, without a GPU or a network",
     "doctor": "what is installed and what would run",
 }

@@ -18,7 +18,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Example:
     `id` is the row's number over all files in order, from 0, bad rows counted. `source` is
     "path:line". `content_hash` is the SHA-256 of what is learnt from, as canonical JSON, so it
     depends neither on the tokenizer nor on the order of keys. Either `messages` is set, or
-    `input_ids` and `labels` are.
+    `input_ids` and `labels` are. `numbers` are those of the columns that were asked for.
     """
 
     id: int
@@ -58,6 +58,7 @@ class Example:
     messages: Messages | None = None
     input_ids: list[int] | None = None
     labels: list[int] | None = None
+    numbers: dict[str, float] | None = None
 
 
 class _BadField(ValueError):
@@ -239,18 +240,34 @@ def _example(row: Row, columns: tuple[str, ...], number: int, name: str) -> Exam
     return Example(number, source, _digest({"messages": messages}), messages=messages)
 
 
+def _with_numbers(example: Example, row: Row, columns: Sequence[str], name: str) -> Example:
+    try:
+        return replace(example, numbers={column: _number(row.value, column) for column in columns})
+    except _BadField as error:
+        raise BadRowError(name, row.line, str(error)) from None
+
+
+def _number(row: dict[str, Any], name: str) -> float:
+    value = _field(row, name)
+    if type(value) not in (int, float) or value != value:  # a bool is an int to isinstance
+        raise _BadField(f"'{name}' must be a number, got {value!r}")
+    return float(value)
+
+
 def load_examples(
     data: Sequence[str | Path],
     *,
     on_bad_row: OnBadRow = "error",
     split: str = "train",
+    numbers: Sequence[str] = (),
     disable_progress: bool | None = False,
 ) -> list[Example]:
     """Read examples from JSON, JSONL and parquet files, or from `datasets` by name.
 
     A JSON file holds an array of rows or one row per line. A name that is no file and ends in none
     of these goes to `datasets.load_dataset(name, split=split)`. The formats are those of this
-    module's docstring. `on_bad_row="skip"` leaves bad rows out and logs one warning.
+    module's docstring. `on_bad_row="skip"` leaves bad rows out and logs one warning. `numbers`:
+    columns besides whose numbers examples keep; a row where one is missing is bad.
 
     Raises BadRowError for a bad row, with its file, line and reason; FileNotFoundError for a
     missing file; ValueError for an unknown ending or unknown columns, for a file without rows and
@@ -271,7 +288,10 @@ def load_examples(
         columns = _format_of(rows, str(name))
         for row in bar(rows, desc=f"Checking {name}"):
             try:
-                examples.append(_example(row, columns, number, str(name)))
+                example = _example(row, columns, number, str(name))
+                if numbers:
+                    example = _with_numbers(example, row, numbers, str(name))
+                examples.append(example)
             except BadRowError as error:
                 bad.add(error)
             number += 1

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from sftmix.demo_data import HELD_OUT, TRAIN
-from sftmix.partition import Partition, from_scores, read_partition
-from sftmix.report import RunLog, Table, require_matplotlib, write_report
+from sftmix.partition import Partition, read_partition
+from sftmix.report import Section, Table, report_runs, require_plots
+from sftmix.report.confidence import groups_picture
 from sftmix.runs import lock_run, open_run, write_json
 
 DESCRIPTION = """\
@@ -33,8 +34,8 @@ at the median confidence, and train with NTP and with SFTMix from the same base,
 batches. Ends with a table, DIR/results.json and DIR/report.html.
 
 Takes three to four minutes on two cores; needs no network and no GPU. The numbers of the
-recipe (steps, learning rates, sizes) are the demo's, not the paper's. Needs matplotlib:
-pip install 'sftmix[plots]'."""
+recipe (steps, learning rates, sizes) are the demo's, not the paper's. Needs matplotlib
+and scikit-learn: pip install 'sftmix[plots]'."""
 
 EXPECT = (
     "One seed of a tiny model on synthetic data: the demo shows how the method runs, and a "
@@ -127,12 +128,12 @@ def run_demo(output: str, seed: int, sizes: DemoSizes) -> None:
     """Run all steps, print the table, write ``results.json`` and ``report.html``.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ImportError: a package for the pictures is not installed.
         ValueError: the folder is not empty or cannot be a run, or a seed out of range.
         ChildProcessError: a command failed.
     """
     started = time.perf_counter()
-    require_matplotlib()
+    require_plots()
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed: expected 0 .. 2^32-1, got {seed}")
     if Path(output).is_dir() and any(Path(output).iterdir()):
@@ -145,12 +146,8 @@ def run_demo(output: str, seed: int, sizes: DemoSizes) -> None:
             run_step(step, f"[{number}/{len(steps) + 1}]")
         print(f"\n[{len(steps) + 1}/{len(steps) + 1}] Score the three models once", flush=True)
         results = {
-            name: result(
-                read_log(folder / FOLDERS[name]),
-                score_once(folder / FOLDERS[name], folder / "data" / "train.jsonl", name, sizes),
-                rates=name != BASE,
-            )
-            for name in FOLDERS
+            name: result(read_log(folder / FOLDERS[name]), scores, rates=name != BASE)
+            for name, scores in score_models(folder).items()
         }
         finish(folder, seed, sizes, steps, results)
     elapsed = time.perf_counter() - started
@@ -227,31 +224,19 @@ def run_step(step: Step, number: str) -> None:
         )
 
 
-def score_once(model_folder: Path, data: Path, name: str, sizes: DemoSizes) -> Partition:
-    """One scoring of all examples of ``data`` under a finished model."""
+def score_models(folder: Path) -> dict[str, Partition]:
+    """One scoring of all training examples under each of the three models, kept for the report."""
     # Imported late, for the reason that this module's docstring gives.
-    from sftmix.arguments import RunArguments
-    from sftmix.head import HeadAdapter
-    from sftmix.loading import load_data, load_model, load_tokenizer
-    from sftmix.scoring import score_examples
-    from sftmix.trainer import make_collator
+    from sftmix.report.measured import measured, sample_examples
+    from sftmix.report.runs import read_run
 
-    arguments = RunArguments(str(model_folder), [str(data)], "", max_length=sizes.max_length)
-    tokenizer, model = load_tokenizer(arguments), load_model(arguments)
-    examples = load_data(arguments, tokenizer)
-    scores = score_examples(
-        model,
-        HeadAdapter(model),
-        examples,
-        collator=make_collator(tokenizer),
-        description=f"score {name}",
-    )
-    return from_scores(
-        examples["id"][:],
-        examples["content_hash"][:],
-        scores.num_tokens.numpy(),
-        scores.nll_sum.numpy(),
-    )
+    ntp, sftmix = (read_run(folder / FOLDERS[name]) for name in (NTP, SFTMIX))
+    examples = sample_examples(ntp, None, None)
+    return {
+        BASE: measured(ntp, "before", examples).scores,
+        NTP: measured(ntp, "after", examples).scores,
+        SFTMIX: measured(sftmix, "after", examples).scores,
+    }
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
@@ -342,9 +327,13 @@ def finish(
         },
     )
     print("\n" + table.text() + "\n\n" + "\n".join(remarks))
+    partition = read_partition(folder / "score" / "confidence.parquet")
     rows = (folder / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    write_report(
+    groups = [f"{row['kind']} ({row['difficulty']})" for row in map(json.loads, rows)]
+    report_runs(
+        [folder / "score", *(folder / FOLDERS[name] for name in (NTP, SFTMIX))],
         folder / "report.html",
+        examples=None,
         title="SFTMix demo",
         paragraphs=(
             "A small language model is fine-tuned twice from the same base, on the same batches "
@@ -354,10 +343,12 @@ def finish(
             EXPECT,
             "The numbers of the recipe are the demo's, not the paper's.",
         ),
-        table=table,
-        table_notes=notes(results)[:-1],
-        runs=[RunLog(name, read_log(folder / FOLDERS[name])) for name in (NTP, SFTMIX)],
-        partition=read_partition(folder / "score" / "confidence.parquet"),
-        groups=[f"{row['kind']} ({row['difficulty']})" for row in map(json.loads, rows)],
-        commands=commands,
+        first=(
+            Section(
+                "The demo",
+                tables=(Table(table.columns, table.rows, "The three models", notes(results)[:-1]),),
+                parts=(groups_picture(partition, groups),),
+                commands=commands,
+            ),
+        ),
     )

@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from sftmix.arguments import RunArguments
+from sftmix.arguments import RunArguments, TrainRunArguments
 from sftmix.checkpoints import STAGING, writing
-from sftmix.data import load_examples
+from sftmix.data import Example, load_examples
 from sftmix.model_card import FILE as CARD
 from sftmix.runs import sync_folder
+from sftmix.selection import columns_of, parse_selection, select
 from sftmix.templates import tokenize_examples
 
 CONFIGS = ("config.json", "adapter_config.json")
 
 
-def load_model(arguments: RunArguments) -> Any:
+class ModelArguments(Protocol):
+    """What loading a model takes of a command's arguments."""
+
+    @property
+    def model(self) -> str:
+        """Folder or hub name."""
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the weights, or auto."""
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether code that comes with the model is run."""
+
+
+def load_model(arguments: ModelArguments) -> Any:
     """The model, from safetensors alone: a pickle would run code on loading.
 
     Raises:
@@ -33,19 +52,56 @@ def load_model(arguments: RunArguments) -> Any:
             f"model: {arguments.model} is an adapter of a model; merge the two, or train it with "
             "SFTMixTrainer in a script of your own"
         )
+    return _from_safetensors(arguments.model, arguments)
+
+
+def load_trained_model(arguments: ModelArguments) -> Any:
+    """The model as `load_model` reads it, or an adapter's folder on top of its base model.
+
+    Raises:
+        ImportError: it is an adapter and PEFT is not installed.
+        OSError: as `load_model`; or the adapter has no safetensors, or does not say of which model.
+    """
+    folder = Path(arguments.model)
+    if not (folder / "adapter_config.json").exists():
+        return load_model(arguments)
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError(f"{folder} is an adapter, which needs PEFT: pip install 'sftmix[peft]'")
+    from peft import PeftModel
+
+    # Without this file PEFT opens adapter_model.bin, a pickle.
+    if not (folder / "adapter_model.safetensors").exists():
+        raise OSError(f"model: {folder} has no adapter_model.safetensors")
+    return PeftModel.from_pretrained(_from_safetensors(base_model(folder), arguments), str(folder))
+
+
+def base_model(adapter: Path) -> str:
+    """Folder or hub name of the model that an adapter belongs to.
+
+    Raises:
+        OSError: its config does not say.
+    """
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise OSError(f"model: {adapter}/adapter_config.json has no base_model_name_or_path")
+    return str(base)
+
+
+def _from_safetensors(model: str, arguments: ModelArguments) -> Any:
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     try:
         return AutoModelForCausalLM.from_pretrained(
-            arguments.model,
+            model,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=arguments.trust_remote_code,
         )
     except SafetensorError as error:
-        raise OSError(f"model: the weights of {arguments.model} are damaged: {error}") from error
+        raise OSError(f"model: the weights of {model} are damaged: {error}") from error
 
 
-def load_tokenizer(arguments: RunArguments) -> PreTrainedTokenizerBase:
+def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     """The model's tokenizer."""
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         arguments.model, trust_remote_code=arguments.trust_remote_code
@@ -56,14 +112,51 @@ def load_tokenizer(arguments: RunArguments) -> PreTrainedTokenizerBase:
 def load_data(
     arguments: RunArguments,
     tokenizer: PreTrainedTokenizerBase,
-    data: list[str] | None = None,
     *,
     disable_progress: bool | None = False,
 ) -> datasets.Dataset:
-    """The examples of ``--data`` (or of other files) as tokens."""
+    """The examples of ``--data`` that ``--select`` keeps, as tokens."""
+    split, on_bad_row = arguments.data_split, arguments.on_bad_row
+    selections = {
+        text: parse_selection(text, split=split, on_bad_row=on_bad_row)
+        for text in arguments.select or ()
+    }
     examples = load_examples(
-        data or arguments.data, on_bad_row=arguments.on_bad_row, disable_progress=disable_progress
+        arguments.data,
+        on_bad_row=on_bad_row,
+        split=split,
+        numbers=columns_of(selections),
+        disable_progress=disable_progress,
     )
+    examples = select(examples, selections)
+    return _tokenized(examples, arguments, tokenizer, disable_progress=disable_progress)
+
+
+def load_held_out(
+    arguments: TrainRunArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    disable_progress: bool | None = False,
+) -> datasets.Dataset | None:
+    """The examples of ``--eval_data``, all of them, as tokens; None where none are given."""
+    if not arguments.eval_data:
+        return None
+    examples = load_examples(
+        arguments.eval_data,
+        on_bad_row=arguments.on_bad_row,
+        split=arguments.eval_split,
+        disable_progress=disable_progress,
+    )
+    return _tokenized(examples, arguments, tokenizer, disable_progress=disable_progress)
+
+
+def _tokenized(
+    examples: list[Example],
+    arguments: RunArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    disable_progress: bool | None,
+) -> datasets.Dataset:
     return tokenize_examples(
         examples,
         tokenizer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -17,12 +18,14 @@ from sftmix import __version__
 from sftmix.arguments import RunArguments
 from sftmix.config import SFTMixConfig
 from sftmix.data import data_hash
+from sftmix.lora import lora_options
 from sftmix.runs import write_json
 from sftmix.templates import template_hash
 
 logger = logging.getLogger(__name__)
 
 FILE = "manifest.json"
+NOT_RECIPE = ("versions", "files", "split")  # the last is what `sftmix split` noted since
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy")
 
 
@@ -90,28 +93,36 @@ def recipe(
         "model": arguments.model,
         "dtype": arguments.dtype,
         "data": arguments.data,
+        "data_split": arguments.data_split,
+        "select": arguments.select,
         "data_hash": data_hash(dataset["content_hash"][:]),
         "num_examples": len(dataset),
         "max_length": arguments.max_length,
         "template_hash": template_hash(tokenizer),
+        **lora_options(arguments),
         **numbers,
         **more,
     }
 
 
-def start_manifest(run: Path, recipe: dict[str, Any]) -> None:
+def start_manifest(run: Path, recipe: dict[str, Any], **files: Any) -> None:
     """Write ``RUN/manifest.json``, or compare with the one that a resumed run has.
+
+    ``files`` are kept for reports and not compared, as they may have been moved; so is the folder
+    that relative ones, and those of the recipe, are relative to.
 
     Raises:
         ValueError: the run was started from another recipe, naming what differs.
     """
     path = run / FILE
     if not path.exists():
-        write_json(path, {**recipe, "versions": versions()})
+        places = {"folder": os.getcwd(), **files}
+        write_json(path, {**recipe, "versions": versions(), "files": places})
         return
     earlier = json.loads(path.read_text(encoding="utf-8"))
-    earlier_versions = earlier.pop("versions", None)
-    earlier.pop("split", None)  # what `sftmix split` noted since
+    earlier_versions = earlier.get("versions")
+    for name in NOT_RECIPE:
+        earlier.pop(name, None)
     recipe = json.loads(json.dumps(recipe))
     for name in sorted(recipe.keys() | earlier.keys()):
         if recipe.get(name) != earlier.get(name):

@@ -82,6 +82,8 @@ def model_card(
     method = recipe["method"]
     hidden = ("method", "model", "data", *idle_options(method))
     options = {name: value for name, value in recipe.items() if name not in hidden}
+    if selected := options.get("select"):
+        options["select"] = ", ".join(map(_public_selection, selected))
     counts = {"confident, unconfident examples": f"{halves[0]}, {halves[1]}"} if halves else {}
     model, data = public_name(recipe["model"]), [public_name(name) for name in recipe["data"]]
     return (
@@ -120,6 +122,11 @@ def figures(log: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
 def public_name(name: str) -> str:
     """A hub name as it is; of a path its last part alone."""
     return Path(name).name if _is_local(name) else name
+
+
+def _public_selection(text: str) -> str:
+    kind, _, file = text.partition(":")
+    return f"{kind}:{public_name(file)}" if kind == "keys" else text
 
 
 def _is_local(name: str) -> bool:

@@ -174,8 +174,8 @@ def hard_examples_loss(
     # In float64: the softmax turns absolute errors of the losses into relative ones of weights.
     sums = row_ntp.new_zeros(num_examples, dtype=torch.float64)
     means = sums.index_add(0, batch["owner"], row_ntp.double()) / tokens.clamp(min=1)
-    # Fillers have no tokens, and no weight.
-    hardness = (means.detach() / kl_reg).masked_fill(tokens == 0, -torch.inf)
+    # Fillers have no tokens, and no weight. What other ranks are told has no gradient.
+    hardness = (means / kl_reg).masked_fill(tokens == 0, -torch.inf)
     everyone = joined_ranks(hardness)
     mine = everyone.softmax(0)[rank() * num_examples :][:num_examples]
     weights = mine.masked_fill(tokens == 0, 0.0)

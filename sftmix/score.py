@@ -10,6 +10,7 @@ from typing import Any
 from sftmix.arguments import RunArguments, ScoreConfig, parse
 from sftmix.checkpoints import remove_checkpoints
 from sftmix.loading import load_data, load_model, load_tokenizer
+from sftmix.lora import add_lora
 from sftmix.manifest import recipe, start_manifest
 from sftmix.pairing import PairedCollator
 from sftmix.partition import Partition, from_scores, read_partition, summary, write_partition
@@ -48,7 +49,8 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
     refuse_differences(numbers)
     if not on_main(lambda: (run / FILE).exists()):
         with together():
-            model, collator = load_model(arguments), make_collator(tokenizer, config)
+            model = add_lora(load_model(arguments), arguments, config.seed)
+            collator = make_collator(tokenizer, config)
             trainer, scores = reference_trainer(model, dataset, collator, config)
         on_main(lambda: start_manifest(run, numbers))
         trainer.train(resume_from_checkpoint=arguments.resume or None)

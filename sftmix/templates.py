@@ -243,6 +243,32 @@ def tokenize_examples(
     return datasets.concatenate_datasets([part for part in parts if len(part)])
 
 
+def prompt_tokens(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens before the next response: those that `tokenize_examples` has there.
+
+    Raises ValueError where the template refuses the conversation, and as `chat_template` does.
+    """
+    text = _refusing(tokenizer, messages, prompt=True)
+    return cast(list[int], tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the template writes after a response and training teaches; empty where it is nothing.
+
+    Raises ValueError as `prompt_tokens` does.
+    """
+    probe = "end-of-turn-probe"
+    messages = {"role": "user", "content": "a"}, {"role": "assistant", "content": probe}
+    return _refusing(tokenizer, messages, prompt=False).rpartition(probe)[2].rstrip()
+
+
+def _refusing(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, prompt: bool) -> str:
+    try:
+        return _render(tokenizer, messages, chat_template(tokenizer), prompt=prompt)
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses the conversation: {error}") from None
+
+
 def _tokenize_batch(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,

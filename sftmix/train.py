@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,19 @@ from transformers import PreTrainedTokenizerBase
 
 from sftmix.arguments import TrainRunArguments, parse
 from sftmix.config import MIXED, SFTMixConfig
-from sftmix.loading import load_data, load_model, load_tokenizer, save_final_model
+from sftmix.loading import (
+    load_data,
+    load_held_out,
+    load_model,
+    load_tokenizer,
+    save_final_model,
+)
+from sftmix.lora import add_lora
 from sftmix.manifest import recipe, start_manifest, versions
 from sftmix.model_card import model_card
 from sftmix.partition import match, partition_hash, read_partition
 from sftmix.ranks import is_main, on_main, opened_run, refuse_differences, together
+from sftmix.selection import naming_selections
 from sftmix.trainer import SFTMixTrainer, make_collator
 
 
@@ -41,18 +48,17 @@ def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTM
     """
     with together():
         tokenizer = load_tokenizer(arguments)
-        load = functools.partial(
-            load_data, arguments, tokenizer, disable_progress=config.disable_tqdm
-        )
-        dataset = load()
-        held_out = load(arguments.eval_data) if arguments.eval_data else None
+        quiet = config.disable_tqdm
+        dataset = load_data(arguments, tokenizer, disable_progress=quiet)
+        held_out = load_held_out(arguments, tokenizer, disable_progress=quiet)
         confident, scores_hash = None, None
         if arguments.partition is not None:
             partition = read_partition(Path(arguments.partition))
-            confident = match(partition, dataset["id"][:], dataset["content_hash"][:])
+            with naming_selections(Path(arguments.partition), arguments.select):
+                confident = match(partition, dataset["id"][:], dataset["content_hash"][:])
             scores_hash = partition_hash(partition)
         trainer = SFTMixTrainer(
-            model=load_model(arguments),
+            model=add_lora(load_model(arguments), arguments, config.seed),
             args=config,
             train_dataset=dataset,
             eval_dataset=held_out,
@@ -61,7 +67,8 @@ def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTM
         )
         numbers = recipe(arguments, config, dataset, tokenizer, partition=scores_hash)
     refuse_differences(numbers)
-    on_main(lambda: start_manifest(run, numbers))
+    files = {"partition": arguments.partition, "eval_data": arguments.eval_data}
+    on_main(lambda: start_manifest(run, numbers, **files))
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     if held_out is not None:
         trainer.evaluate()

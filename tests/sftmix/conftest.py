@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from sftmix.toy import build_toy_model
+from tests.sftmix import tiny
 
 WORDS = ["one", "two", "three", "four", "five", "apple", "owl", "heron", "boat", "lantern"]
 
@@ -52,4 +54,21 @@ def toy_model(tmp_path_factory: pytest.TempPathFactory, toy_data: Path) -> Path:
     build_toy_model(
         folder, [toy_data], vocab_size=300, hidden_size=8, num_layers=1, num_heads=2, max_length=256
     )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def answering_model(tmp_path_factory: pytest.TempPathFactory, toy_model: Path) -> Path:
+    """A model whose answers are words and differ from each other, and the toy's tokenizer."""
+    folder = tmp_path_factory.mktemp("generate") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(toy_model)
+    tokenizer.save_pretrained(folder)
+    ids = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
+    size = {"vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    model = tiny.build("Llama", seed=1, hidden_size=64, **size, **ids)
+    words = [tokenizer.decode([token]).strip() for token in range(len(tokenizer))]
+    with torch.no_grad():
+        for weight, word in zip(model.lm_head.weight, words, strict=True):
+            weight *= word.isascii() and word.isalpha()
+    model.save_pretrained(folder)
     return folder

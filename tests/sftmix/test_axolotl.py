@@ -157,6 +157,11 @@ def test_it_trains_evaluates_and_saves(
     assert batch["input_ids"].shape == (4, 64)
     trainer.train()
     assert tiny.losses(trainer, "mixup_loss")
+    changes = {"sftmix_method": "mixup", "sftmix_pairing": "rank", "sftmix_lambda_scope": "batch"}
+    changed = build(axolotl, cfg | changes, data, toy_model, tmp_path / "run")
+    assert [pool.ranked for pool in changed.pools] == [True]
+    batch = next(iter(changed.get_train_dataloader()))
+    assert len(batch["lam"].unique()) == 1
     packed = build(axolotl, cfg | {"sftmix_layout": "packed"}, data, toy_model, tmp_path / "run")
     assert next(iter(packed.get_train_dataloader()))["input_ids"].shape == (1, 64)
     assert trainer.evaluate()["eval_loss"] > 0

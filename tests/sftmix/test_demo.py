@@ -160,8 +160,9 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_parent_stays_small() -> None:
-    # A child's peak memory begins at its parent's.
-    code = "import sys, sftmix.demo; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    # A child's peak memory begins at its parent's; and the extras may be missing.
+    heavy = {"torch", "transformers", "matplotlib", "sklearn", "scipy"}
+    code = f"import sys, sftmix.demo; sys.exit(bool({heavy} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -180,7 +181,7 @@ def test_a_tiny_demo(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert found["models"][NTP]["held_out_loss"] != found["models"][SFTMIX]["held_out_loss"]
     assert len(read_partition(out / "score" / "confidence.parquet").id) == 32
     html = (out / "report.html").read_text(encoding="utf-8")
-    assert html.count("<figure>") == 6
+    assert html.count("<figure>") == 13
     for command in found["commands"]:
         assert f"$ {command}\n" in printed
     assert EXPECT in printed

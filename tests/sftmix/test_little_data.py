@@ -68,7 +68,7 @@ def test_one_scored_example_has_no_other_half(
     flags = ["--partition", str(scored / "confidence.parquet"), "--method", "sftmix"]
     flags += ["--per_device_train_batch_size", "2"]
     assert main(words("train", toy_model, data, tmp_path / "run", *flags)) == 1
-    assert "expected at least one batch of 2 examples, got 1" in capsys.readouterr().err
+    assert "both sides of every pair, got 1 confident and 0 unconf" in capsys.readouterr().err
 
 
 def test_rows_longer_than_the_longest(

@@ -1,22 +1,36 @@
-"""The report: one file, nothing fetched, all text escaped, infinite values counted."""
+"""The page and its pictures: one file, nothing fetched, all text escaped, axes named."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
-import subprocess
-import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from sftmix.partition import Partition, from_scores
-from sftmix.report import RunLog, Table, outside_note, require_matplotlib, shown_range, write_report
+from sftmix.partition import Partition, from_scores, split
+from sftmix.report import Page as ReportPage
+from sftmix.report import Section, Table, require_plots, write_page
+from sftmix.report.confidence import (
+    change_picture,
+    groups_picture,
+    histogram_picture,
+    map_picture,
+    outside_note,
+    shown_range,
+)
+from sftmix.report.curves import TERMS, halves_picture, mean, term_picture
+from sftmix.report.drawing import COLOURS, LeftOut, Picture, attempt, subset_colours
+from sftmix.report.representations import by_chance, own_neighbours, places_of, places_picture
+from sftmix.report.runs import Group, Run
+
+from .report_runs import Page
 
 pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
 
 EVIL = "<script>alert('$x$ & \"y\"')</script>"
 
@@ -27,82 +41,88 @@ def partition(examples: int = 60, infinite: int = 0) -> Partition:
     return from_scores(range(examples), ["h"] * examples, [1] * examples, draws)
 
 
-def run_log(name: str, *, mixup: bool = True, paired: bool = True) -> RunLog:
+def run(name: str, *, mixup: bool = True, paired: bool = True, shift: float = 0.0) -> Run:
     log: list[dict[str, Any]] = [{"step": 0, "train_runtime": 1.0}]
     for step in (10, 20, 30):
-        log.append({"step": step, "ntp_loss": 3 / step})
+        log.append({"step": step, "loss": 3 / step, "ntp_loss": shift + 3 / step})
         if paired:
             log[-1] |= {"ntp_loss_confident": 1 / step, "ntp_loss_unconfident": 5 / step}
         if mixup:
-            log[-1]["mixup_loss"] = 4 / step
-    return RunLog(name, log)
+            log[-1]["mixup_loss"] = float("nan") if step == 20 else 4 / step
+    return Run(Path(name), name, {"method": "ntp", "seed": 0}, {}, {}, log, {}, True)
+
+
+def group(name: str, *runs: Run) -> Group:
+    return Group(name, runs or [run(name)])
+
+
+def representations(examples: int = 60) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.random.default_rng(1).normal(size=(examples, 8)).astype(np.float32)
+
+
+@functools.cache
+def pictures(evil: str = "one") -> list[Picture | LeftOut]:
+    rows = [group(evil, run(evil), run(evil, shift=1.0)), group("two", run("two", mixup=False))]
+    points = representations()
+    return [
+        *(attempt(key, term_picture, rows, key) for key in TERMS),
+        attempt("halves", halves_picture, rows),
+        histogram_picture(partition()),
+        map_picture(partition()),
+        groups_picture(partition(), [evil, "sum"] * 30),
+        change_picture(partition(), {evil: [partition()]}, {evil: COLOURS[0]}),
+        places_picture(evil, points, points[:, :2], partition().subset),
+    ]
 
 
 def write(path: Path, **changes: Any) -> str:
     arguments: dict[str, Any] = {
-        "title": "A title",
         "paragraphs": ["A paragraph."],
-        "table": Table(["model", "loss"], [["one", "1.5"], ["two", "0.25"]]),
-        "table_notes": ["A note."],
-        "runs": [run_log("one", mixup=False), run_log("two")],
-        "partition": partition(),
-        "groups": ["copy", "sum"] * 30,
+        "warnings": ["A warning."],
+        "tables": [Table(["model", "loss"], [["one", "1.5"], ["two", "0.25"]], "T", ["A note."])],
+        "parts": pictures(),
         "commands": ["python -m sftmix train --data 'a file'"],
+        "folded": [Table(["field", "value"], [["mu", "0.2"]], "Recipe")],
     }
-    write_report(path, **(arguments | changes))
+    section = Section(changes.pop("title", "A section"), **(arguments | changes))
+    write_page(path, ReportPage("A title", ["An introduction."], [section]))
     return path.read_text(encoding="utf-8")
 
 
-class Page(HTMLParser):
-    """Tags, attributes and texts of a page."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.texts: list[str] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data.strip())
-
-
 def test_it_is_complete(tmp_path: Path) -> None:
-    page = Page(write(tmp_path / "report.html"))
-    for text in ("A title", "A paragraph.", "A note.", "one", "0.25"):
+    missing = LeftOut("A part", "there is no such thing")
+    page = Page(write(tmp_path / "report.html", parts=[*pictures(), missing]))
+    for text in ("A title", "An introduction.", "A section", "A paragraph.", "A warning."):
         assert text in page.texts
-    for text in (
-        "NTP loss (nats per token)",
-        "Mixup loss (nats per position)",
-        "optimizer steps",
-        "confidence (minus perplexity, log scale)",
-        "variability (std. dev. of perplexity, log scale)",
-        "examples in the confident half (%)",
-    ):
-        assert text in page.texts, text
-    captions = [text for text in page.texts if "All 60 examples are shown." in text]
-    assert len(captions) == 2
+    for text in ("A note.", "one", "0.25", "mu", "A part is left out: there is no such thing"):
+        assert text in page.texts
     assert "python -m sftmix train --data 'a file'" in page.texts
-    assert page.tags.count("svg") == page.tags.count("figcaption") == 6
-    alts = [value for name, value in page.attributes if name == "aria-label" and value]
-    assert len(alts) == 7
+    assert page.tags.count("svg") == page.tags.count("figcaption") == len(pictures())
+    assert len(page.values("aria-label")) == len(pictures()) + 2
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_each_picture_names_its_axes_and_says_what_it_shows() -> None:
+    for picture in pictures():
+        assert isinstance(picture, Picture)
+        texts = [text for text in Page(picture.svg).texts if text]
+        axes = [text for text in texts if re.search(r"\(.*\)|^examples$|steps|group of", text)]
+        assert len(axes) >= 2, (picture.title, texts)
+        assert len(picture.caption.split()) > 15, picture.title
+        assert len(picture.alt.split()) > 5, picture.title
+        assert picture.title
 
 
 def test_nothing_is_fetched_and_ids_are_unique(tmp_path: Path) -> None:
     html = write(tmp_path / "report.html")
     page = Page(html)
-    links = [v for n, v in page.attributes if n in ("src", "href", "xlink:href", "srcset") and v]
+    links = page.values("src", "href", "xlink:href", "srcset")
     assert links
     assert all(link.startswith(("#", "data:")) for link in links)
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert "@import" not in html
     assert all(found.startswith("#") for found in re.findall(r"url\(([^)]*)", html))
-    ids = [value for name, value in page.attributes if name == "id"]
+    ids = page.values("id")
     assert len(ids) == len(set(ids))
     assert {link[1:] for link in links if link[0] == "#"} <= set(ids)
 
@@ -120,43 +140,52 @@ def test_text_is_escaped(tmp_path: Path) -> None:
         tmp_path / "report.html",
         title=EVIL,
         paragraphs=[EVIL],
-        table=Table([EVIL], [[EVIL]]),
-        table_notes=[EVIL],
-        runs=[run_log(EVIL)],
-        groups=[EVIL] * 60,
+        warnings=[EVIL],
+        tables=[Table([EVIL], [[EVIL]], EVIL, [EVIL])],
+        parts=[*pictures(EVIL), LeftOut(EVIL, EVIL)],
         commands=[EVIL],
+        folded=[Table([EVIL], [[EVIL]], EVIL)],
     )
     page = Page(html)
     assert "script" not in page.tags
-    assert page.texts.count(EVIL) >= 7
-    assert any("dashed" in text for text in page.texts)
+    assert page.texts.count(EVIL) >= 12
 
 
 def test_the_same_input_gives_the_same_file(tmp_path: Path) -> None:
-    assert write(tmp_path / "a.html") == write(tmp_path / "b.html")
+    parts = [[map_picture(partition()), histogram_picture(partition())] for _ in range(2)]
+    written = [write(tmp_path / f"{i}.html", parts=some) for i, some in enumerate(parts)]
+    assert written[0] == written[1]
 
 
-def test_infinite_confidence_is_counted(tmp_path: Path) -> None:
-    html = write(tmp_path / "report.html", partition=partition(infinite=3))
-    assert len(re.findall(r"[3-9] of 60 examples lie below -", html)) == 2
+def test_infinite_confidence_is_counted() -> None:
+    some, all_of_them = partition(infinite=3), partition(infinite=60)
+    for make in (histogram_picture, map_picture):
+        assert re.search(r"[3-9] of 60 examples lie below -", make(some).caption)
+        assert "60 of 60 examples lie below -10 and are not shown." in make(all_of_them).caption
+    change = change_picture(some, {"one": [all_of_them]}, {"one": COLOURS[0]})
+    assert re.search(r"6[3-9] of 120 examples lie below -", change.caption)
 
 
-def test_only_infinite_confidence(tmp_path: Path) -> None:
-    html = write(tmp_path / "report.html", partition=partition(infinite=60))
-    assert "60 of 60 examples lie below -10 and are not shown." in html
-    assert "median -inf" in html
-
-
-def test_equal_confidence_can_be_drawn(tmp_path: Path) -> None:
+def test_equal_confidence_can_be_drawn() -> None:
     certain = from_scores(range(4), ["h"] * 4, [1] * 4, np.zeros((4, 1)))
-    html = write(tmp_path / "report.html", partition=certain, groups=None)
-    assert "All 4 examples are shown." in html
+    assert "All 4 examples are shown." in histogram_picture(certain).caption
+    assert "one 0." in change_picture(None, {"one": [certain]}, {"one": COLOURS[0]}).caption
 
 
-def test_pictures_without_data_are_left_out(tmp_path: Path) -> None:
-    plain = [run_log("one", mixup=False, paired=False)]
-    assert Page(write(tmp_path / "a.html", runs=plain, groups=None)).tags.count("svg") == 3
-    assert Page(write(tmp_path / "b.html", runs=[], groups=None)).tags.count("svg") == 2
+def test_pictures_without_data_say_so() -> None:
+    bare = [group("one", run("one", mixup=False, paired=False))]
+    for make, arguments in ((term_picture, (bare, "mixup_loss")), (halves_picture, (bare,))):
+        missing = attempt("A picture", make, *arguments)
+        assert missing == LeftOut("A picture", "no run has logged it")
+    with pytest.raises(ValueError, match="no model was scored"):
+        change_picture(None, {"one": []}, {})
+
+
+def test_the_mean_of_seeds() -> None:
+    assert mean([([1, 2, 3], [1.0, 2.0, 3.0]), ([2, 3, 4], [4.0, 5.0, 6.0])]) == ([2, 3], [3, 4])
+    assert mean([([1], [1.0]), ([2], [4.0])]) == ([1], [1.0])
+    alt = term_picture([group("one", run("a"), run("b", shift=1.0))], "ntp_loss").alt
+    assert "one ends at 0.6." in alt
 
 
 def test_the_range_of_an_axis() -> None:
@@ -170,28 +199,49 @@ def test_the_range_of_an_axis() -> None:
     assert outside_note(1, 1000, 4.0) == "1 of 1,000 examples lie below -4 and are not shown."
 
 
+def test_levels_have_colours_in_order() -> None:
+    names = split(partition(), "quantiles:12").subset.tolist()
+    colours = subset_colours(names)
+    assert list(colours) == [f"level {number}" for number in range(1, 13)]
+    assert (colours["level 1"], colours["level 12"]) == COLOURS[:2]
+    assert len(set(colours.values())) == 12
+    texts = Page(histogram_picture(split(partition(), "quantiles:3")).svg).texts
+    assert {"level 1", "level 2", "level 3"} <= set(texts)
+
+
+def test_representations() -> None:
+    subset = np.array(["confident", "unconfident"] * 30)
+    points = representations()
+    assert by_chance(subset) == pytest.approx(29 / 59)
+    assert 0.3 < own_neighbours(points, subset) < 0.7
+    apart = points + 100 * (subset == "confident")[:, None]
+    assert own_neighbours(apart, subset) == 1.0
+    places = places_of(apart)
+    assert places.shape == (60, 2)
+    assert (places == places_of(apart)).all()
+    with pytest.raises(ValueError, match="at least 20 examples, there are 19"):
+        places_of(points[:19])
+    with pytest.raises(ValueError, match="not finite"):
+        places_of(points * np.float32(np.inf))
+
+
 def test_the_table_in_plain_text() -> None:
     text = Table(["model", "loss"], [["one", "1.5"], ["another", "10.25"]]).text()
     assert text.splitlines() == ["model     loss", "one        1.5", "another  10.25"]
 
 
-def test_groups_of_another_length_are_refused(tmp_path: Path) -> None:
+def test_groups_of_another_length_are_refused() -> None:
     with pytest.raises(ValueError, match="one name for each of 60 examples, got 2"):
-        write(tmp_path / "report.html", groups=["a", "b"])
-    assert not (tmp_path / "report.html").exists()
+        groups_picture(partition(), ["a", "b"])
 
 
-def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "name"), [("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")]
+)
+def test_without_a_package(module: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+        importlib.util, "find_spec", lambda name: None if name == module else find(name)
     )
-    with pytest.raises(ImportError, match=r"sftmix\[plots\]"):
-        require_matplotlib()
-    with pytest.raises(ImportError, match=r"sftmix\[plots\]"):
-        write(tmp_path / "report.html")
-
-
-def test_importing_it_does_not_need_matplotlib() -> None:
-    code = "import sys; sys.modules['matplotlib'] = None; import sftmix.report"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(ImportError, match=rf"{name}: pip install 'sftmix\[plots\]'"):
+        require_plots()

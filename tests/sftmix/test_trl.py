@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from sftmix.data import load_examples
 from sftmix.integrations.trl import SFTMixSFTConfig, SFTMixSFTTrainer, score
-from sftmix.partition import Partition, from_scores, write_partition
+from sftmix.partition import Partition, from_scores, split, write_partition
 from tests.sftmix import tiny
 
 # TRL's own defaults use a name that transformers gives up.
@@ -181,7 +181,8 @@ def test_a_layout_changes_no_loss(
     layout: str, toy_model: Path, pairs: datasets.Dataset, tmp_path: Path
 ) -> None:
     losses = []
-    for changes in ({}, {"layout": layout, "pad_to_multiple_of": 4}):
+    length = 256 if layout == "packed" else None
+    for changes in ({}, {"layout": layout, "pad_to_multiple_of": 4, "row_length": length}):
         trainer = ours(toy_model, tmp_path, pairs, **changes)
         batch = next(iter(trainer.get_train_dataloader()))
         losses.append(trainer.compute_loss(trainer.model, batch))
@@ -306,6 +307,20 @@ def test_halves_stay_with_their_rows(
         ids = np.asarray(trainer.train_dataset.examples["id"][:])
         assert set(ids[trainer.confident_rows].tolist()) == rows
         assert (ids.tolist() != sorted(ids)) == shuffled
+
+
+def test_levels_stay_with_their_rows(
+    toy_model: Path, partition: Partition, pairs: datasets.Dataset, tmp_path: Path
+) -> None:
+    by_levels = split(partition, "quantiles:4")
+    trainer = ours(
+        toy_model, tmp_path, pairs, {"confident": by_levels}, pairing="neighbours", method="equal"
+    )
+    ids = np.asarray(trainer.train_dataset.examples["id"][:])
+    sides = [side for pool in trainer.pools for side in (pool.confident, pool.unconfident)]
+    for number, rows in enumerate(sides, start=1):
+        of_level = by_levels.id[by_levels.subset == f"level {number}"]
+        assert sorted(ids[rows].tolist()) == sorted(of_level.tolist())
 
 
 def test_a_partition_of_the_command_line_fits_the_same_rows(

@@ -1,0 +1,187 @@
+"""`sftmix evaluate`: the paper's medical evaluation of a saved model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from sftmix.arguments import parse_alone
+from sftmix.config import option
+from sftmix.manifest import versions
+from sftmix.medical import Questions, Score, load, read_questions, require_harness, score
+from sftmix.runs import write_json
+from sftmix.tasks import PAPER_NAMES
+
+FILE = "evaluation.json"
+MEAN = "mean"
+# What two tasks must have in common for a mean over them.
+COMPARED = ("limit", "apply_chat_template", "dtype")
+
+
+@dataclasses.dataclass
+class EvaluateArguments:
+    """The options of the command."""
+
+    model: str = dataclasses.field(
+        metadata={"help": "Folder of a run or hub name; an adapter's folder, too"}
+    )
+    tasks: list[str] = dataclasses.field(
+        default_factory=lambda: list(PAPER_NAMES),
+        metadata={"help": f"Some of {', '.join(PAPER_NAMES)} [paper]"},
+    )
+    medqa_data: str | None = option(
+        None, "Rows of GBaker/MedQA-USMLE-4-options-hf; by default from the hub", "ours"
+    )
+    medqa_5_data: str | None = option(
+        None, "Rows of fzkuji/MedQA, or of the first release; by default from the hub", "ours"
+    )
+    medmcqa_data: str | None = option(
+        None, "Rows of openlifescienceai/medmcqa; by default from the hub", "ours"
+    )
+    pubmedqa_data: str | None = option(
+        None, "ori_pqal.json of github.com/pubmedqa/pubmedqa", "ours"
+    )
+    pubmedqa_ids: str | None = option(
+        None, "Its test_ground_truth.json, or any JSON list of ids", "ours"
+    )
+    output: str | None = option(
+        None, f"File to write or to add to; by default {FILE} in the model's folder", "ours"
+    )
+    batch_size: int = option(8, "Prompts at once", "ours")
+    limit: int | None = option(None, "Only the first questions of each task", "ours")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "Dtype of the weights; auto: as they were saved", "ours"
+    )
+    apply_chat_template: bool = option(
+        False,
+        "Ask in the model's chat template; without, as the harness does by default",
+        "ours",
+    )
+    disable_tqdm: bool = option(False, "Show no bars of loading; the harness has its own", "ours")
+
+    def __post_init__(self) -> None:
+        for name in self.tasks:
+            if name not in PAPER_NAMES:
+                raise ValueError(f"tasks: expected some of {', '.join(PAPER_NAMES)}, got {name!r}")
+        for name in ("batch_size", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def main(words: Sequence[str]) -> None:
+    """Run the command."""
+    arguments = parse_alone(words, EvaluateArguments, "sftmix evaluate")
+    output = output_file(arguments.model, arguments.output)
+    read_evaluation(output, arguments)
+    questions = {}
+    for name in dict.fromkeys(arguments.tasks):
+        ids = arguments.pubmedqa_ids if name == "pubmedqa" else None
+        questions[name] = read_questions(name, getattr(arguments, f"{name}_data"), ids)
+    require_harness()
+    model, tokenizer = load(arguments.model, arguments.dtype)
+    scores = score(
+        model,
+        tokenizer,
+        questions,
+        batch_size=arguments.batch_size,
+        limit=arguments.limit,
+        apply_chat_template=arguments.apply_chat_template,
+    )
+    details = {name: describe(arguments, one) for name, one in questions.items()}
+    content = merge(read_evaluation(output, arguments), arguments.model, scores, details)
+    write_json(output, content)
+    print(table(content))
+    print(f"wrote {output}")
+
+
+def output_file(model: str, output: str | None) -> Path:
+    """Where the evaluation goes.
+
+    Raises:
+        ValueError: the model is no folder, and no file is named; or that file's folder is missing.
+    """
+    if output is None and not Path(model).is_dir():
+        raise ValueError(f"output: {model!r} is no folder to put {FILE} into; name a file")
+    path = Path(model) / FILE if output is None else Path(output)
+    if not path.parent.is_dir():
+        raise ValueError(f"output: there is no folder {str(path.parent)!r}")
+    return path
+
+
+def read_evaluation(path: Path, arguments: EvaluateArguments) -> dict[str, Any]:
+    """What the file holds so far; nothing where there is none.
+
+    Raises:
+        ValueError: it is no evaluation, or that of another model in a file that was named.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"output: {path} is not JSON: {error}") from error
+    if not isinstance(content, dict) or "metrics" not in content or "details" not in content:
+        raise ValueError(f"output: {path} is no evaluation")
+    if arguments.output is not None and content["model"] != arguments.model:
+        raise ValueError(
+            f"output: {path} holds the evaluation of {content['model']!r}, not of "
+            f"{arguments.model!r}"
+        )
+    return content
+
+
+def describe(arguments: EvaluateArguments, questions: Questions) -> dict[str, Any]:
+    """What a score came from, besides the model."""
+    return {
+        "task": questions.config["task"],
+        "data": questions.source,
+        "batch_size": arguments.batch_size,
+        "versions": {**versions(), "lm_eval": version("lm_eval")},
+        **{name: getattr(arguments, name) for name in COMPARED},
+    }
+
+
+def merge(
+    earlier: Mapping[str, Any],
+    model: str,
+    scores: Mapping[str, Score],
+    details: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The file's content with the new scores; the mean where all four were asked alike."""
+    columns = ("metrics", "stderr", "num_examples", "details")
+    content: dict[str, Any] = {name: dict(earlier.get(name, {})) for name in columns}
+    content["model"] = model
+    for name, one in scores.items():
+        found = (
+            one.accuracy,
+            one.stderr,
+            one.num_examples,
+            {**details[name], "num_cut": one.num_cut, "prompts_hash": one.prompts_hash},
+        )
+        for column, value in zip(columns, found, strict=True):
+            content[column][PAPER_NAMES[name]] = value
+    metrics, known = content["metrics"], content["details"]
+    metrics.pop(MEAN, None)
+    names = PAPER_NAMES.values()
+    alike = all(name in known for name in names) and all(
+        len({known[name][key] for name in names}) == 1 for key in COMPARED
+    )
+    if alike:
+        metrics[MEAN] = sum(metrics[name] for name in names) / len(names)
+    return content
+
+
+def table(content: Mapping[str, Any]) -> str:
+    """The accuracies as they are printed."""
+    rows = [("", "accuracy", "stderr", "questions")]
+    for name in (*PAPER_NAMES.values(), MEAN):
+        if name in content["metrics"]:
+            stderr, number = content["stderr"].get(name), content["num_examples"].get(name, "")
+            shown = "" if stderr is None else f"{stderr:.2f}"
+            rows.append((name, f"{content['metrics'][name]:.2f}", shown, str(number)))
+    return "\n".join(f"{a:<9}{b:>9}{c:>8}{d:>11}" for a, b, c, d in rows)

@@ -1,0 +1,97 @@
+"""`sftmix report`: read runs, measure what is missing, and write the page."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from sftmix.report.drawing import require_plots
+from sftmix.report.findings import Findings, find
+from sftmix.report.page import Page, Section, write_page
+from sftmix.report.runs import read_runs
+from sftmix.report.sections import RESULTS, sections
+from sftmix.report.tables import last_part
+
+DESCRIPTION = """\
+One HTML file about runs of `sftmix score` and `sftmix train`: what they reached beside each other,
+with tests over seeds; the paper's figures; losses, confidence, representations, and what was mixed.
+Runs that differ in their seed alone form a row. A part that cannot be made is left out and the
+page says why. Needs matplotlib and scikit-learn: pip install 'sftmix[plots]'."""
+
+EXAMPLES = 1000
+
+
+def main(words: Sequence[str]) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        prog="sftmix report",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
+    parser.add_argument("--output", default="report.html", help="(default: report.html)")
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=EXAMPLES,
+        help="training examples that are scored before and after training, a seeded sample; the "
+        f"scores are kept in RUN/report; 0: none (default: {EXAMPLES})",
+    )
+    parser.add_argument("--title", default="SFTMix report", help="of the page")
+    options = parser.parse_args(words)
+    page = report_runs(
+        options.runs, Path(options.output), examples=options.examples, title=options.title
+    )
+    for section in page.sections:
+        for table in section.tables[:1] if section.title == RESULTS else ():
+            print(table.text() + "\n")
+        for warning in section.warnings:
+            print(f"Note: {warning}")
+        for missing in section.left_out:
+            print(f"{missing.title} is left out: {missing.reason}")
+    print(f"wrote {options.output}")
+
+
+def report_runs(
+    folders: Sequence[str | Path],
+    output: Path,
+    *,
+    examples: int | None = EXAMPLES,  # None: all
+    title: str = "SFTMix report",
+    paragraphs: Sequence[str] = (),
+    first: Sequence[Section] = (),
+) -> Page:
+    """Write the report about these runs; ``first`` are sections before its own.
+
+    Raises:
+        ValueError: a folder is no run, the output is a folder, or ``examples`` is below 0.
+        ImportError: a package for the pictures is not installed.
+        OSError: the file cannot be written.
+    """
+    require_plots()
+    if examples is not None and examples < 0:
+        raise ValueError(f"examples: expected at least 0, got {examples}")
+    if output.is_dir():
+        raise ValueError(f"output: expected a file, got the folder {output}")
+    findings = find(read_runs(folders), examples)
+    page = Page(title, paragraphs or introduction(findings), [*first, *sections(findings)])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_page(output, page)
+    return page
+
+
+def introduction(findings: Findings) -> list[str]:
+    """What the page is about, and what it finds, in a few sentences."""
+    trained = sum(not run.scored for run in findings.runs)
+    scored = len(findings.runs) - trained
+    text = [
+        f"{trained} run(s) of sftmix train in {len(findings.groups)} row(s)"
+        + (f", {scored} of sftmix score." if scored else ".")
+        + " SFTMix adds to next-token prediction (NTP) a Mixup loss between examples that a "
+        "reference model is sure of and examples that it is not sure of (arXiv 2410.05248)."
+    ]
+    models = dict.fromkeys(last_part(run.recipe["model"]) for run in findings.runs)
+    data = dict.fromkeys(last_part(name) for run in findings.runs for name in run.recipe["data"])
+    return [*text, f"Model: {', '.join(models)}. Data: {', '.join(data)}."]
