@@ -17,6 +17,11 @@ Record: TypeAlias = Mapping[str, Any]
 SOURCES = {"gsm8k": "GSM8K", "alpaca": "Alpaca", "demo": "the bundled data"}
 
 
+def source_name(source: str) -> str:
+    """A data set's name as it is written."""
+    return SOURCES.get(source, source)
+
+
 @dataclass(frozen=True)
 class Measure:
     """How a measure is written; ``relative``: differences are in percent of NTP's."""
@@ -57,7 +62,7 @@ class Results:
     @property
     def name(self) -> str:
         """As it is written."""
-        return SOURCES.get(self.source, self.source)
+        return source_name(self.source)
 
     @property
     def systems(self) -> tuple[str, ...]:

@@ -15,7 +15,17 @@ from benchmarks.readme import replace_block
 from benchmarks.report import table
 from sftmix.comparison import Comparison
 
-from .findings import MEASURES, PRIMARY, SPREAD, Finding, Measure, Results, findings, read
+from .findings import (
+    MEASURES,
+    PRIMARY,
+    SPREAD,
+    Finding,
+    Measure,
+    Results,
+    findings,
+    read,
+    source_name,
+)
 from .settings import BASELINE, SYSTEMS
 
 BEGIN = (
@@ -62,7 +72,7 @@ def write(folder: Path, document: Path | None = None) -> None:
 def markdown(results: Sequence[Results], picture: str) -> str:
     """Everything that the results say."""
     found = {measure: findings(results, measure) for measure in MEASURES}
-    parts = [origin(results), verdict(found[PRIMARY]), f"![{ALT}]({picture})\n"]
+    parts = [origin(results), headline(found), verdict(found[PRIMARY]), f"![{ALT}]({picture})\n"]
     parts += ["### Held-out loss, the primary measure\n"]
     parts += [comparison_table(one, PRIMARY, found[PRIMARY]) for one in results]
     parts += ["### Spread of confidence\n"]
@@ -103,6 +113,23 @@ def origin(results: Sequence[Results]) -> str:
     return f"{seeds}. {model}. {machine}.\n"
 
 
+def headline(found: Mapping[str, Sequence[Finding]]) -> str:
+    """SFTMix beside NTP in loss and in spread of confidence, a line each."""
+    lines = []
+    for measure in (PRIMARY, SPREAD):
+        how, said = MEASURES[measure], []
+        for one in found[measure]:
+            if one.system == "sftmix":
+                difference, interval, _ = tested(one.test, how)
+                real = "significant" if one.significant else "not significant"
+                said.append(f"{source_name(one.source)} {difference} ({interval}; {real})")
+        lines.append(
+            f"- SFTMix beside NTP, {how.label} ({how.difference_unit}, 95 % interval): "
+            f"{', '.join(said)}."
+        )
+    return "\n".join(lines) + "\n"
+
+
 def verdict(found: Sequence[Finding]) -> str:
     """How many differences of the primary measure are significant, and which."""
     tests = [one for one in found if one.corrected is not None]
@@ -113,7 +140,7 @@ def verdict(found: Sequence[Finding]) -> str:
         f"p < 0.05, and {len(real)} after Holm's correction"
     )
     said = [
-        f"{SYSTEMS[one.system].label} on {Results(one.source, (), {}).name} is "
+        f"{SYSTEMS[one.system].label} on {source_name(one.source)} is "
         f"{'worse' if (one.test.difference or 0) > 0 else 'better'} by "
         f"{abs(one.test.difference or 0):.4f} {MEASURES[PRIMARY].unit}"
         for one in real

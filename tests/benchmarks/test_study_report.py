@@ -75,6 +75,8 @@ def test_the_spread_is_compared_in_percent_of_ntps(tmp_path: Path) -> None:
     found = {one.system: one for one in findings(read(tmp_path), SPREAD)}
     assert found["sftmix"].test.difference == pytest.approx(-7)
     assert found["sftmix"].significant
+    said = markdown(read(tmp_path), "x.svg")
+    assert "std. dev. (% of NTP's, 95 % interval): GSM8K -7.0 (-7.2 to -6.8; significant)" in said
     # Equal differences leave nothing to test.
     assert found["mixup"].test.p_value is None
     assert found["mixup"].corrected is None
