@@ -203,8 +203,8 @@ def _hide_inherited(parser: argparse.ArgumentParser, config_type: type[SFTMixCon
         if issubclass(base, SFTMixOptions)
         for name in base.__annotations__
     }
-    # A reference model is trained without Mixup.
-    idle = set(OF_MIXUP) if issubclass(config_type, ScoreConfig) else set()
+    # A reference model is trained with NTP.
+    idle = {*OF_MIXUP, "kl_reg"} if issubclass(config_type, ScoreConfig) else set()
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)} - ours
     for action in parser._actions:
         # `--no_X` comes with the help text of `--X`, whose opposite it is.
