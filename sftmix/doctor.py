@@ -13,7 +13,7 @@ from sftmix.manifest import versions
 from sftmix_kernels import RowChunks
 from sftmix_kernels.build import build_info
 
-OPTIONAL = ("triton", "peft", "trl", "lm_eval", "matplotlib", "tensorboard")
+OPTIONAL = ("triton", "peft", "trl", "lm_eval", "matplotlib", "sklearn", "tensorboard")
 
 
 def main(words: Sequence[str]) -> None:

@@ -161,8 +161,12 @@ def _num_levels(by: str, num_examples: int) -> int:
 
 def levels(partition: Partition) -> NDArray[np.int64]:
     """The level of every example, (S,), 1 the most confident: of two halves 1 or 2."""
-    names = {name: level for level, name in enumerate(subset_names(partition), start=1)}
-    return np.array([names[name] for name in partition.subset.tolist()], dtype=np.int64)
+    halves = {CONFIDENT: 1, UNCONFIDENT: 2}
+    found = [
+        halves[name] if name in halves else int(name.removeprefix(LEVEL.format("")))
+        for name in partition.subset.tolist()
+    ]
+    return np.array(found, dtype=np.int64)
 
 
 def subset_names(partition: Partition) -> list[str]:

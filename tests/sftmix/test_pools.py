@@ -158,6 +158,13 @@ def test_a_level_that_is_gone_is_refused() -> None:
         pools_of(chosen(some, rows), "outer")
 
 
+def test_fewer_rows_than_levels_are_refused() -> None:
+    some = partition(8, "quantiles:4")
+    rows = np.flatnonzero(some.subset == "level 4")
+    with pytest.raises(ValueError, match=r"both sides .*got 0 confident and 2 unconfident"):
+        pools_of(chosen(some, rows), "outer")
+
+
 def test_chosen_rows() -> None:
     assert np.asarray(chosen([True, False, True], [2, 1])).tolist() == [True, False]
     found = chosen(partition(6), [4, 0])

@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
+from sftmix.arguments import TrainRunArguments
 from sftmix.cli import main
-from sftmix.data import BadRowError, Example, load_examples
+from sftmix.data import BadRowError, Example, content_hash, load_examples
+from sftmix.loading import load_data, load_held_out, load_tokenizer
 from sftmix.partition import read_partition
 from sftmix.selection import columns_of, parse_selection, response_length, select
 
@@ -149,6 +152,26 @@ def test_the_rows_that_alpagasus_kept() -> None:
     text = f"keys:{files[1]}"
     examples = load_examples([files[0]], on_bad_row="skip")
     assert len(select(examples, {text: parse_selection(text, on_bad_row="skip")})) == 935
+
+
+def test_splits_are_those_of_the_data_the_keys_and_the_held_out_data(
+    toy_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows(split: str) -> list[dict[str, str]]:
+        return [{"question": f"a question of {split}", "answer": "an answer"}]
+
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(rows(split))
+    )
+    arguments = TrainRunArguments(
+        str(toy_model), ["own/data"], "run", "first", ["keys:own/keys"],
+        eval_data=["own/held-out"], eval_split="second",
+    )  # fmt: skip
+    tokenizer = load_tokenizer(arguments)
+    held_out = load_held_out(arguments, tokenizer)
+    assert held_out is not None
+    for found, split in ((load_data(arguments, tokenizer), "first"), (held_out, "second")):
+        assert found["content_hash"][:] == [content_hash(row) for row in rows(split)]
 
 
 @pytest.fixture(scope="module")
