@@ -28,7 +28,7 @@ help:
 	@echo "make types   mypy --strict"
 	@echo "make bench   all benchmarks, with tables and pictures in runs/bench-DATE (OUT=...)"
 	@echo "make bench-quick   at tiny sizes: ratios beside those committed; fails on errors alone"
-	@echo "make results  tables and pictures from benchmarks/results, and README's"
+	@echo "make results  tables and pictures from committed results, and README's"
 	@echo "make clean   removes build products and caches; keeps .venv and runs/"
 	@echo "PYTHON=/path/to/python uses that environment and installs nothing"
 
@@ -64,6 +64,7 @@ bench-quick: $(READY)
 results: $(READY)
 	"$(PYTHON)" -m benchmarks plot benchmarks/results --markdown benchmarks/RESULTS.md \
 		--readme README.md
+	"$(PYTHON)" -m benchmarks.study report benchmarks/study/results --document docs/study.md
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -101,8 +101,13 @@ left() {
 }
 
 tests() {
+    local folders=(tests/sftmix_kernels)
+    # The trainer needs what the suite `step` needs.
+    if "$python" -c "import datasets, accelerate, xxhash" 2>/dev/null; then
+        folders+=(tests/sftmix/test_methods.py)
+    fi
     part tests "$1" "$python" -m pytest -p no:cacheprovider -m gpu -q -rf --durations=5 \
-        tests/sftmix_kernels
+        "${folders[@]}"
 }
 
 sanitizer() {

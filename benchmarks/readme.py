@@ -140,16 +140,16 @@ def readme_block(reports: Sequence[Report], pictures: Sequence[str | PurePath]) 
     return "\n".join(part for part in parts if part)
 
 
-def replace_block(text: str, block: str) -> str:
-    """The text with ``block`` between the lines `BEGIN` and `END`, which stay.
+def replace_block(text: str, block: str, begin_mark: str = BEGIN, end_mark: str = END) -> str:
+    """The text with ``block`` between the lines of the marks, which stay.
 
     Raises:
         ValueError: a line is missing, there more than once, or the second comes first.
     """
     lines = text.splitlines()
-    for mark in (BEGIN, END):
+    for mark in (begin_mark, end_mark):
         if lines.count(mark) != 1:
             raise ValueError(f"expected the line {mark!r} once, found it {lines.count(mark)} times")
-    if (begin := lines.index(BEGIN)) > (end := lines.index(END)):
-        raise ValueError(f"expected the line {BEGIN!r} before {END!r}")
+    if (begin := lines.index(begin_mark)) > (end := lines.index(end_mark)):
+        raise ValueError(f"expected the line {begin_mark!r} before {end_mark!r}")
     return "\n".join([*lines[: begin + 1], block.strip("\n"), *lines[end:]]) + "\n"

@@ -112,7 +112,10 @@ def _hub_rows(name: str, config: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def _labelled_rows(file: Path, ids: Path) -> Iterator[Row]:
-    """The rows of PubMedQA that the ids name, in the order of the ids."""
+    """The rows of PubMedQA that the ids name, in the order of the labelled part.
+
+    The file of ids is sorted by answers: its first 50 questions are all answered with "yes".
+    """
     labelled, wanted = _read_json(file), _read_json(ids)
     if not isinstance(labelled, dict):
         raise ValueError(f"pubmedqa_data: {file} must map ids to questions, as ori_pqal.json does")
@@ -124,8 +127,8 @@ def _labelled_rows(file: Path, ids: Path) -> Iterator[Row]:
             f"pubmedqa_ids: {len(missing)} of {len(wanted)} ids of {ids} are not in {file}, "
             f"the first is {missing[0]!r}"
         )
-    for number, one in enumerate(wanted, start=1):
-        row = labelled[one]
+    chosen = [(one, row) for one, row in labelled.items() if one in wanted]
+    for number, (one, row) in enumerate(chosen, start=1):
         answer = row.get("final_decision") if isinstance(row, dict) else None
         if isinstance(wanted, dict) and answer != wanted[one]:
             raise ValueError(

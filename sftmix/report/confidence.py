@@ -213,7 +213,7 @@ def change_picture(
                 weights=np.full(len(kept), 100 / len(values)),
                 histtype="step",
                 color=shade,
-                linewidth=1.3 + 0.7 * (len(confidences) - number - 1) * (shade != INK),
+                linewidth=1.3 + 0.7 * min(len(confidences) - number - 1, 4) * (shade != INK),
                 linestyle="--" if shade == INK else "-",
                 label=name,
             )

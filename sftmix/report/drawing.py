@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from sftmix.partition import CONFIDENT, UNCONFIDENT
 
 if TYPE_CHECKING:  # an optional extra
     from matplotlib.axes import Axes
+
+# Rows that fit into a figure, and the height of each other one in inches.
+ROWS_OF_LEGEND, ROW_OF_LEGEND = 4, 0.18
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -102,8 +106,8 @@ def draw(name: str, plot: Callable[[Axes], None], height: float = 3.1) -> Markup
 
 
 def legend_above(axes: Axes, columns: int = 1, **options: Any) -> None:
-    """A legend over the axes, where it hides nothing however long the names are."""
-    axes.legend(
+    """A legend over the axes, where it hides nothing; many rows make the figure higher."""
+    legend = axes.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1),
         ncols=columns,
@@ -112,6 +116,11 @@ def legend_above(axes: Axes, columns: int = 1, **options: Any) -> None:
         handlelength=1.6,
         **options,
     )
+    rows = math.ceil(len(legend.get_texts()) / columns)
+    if rows > ROWS_OF_LEGEND:
+        figure: Any = axes.get_figure(root=True)
+        height = figure.get_figheight() + ROW_OF_LEGEND * (rows - ROWS_OF_LEGEND)
+        figure.set_figheight(height)
 
 
 def colour(number: int) -> str:

@@ -181,9 +181,9 @@ def verdict(found: Comparison) -> str:
 
 def warnings(groups: Sequence[Group]) -> list[str]:
     """What keeps the comparison from being a fair one."""
-    found = []
+    found = _few_seeds(groups)
     for group in groups:
-        found += [*_of_seeds(group), *_of_runs(group)]
+        found += _of_runs(group)
         baseline = baseline_of(group, groups)
         if baseline is None and group.method != "ntp":
             found.append(
@@ -199,26 +199,27 @@ def warnings(groups: Sequence[Group]) -> list[str]:
     return found
 
 
-def _of_seeds(group: Group) -> list[str]:
-    found = []
-    seeds = [run.seed for run in group.runs if run.finished]
-    if len(set(seeds)) == 1:
-        found.append(
-            f"{group.name}: one seed alone (n = 1). A difference of one run may be chance; "
-            "train with other --seed values."
-        )
-    if len(set(seeds)) == 2:
-        found.append(
-            f"{group.name}: two seeds alone (n = 2). A test of two differences has one degree "
-            "of freedom, and its verdict is easily wrong."
-        )
-    if len(set(seeds)) < len(seeds):
-        found.append(f"{group.name}: several runs have the same recipe and seed; the first counts.")
-    return found
+def _few_seeds(groups: Sequence[Group]) -> list[str]:
+    """One sentence for all rows of one seed, and one for those of two."""
+    meaning = {
+        1: "one seed alone (n = 1). A difference of one run may be chance; train with other "
+        "--seed values.",
+        2: "two seeds alone (n = 2). A test of two differences has one degree of freedom, and its "
+        "verdict is easily wrong.",
+    }
+    names: dict[int, list[str]] = {number: [] for number in meaning}
+    for group in groups:
+        number = len({run.seed for run in group.runs if run.finished})
+        if number in names:
+            names[number].append(group.name)
+    return [f"{'; '.join(names[n])}: {text}" for n, text in meaning.items() if names[n]]
 
 
 def _of_runs(group: Group) -> list[str]:
     found = []
+    seeds = [run.seed for run in group.runs if run.finished]
+    if len(set(seeds)) < len(seeds):
+        found.append(f"{group.name}: several runs have the same recipe and seed; the first counts.")
     for run in group.runs:
         if not run.finished:
             found.append(

@@ -65,11 +65,14 @@ def flat_gradients(model: PreTrainedModel) -> Tensor:
     return torch.cat([weight.grad.flatten() for weight in model.parameters()])
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("head", ["fused", "logits"])
 @pytest.mark.parametrize("family", CAPS)
 @pytest.mark.parametrize("method", METHODS)
-def test_loss_and_gradients(method: str, family: str, head: str, tmp_path: Path) -> None:
-    model, plain = tiny.build(family), tiny.build(family)
+def test_loss_and_gradients(
+    method: str, family: str, head: str, device: str, tmp_path: Path
+) -> None:
+    model, plain = tiny.build(family), tiny.build(family).to(device)
     exact = copy.deepcopy(plain).double()
     made = tiny.trainer(
         model,
@@ -81,9 +84,11 @@ def test_loss_and_gradients(method: str, family: str, head: str, tmp_path: Path)
         mu=MU,
         kl_reg=KL_REG,
         head=head,
+        use_cpu=device == "cpu",
     )
     batch = next(iter(made.get_train_dataloader()))
     loss = made.compute_loss(model, batch)
+    assert isinstance(loss, Tensor)
     losses = [dense_loss(dense, batch, method, CAPS[family]) for dense in (plain, exact)]
     for one in (loss, *losses):
         one.backward()

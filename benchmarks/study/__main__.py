@@ -1,0 +1,88 @@
+"""Does SFTMix help? Small models over seeds, on one core; goes on where it was broken off.
+
+python -m benchmarks.study --gsm8k-train FILE --gsm8k-test FILE --alpaca FILE
+python -m benchmarks.study report benchmarks/study/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .settings import FIRST, QUICK, SEEDS, SYSTEMS, Sizes
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def main(words: Sequence[str]) -> None:
+    """Run, or with the first word ``report`` write tables and pictures of what was run."""
+    if words[:1] == ["report"]:
+        from .report import main as report
+
+        return report(words[1:])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gsm8k-train", type=Path, metavar="FILE")
+    parser.add_argument("--gsm8k-test", type=Path, metavar="FILE", help="held out")
+    parser.add_argument("--alpaca", type=Path, metavar="FILE", help="instruction, input, output")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default: %(default)s")
+    parser.add_argument(
+        "--systems",
+        nargs="+",
+        choices=tuple(SYSTEMS),
+        default=FIRST,
+        metavar="NAME",
+        help=f"of {', '.join(SYSTEMS)}; default: the first {len(FIRST)}",
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="for the results")
+    parser.add_argument("--quick", action="store_true", help="whether it works, on bundled data")
+    options = parser.parse_args(words)
+    if (options.gsm8k_train is None) != (options.gsm8k_test is None):
+        parser.error("--gsm8k-train and --gsm8k-test: give both")
+    if not (options.quick or options.gsm8k_train or options.alpaca):
+        parser.error("give --gsm8k-train and --gsm8k-test, or --alpaca, or --quick")
+    if options.quick and options.out == RESULTS:
+        parser.error("--quick: give --out, its numbers are no results")
+    run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run every data set that was given, on one thread, and report on all that is in ``--out``."""
+    # Imported late: `report` needs none of it.
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from .parts import alpaca, demo, gsm8k
+    from .report import write
+    from .runs import study
+
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    sources = []
+    if options.quick:
+        sources.append(demo())
+    if options.gsm8k_train:
+        sources.append(gsm8k(options.gsm8k_train, options.gsm8k_test))
+    if options.alpaca:
+        sources.append(alpaca(options.alpaca))
+    options.out.mkdir(parents=True, exist_ok=True)
+    for source in sources:
+        study(
+            source,
+            options.seeds,
+            options.systems,
+            QUICK if options.quick else Sizes(),
+            options.out,
+            lambda line: print(line, flush=True),
+        )
+    write(options.out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,170 @@
+"""What the results say: every system beside NTP, over seeds, with a correction for many tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from sftmix.comparison import LEVEL, Comparison, compare
+
+from .settings import BASELINE, SYSTEMS
+
+Record: TypeAlias = Mapping[str, Any]
+# The names of data sets, in the order of the tables.
+SOURCES = {"gsm8k": "GSM8K", "alpaca": "Alpaca", "demo": "the bundled data"}
+
+
+def source_name(source: str) -> str:
+    """A data set's name as it is written."""
+    return SOURCES.get(source, source)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a measure is written; ``relative``: differences are in percent of NTP's."""
+
+    label: str
+    unit: str
+    digits: int
+    factor: float = 1.0
+    relative: bool = False
+
+    @property
+    def difference_unit(self) -> str:
+        """Of a difference to NTP."""
+        return "% of NTP's" if self.relative else self.unit
+
+
+PRIMARY = "held_out_loss"
+SPREAD = "confidence_std"
+MEASURES = {
+    PRIMARY: Measure("held-out loss", "nats/token", 4),
+    "held_out_accuracy": Measure("held-out token accuracy", "%", 2, factor=100),
+    "held_out_ece": Measure("calibration error", "% points", 2, factor=100),
+    SPREAD: Measure("confidence, std. dev.", "", 2, relative=True),
+    "confidence_iqr": Measure("confidence, interquartile range", "", 2, relative=True),
+    "confidence_mean": Measure("confidence, mean", "", 2),
+    "train_loss": Measure("training loss", "nats/token", 4),
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """The records of one data set, by seed, and the search for its learning rate."""
+
+    source: str
+    records: tuple[Record, ...]
+    search: Record
+
+    @property
+    def name(self) -> str:
+        """As it is written."""
+        return source_name(self.source)
+
+    @property
+    def systems(self) -> tuple[str, ...]:
+        """Those that at least one seed has."""
+        found = {name for record in self.records for name in record["systems"]}
+        return tuple(name for name in SYSTEMS if name in found)
+
+    def values(self, system: str, measure: str) -> dict[int, float]:
+        """The measure by seed, in its unit."""
+        factor = MEASURES[measure].factor
+        return {
+            record["seed"]: record["systems"][system][measure] * factor
+            for record in self.records
+            if system in record["systems"]
+        }
+
+    def base(self, measure: str) -> dict[int, float]:
+        """The same of the base model."""
+        factor = MEASURES[measure].factor
+        return {record["seed"]: record["base"][measure] * factor for record in self.records}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A system beside NTP on a data set."""
+
+    source: str
+    system: str
+    own: Comparison  # its values, and their difference in the measure's unit
+    test: Comparison  # the difference that is tested, in the measure's difference unit
+    corrected: float | None  # Holm's p-value; None where there was no test
+
+    @property
+    def significant(self) -> bool:
+        """Whether it is, after the correction."""
+        return self.corrected is not None and self.corrected < 1 - LEVEL
+
+
+def read(folder: Path) -> list[Results]:
+    """The results of a folder, one for each data set.
+
+    Raises:
+        ValueError: none are there, or those of a data set were made with different settings.
+    """
+    records = [json.loads(file.read_text("utf-8")) for file in sorted(folder.glob("*.json"))]
+    found = []
+    for source in (*SOURCES, *sorted({record["data"] for record in records} - SOURCES.keys())):
+        own = [record for record in records if record["data"] == source]
+        runs = sorted((r for r in own if r.get("systems")), key=lambda record: record["seed"])
+        searches = [record for record in own if "losses" in record]
+        if not runs:
+            continue
+        for name in ("sizes", "examples", "learning_rate"):
+            if any(record[name] != runs[0][name] for record in runs):
+                raise ValueError(f"{folder}: the results of {source} differ in {name}")
+        if len(searches) != 1:
+            raise ValueError(f"{folder}: expected one search of {source}, got {len(searches)}")
+        found.append(Results(source, tuple(runs), searches[0]))
+    if not found:
+        raise ValueError(f"{folder}: there are no results")
+    return found
+
+
+def findings(results: Sequence[Results], measure: str) -> list[Finding]:
+    """Every system of every data set beside NTP; the correction is over all of them."""
+    found = []
+    for one in results:
+        baseline = one.values(BASELINE, measure)
+        for system in one.systems:
+            if system == BASELINE:
+                continue
+            values = one.values(system, measure)
+            own = compare(values, baseline)
+            test = own
+            if MEASURES[measure].relative:
+                common = values.keys() & baseline.keys()
+                changes = {seed: 100 * (values[seed] / baseline[seed] - 1) for seed in common}
+                test = compare(changes, dict.fromkeys(common, 0.0))
+            found.append((one.source, system, own, test))
+    tested = [test.p_value for *_, test in found if test.p_value is not None]
+    corrected = iter(holm(tested))
+    return [
+        Finding(*one, next(corrected) if one[-1].p_value is not None else None) for one in found
+    ]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values of m tests after Holm's correction, in their order.
+
+    Of the sorted ones, p'_(i) = max over j <= i of min(1, (m - j + 1) p_(j)): those below a level
+    hold together at that level, whichever of the differences are real. Source: Holm 1979, A simple
+    sequentially rejective multiple test procedure.
+
+    Raises:
+        ValueError: a p-value outside of [0, 1].
+    """
+    for p_value in p_values:
+        if not 0 <= p_value <= 1:
+            raise ValueError(f"p_values: expected 0 .. 1, got {p_value}")
+    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        corrected[place] = highest
+    return corrected

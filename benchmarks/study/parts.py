@@ -1,0 +1,139 @@
+"""The data of a run: three parts, of which no two share an example.
+
+base: the base model's. train: scored, split and tuned on. held out: only measured on; GSM8K's are
+of its own test file, Alpaca's those whose content hash is in the lowest eighth, so that no seed
+ever trains on an example that another one measures on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+import numpy as np
+
+from sftmix import demo_data
+from sftmix.data import Example, load_examples
+from sftmix.templates import tokenize_examples
+
+from .settings import Sizes
+
+Examples: TypeAlias = Sequence[Example]
+HELD_OUT_SHARE = 8
+# Drawn besides those that are needed, as a share of them: some prompts fill `max_length` alone.
+SPARE = 0.1
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set, parted into what may be trained on and what may not."""
+
+    name: str
+    pool: Examples
+    held_out: Examples
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One seed's draw of a source."""
+
+    base: Examples
+    train: Examples
+    held_out: Examples
+
+
+def gsm8k(train: Path, test: Path) -> Source:
+    """GSM8K from its two files."""
+    pool, held_out = (load_examples([file], on_bad_row="skip") for file in (train, test))
+    return Source("gsm8k", pool, held_out)
+
+
+def alpaca(file: Path) -> Source:
+    """Alpaca or a sample of it, held-out examples by their content hash."""
+    examples = load_examples([file], on_bad_row="skip")
+    held_out = [is_held_out(example) for example in examples]
+    return Source(
+        "alpaca",
+        [example for example, out in zip(examples, held_out, strict=True) if not out],
+        [example for example, out in zip(examples, held_out, strict=True) if out],
+    )
+
+
+def demo() -> Source:
+    """The bundled data, for quick runs."""
+    return Source(
+        "demo",
+        load_examples([demo_data.TRAIN], disable_progress=True),
+        load_examples([demo_data.HELD_OUT], disable_progress=True),
+    )
+
+
+def is_held_out(example: Example) -> bool:
+    """Whether its content hash is in the lowest share; the same for equal contents."""
+    return int(example.content_hash, 16) * HELD_OUT_SHARE < 2**256
+
+
+def draw(source: Source, seed: int, sizes: Sizes, *, search: bool = False) -> Parts:
+    """A seed's parts, with some to spare.
+
+    ``search``: what is measured on comes from the pool too, so that the choice of a learning rate
+    has seen nothing that the study measures on.
+
+    Raises:
+        ValueError: the source has too few examples.
+    """
+    random = np.random.Generator(np.random.Philox(key=seed))
+    base, train, held_out = (
+        number + int(number * SPARE)
+        for number in (sizes.base_examples, sizes.train_examples, sizes.held_out_examples)
+    )
+    pool = random.permutation(len(source.pool))
+    out = random.permutation(len(source.held_out))
+    needed = base + train + (held_out if search else 0)
+    for name, wanted, found in (
+        ("training", needed, len(pool)),
+        ("held-out", held_out, len(out)),
+    ):
+        if found < wanted:
+            raise ValueError(f"{source.name}: expected {wanted} {name} examples, got {found}")
+    measured = (
+        [source.pool[row] for row in pool[base + train : needed]]
+        if search
+        else [source.held_out[row] for row in out[:held_out]]
+    )
+    return Parts(
+        [source.pool[row] for row in pool[:base]],
+        [source.pool[row] for row in pool[base : base + train]],
+        measured,
+    )
+
+
+def as_tokens(examples: Examples, tokenizer: Any, number: int, sizes: Sizes) -> datasets.Dataset:
+    """The first ``number`` of them that have a response token within ``max_length``.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    dataset = tokenize_examples(
+        examples,
+        tokenizer,
+        max_length=sizes.max_length,
+        on_bad_row="skip",
+        disable_progress=True,
+    )
+    if len(dataset) < number:
+        raise ValueError(
+            f"max_length: expected {number} of {len(examples)} examples to have a response token "
+            f"within {sizes.max_length}, got {len(dataset)}"
+        )
+    return dataset.select(range(number))
+
+
+def write_messages(path: Path, examples: Examples) -> None:
+    """Conversations as JSON lines, for what reads files."""
+    rows = [json.dumps({"messages": example.messages}) + "\n" for example in examples]
+    path.write_text("".join(rows), encoding="utf-8")

@@ -1,0 +1,263 @@
+"""The runs: a base model and a scored partition for each (data, seed), then every system."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import PrinterCallback
+
+from benchmarks.measure import cpu_name, git_commit
+from sftmix.arguments import RunArguments, ScoreConfig
+from sftmix.config import SFTMixConfig
+from sftmix.loading import load_model, load_tokenizer
+from sftmix.manifest import versions
+from sftmix.partition import Partition, from_scores, split
+from sftmix.runs import write_json
+from sftmix.score import reference_trainer
+from sftmix.toy import build_toy_model
+from sftmix.trainer import SFTMixTrainer, make_collator
+
+from .measures import on_held_out, on_training_data
+from .parts import Parts, Source, as_tokens, draw, write_messages
+from .settings import BASELINE, SEARCH_SEED, SYSTEMS, Sizes, System
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A base model in ``folder`` and the data beside it, of one seed."""
+
+    folder: Path
+    seed: int
+    sizes: Sizes
+    tokenizer: Any
+    train: datasets.Dataset
+    held_out: datasets.Dataset
+
+    def load(self) -> Any:
+        """A copy of the base model."""
+        return load_model(RunArguments(str(self.folder / "base"), [], ""))
+
+    def options(self, **changes: Any) -> dict[str, Any]:
+        """Arguments of a config: those of the paper, but for the sizes and ``changes``."""
+        return {
+            "output_dir": str(self.folder / "trainer"),
+            "seed": self.seed,
+            "per_device_train_batch_size": self.sizes.batch_size,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "dataloader_pin_memory": False,
+            **changes,
+        }
+
+    def trainer(
+        self,
+        model: Any,
+        dataset: datasets.Dataset,
+        confident: Partition | None = None,
+        **options: Any,
+    ) -> SFTMixTrainer:
+        """A quiet trainer."""
+        trainer = SFTMixTrainer(
+            model=model,
+            args=SFTMixConfig(**self.options(**options)),
+            train_dataset=dataset,
+            data_collator=make_collator(self.tokenizer),
+            confident=confident,
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+
+def prepare(parts: Parts, seed: int, sizes: Sizes, folder: Path) -> Case:
+    """Build a tokenizer and a model from the base part, train it there, tokenise the others."""
+    write_messages(folder / "base.jsonl", parts.base)
+    build_toy_model(
+        folder / "base",
+        [folder / "base.jsonl"],
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        num_layers=sizes.num_layers,
+        max_length=sizes.max_length,
+        seed=seed,
+    )
+    tokenizer = load_tokenizer(RunArguments(str(folder / "base"), [], ""))
+    base, train, held_out = (
+        as_tokens(examples, tokenizer, number, sizes)
+        for examples, number in (
+            (parts.base, sizes.base_examples),
+            (parts.train, sizes.train_examples),
+            (parts.held_out, sizes.held_out_examples),
+        )
+    )
+    case = Case(folder, seed, sizes, tokenizer, train, held_out)
+    model = case.load()
+    trainer = case.trainer(
+        model,
+        base,
+        method="ntp",
+        learning_rate=sizes.base_learning_rate,
+        max_steps=sizes.base_steps,
+    )
+    trainer.train()
+    trainer.head.detach()
+    model.save_pretrained(folder / "base")
+    return case
+
+
+def score(case: Case, learning_rate: float) -> Partition:
+    """The confidence of the training examples over an epoch of the reference model."""
+    config = ScoreConfig(
+        **case.options(
+            learning_rate=learning_rate,
+            num_scorings=case.sizes.num_scorings,
+            checkpoint_scorings=False,
+        )
+    )
+    trainer, scores = reference_trainer(
+        case.load(), case.train, make_collator(case.tokenizer), config
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return from_scores(
+        case.train["id"][:],
+        case.train["content_hash"][:],
+        scores.num_tokens.numpy(),
+        scores.nll_sum.numpy(),
+    )
+
+
+def measure(case: Case, trainer: SFTMixTrainer) -> dict[str, float]:
+    """All measures of the trainer's model."""
+    model, head, collator = trainer.model, trainer.head, trainer.data_collator.padded()
+    return {
+        **on_held_out(model, head, case.held_out, collator),
+        **on_training_data(model, head, case.train, collator),
+    }
+
+
+def run_system(
+    case: Case, system: System, partition: Partition, learning_rate: float
+) -> dict[str, float]:
+    """Tune a copy of the base model and measure it."""
+    trainer = case.trainer(
+        case.load(),
+        case.train,
+        split(partition, system.by, case.seed),
+        learning_rate=learning_rate,
+        num_train_epochs=case.sizes.epochs,
+        **system.options,
+    )
+    trainer.train()
+    return measure(case, trainer)
+
+
+def study(
+    source: Source, seeds: Sequence[int], systems: Sequence[str], sizes: Sizes, out: Path, say: Say
+) -> None:
+    """Run what ``out`` does not have yet; each seed's file is written anew after every system.
+
+    Raises:
+        ValueError: a seed is the search's, or a file was made with other sizes or learning rates.
+    """
+    if SEARCH_SEED in seeds:
+        raise ValueError(f"seeds: {SEARCH_SEED} is the one that the learning rate is chosen on")
+    learning_rate = choose_learning_rate(source, sizes, out, say)
+    for seed in seeds:
+        run_seed(source, seed, systems, sizes, learning_rate, out, say)
+
+
+def choose_learning_rate(source: Source, sizes: Sizes, out: Path, say: Say) -> float:
+    """The rate of NTP's lowest held-out loss on `SEARCH_SEED`, from ``out`` where it is there."""
+    path = out / f"{source.name}-search.json"
+    record = start(path, source, SEARCH_SEED, sizes)
+    if "losses" not in record:
+        with tempfile.TemporaryDirectory() as folder:
+            parts = draw(source, SEARCH_SEED, sizes, search=True)
+            case = prepare(parts, SEARCH_SEED, sizes, Path(folder))
+            losses = {}
+            for rate in sizes.learning_rates:
+                losses[f"{rate:g}"] = ntp_loss(case, rate)
+                say(f"{source.name}: learning rate {rate:g}, loss {losses[f'{rate:g}']:.4f}")
+        write_json(path, {**record, "losses": losses})
+    else:
+        losses = record["losses"]
+    return float(min(losses, key=lambda rate: losses[rate]))
+
+
+def ntp_loss(case: Case, learning_rate: float) -> float:
+    """Held-out loss after tuning with NTP, in batches without pairs."""
+    trainer = case.trainer(
+        case.load(),
+        case.train,
+        learning_rate=learning_rate,
+        num_train_epochs=case.sizes.epochs,
+        **SYSTEMS[BASELINE].options,
+    )
+    trainer.train()
+    return trainer.evaluate(case.held_out)["eval_loss"]
+
+
+def run_seed(
+    source: Source,
+    seed: int,
+    systems: Sequence[str],
+    sizes: Sizes,
+    learning_rate: float,
+    out: Path,
+    say: Say,
+) -> None:
+    """The systems of one seed that its file does not have."""
+    path = out / f"{source.name}-{seed}.json"
+    record = start(path, source, seed, sizes, learning_rate=learning_rate)
+    record.setdefault("systems", {})
+    missing = [name for name in systems if name not in record["systems"]]
+    if not missing:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        case = prepare(draw(source, seed, sizes), seed, sizes, Path(folder))
+        if "base" not in record:
+            record["base"] = measure(case, case.trainer(case.load(), case.train, method="ntp"))
+            say(f"{source.name}, seed {seed}: base, loss {record['base']['held_out_loss']:.4f}")
+        partition = score(case, learning_rate)
+        for name in missing:
+            found = run_system(case, SYSTEMS[name], partition, learning_rate)
+            record["systems"][name] = found
+            write_json(path, record)
+            say(f"{source.name}, seed {seed}: {name}, loss {found['held_out_loss']:.4f}")
+
+
+def start(path: Path, source: Source, seed: int, sizes: Sizes, **more: Any) -> dict[str, Any]:
+    """What the file has, or a new record of where its numbers come from.
+
+    Raises:
+        ValueError: the file is of other sizes, another learning rate or other data.
+    """
+    identity = {
+        "data": source.name,
+        "seed": seed,
+        "examples": {"pool": len(source.pool), "held_out": len(source.held_out)},
+        "sizes": json.loads(json.dumps(asdict(sizes))),
+        **more,
+    }
+    if not path.exists():
+        facts = {"commit": git_commit(), "cpu": cpu_name(), **versions()}
+        facts["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+        return {**identity, "facts": facts}
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in identity.items():
+        if record.get(name) != value:
+            raise ValueError(
+                f"{path}: was made with {name} = {record.get(name)!r}, now it is {value!r}; "
+                "take another folder"
+            )
+    return record
