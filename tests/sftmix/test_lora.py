@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from sftmix.arguments import RunArguments
 from sftmix.cli import main
+from sftmix.generate import model_hash
 from sftmix.lora import add_lora, lora_options
 from sftmix.partition import read_partition
 
@@ -173,3 +175,16 @@ def test_drawing_the_updates_leaves_the_devices_alone(
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_answers_of_an_adapter_belong_to_its_base_too(toy_model: Path, tmp_path: Path) -> None:
+    """A resumed run of `sftmix generate` is refused where either has changed."""
+    base, adapter = shutil.copytree(toy_model, tmp_path / "base"), tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    found = {model_hash(str(adapter), False)}
+    for file in (adapter / "adapter_model.safetensors", base / "model.safetensors"):
+        file.write_bytes(b"other weights")
+        found.add(model_hash(str(adapter), False))
+    assert len(found) == 3
