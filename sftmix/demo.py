@@ -348,7 +348,7 @@ def finish(
                 "The demo",
                 tables=(Table(table.columns, table.rows, "The three models", notes(results)[:-1]),),
                 parts=(groups_picture(partition, groups),),
-                commands=commands,
             ),
         ),
+        last=(Section("The demo's commands", commands=commands),),
     )

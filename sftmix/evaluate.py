@@ -125,11 +125,12 @@ def read_evaluation(path: Path, arguments: EvaluateArguments) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"output: {path} is not JSON: {error}") from error
-    if not isinstance(content, dict) or "metrics" not in content or "details" not in content:
+    # A judge's figures may have been put in by hand, without details.
+    if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
         raise ValueError(f"output: {path} is no evaluation")
-    if arguments.output is not None and content["model"] != arguments.model:
+    if arguments.output is not None and content.get("model") != arguments.model:
         raise ValueError(
-            f"output: {path} holds the evaluation of {content['model']!r}, not of "
+            f"output: {path} holds the evaluation of {content.get('model')!r}, not of "
             f"{arguments.model!r}"
         )
     return content

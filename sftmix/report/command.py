@@ -62,8 +62,9 @@ def report_runs(
     title: str = "SFTMix report",
     paragraphs: Sequence[str] = (),
     first: Sequence[Section] = (),
+    last: Sequence[Section] = (),
 ) -> Page:
-    """Write the report about these runs; ``first`` are sections before its own.
+    """Write the report about these runs; ``first`` and ``last`` are sections around its own.
 
     Raises:
         ValueError: a folder is no run, the output is a folder, or ``examples`` is below 0.
@@ -76,7 +77,8 @@ def report_runs(
     if output.is_dir():
         raise ValueError(f"output: expected a file, got the folder {output}")
     findings = find(read_runs(folders), examples)
-    page = Page(title, paragraphs or introduction(findings), [*first, *sections(findings)])
+    own = sections(findings)
+    page = Page(title, paragraphs or introduction(findings), [*first, *own, *last])
     output.parent.mkdir(parents=True, exist_ok=True)
     write_page(output, page)
     return page

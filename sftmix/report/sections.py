@@ -56,8 +56,8 @@ def results_section(findings: Findings) -> Section:
         paragraphs.append("The paper reports no figures of these models, methods and data.")
     if not any(run.metrics for run in findings.runs):
         paragraphs.append(
-            "No run has an evaluation.json: sftmix evaluate RUN writes one, and its metrics come "
-            "into these tables."
+            "No run has an evaluation.json: sftmix evaluate --model RUN writes one, whose metrics "
+            "come into these tables."
         )
     warnings = tables.warnings(groups)
     return Section(RESULTS, paragraphs, warnings, [table for table in found if table])

@@ -48,6 +48,14 @@ TRAINING = (
 # Of the recipe, but no options: what training found in its files.
 FOUND = ("data_hash", "num_examples", "template_hash", "partition", "world_size")
 
+# What the paper's rows of a method were mixed with.
+_PAIRS = {"alpha": 0.5, "pairing": "outer"}
+PAPERS_OPTIONS: dict[str, dict[str, Any]] = {
+    "sftmix": {"mu": 0.2, "mu_schedule": "constant", **_PAIRS},
+    "equal": _PAIRS,
+    "mixup": _PAIRS,
+}
+
 Values = Mapping[str, Mapping[int, float]]  # by measure, then by seed
 
 
@@ -309,17 +317,20 @@ def paper_table(groups: Sequence[Group], values: Sequence[Values]) -> Table | No
         return None
     notes = (
         "MT-Bench from 1 to 10, all others in percent; the paper reports one figure for each.",
-        'A "-" is not measured yet. MedQA, PubMedQA and MedMCQA: sftmix evaluate RUN. MT-Bench and '
-        "AlpacaEval need a judge: sftmix generate writes the answers; put the judge's figures "
-        'into RUN/evaluation.json as {"metrics": {"MT-Bench": ...}}.',
+        'A "-" is not measured yet. MedQA, PubMedQA and MedMCQA: sftmix evaluate --model RUN. '
+        "MT-Bench and AlpacaEval need a judge: sftmix generate writes the answers; put the judge's "
+        'figures into RUN/evaluation.json as {"metrics": {"MT-Bench": ...}}.',
     )
     columns = ("figure", "paper's data", "paper", "ours", "our row")
     return Table(columns, list(rows.values()), "The paper's figures beside ours", notes)
 
 
 def paper_rows(group: Group) -> list[PaperRow]:
-    """The paper's rows of a row's model, method and data; of selected rows there are none."""
-    if group.recipe.get("select"):
+    """The paper's rows of a row's model, method and data; none where it mixes or selects others."""
+    recipe = group.recipe
+    known = PAPERS_OPTIONS.get(group.method, {})
+    changed = any(recipe.get(name, value) != value for name, value in known.items())
+    if recipe.get("select") or changed:
         return []
     model, names = last_part(group.recipe["model"]).lower(), group.recipe["data"]
     stems = {_stem(row.data) for row in ROWS}

@@ -53,10 +53,10 @@ def test_scores_are_added_to_those_that_are_there() -> None:
     details = {"limit": None, "apply_chat_template": False, "dtype": "auto"}
     names = ["medqa", "medqa_5", "pubmedqa", "medmcqa"]
     scores = {name: Score(10.0 * i, 1.5, 4, 0, "hash") for i, name in enumerate(names)}
-    content: dict[str, Any] = {}
+    content: dict[str, Any] = {"metrics": {"MT-Bench": 4.5}}
     for name in ("medmcqa", "medqa_5", "medqa"):
         content = merge(content, "model", {name: scores[name]}, {name: details})
-    assert content["metrics"] == {"MedQA": 0.0, "MedQA-5": 10.0, "MedMCQA": 30.0}
+    assert content["metrics"] == {"MT-Bench": 4.5, "MedQA": 0.0, "MedQA-5": 10.0, "MedMCQA": 30.0}
     content = merge(content, "model", {"pubmedqa": scores["pubmedqa"]}, {"pubmedqa": details})
     assert content["metrics"]["mean"] == 15.0
     assert content["num_examples"] == dict.fromkeys(("MedQA", "MedQA-5", "PubMedQA", "MedMCQA"), 4)

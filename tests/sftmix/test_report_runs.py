@@ -237,7 +237,7 @@ def test_the_papers_figures(tmp_path: Path) -> None:
     ]
     assert lines["NTP, Llama-3.1-8B: MT-Bench", "Alpaca-52K"][:2] == ["4.3625", "-"]
     assert not any("SFTMix" in label and data == "Alpaca-52K" for label, data in lines)
-    assert "sftmix evaluate RUN" in table.notes[1]
+    assert "sftmix evaluate --model RUN" in table.notes[1]
     assert tables.paper_table(*rows_of([make_run(tmp_path / "x")])) is None
     hub = {"model": model, "data": ["medalpaca/medical_meadow_medqa"], "lora_rank": 16}
     adapter = tables.paper_table(*rows_of([make_run(tmp_path / "hub", **hub)]))
@@ -249,8 +249,16 @@ def test_the_papers_figures(tmp_path: Path) -> None:
         "-",
         "NTP (LoRA)",
     ]
-    some = make_run(tmp_path / "some", **hub, select=["longest:1000"])
-    assert tables.paper_table(*rows_of([some])) is None
+    others = (
+        {"select": ["longest:1000"]},
+        {"method": "sftmix", "mu": 0.5},
+        {"method": "sftmix", "mu_schedule": "cosine"},
+        {"method": "sftmix", "pairing": "rank"},
+        {"method": "sftmix", "alpha": 1.0},
+    )
+    for number, changes in enumerate(others):
+        run = make_run(tmp_path / f"other {number}", **hub, **changes)
+        assert tables.paper_table(*rows_of([run])) is None, changes
 
 
 def test_folders_that_are_no_runs(tmp_path: Path) -> None:
