@@ -31,18 +31,25 @@ LENGTH_BINS = 8
 class Drawn:
     """The pairs of a run in the order of training, c, u, c, u, ...; lam NaN where not mixed."""
 
+    partition: Partition
     rows: NDArray[np.int64]  # (E,) of the partition
     lam: NDArray[np.float64]  # (E / 2,)
     steps: NDArray[np.int64]  # (E,) the optimizer step, from 1, that each was drawn in
 
-    def mixed_tokens(self, partition: Partition) -> NDArray[np.int64]:
-        """Response tokens of each example drawn that are mixed: (E,)."""
-        pairs = partition.num_tokens[self.rows].reshape(-1, 2)
-        return np.repeat(pairs.min(axis=1) * ~np.isnan(self.lam), 2)
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """Response tokens of each example drawn: (E,)."""
+        return self.partition.num_tokens[self.rows]
 
-    def truncated_fraction(self, partition: Partition) -> float:
+    @property
+    def mixed_tokens(self) -> NDArray[np.int64]:
+        """Those of them that are mixed: (E,)."""
+        return np.repeat(self.tokens.reshape(-1, 2).min(axis=1) * ~np.isnan(self.lam), 2)
+
+    @property
+    def truncated_fraction(self) -> float:
         """Share of the response tokens that are not mixed, as training logs it."""
-        return 1 - float(self.mixed_tokens(partition).sum() / partition.num_tokens[self.rows].sum())
+        return 1 - float(self.mixed_tokens.sum() / self.tokens.sum())
 
 
 def paired_sampler(run: Run, partition: Partition) -> PairedSampler:
@@ -90,7 +97,7 @@ def drawn_pairs(run: Run, partition: Partition) -> Drawn:
         rows += [row for row, _ in keys]
         lam += [share for _, share in keys[::2]]
         steps += [step] * len(keys)
-    return Drawn(np.array(rows), np.array(lam), np.array(steps))
+    return Drawn(partition, np.array(rows), np.array(lam), np.array(steps))
 
 
 def steps_of(sampler: PairedSampler, run: Run) -> Iterator[tuple[int, list[tuple[int, float]]]]:
@@ -165,21 +172,21 @@ class Truncation:
             return 1 - self.mixed / self.tokens
 
 
-def truncation(drawn: Sequence[Drawn], partition: Partition) -> Truncation:
+def truncation(drawn: Sequence[Drawn]) -> Truncation:
     """How many tokens of which examples were mixed; bins of about equally many examples each."""
-    rows = np.concatenate([one.rows for one in drawn])
-    mixed = np.concatenate([one.mixed_tokens(partition) for one in drawn])
-    tokens = partition.num_tokens[rows]
+    tokens = np.concatenate([one.tokens for one in drawn])
+    mixed = np.concatenate([one.mixed_tokens for one in drawn])
+    subset = np.concatenate([one.partition.subset[one.rows] for one in drawn])
     quantiles = np.quantile(tokens, np.linspace(0, 1, LENGTH_BINS + 1)[1:-1], method="nearest")
     edges = np.unique([1, *(quantiles + 1), tokens.max() + 1]).astype(np.float64)
-    subsets = list(subset_colours(partition.subset[rows].tolist()))
+    subsets = list(subset_colours(subset.tolist()))
     counts = [
         [
             np.histogram(tokens[owned], edges, weights=weights[owned])[0].astype(np.int64)
             for weights in (tokens, mixed)
         ]
-        for subset in subsets
-        for owned in [partition.subset[rows] == subset]
+        for name in subsets
+        for owned in [subset == name]
     ]
     return Truncation(
         subsets,
@@ -189,11 +196,9 @@ def truncation(drawn: Sequence[Drawn], partition: Partition) -> Truncation:
     )
 
 
-def truncation_picture(
-    name: str, drawn: Sequence[Drawn], partition: Partition, logged: float | None
-) -> Picture:
+def truncation_picture(name: str, drawn: Sequence[Drawn], logged: float | None) -> Picture:
     """The share of response tokens that were not mixed, by half or level and by length."""
-    found = truncation(drawn, partition)
+    found = truncation(drawn)
     colours = subset_colours(found.subsets)
     lost = 100 * found.lost
     places = np.arange(lost.shape[1])

@@ -224,13 +224,36 @@ def _evaluation(path: Path) -> tuple[dict[str, float], dict[str, int]]:
 
 
 def identity(run: Run) -> str:
-    """What runs of one row share: the recipe without the seed.
+    """What runs of one row share: the recipe without the seed, that of the partition, too.
 
     Data are the same where their hash is, wherever they lay and however they were selected.
     """
-    left_out = {"seed", *OF_DATA} if run.recipe.get("data_hash") else {"seed"}
-    kept = {key: value for key, value in run.recipe.items() if key not in left_out}
-    return json.dumps(kept, sort_keys=True)
+    return json.dumps({**_without_seed(run.recipe), "partition": scoring_of(run)}, sort_keys=True)
+
+
+def scoring_of(run: Run) -> Any:
+    """How a run's partition was scored and split but for the seeds, or else its hash.
+
+    The manifest beside the partition says how, while that is the one that the run had.
+    """
+    wanted, noted = run.recipe.get("partition"), run.files.get("partition")
+    path = run.place(noted) if wanted and noted else None
+    if path is None or not path.is_file() or not path.with_name(MANIFEST).is_file():
+        return wanted
+    try:
+        if partition_hash(read_partition(path)) != wanted:
+            return wanted
+        found = _mapping(path.with_name(MANIFEST))
+    except ValueError:
+        return wanted  # damaged, as `find_partition` says
+    split = {"by": "confidence", **(found.get("split") or {})}
+    recipe = {key: value for key, value in found.items() if key not in NOT_RECIPE}
+    return {**_without_seed(recipe), "split": _without_seed(split)}
+
+
+def _without_seed(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    left_out = {"seed", *OF_DATA} if recipe.get("data_hash") else {"seed"}
+    return {key: value for key, value in recipe.items() if key not in left_out}
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:

@@ -208,18 +208,25 @@ def mixing_section(findings: Findings) -> Section:
 
 
 def _truncation(findings: Findings, group: Group) -> Picture:
-    partition = findings.partition(group)
-    drawn = [mixing.drawn_pairs(run, partition) for run in group.runs]
     logged = [run.curve("truncated_fraction")[1] for run in group.runs]
     finite = [value for values in logged for value in values if np.isfinite(value)]
     check = float(np.mean(finite)) if finite else None
-    return mixing.truncation_picture(group.name, drawn, partition, check)
+    return mixing.truncation_picture(group.name, _drawn(findings, group), check)
 
 
 def _lam(findings: Findings, group: Group) -> Picture:
-    partition = findings.partition(group)
-    drawn = [mixing.drawn_pairs(run, partition) for run in group.runs]
-    return mixing.lam_picture(group.name, drawn, float(group.recipe["alpha"]))
+    return mixing.lam_picture(group.name, _drawn(findings, group), float(group.recipe["alpha"]))
+
+
+def _drawn(findings: Findings, group: Group) -> list[mixing.Drawn]:
+    """The pairs of all runs of a row, each of its own partition."""
+    found = []
+    for run in group.runs:
+        partition = findings.partitions[run.name]
+        if isinstance(partition, LeftOut):
+            raise ValueError(partition.reason)
+        found.append(mixing.drawn_pairs(run, partition))
+    return found
 
 
 def recipes_section(findings: Findings) -> Section:

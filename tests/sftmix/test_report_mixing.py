@@ -67,10 +67,10 @@ def test_counts_are_those_that_training_logged(
     first = 0
     for line in logged:
         inside = (drawn.steps > first) & (drawn.steps <= line["step"])
-        window = Drawn(drawn.rows[inside], drawn.lam[inside[::2]], drawn.steps[inside])
-        fraction = window.truncated_fraction(partition)
+        window = Drawn(partition, drawn.rows[inside], drawn.lam[inside[::2]], drawn.steps[inside])
+        fraction = window.truncated_fraction
         assert fraction == pytest.approx(line["truncated_fraction"], rel=1e-12)
-        tokens = window.mixed_tokens(partition)[::2]
+        tokens = window.mixed_tokens[::2]
         lam = float((np.nan_to_num(window.lam) * tokens).sum() / tokens.sum())
         assert lam == pytest.approx(line["lam_mean"], rel=1e-6)  # training's lam is float32
         first = line["step"]
@@ -120,27 +120,29 @@ def test_steps_of_several_ranks() -> None:
 def test_truncation_worked_out_by_hand() -> None:
     partition = lengths(2, 10, 6, 6)
     # Pairs (2, 10): 2 mixed, (6, 6): all; (6, 10) is not mixed.
-    drawn = Drawn(np.array([0, 1, 2, 3, 2, 1]), np.array([0.5, 0.9, np.nan]), np.ones(6, int))
-    assert drawn.mixed_tokens(partition).tolist() == [2, 2, 6, 6, 0, 0]
-    assert drawn.truncated_fraction(partition) == pytest.approx(1 - 16 / 40)
-    found = truncation([drawn, drawn], partition)
+    drawn = Drawn(
+        partition, np.array([0, 1, 2, 3, 2, 1]), np.array([0.5, 0.9, np.nan]), np.ones(6, int)
+    )
+    assert drawn.mixed_tokens.tolist() == [2, 2, 6, 6, 0, 0]
+    assert drawn.truncated_fraction == pytest.approx(1 - 16 / 40)
+    found = truncation([drawn, drawn])
     assert list(found.subsets) == ["confident", "unconfident"]
     assert found.tokens.sum(axis=1).tolist() == [28, 52]
     assert found.mixed.sum(axis=1).tolist() == [16, 16]
     column = int(np.searchsorted(found.edges, 6, side="right")) - 1
     assert found.lost[:, column].tolist() == [0.5, 0.0]
-    picture = truncation_picture("a run", [drawn], partition, 0.6)
+    picture = truncation_picture("a run", [drawn], 0.6)
     assert "60.0 % were not mixed (confident 42.9 %, unconfident 69.2 %)" in picture.caption
     assert "Training logged a mean of 60.0 %." in picture.caption
 
 
 def test_levels_and_equal_lengths_can_be_drawn() -> None:
     partition = split(lengths(5, 5, 5, 5, 5, 5, subset="cucucu"), "quantiles:3")
-    drawn = Drawn(np.arange(6), np.array([0.5, 0.1, 0.2]), np.ones(6, int))
-    found = truncation([drawn], partition)
+    drawn = Drawn(partition, np.arange(6), np.array([0.5, 0.1, 0.2]), np.ones(6, int))
+    found = truncation([drawn])
     assert list(found.subsets) == ["level 1", "level 2", "level 3"]
     assert found.edges.tolist() == [1, 6]
-    assert "0.0 % were not mixed" in truncation_picture("x", [drawn], partition, None).caption
+    assert "0.0 % were not mixed" in truncation_picture("x", [drawn], None).caption
 
 
 def test_the_lam_histogram() -> None:
@@ -149,6 +151,7 @@ def test_the_lam_histogram() -> None:
     for alpha in (0.2, 0.5, 1.0, 4.0):
         assert beta_density(grid, alpha) == pytest.approx(stats.beta.pdf(grid, alpha, alpha))
     lam = np.array([0.25, 0.75, np.nan, 0.8])
-    caption = lam_picture("x", [Drawn(np.arange(8), lam, np.ones(8, int))], 0.5).caption
+    drawn = Drawn(lengths(*[3] * 8, subset="cucucucu"), np.arange(8), lam, np.ones(8, int))
+    caption = lam_picture("x", [drawn], 0.5).caption
     assert "lam of the 3 pairs" in caption
     assert "mean 0.600" in caption

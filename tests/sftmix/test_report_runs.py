@@ -8,10 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sftmix.config import MIXED as METHODS_MIXED
-from sftmix.partition import from_scores, partition_hash, write_partition
+from sftmix.partition import (
+    from_scores,
+    partition_hash,
+    read_partition,
+    split,
+    write_partition,
+)
 from sftmix.report import runs as report_runs
 from sftmix.report import tables
 from sftmix.report.runs import (
@@ -210,6 +217,43 @@ def test_rows_of_one_method_are_named_after_what_differs(tmp_path: Path) -> None
         "SFTMix, mu 0.2",
         "SFTMix, mu 0.5",
     ]
+
+
+def scored_and_trained(folder: Path, seed: int, by: str = "", **changes: Any) -> list[Path]:
+    """A run of `sftmix score`, split by its seed too, and SFTMix and NTP on its partition."""
+    score = make_run(folder / f"score{seed}", seed=seed, num_scorings=1, **changes)
+    nll = np.random.default_rng(seed).random((6, 1))
+    partition = from_scores(range(6), list("abcdef"), [1] * 6, nll)
+    if by:
+        partition = split(partition, by, seed)
+        note = {"split": {"by": by, "seed": seed}}
+        write(
+            score / "manifest.json", {**json.loads((score / "manifest.json").read_text()), **note}
+        )
+    path = score / "confidence.parquet"
+    write_partition(path, partition)
+    common = {"seed": seed, "partition": partition_hash(partition)}
+    common["files"] = {"partition": str(path)}
+    log = [{"step": 1, "eval_loss": 1.0 + seed}]
+    return [
+        make_run(folder / f"{method}{seed}", method=method, log=log, **common)
+        for method in ("sftmix", "ntp")
+    ]
+
+
+def test_a_partition_for_each_seed_is_no_other_recipe(tmp_path: Path) -> None:
+    folders = [run for seed in (0, 1, 2) for run in scored_and_trained(tmp_path / "a", seed)]
+    groups, values = rows_of(folders)
+    assert [group.name for group in groups] == ["NTP", "SFTMix"]
+    assert values[1]["eval_loss"] == {0: 1.0, 1: 2.0, 2: 3.0}
+    random = scored_and_trained(tmp_path / "b", 3, "random")
+    random += scored_and_trained(tmp_path / "b", 4, "random")
+    other = scored_and_trained(tmp_path / "c", 5, num_epochs=9)
+    assert [len(group.runs) for group in rows_of([*folders, *random, *other])[0]] == [3, 2, 1] * 2
+    # Split anew since: how it was scored is not known any more.
+    path = tmp_path / "a/score1/confidence.parquet"
+    write_partition(path, split(read_partition(path), "reversed"))
+    assert [len(group.runs) for group in rows_of(folders)[0]] == [2, 1, 2, 1]
 
 
 def test_the_papers_figures(tmp_path: Path) -> None:
