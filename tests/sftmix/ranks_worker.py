@@ -234,7 +234,7 @@ def resumed(folder: Path, *, fsdp: bool) -> Found:
         dist.barrier()
     tokenizer: Any = SimpleNamespace(save_pretrained=lambda folder: None)
     recipe = {"model": "org/base", "data": ["org/rows"], "method": "sftmix"}
-    save(made, tokenizer, folder, recipe)
+    save(made, tokenizer, folder, recipe, None)
     return {"trainings": found, "saved": load_file(folder / "model.safetensors")}
 
 
