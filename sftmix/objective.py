@@ -42,13 +42,17 @@ class Counts(NamedTuple):
 
 def batch_counts(batches: Sequence[dict[str, Tensor]], device: torch.device) -> Counts:
     """The counts of micro-batches; fillers are no examples."""
-    found = (
+    known = (
         sum(batch["rows"].numel() for batch in batches),
         sum(batch["pair_c"].numel() for batch in batches if "pair_c" in batch),
-        sum(int(batch["lengths"].count_nonzero()) for batch in batches),
         sum(bool(batch["rows"].numel()) for batch in batches),
     )
-    return Counts(*torch.tensor(found, dtype=torch.float32, device=device))
+    tokens, pairs, micro_batches = torch.tensor(known, dtype=torch.float32, device=device)
+    # Lengths are on the device: the host does not wait to count them.
+    examples = torch.zeros_like(tokens)
+    for batch in batches:
+        examples = examples + batch["lengths"].count_nonzero().to(device)
+    return Counts(tokens, pairs, examples, micro_batches)
 
 
 class Pairs(NamedTuple):
@@ -169,11 +173,12 @@ def hard_examples_loss(
     batch: dict[str, Tensor], counts: Counts, kl_reg: float, row_ntp: Tensor
 ) -> BatchLoss:
     """IR-DRO's loss from the token losses (N,) of this micro-batch; see the module."""
-    num_examples = batch["lengths"].numel()
-    tokens = torch.bincount(batch["owner"], minlength=num_examples)
+    num_examples, owner = batch["lengths"].numel(), batch["owner"]
     # In float64: the softmax turns absolute errors of the losses into relative ones of weights.
-    sums = row_ntp.new_zeros(num_examples, dtype=torch.float64)
-    means = sums.index_add(0, batch["owner"], row_ntp.double()) / tokens.clamp(min=1)
+    nothing = row_ntp.new_zeros(num_examples, dtype=torch.float64)
+    # Not `bincount`, for whose largest value the host waits.
+    tokens = nothing.index_add(0, owner, torch.ones_like(row_ntp, dtype=torch.float64))
+    means = nothing.index_add(0, owner, row_ntp.double()) / tokens.clamp(min=1)
     # Fillers have no tokens, and no weight. What other ranks are told has no gradient.
     hardness = (means / kl_reg).masked_fill(tokens == 0, -torch.inf)
     everyone = joined_ranks(hardness)
