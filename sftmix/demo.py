@@ -33,7 +33,7 @@ train a base model on a third of the bundled data, score the rest with a referen
 at the median confidence, and train with NTP and with SFTMix from the same base, on the same
 batches. Ends with a table, DIR/results.json and DIR/report.html.
 
-Takes three to four minutes on two cores; needs no network and no GPU. The numbers of the
+Takes four to five minutes on two cores; needs no network and no GPU. The numbers of the
 recipe (steps, learning rates, sizes) are the demo's, not the paper's. Needs matplotlib
 and scikit-learn: pip install 'sftmix[plots]'."""
 
