@@ -155,7 +155,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    assert "three to four minutes" in text
+    assert "four to five minutes" in text
     assert "not the paper's" in text
 
 
