@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "score": "score every example during one epoch and split at the median",
-    "split": "rewrite the halves of a scored run",
-    "train": "train a model with SFTMix or with next-token prediction",
+    "split": "rewrite the halves of a scored run, or make levels of them",
+    "train": "train a model with SFTMix or a method it is compared with",
     "generate": "answer the questions of AlpacaEval or MT-Bench, for their judges to read",
     "evaluate": "accuracy of a saved model in the paper's medical tasks",
     "report": "runs beside each other, as one HTML file with tables and pictures",
