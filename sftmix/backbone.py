@@ -11,7 +11,7 @@ Legend: T tokens of all examples, D hidden size.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -58,13 +58,27 @@ def reading(parts: Sequence[int] | None, saving: Saving | None) -> Callable[...,
 
         if parts is None:
             return read(input_ids)
+        refuse_more(args, kwargs)
         *first, last = input_ids.split(list(parts), dim=1)
         again = functools.partial(checkpoint, read, use_reentrant=False)
-        # Hooks of `saving` take what is saved before a checkpoint would drop it.
-        kept = saving is not None or not torch.is_grad_enabled()
-        return joined([*map(read if kept else again, first), read(last)])
+        # What `saving` takes is there in backward: nothing is made anew.
+        return joined([*map(again if saving is None else read, first), read(last)])
 
     return call
+
+
+def refuse_more(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse what a model gives its backbone of all examples together.
+
+    Raises:
+        ValueError: there is such a tensor.
+    """
+    names = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+    if names or any(isinstance(value, Tensor) for value in args):
+        raise ValueError(
+            "layout: 'sequential' needs a model whose backbone is given tokens alone, got "
+            f"{', '.join(names) or 'other tensors'} too"
+        )
 
 
 def joined(outputs: Sequence[Any]) -> Any:

@@ -14,6 +14,7 @@ Legend: B, L batch and length, N = B L tokens, D hidden size.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -164,19 +165,25 @@ def check_by_tokens(model: nn.Module, mlp: nn.Module) -> None:
     """See that an MLP gives some tokens what it gives each alone, up to rounding: half the digits.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it does not, or takes more than hidden states.
     """
     weight = next(mlp.parameters())
     size = without_peft(model).config.get_text_config().hidden_size
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(1, CHECKED, size, generator=generator).to(weight.device, dtype)
+    needed = [
+        argument
+        for argument in inspect.signature(type(mlp).forward).parameters.values()
+        if argument.default is argument.empty and argument.kind is argument.POSITIONAL_OR_KEYWORD
+    ]
     with evaluating(mlp):
-        together = mlp(tokens)
+        together = mlp(tokens) if len(needed) == 2 else None  # self and hidden
         if isinstance(together, Tensor) and together.shape == tokens.shape:
             alone = torch.cat([mlp(token) for token in tokens.split(1, dim=1)], dim=1)
-            allowed = torch.finfo(together.dtype).eps ** 0.5 * together.abs().max()
-            if (alone - together).abs().max() <= allowed:
+            # Routers compute in float32 whatever the model's dtype.
+            eps = max(torch.finfo(dtype).eps for dtype in (together.dtype, torch.float32))
+            if (alone - together).abs().max() <= eps**0.5 * together.abs().max():
                 return
     raise ValueError(
         f"mlp_tile_tokens: {type(mlp).__name__} of {type(without_peft(model)).__name__} does not "
