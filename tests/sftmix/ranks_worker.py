@@ -341,6 +341,8 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "fsdp, lora": {"fsdp": {"activation_checkpointing": True}, "build": lora},
     "ddp, head copied": {"build": COPIED},
     "fsdp, head copied": {"fsdp": {}, "build": COPIED},
+    "ddp, lean": {"memory": "lean", "mlp_tile_tokens": 5, "activation_offload": True},
+    "fsdp, lean": {"fsdp": {}, "memory": "lean", "mlp_tile_tokens": 5},
     # The epoch's last batch leaves the second rank without an example.
     "ddp, ir_dro": {"method": "ir_dro"},
     "ddp, mixup": {"method": "mixup"},

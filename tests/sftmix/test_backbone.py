@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sftmix import families
 from sftmix.backbone import saved_on_host
 from sftmix.head import HeadAdapter
 from sftmix.layouts import check_layout
@@ -163,6 +164,21 @@ def test_what_is_saved_on_the_host_is_the_layers_inputs(tmp_path: Path) -> None:
     assert hosts[1].taken == len(hosts[1].shapes)
     largest = max(torch.Size(shape).numel() for shape in hosts[1].shapes)
     assert largest <= max(LENGTHS) * 16, "no weight, no logits"
+
+
+def test_a_routers_loss_is_that_of_all_tokens(tmp_path: Path) -> None:
+    """Not a mean over examples: their shares of the experts are counted together."""
+    found = []
+    for layout in ("padded", "sequential"):
+        model = families.build("mixtral")
+        batch = PairedCollator(0, layout=layout)(examples())
+        counts, options = batch_counts([batch], model.device), tiny.config(tmp_path)
+        loss = batch_loss(model, HeadAdapter(model), batch, options, counts, MU)
+        assert loss.router is not None
+        loss.router.backward()
+        found.append((loss.router.item(), model.model.layers[0].mlp.gate.weight.grad))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    assert tiny.relative_difference(found[1][1], found[0][1]) <= 1e-5
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -120,4 +120,10 @@ def test_a_collator_of_another_row_length_is_refused(tmp_path: Path) -> None:
 
 def test_a_collator_of_another_layout_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data_collator: expected layout='packed'.*got 'padded'"):
-        tiny.trainer(tiny.build("Llama"), tmp_path, tiny.examples(8), layout="packed")
+        SFTMixTrainer(
+            model=tiny.build("Llama"),
+            args=tiny.config(tmp_path, layout="packed"),
+            train_dataset=tiny.examples(8),
+            data_collator=PairedCollator(0),
+            confident=tiny.halves(8),
+        )

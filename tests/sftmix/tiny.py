@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from sftmix.config import SFTMixConfig
-from sftmix.pairing import PairedCollator
-from sftmix.trainer import SFTMixTrainer
+from sftmix.trainer import SFTMixTrainer, make_collator
 
 VOCABULARY = 64
 
@@ -124,12 +123,13 @@ def trainer(
     """A trainer over the data, paired unless ``method="ntp"`` came without ``confident``."""
     if confident is None and changes.get("method") != "ntp":
         confident = halves(len(data))
+    options = config(output, **changes)
     made = SFTMixTrainer(
         model=model,
-        args=config(output, **changes),
+        args=options,
         train_dataset=data,
         eval_dataset=eval_dataset,
-        data_collator=PairedCollator(0),
+        data_collator=make_collator(None, options),
         confident=confident,
         callbacks=callbacks,
     )
