@@ -104,7 +104,7 @@ tests() {
     local folders=(tests/sftmix_kernels)
     # The trainer needs what the suite `step` needs.
     if "$python" -c "import datasets, accelerate, xxhash" 2>/dev/null; then
-        folders+=(tests/sftmix/test_methods.py)
+        folders+=(tests/sftmix/test_{methods,backbone,tiled_mlp}.py)
     fi
     part tests "$1" "$python" -m pytest -p no:cacheprovider -m gpu -q -rf --durations=5 \
         "${folders[@]}"

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from sftmix import families
 from sftmix.backbone import saved_on_host
+from sftmix.config import CHECKPOINTING
 from sftmix.head import HeadAdapter
 from sftmix.layouts import check_layout
 from sftmix.objective import batch_counts, batch_loss
@@ -38,13 +39,25 @@ def examples() -> list[dict[str, Any]]:
     return rows
 
 
+def collated(model: PreTrainedModel, layout: str) -> dict[str, Any]:
+    """The examples as a batch on the model's device."""
+    batch = PairedCollator(0, layout=layout)(examples())
+    return {name: x.to(model.device) if name != "parts" else x for name, x in batch.items()}
+
+
 def run(model: PreTrainedModel, options: Any, head: HeadAdapter | None = None) -> Tensor:
     """The loss of the examples, read one by one; backward is yet to come."""
-    batch = PairedCollator(0, layout="sequential")(examples())
+    batch = collated(model, "sequential")
     head = HeadAdapter(model) if head is None else head
     return batch_loss(
         model, head, batch, options, batch_counts([batch], model.device), options.mixup_weight(0)
     ).loss
+
+
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """As Trainer does; older versions of transformers have another name for it."""
+    name = f"{CHECKPOINTING}_enable"
+    getattr(model, name)({"use_reentrant": False})
 
 
 def watched(model: PreTrainedModel) -> tuple[list[int], list[Any]]:
@@ -61,19 +74,21 @@ def watched(model: PreTrainedModel) -> tuple[list[int], list[Any]]:
     return lengths, outputs
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("how", ["read again", "layers checkpointed", "offloaded"])
 @pytest.mark.parametrize("method", METHODS)
 def test_loss_and_gradients_are_those_of_all_together(
-    method: str, checkpointing: bool, tmp_path: Path
+    method: str, how: str, device: str, tmp_path: Path
 ) -> None:
-    models = [tiny.build("Llama") for _ in range(3)]
+    models = [tiny.build("Llama").to(device) for _ in range(3)]
     options = tiny.config(tmp_path, method=method, mu=MU, kl_reg=0.3, layout="sequential")
-    if checkpointing:
-        models[0].activation_checkpointing_enable({"use_reentrant": False})
+    if how != "read again":
+        checkpoint_layers(models[0])
     models[0].train()
-    loss = run(models[0], options)
+    saving = saved_on_host if how == "offloaded" else None
+    loss = run(models[0], options, HeadAdapter(models[0], saving=saving))
     loss.backward()
-    padded = PairedCollator(0)(examples())
+    padded = collated(models[0], "padded")
     dense = [dense_loss(m, padded, method, None) for m in (models[1], models[2].double())]
     for one in dense:
         one.backward()
@@ -151,7 +166,7 @@ def test_what_is_saved_on_the_host_is_the_layers_inputs(tmp_path: Path) -> None:
     hosts: list[Any] = [None, Host()]
     for host in hosts:
         model = tiny.build("Llama").train()
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model)
         loss = run(model, tiny.config(tmp_path, mu=MU), HeadAdapter(model, saving=host))
         loss.backward()
         found.append((loss.detach(), flat_gradients(model)))

@@ -28,7 +28,8 @@ def gradients(mlp: nn.Module, dtype: torch.dtype = torch.float32) -> list[Tensor
     """Output, gradient of the hidden states, and gradients of trained weights, by an upstream."""
     generator = torch.Generator().manual_seed(1)
     hidden, upstream = (torch.randn(2, 8, 16, generator=generator) for _ in range(2))
-    hidden = hidden.to(dtype).requires_grad_()
+    device = next(mlp.parameters()).device
+    hidden, upstream = hidden.to(device, dtype).requires_grad_(), upstream.to(device)
     mlp.zero_grad()
     output = mlp(hidden)
     output.backward(upstream.to(output.dtype))
@@ -47,9 +48,10 @@ def assert_right(tiled: nn.Module, plain: nn.Module, dtype: torch.dtype = torch.
         assert errors[0] <= 2 * errors[1] + eps * truth.norm()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_loss_and_gradients_of_every_family(family: str) -> None:
-    model, plain = tiny.build(family), tiny.build(family)
+def test_outputs_and_gradients_of_every_family(family: str, device: str) -> None:
+    model, plain = (tiny.build(family).to(device) for _ in range(2))
     tile_mlps(model, TOKENS)
     for tiled, other in zip(mlps(model), mlps(plain), strict=True):
         assert_right(tiled, other)
