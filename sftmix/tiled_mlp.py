@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sftmix.head import evaluating, without_peft
+from sftmix.stand_in import unbound_forward
 
 # What transformers' layers call them.
 NAMES = ("mlp", "feed_forward", "ffn")
@@ -193,7 +194,8 @@ def check_by_tokens(model: nn.Module, mlp: nn.Module) -> None:
 
 def tiled_forward(mlp: nn.Module, tokens: int) -> Callable[..., Any]:
     """An MLP's forward that goes by tiles where there are more tokens than one holds."""
-    own_forward = type(mlp).forward
+    own_forward = unbound_forward(mlp)
+    own_forward = getattr(own_forward, "untiled", own_forward)
 
     # What is computed again in backward is not to be compiled with the layer.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -207,4 +209,5 @@ def tiled_forward(mlp: nn.Module, tokens: int) -> Callable[..., Any]:
         tiled: Tensor = TiledMLP.apply(run, tokens, rows, *weights)  # type: ignore[no-untyped-call]
         return tiled.reshape(*hidden.shape[:-1], -1)
 
+    forward.untiled = own_forward
     return forward  # type: ignore[no-any-return]

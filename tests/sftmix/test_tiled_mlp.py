@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from typing import Any
 
 import peft
@@ -147,6 +148,21 @@ def test_few_tokens_run_as_they_are() -> None:
     tile_mlps(model, 16)
     for found, expected in zip(gradients(mlp_of(model)), gradients(mlp_of(plain)), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_a_second_number_of_tokens_replaces_the_first() -> None:
+    """And what somebody else has put on the instance is what is tiled."""
+    model, other = tiny.build("Llama"), tiny.build("Llama")
+    mlp, plain = mlp_of(model), mlp_of(other)
+    own = type(mlp).forward
+    for one in (mlp, plain):
+        one.forward = types.MethodType(lambda module, hidden: 2 * own(module, hidden), one)
+    for tokens in (3, TOKENS):
+        tile_mlps(model, tokens)
+    longest: list[int] = []
+    mlp.act_fn.register_forward_hook(lambda _, __, output: longest.append(output.shape[1]))
+    assert_right(mlp, plain)
+    assert longest == [5, 5, 5, 1] * 2
 
 
 def bloom() -> PreTrainedModel:
