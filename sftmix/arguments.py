@@ -52,6 +52,12 @@ class RunArguments:
     dtype: Literal["float32", "bfloat16", "auto"] = option(
         "float32", "Dtype of the weights; --bf16 true adds bfloat16 autocast", "ours"
     )
+    attn_implementation: str | None = option(
+        None,
+        "How attention is computed, as in from_pretrained: sdpa, flash_attention_2, eager, ...; "
+        "by default transformers' choice",
+        "ours",
+    )
     lora_rank: int | None = option(
         None,
         "Train LoRA's updates of this rank, the model stays as it is; saves an adapter",

@@ -10,6 +10,9 @@ import numpy as np
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from sftmix_kernels import RowChunks, VocabTiles
+from sftmix_kernels.schedules import Schedule
+
 CHOICES = {
     "method": ("sftmix", "ntp", "equal", "mixup", "ir_dro"),
     "lambda_scope": ("pair", "batch"),
@@ -17,7 +20,8 @@ CHOICES = {
     "pairing": ("outer", "neighbours", "rank"),
     "loss_schedule": ("auto", "row_chunks", "vocab_tiles"),
     "head": ("fused", "logits"),
-    "layout": ("padded", "padding_free", "packed"),
+    "layout": ("padded", "padding_free", "packed", "sequential"),
+    "memory": ("plain", "lean"),
 }
 
 # The methods that have a Mixup term, and so need pairs.
@@ -38,6 +42,17 @@ UNSUPPORTED = {
     "bf16_full_eval": False,
     "fp16_full_eval": False,
 }
+
+
+# transformers' name for it; older versions know the other alone.
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(TrainingArguments, "activation_checkpointing")
+    else "gradient_checkpointing"
+)
+# What --memory lean chooses; tiles as long as an 8B model's hidden states are wide.
+LEAN_TILE_TOKENS = 4096
+LEAN_LOSS_BYTES = 2**28
 
 
 def option(default: Any, help_text: str, source: str) -> Any:
@@ -94,19 +109,47 @@ class SFTMixOptions(ConfigBase):
         "through the model's own logits",
         "ours",
     )
-    layout: Literal["padded", "padding_free", "packed"] = option(
+    layout: Literal["padded", "padding_free", "packed", "sequential"] = option(
         "padded",
-        "How examples lie in a batch: a row each; all in one row; several in each row",
+        "How examples lie in a batch: a row each; all in one row; several in each row; one after "
+        "the other through the model, so that activations are of one alone, for another forward "
+        "pass of all but the last",
         "ours",
     )
     row_length: int | None = option(
         None, "Most tokens of a packed row; by default the longest example's", "ours"
+    )
+    memory: Literal["plain", "lean"] = option(
+        "plain",
+        "lean: turn on what is off of activation (gradient) checkpointing, --layout sequential, "
+        "--mlp_tile_tokens 4096, --loss_max_bytes 268435456; results differ by rounding alone",
+        "ours",
+    )
+    mlp_tile_tokens: int | None = option(
+        None,
+        "MLPs run on so many tokens at a time and keep nothing inside, for another forward pass of "
+        "them in backward",
+        "ours",
+    )
+    activation_offload: bool = option(
+        False,
+        "What activation checkpointing keeps, a hidden state of each token and layer, lies in the "
+        "host's memory; costs its way there and back",
+        "ours",
+    )
+    loss_max_bytes: int | None = option(
+        None,
+        "Most bytes of logits at a time in the loss, by default 1 GiB (64 MiB of workspace with "
+        "vocab_tiles); chunks below 4096 tokens cost time",
+        "ours",
     )
     # Examples carry columns that no model's forward knows, and the trainer sorts them itself.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Always off"})
 
     def __post_init__(self) -> None:
         self._check_numbers()
+        if self.memory == "lean":
+            self._turn_lean()
         if self.method in MIXED and self.per_device_train_batch_size % 2:
             raise ValueError(
                 "per_device_train_batch_size: expected an even number (pairs of examples), "
@@ -123,6 +166,39 @@ class SFTMixOptions(ConfigBase):
                 "while they would be uploaded"
             )
         super().__post_init__()  # type: ignore[no-untyped-call]
+        if self.activation_offload and not self.checkpoints_activations:
+            raise ValueError(
+                "activation_offload: expected activation_checkpointing (gradient_checkpointing) "
+                "with it, or every activation would go to the host"
+            )
+
+    def _turn_lean(self) -> None:
+        """Turn on what is off of everything that saves memory and leaves results alone."""
+        if not self.checkpoints_activations:
+            setattr(self, CHECKPOINTING, True)
+        if self.layout == "padded":
+            self.layout = "sequential"
+        if self.mlp_tile_tokens is None:
+            self.mlp_tile_tokens = LEAN_TILE_TOKENS
+        if self.loss_max_bytes is None:
+            self.loss_max_bytes = LEAN_LOSS_BYTES
+
+    @property
+    def checkpoints_activations(self) -> bool:
+        """Whether layers keep their inputs alone, by transformers' option or by FSDP's."""
+        names = (CHECKPOINTING, "gradient_checkpointing")
+        sharded = self.fsdp_config if isinstance(self.fsdp_config, dict) else {}
+        by_fsdp = sharded.get("activation_checkpointing", False)
+        return any(getattr(self, name, None) for name in names) or bool(by_fsdp)
+
+    @property
+    def loss_plan(self) -> Schedule:
+        """How the loss avoids full logits: the fused ops' ``schedule``."""
+        if self.loss_max_bytes is None:
+            return self.loss_schedule
+        if self.loss_schedule == "vocab_tiles":
+            return VocabTiles(max_bytes=self.loss_max_bytes)
+        return RowChunks(max_bytes=self.loss_max_bytes)
 
     def _check_numbers(self) -> None:
         for name, allowed in CHOICES.items():
@@ -135,6 +211,10 @@ class SFTMixOptions(ConfigBase):
             number = getattr(self, name)
             if not (np.isfinite(number) and number > 0):
                 raise ValueError(f"{name}: expected a finite number above 0, got {number}")
+        for name in ("mlp_tile_tokens", "loss_max_bytes"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"{name}: expected at least 1, got {number}")
         if not 0 < self.mu_warmup_ratio <= 1:
             raise ValueError(
                 f"mu_warmup_ratio: expected above 0 and at most 1, got {self.mu_warmup_ratio}"

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sftmix.backbone import Saving
 from sftmix.stand_in import linear_forward, model_forward, router_loss, standing_in
 
 # The fused ops' types.
@@ -39,18 +40,26 @@ class HeadAdapter:
 
     Attached, ``model(input_ids, ..., rows=rows, head_function=f)`` returns a `HeadOutput` of
     ``f(hidden.reshape(-1, D)[rows], weight, bias)``, where hidden is what the head reads, and
-    ``head_input=g`` instead of it one of the model's own logits of ``g(hidden...[rows])``. Calls
-    with neither are the model's own. ``head="fused"`` allows both, and finds scale and softcap;
-    ``head="logits"`` the second alone, from any head.
+    ``head_input=g`` instead of it one of the model's own logits of ``g(hidden...[rows])``. With
+    ``parts``, lengths of the examples in a row, the backbone reads them one by one; ``saving``
+    makes the context in which it does (`backbone.py`). Calls with none of them are the model's own.
+    ``head="fused"`` allows both functions, and finds scale and softcap; ``head="logits"`` the
+    second alone, from any head.
     """
 
     def __init__(
-        self, model: PreTrainedModel, head: str = "fused", *, checked: bool = True
+        self,
+        model: PreTrainedModel,
+        head: str = "fused",
+        *,
+        checked: bool = True,
+        saving: Saving | None = None,
     ) -> None:
         """Find the head and check it.
 
-        ``checked``: whether the weights are there to be checked; on all ranks but the first they
-        are not, where accelerate loads them there alone (``cpu_ram_efficient_loading``).
+        ``saving`` is for those who call the model to train it. ``checked``: whether the weights are
+        there to be checked; on all ranks but the first they are not, where accelerate loads them
+        there alone (``cpu_ram_efficient_loading``).
 
         Raises:
             ValueError: the model has no LM head or none that is called once for a batch; with
@@ -59,7 +68,7 @@ class HeadAdapter:
                 next-token prediction and a router's auxiliary loss.
         """
         model = without_peft(model)
-        self.model = model
+        self.model, self.saving = model, saving
         self.fused = head == "fused"
         self.path = head_path(model)
         self.linears = linear_heads(model, self.head) if self.fused else []

@@ -3,10 +3,12 @@
 - ``padded``: an example a row, padded on the right, with an attention mask.
 - ``padding_free``: all examples one after another in one row.
 - ``packed``: several rows of a common length, each holding whole examples one after another.
+- ``sequential``: as padding-free, but the backbone reads the examples one by one (`backbone.py`),
+  each as if it were alone: without padding, mask or positions.
 
-The last two have no attention mask: ``position_ids`` start again at 0 with each example, from which
-transformers' attention masks tell where one ends. An architecture that does not ask for them lets
-an example read the one before it; `check_layout` finds that out.
+Packed and padding-free rows have no attention mask: ``position_ids`` start again at 0 with each
+example, from which transformers' attention masks tell where one ends. An architecture that does not
+ask for them lets an example read the one before it; `check_layout` finds that out.
 
 Legend: B examples, T tokens of all examples, R rows of L slots.
 """
@@ -27,7 +29,7 @@ from sftmix.head import evaluating, without_peft
 
 Integers = NDArray[np.int64]
 
-LAYOUTS = ("padded", "padding_free", "packed")
+LAYOUTS = ("padded", "padding_free", "packed", "sequential")
 
 # Three short examples: in packed rows the second and third share one, and a slot is left over.
 CHECKED_LENGTHS = (12, 7, 4)
@@ -88,7 +90,7 @@ class Layout:
         longest = int(lengths.max())
         if self.name == "padded":
             rows, offsets = np.arange(len(lengths)), np.zeros_like(lengths)
-        elif self.name == "padding_free":
+        elif self.name in ("padding_free", "sequential"):
             rows, offsets = np.zeros_like(lengths), np.cumsum(lengths) - lengths
         else:
             rows, offsets = self.pack(lengths, longest)
@@ -116,11 +118,14 @@ class Layout:
         return (int(rows.max()) + 1) * self.rounded(int((offsets + lengths).max()))
 
     def rounded(self, length: int) -> int:
-        """The length, up to a multiple of ``pad_to_multiple_of``."""
+        """The length, up to a multiple of ``pad_to_multiple_of``; nothing is padded one by one."""
+        if self.name == "sequential":
+            return length
         return -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
     def inputs(self, tokens: Integers, slots: Slots, pad_token_id: int) -> dict[str, Integers]:
-        """What the model reads (R, L): ``input_ids``, and ``attention_mask`` or ``position_ids``.
+        """What the model reads (R, L): ``input_ids``, and what its layout has of
+        ``attention_mask`` and ``position_ids``.
 
         Padding without a mask has position 0 throughout, which makes each slot a segment of its
         own, and no position is beyond the longest example's.
@@ -128,6 +133,8 @@ class Layout:
         inputs = {"input_ids": slots.fill(tokens, pad_token_id)}
         if self.name == "padded":
             return {**inputs, "attention_mask": slots.fill(1, 0)}
+        if self.name == "sequential":
+            return inputs
         return {**inputs, "position_ids": slots.fill(slots.positions, 0)}
 
 
@@ -188,14 +195,19 @@ def check_layout(model: nn.Module, layout: str) -> None:
 
     Gradients of parameters, modes of modules and the state of random generators stay as they are.
 
+    Read one by one, examples are apart; there the model's forward has to call its backbone as one
+    does that knows tokens alone: its logits have to be those of each example alone.
+
     Raises:
-        ValueError: the model fails one of them, or takes no ``position_ids``.
+        ValueError: the model fails one of them, or takes no ``position_ids`` where there are some.
     """
     laid_out, padded = Layout(layout), Layout()
     if laid_out == padded:
         return
     model = without_peft(model)
     refusal = f"layout: {type(model).__name__} cannot take {layout!r} batches, use 'padded'"
+    if layout == "sequential":
+        return check_one_by_one(model, refusal)
     backbone: Any = model.base_model
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         raise ValueError(f"{refusal}: it takes no position_ids")
@@ -216,6 +228,23 @@ def check_layout(model: nn.Module, layout: str) -> None:
             f"{refusal}: a token's hidden state is {error:.3g} off what it is alone, relative to "
             f"its norm; rounding explains {allowed:.3g}"
         )
+
+
+@torch.no_grad()
+def check_one_by_one(model: Any, refusal: str) -> None:
+    """`check_layout` of a model whose forward knows ``parts``."""
+    vocab_size = model.config.get_text_config().vocab_size
+    random = np.random.default_rng(0)
+    tokens = torch.from_numpy(random.integers(vocab_size, size=(1, sum(CHECKED_LENGTHS))))
+    tokens = tokens.to(model.device)
+    options: dict[str, Any] = {"use_cache": False}
+    with evaluating(model):
+        examples = tokens.split(CHECKED_LENGTHS, dim=1)
+        alone = torch.cat([model(one, **options).logits[0] for one in examples])
+        options.update(parts=CHECKED_LENGTHS, head_input=lambda hidden: hidden)
+        found = model(tokens, **options).value
+    if found.shape != alone.shape or not relative_error(found, alone) <= epsilon(alone) ** 0.5:
+        raise ValueError(f"{refusal}: its logits are not those of each example alone")
 
 
 class Reading(NamedTuple):

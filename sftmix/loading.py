@@ -40,19 +40,22 @@ class ModelArguments(Protocol):
         """Whether code that comes with the model is run."""
 
 
-def load_model(arguments: ModelArguments) -> Any:
+def load_model(arguments: ModelArguments, attn_implementation: str | None = None) -> Any:
     """The model, from safetensors alone: a pickle would run code on loading.
+
+    ``attn_implementation``: as in `from_pretrained`.
 
     Raises:
         OSError: there is no such model, or it has no safetensors, or they are cut off.
-        ValueError: it is an adapter.
+        ValueError: it is an adapter, or transformers does not know the attention.
+        ImportError: the attention's package is not installed.
     """
     if (Path(arguments.model) / "adapter_config.json").exists():
         raise ValueError(
             f"model: {arguments.model} is an adapter of a model; merge the two, or train it with "
             "SFTMixTrainer in a script of your own"
         )
-    return _from_safetensors(arguments.model, arguments)
+    return _from_safetensors(arguments.model, arguments, attn_implementation)
 
 
 def load_trained_model(arguments: ModelArguments, base: str | None = None) -> Any:
@@ -91,12 +94,15 @@ def base_model(adapter: Path) -> str:
     return str(base)
 
 
-def _from_safetensors(model: str, arguments: ModelArguments) -> Any:
+def _from_safetensors(
+    model: str, arguments: ModelArguments, attn_implementation: str | None = None
+) -> Any:
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     try:
         return AutoModelForCausalLM.from_pretrained(
             model,
             dtype=dtype,
+            attn_implementation=attn_implementation,
             use_safetensors=True,
             trust_remote_code=arguments.trust_remote_code,
         )

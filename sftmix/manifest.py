@@ -48,6 +48,8 @@ RECIPE_FIELDS = (
     "loss_schedule",
     "layout",
     "row_length",
+    "mlp_tile_tokens",
+    "loss_max_bytes",
     "mu",
     "mu_schedule",
     "mu_warmup_ratio",
@@ -92,6 +94,7 @@ def recipe(
     return {
         "model": arguments.model,
         "dtype": arguments.dtype,
+        "attn_implementation": arguments.attn_implementation,
         "data": arguments.data,
         "data_split": arguments.data_split,
         "select": arguments.select,

@@ -76,7 +76,7 @@ class BatchLoss(NamedTuple):
 def batch_loss(
     model: nn.Module,
     head: HeadAdapter,
-    batch: dict[str, Tensor],
+    batch: dict[str, Any],
     options: SFTMixOptions,
     counts: Counts,
     mu: float,
@@ -91,7 +91,8 @@ def batch_loss(
     if options.method in MIXED:
         pairs = Pairs(batch["mix_c"], batch["mix_u"], batch["lam"].float())
     tokens = {name: batch[name] for name in MODEL_INPUTS if name in batch}
-    call = functools.partial(model, **tokens, use_cache=False, rows=rows)
+    ways = {"parts": batch.get("parts"), "saving": head.saving}
+    call = functools.partial(model, **tokens, **ways, use_cache=False, rows=rows)
     weighted = functools.partial(hard_examples_loss, batch, counts, options.kl_reg)
     if not head.fused:
         alone = options.method == "mixup"
@@ -100,7 +101,7 @@ def batch_loss(
     found: list[BatchLoss] = []
 
     def head_function(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-        head_call = {"bias": bias, "schedule": options.loss_schedule, **head.options}
+        head_call = {"bias": bias, "schedule": options.loss_plan, **head.options}
         if options.method == "mixup" and pairs is not None:
             loss = mixup_loss(hidden, weight, targets, pairs, counts, head_call)
         elif options.method == "ir_dro":

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from sftmix.layouts import Integers, Layout, Slots, spans
@@ -118,7 +117,7 @@ class PairedCollator:
         self.pad_token_id = pad_token_id
         self.layout = Layout(layout, pad_to_multiple_of, row_length)
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Build a batch.
 
         Raises:
@@ -145,7 +144,9 @@ class PairedCollator:
         batch.update(rows=rows, targets=labels[learned], owner=owner, lengths=lengths * ~fillers)
         if "lam" in examples[0]:
             batch.update(pair(rows, counts, [example["lam"] for example in examples]))
-        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in batch.items()}
+        if self.layout.name == "sequential":
+            tensors["parts"] = tuple(lengths.tolist())
         return {**tensors, "ids": torch.tensor([example.get("id", -1) for example in examples])}
 
     def padded(self) -> PairedCollator:

@@ -49,7 +49,9 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
     refuse_differences(numbers)
     if not on_main(lambda: (run / FILE).exists()):
         with together():
-            model = add_lora(load_model(arguments), arguments, config.seed)
+            model = add_lora(
+                load_model(arguments, arguments.attn_implementation), arguments, config.seed
+            )
             collator = make_collator(tokenizer, config)
             trainer, scores = reference_trainer(model, dataset, collator, config)
         on_main(lambda: start_manifest(run, numbers))

@@ -1,4 +1,4 @@
-"""A model's own forward with something else where its LM head is.
+"""A model's own forward with something else where its LM head is, or its backbone.
 
 Legend: N chosen rows, M rows given to the head, D hidden size, V vocabulary.
 
@@ -7,19 +7,22 @@ the model did to it before, and calls the head itself. With a function of (hidde
 loss is made right there and logits never are; with other rows the head and all the model does after
 it run on those. Either way the head's module is called once, so that wrappers that gather a sharded
 weight in its hooks (FSDP2), replace it (PEFT) or cast its inputs (autocast) keep working,
-and a router's auxiliary loss is the model's own.
+and a router's auxiliary loss is the model's own. The backbone is reached in the same way
+(`backbone.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from sftmix.backbone import Saving, backbone_path, reading
 
 # f(hidden rows (N, D), head weight (V, D), head bias (V,) or None) -> tensors
 HeadFunction = Callable[[Tensor, Tensor, Tensor | None], Any]
@@ -35,53 +38,54 @@ class HeadOutput(NamedTuple):
 
 
 class StandIn(nn.Module):
-    """Takes a head's place: ``call(head, what the head would get)``, for one call."""
+    """Takes a module's place: ``call(module, what it would get)``, for one call."""
 
-    def __init__(self, head: nn.Module, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
         super().__init__()
-        self.__dict__["head"] = head  # no child: its parameters are not the stand-in's
+        self.__dict__["module"] = module  # no child: its parameters are not the stand-in's
         self.__dict__["call"] = call
         self.calls = 0
 
     # Each call brings another function: torch.compile would compile the model anew.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, hidden: Tensor) -> Tensor:
-        """What the model is to take for the head's logits."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model is to take for the module's output."""
         self.calls += 1
-        result: Tensor = self.__dict__["call"](self.__dict__["head"], hidden)
-        return result
+        return self.__dict__["call"](self.__dict__["module"], *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         # Some forwards look at the dtype of the head's weight.
-        return getattr(self.__dict__["head"], name)
+        return getattr(self.__dict__["module"], name)
 
 
 @contextlib.contextmanager
 def standing_in(
-    model: nn.Module, path: str, call: Callable[[nn.Module, Tensor], Tensor]
+    model: nn.Module, path: str, call: Callable[..., Any], what: str = "head"
 ) -> Iterator[None]:
-    """Put a `StandIn` where the head is and take it away again, come what may.
+    """Put a `StandIn` where a module is and take it away again, come what may.
 
     Raises:
-        ValueError: the head was not called exactly once.
+        ValueError: the module was not called exactly once.
     """
     parent, _, name = path.rpartition(".")
-    owner, head = model.get_submodule(parent), model.get_submodule(path)
-    stand_in = StandIn(head, call)
+    owner, module = model.get_submodule(parent), model.get_submodule(path)
+    stand_in = StandIn(module, call)
     setattr(owner, name, stand_in)
     try:
         yield
     finally:
-        setattr(owner, name, head)
+        setattr(owner, name, module)
     if stand_in.calls != 1:
         raise ValueError(
-            f"model: expected {type(model).__name__} to call its head {path} once, "
+            f"model: expected {type(model).__name__} to call its {what} {path} once, "
             f"got {stand_in.calls} calls"
         )
 
 
 def model_forward(model: PreTrainedModel, path: str) -> Callable[..., Any]:
-    """A model's forward that knows ``rows``, ``head_function`` and ``head_input``."""
+    """A model's forward that knows ``rows``, ``head_function``, ``head_input``, ``parts`` and
+    ``saving``.
+    """
     own_forward = unbound_forward(model)
 
     # Eager under torch.compile, as the stand-in; what it calls is compiled.
@@ -92,6 +96,8 @@ def model_forward(model: PreTrainedModel, path: str) -> Callable[..., Any]:
         rows: Tensor | None = None,
         head_function: HeadFunction | None = None,
         head_input: HeadInput | None = None,
+        parts: Sequence[int] | None = None,
+        saving: Saving | None = None,
         **kwargs: Any,
     ) -> Any:
         if head_function is None and head_input is None:
@@ -109,7 +115,13 @@ def model_forward(model: PreTrainedModel, path: str) -> Callable[..., Any]:
             # The model goes on with one row that nobody reads.
             return hidden.new_zeros(1, 1, module.config.get_text_config().vocab_size)
 
-        with standing_in(module, path, call):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(standing_in(module, path, call))
+            if parts is not None or saving is not None:
+                read = reading(parts, saving)
+                stack.enter_context(
+                    standing_in(module, backbone_path(module), read, what="backbone")
+                )
             output = own_forward(module, *args, **kwargs)
         value = output.logits.squeeze(0) if head_input is not None else values[0]
         return HeadOutput(value, router_loss(output))

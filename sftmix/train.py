@@ -58,7 +58,9 @@ def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTM
                 confident = match(partition, dataset["id"][:], dataset["content_hash"][:])
             scores_hash, subsets = partition_hash(partition), subset_counts(partition)
         trainer = SFTMixTrainer(
-            model=add_lora(load_model(arguments), arguments, config.seed),
+            model=add_lora(
+                load_model(arguments, arguments.attn_implementation), arguments, config.seed
+            ),
             args=config,
             train_dataset=dataset,
             eval_dataset=held_out,

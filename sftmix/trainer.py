@@ -18,6 +18,7 @@ from transformers import Trainer
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import TrainOutput
 
+from sftmix.backbone import saved_on_host
 from sftmix.config import MIXED, SFTMixOptions
 from sftmix.head import HeadAdapter
 from sftmix.layouts import check_layout
@@ -43,6 +44,7 @@ from sftmix.ranks import (
 )
 from sftmix.saving import WholeCheckpoints
 from sftmix.scoring import score_examples
+from sftmix.tiled_mlp import tile_mlps
 from sftmix_kernels import StreamingPerplexity
 
 # Training arguments that do not decide a training's results, or that each rank has its own of.
@@ -119,12 +121,24 @@ class SFTMixMixin(WholeCheckpoints):
         model = self.accelerator.unwrap_model(self.model)
         check_parallelism(self.args, self.accelerator, model)
         alone = loads_on_main_alone(self.accelerator)
-        head = HeadAdapter(model, self.args.head, checked=is_main() or not alone)
+        head = HeadAdapter(
+            model,
+            self.args.head,
+            checked=is_main() or not alone,
+            saving=saved_on_host if self.args.activation_offload else None,
+        )
         if alone:
             known = ("logit_scale", "softcap", "router_coefficient")
             vars(head).update(on_main(lambda: {name: vars(head)[name] for name in known}))
         if is_main() or not alone:
             self._check_layout()
+        if self.args.mlp_tile_tokens is not None:
+            if head.router_coefficient:
+                raise ValueError(
+                    "mlp_tile_tokens: the router's auxiliary loss needs whole MLPs; leave it off, "
+                    "or the model's output_router_logits"
+                )
+            tile_mlps(model, self.args.mlp_tile_tokens, checked=is_main() or not alone)
         return head
 
     def _check_layout(self) -> None:
@@ -192,7 +206,7 @@ class SFTMixMixin(WholeCheckpoints):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:

@@ -30,7 +30,11 @@ from sftmix.partition import Partition, read_partition, take
 from sftmix.trainer import SFTMixMixin, make_collator
 
 HERE = "sftmix.integrations.axolotl"
-OPTIONS = ("method", *OF_MIXUP, "kl_reg", "head", "loss_schedule", "layout", "row_length")
+OF_MEMORY = ("memory", "mlp_tile_tokens", "activation_offload", "loss_max_bytes")
+OPTIONS = (
+    *("method", *OF_MIXUP, "kl_reg", "head", "loss_schedule", "layout", "row_length"),
+    *OF_MEMORY,
+)
 
 # Options of axolotl that the loss, the pairs or the collator would not heed.
 UNSUPPORTED = (
@@ -69,8 +73,12 @@ class SFTMixArgs(BaseModel):
     sftmix_kl_reg: float | None = None
     sftmix_head: Literal["fused", "logits"] | None = None
     sftmix_loss_schedule: Literal["auto", "row_chunks", "vocab_tiles"] | None = None
-    sftmix_layout: Literal["padded", "padding_free", "packed"] | None = None
+    sftmix_layout: Literal["padded", "padding_free", "packed", "sequential"] | None = None
     sftmix_row_length: int | None = None
+    sftmix_memory: Literal["plain", "lean"] | None = None
+    sftmix_mlp_tile_tokens: int | None = None
+    sftmix_activation_offload: bool | None = None
+    sftmix_loss_max_bytes: int | None = None
 
 
 @dataclass
@@ -118,8 +126,9 @@ class SFTMixPlugin(BasePlugin):  # type: ignore[misc]
         self, cfg: Any, is_eval: bool = False
     ) -> tuple[Any, dict[str, Any]]:
         """The collator, which is called with the tokenizer."""
+        lean = cfg.get("sftmix_memory") == "lean"
         return paired_collator, {
-            "layout": cfg.get("sftmix_layout") or "padded",
+            "layout": cfg.get("sftmix_layout") or ("sequential" if lean else "padded"),
             "row_length": cfg.get("sftmix_row_length"),
         }
 

@@ -64,7 +64,7 @@ def test_pairs_need_an_even_batch_for_the_baseline_too(tmp_path: Path) -> None:
 def test_layouts_are_trained_and_evaluated_alike(head: str, tmp_path: Path) -> None:
     """The last bits differ, by which rows the attention multiplies together."""
     found, gradients = {}, {}
-    for layout in ("padded", "padding_free", "packed"):
+    for layout in ("padded", "padding_free", "packed", "sequential"):
         made = SFTMixTrainer(
             model=tiny.build("Llama"),
             args=tiny.config(tmp_path, max_steps=2, layout=layout, head=head),
@@ -73,7 +73,7 @@ def test_layouts_are_trained_and_evaluated_alike(head: str, tmp_path: Path) -> N
         )
         made.remove_callback(transformers.PrinterCallback)
         batch = next(iter(made.get_train_dataloader()))
-        assert ("position_ids" in batch) == (layout != "padded")
+        assert ("position_ids" in batch) == (layout in ("padding_free", "packed"))
         made.compute_loss(made.model, batch).backward()
         gradients[layout] = {name: p.grad for name, p in made.model.named_parameters()}
         made.model.zero_grad()
@@ -81,7 +81,7 @@ def test_layouts_are_trained_and_evaluated_alike(head: str, tmp_path: Path) -> N
         evaluated = made.evaluate(tiny.examples(5, seed=1))["eval_loss"]
         found[layout] = [*tiny.losses(made, "loss", "lam_mean", "truncated_fraction"), (evaluated,)]
     assert len(found["padded"]) == 3
-    for layout in ("padding_free", "packed"):
+    for layout in ("padding_free", "packed", "sequential"):
         for ours, padded in zip(found[layout], found["padded"], strict=True):
             assert ours == pytest.approx(padded, rel=1e-6)
         for name, gradient in gradients["padded"].items():

@@ -1,0 +1,86 @@
+"""A model's backbone, read with less memory: examples one after another, activations on the host.
+
+Of examples that are read one after another only the last hidden states are kept for the loss, which
+needs them all. Backward then goes through one example at a time: autograd runs the nodes that were
+made last first, and an example's are made anew (`torch.utils.checkpoint`) when its turn comes. The
+last one's are still there; so are all, on the host, with `saved_on_host`.
+
+Legend: T tokens of all examples, D hidden size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+# Makes the context in which the backbone's forward runs.
+Saving = Callable[[], AbstractContextManager[Any]]
+
+
+def saved_on_host() -> AbstractContextManager[Any]:
+    """What is saved for backward lies in the host's memory, pinned where there is a GPU.
+
+    With activation checkpointing that is the input of each layer, and hardly anything else.
+    """
+    return torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
+
+
+def backbone_path(model: PreTrainedModel) -> str:
+    """Where the backbone is in its model.
+
+    Raises:
+        ValueError: the model has none of its own.
+    """
+    path: str = model.base_model_prefix
+    if not path or not isinstance(getattr(model, path, None), nn.Module):
+        raise ValueError(f"model: {type(model).__name__} has no backbone apart from its head")
+    return path
+
+
+def reading(parts: Sequence[int] | None, saving: Saving | None) -> Callable[..., Any]:
+    """``call(backbone, input_ids, ...)`` that reads examples of ``parts`` tokens one by one.
+
+    Without ``parts`` all are read at once. What it returns has the backbone's own form, the
+    examples' hidden states (1, T, D) one after another.
+    """
+
+    def call(backbone: nn.Module, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def read(tokens: Tensor) -> Any:
+            with nullcontext() if saving is None else saving():
+                return backbone(tokens, *args, **kwargs)
+
+        if parts is None:
+            return read(input_ids)
+        *first, last = input_ids.split(list(parts), dim=1)
+        again = functools.partial(checkpoint, read, use_reentrant=False)
+        # Hooks of `saving` take what is saved before a checkpoint would drop it.
+        kept = saving is not None or not torch.is_grad_enabled()
+        return joined([*map(read if kept else again, first), read(last)])
+
+    return call
+
+
+def joined(outputs: Sequence[Any]) -> Any:
+    """The backbone's outputs of single examples as one of them all.
+
+    Raises:
+        ValueError: they hold something besides hidden states and, of each layer, a router's logits.
+    """
+    together: dict[str, Any] = {}
+    for name, value in outputs[0].items():
+        values = [output[name] for output in outputs]
+        if isinstance(value, Tensor) and value.dim() == 3:
+            together[name] = torch.cat(values, dim=1)
+        elif isinstance(value, tuple) and all(logits.dim() == 2 for logits in value):
+            together[name] = tuple(torch.cat(layer) for layer in zip(*values, strict=True))
+        else:
+            kind = type(outputs[0]).__name__
+            raise ValueError(f"layout: 'sequential' cannot join {name} of {kind}")
+    return type(outputs[0])(**together)
