@@ -27,13 +27,22 @@ from torch._subclasses.fake_tensor import (
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from sftmix.arguments import RunArguments
-from sftmix.config import MIXED, SFTMixConfig
+from sftmix.config import CHECKPOINTING, MIXED, SFTMixConfig
 from sftmix.head import HeadAdapter
 from sftmix.lora import add_lora
-from sftmix.memory_trace import ACTIVATIONS, GRADIENTS, LOSS, OPTIMIZER, WEIGHTS, MemoryTrace
+from sftmix.memory_trace import (
+    ACTIVATIONS,
+    GRADIENTS,
+    LOSS,
+    OPTIMIZER,
+    WEIGHTS,
+    MemoryTrace,
+    saved_on_host,
+)
 from sftmix.objective import batch_counts, batch_loss
 from sftmix.planned_attention import planned_implementation
 from sftmix.planned_optimizer import planned_optimizer, trained
+from sftmix.tiled_mlp import tile_mlps
 from sftmix.trainer import make_collator
 from sftmix_kernels import RowChunks, VocabTiles
 from sftmix_kernels.peaks import op_products, op_workspace
@@ -192,13 +201,12 @@ def traced_step(
     """Build the model, let it have trained once, and follow one optimizer step."""
     batch = planned_batch(options, length)
     packed = "position_ids" in batch and len(batch["lengths"]) > len(batch["input_ids"])
-    model = empty_model(config, arguments)
+    model = add_lora(empty_model(config, arguments), arguments, options.seed)
     for part in [config, config.get_text_config()]:
         part._attn_implementation = planned_implementation(
             real_attention(model, arguments), packed=packed, on_cpu=on_cpu
         )
-    schedule = options.loss_schedule
-    schedule = VocabTiles() if schedule == "vocab_tiles" else RowChunks()
+    schedule = loss_schedule(options)
     trace = MemoryTrace(
         lambda name, args: (
             op_workspace(name, args, schedule, kernels=not on_cpu),
@@ -209,7 +217,6 @@ def traced_step(
         with FakeTensorMode(allow_non_fake_inputs=True), trace:
             with trace.counting_as(WEIGHTS):
                 fill(model)
-                model = add_lora(model, arguments, options.seed)
             follow(trace, model, options, batch, on_cpu=on_cpu)
             parameters = [p.numel() for p in model.parameters()]
             of_trained = sum(p.numel() for p in trained(model))
@@ -223,6 +230,14 @@ def traced_step(
     return Traced(trace.peaks, trace.host_peak, products, sum(parameters), of_trained)
 
 
+def loss_schedule(options: SFTMixConfig) -> RowChunks | VocabTiles:
+    """``options.loss_plan`` with its numbers."""
+    plan = options.loss_plan
+    if isinstance(plan, str):
+        return VocabTiles() if plan == "vocab_tiles" else RowChunks()
+    return plan
+
+
 def empty_model(config: PretrainedConfig, arguments: RunArguments) -> Any:
     """The model on the meta device, its attention as `transformers` would choose it.
 
@@ -232,7 +247,7 @@ def empty_model(config: PretrainedConfig, arguments: RunArguments) -> Any:
     dtype = getattr(config, "dtype", None) or torch.float32
     if arguments.dtype != "auto":
         dtype = getattr(torch, arguments.dtype)
-    asked = getattr(arguments, "attn_implementation", None)
+    asked = arguments.attn_implementation
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             config,
@@ -244,8 +259,7 @@ def empty_model(config: PretrainedConfig, arguments: RunArguments) -> Any:
 
 def real_attention(model: Any, arguments: RunArguments) -> str:
     """What the model would run with."""
-    asked = getattr(arguments, "attn_implementation", None)
-    return str(asked or model.config._attn_implementation)
+    return str(arguments.attn_implementation or model.config._attn_implementation)
 
 
 def fill(model: nn.Module) -> None:
@@ -281,7 +295,10 @@ def follow(
         make_states(model, optimizer)
     enable_checkpointing(model, options)
     model.train()
-    head = HeadAdapter(model, options.head, checked=False)
+    saving = saved_on_host if options.activation_offload else None
+    head = HeadAdapter(model, options.head, checked=False, saving=saving)
+    if options.mlp_tile_tokens is not None:
+        tile_mlps(model, options.mlp_tile_tokens, checked=False)
     name_moments(trace, head)
     for parameter in trained(model):
         parameter.register_post_accumulate_grad_hook(
@@ -338,18 +355,17 @@ def make_states(model: nn.Module, optimizer: Any) -> None:
 
 
 def enable_checkpointing(model: Any, options: SFTMixConfig) -> None:
-    """As `transformers.Trainer` does: in two spellings, the older one before version 5.20."""
-    for name in ("activation_checkpointing", "gradient_checkpointing"):
-        if hasattr(options, name):
-            break
-    if not getattr(options, name):
+    """As `transformers.Trainer` does, under the name that its version has for it."""
+    if not getattr(options, CHECKPOINTING):
         return
-    settings = dict(getattr(options, f"{name}_kwargs") or {})
+    settings = dict(getattr(options, f"{CHECKPOINTING}_kwargs") or {})
     if settings.pop("offload", False):
-        raise ValueError(f"{name}_kwargs: the plan does not know 'offload'")
+        raise ValueError(
+            f"{CHECKPOINTING}_kwargs: the plan does not know 'offload'; give --activation_offload"
+        )
     every = {key: settings.pop(key) for key in ("every_n_layers",) if key in settings}
-    enable = getattr(model, f"{name}_enable")
-    enable(**{f"{name}_kwargs": settings or None}, **every)
+    enable = getattr(model, f"{CHECKPOINTING}_enable")
+    enable(**{f"{CHECKPOINTING}_kwargs": settings or None}, **every)
 
 
 def name_moments(trace: MemoryTrace, head: HeadAdapter) -> None:
