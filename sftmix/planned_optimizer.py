@@ -24,8 +24,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 BLOCK, SMALLEST = 256, 4096
 
 REAL = ("adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adagrad", "rmsprop")
-TORCHAO = ("adamw_torch_8bit",)
-BITSANDBYTES = ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit")
+EIGHT_BIT = ("adamw_torch_8bit", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit")
 
 
 class EightBit:
@@ -38,7 +37,7 @@ class EightBit:
             if isinstance(module, nn.Embedding)
             for parameter in module.parameters()
         }
-        states = ao_states if name in TORCHAO else bnb_states
+        states = ao_states if name == "adamw_torch_8bit" else bnb_states
         self.states = [
             [state for _ in range(2) for state in states(p, id(p) in embeddings)] for p in trained(model)
         ]
@@ -77,10 +76,10 @@ def planned_optimizer(model: nn.Module, options: TrainingArguments, *, on_cpu: b
         ValueError: an optimizer that is none of those in this file.
     """
     name = str(getattr(options.optim, "value", options.optim))
-    if name in (*TORCHAO, *BITSANDBYTES):
+    if name in EIGHT_BIT:
         return EightBit(model, name)
     if name not in REAL:
-        known = ", ".join((*REAL, *TORCHAO, *BITSANDBYTES))
+        known = ", ".join((*REAL, *EIGHT_BIT))
         raise ValueError(f"optim: expected one that the plan knows, {known}; got {name!r}")
     cls, settings = Trainer.get_optimizer_cls_and_kwargs(options)
     if not on_cpu and name != "adafactor" and not settings.get("fused"):

@@ -290,8 +290,8 @@ def follow(
     trace: MemoryTrace, model: Any, options: SFTMixConfig, batch: dict[str, Any], *, on_cpu: bool
 ) -> None:
     """The steps of `transformers.Trainer`, each under the name of its moment."""
-    optimizer = planned_optimizer(model, options, on_cpu=on_cpu)
     with trace.counting_as(OPTIMIZER):
+        optimizer = planned_optimizer(model, options, on_cpu=on_cpu)
         make_states(model, optimizer)
     enable_checkpointing(model, options)
     model.train()
