@@ -27,7 +27,9 @@ UNITS = {"": 0, "B": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 class PlanArguments(TrainRunArguments):
     """`sftmix train`'s own, of which data, output and partition are not needed."""
 
-    data: list[str] = option([], "Not read", "ours")
+    data: list[str] = dataclasses.field(
+        default_factory=list, metadata={"help": "Not read [ours]"}
+    )
     output: str = option("", "Not written", "ours")
     gpu_memory: str | None = option(
         None, "Bytes to fit into, such as 80GiB, 80GB or 80e9; by default those of the GPU", "ours"
