@@ -46,7 +46,7 @@ class MemoryTrace(TorchDispatchMode):
         self.storages: dict[int, tuple[str, int]] = {}
         self.peaks: dict[str, dict[str, int]] = {}
         self.host = self.host_peak = 0
-        self.products = 0
+        self.products, self.times = 0, 1.0
 
     def __torch_dispatch__(
         self,
@@ -73,7 +73,7 @@ class MemoryTrace(TorchDispatchMode):
         elif (count := flop_registry.get(func.overloadpacket)) is not None:
             # A causal attention multiplies half of what its shapes say.
             share = 2 if "attention" in func.name() else 1
-            self.products += count(*args, **kwargs, out_val=result) // share
+            self.products += int(self.times * count(*args, **kwargs, out_val=result)) // share
         return result
 
     def hold(self, tensor: Tensor, part: str) -> None:
@@ -121,6 +121,15 @@ class MemoryTrace(TorchDispatchMode):
             yield
         finally:
             self.part = before
+
+    @contextlib.contextmanager
+    def standing_for(self, times: float) -> Iterator[None]:
+        """Matrix products count so many times: only some of several equal ones are made."""
+        before, self.times = self.times, times
+        try:
+            yield
+        finally:
+            self.times = before
 
     def __enter__(self) -> MemoryTrace:
         _active.append(self)

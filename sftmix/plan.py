@@ -152,7 +152,7 @@ def main(words: Sequence[str]) -> int:
     with tqdm(
         total=1 + len(others), unit="plan", leave=False, disable=planned.options.disable_tqdm
     ) as bar:
-        per_token = planned.bytes_of_token(config)
+        longer = planned.plan(config, planned.longer)
         largest = None if memory is None else planned.largest(config, memory, proven=True)
         bar.update()
         for one in others:
@@ -160,8 +160,7 @@ def main(words: Sequence[str]) -> int:
             bar.update()
     fits = memory is None or plan.peak <= memory
     advice = "" if memory is None or fits else advised(planned, config, memory, rows)
-    longer = planned.plan(config, planned.longer)
-    print(report(planned, config, plan, longer, per_token, memory, largest, rows, advice))
+    print(report(planned, config, plan, longer, memory, largest, rows, advice))
     return 0 if fits else 1
 
 

@@ -42,7 +42,7 @@ from sftmix.memory_trace import (
 from sftmix.objective import batch_counts, batch_loss
 from sftmix.planned_attention import planned_implementation
 from sftmix.planned_optimizer import planned_optimizer, trained
-from sftmix.tiled_mlp import tile_mlps
+from sftmix.planned_tiles import plan_tiles
 from sftmix.trainer import make_collator
 from sftmix_kernels import RowChunks, VocabTiles
 from sftmix_kernels.peaks import op_products, op_workspace
@@ -298,7 +298,7 @@ def follow(
     saving = saved_on_host if options.activation_offload else None
     head = HeadAdapter(model, options.head, checked=False, saving=saving)
     if options.mlp_tile_tokens is not None:
-        tile_mlps(model, options.mlp_tile_tokens, checked=False)
+        plan_tiles(model, options.mlp_tile_tokens)
     name_moments(trace, head)
     for parameter in trained(model):
         parameter.register_post_accumulate_grad_hook(
