@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 GIB, KIB = 2**30, 2**10
 NOT_COUNTED = (
-    "not counted: the device's context, libraries' workspaces, the allocator's fragments (some "
-    "5-10 % more), DDP's buffers; every sequence is taken as full"
+    "not counted: the device's context, libraries' workspaces, the allocator's fragments, "
+    "DDP's buffers; every sequence is taken as full"
 )
 
 

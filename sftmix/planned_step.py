@@ -202,10 +202,10 @@ def traced_step(
     batch = planned_batch(options, length)
     packed = "position_ids" in batch and len(batch["lengths"]) > len(batch["input_ids"])
     model = add_lora(empty_model(config, arguments), arguments, options.seed)
-    for part in [config, config.get_text_config()]:
-        part._attn_implementation = planned_implementation(
-            real_attention(model, arguments), packed=packed, on_cpu=on_cpu
-        )
+    real = str(arguments.attn_implementation or model.config._attn_implementation)
+    planned = planned_implementation(real, packed=packed, on_cpu=on_cpu)
+    for part in (config, config.get_text_config()):
+        part._attn_implementation = planned
     schedule = loss_schedule(options)
     trace = MemoryTrace(
         lambda name, args: (
@@ -255,11 +255,6 @@ def empty_model(config: PretrainedConfig, arguments: RunArguments) -> Any:
             attn_implementation=asked if asked in (None, "eager", "sdpa") else "sdpa",
             trust_remote_code=arguments.trust_remote_code,
         )
-
-
-def real_attention(model: Any, arguments: RunArguments) -> str:
-    """What the model would run with."""
-    return str(arguments.attn_implementation or model.config._attn_implementation)
 
 
 def fill(model: nn.Module) -> None:
@@ -314,6 +309,7 @@ def follow(
     for _ in range(min(options.gradient_accumulation_steps, 2)):
         micro_step(trace, model, head, options, inputs)
     trace.moment = UPDATE
+    trace.note_peak()
     with trace.counting_as(OPTIMIZER):
         if options.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(list(trained(model)), options.max_grad_norm)
