@@ -39,7 +39,7 @@ class MemoryTrace(TorchDispatchMode):
     """
 
     def __init__(self, loss_cost: LossCost) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.loss_cost = loss_cost
         self.part, self.moment = ACTIVATIONS, ""
         self.held: Counter[str] = Counter()
@@ -133,11 +133,11 @@ class MemoryTrace(TorchDispatchMode):
 
     def __enter__(self) -> MemoryTrace:
         _active.append(self)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         _active.pop()
 
 

@@ -27,9 +27,7 @@ UNITS = {"": 0, "B": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 class PlanArguments(TrainRunArguments):
     """`sftmix train`'s own, of which data, output and partition are not needed."""
 
-    data: list[str] = dataclasses.field(
-        default_factory=list, metadata={"help": "Not read [ours]"}
-    )
+    data: list[str] = dataclasses.field(default_factory=list, metadata={"help": "Not read [ours]"})
     output: str = option("", "Not written", "ours")
     gpu_memory: str | None = option(
         None, "Bytes to fit into, such as 80GiB, 80GB or 80e9; by default those of the GPU", "ours"
@@ -98,9 +96,10 @@ class Planned:
 
     def read_config(self) -> PretrainedConfig:
         """The model's config."""
-        return AutoConfig.from_pretrained(
+        config: PretrainedConfig = AutoConfig.from_pretrained(
             self.arguments.model, trust_remote_code=self.arguments.trust_remote_code
         )
+        return config
 
     def plan(self, config: PretrainedConfig, length: int) -> Plan:
         """The step at this length."""
@@ -118,14 +117,13 @@ class Planned:
     def bytes_of_token(self, config: PretrainedConfig) -> float:
         """More at the peak for one more token of the batch."""
         more = self.plan(config, self.longer).peak - self.plan(config, self.length).peak
-        return more / (self.longer - self.length) / self.options.per_device_train_batch_size
+        batch: int = self.options.per_device_train_batch_size
+        return more / ((self.longer - self.length) * batch)
 
     def largest(self, config: PretrainedConfig, memory: int, *, proven: bool) -> int:
         """The largest length that fits."""
         known = {n: self.plan(config, n).peak for n in (self.length, self.longer)}
-        return largest_length(
-            lambda n: self.plan(config, n).peak, memory, known, proven=proven
-        )
+        return largest_length(lambda n: self.plan(config, n).peak, memory, known, proven=proven)
 
     def is_off(self, one: Switch) -> bool:
         """Whether a switch would change something."""

@@ -55,7 +55,9 @@ def pointed_at(known: dict[int, int], memory: int, fitting: int, beyond: int) ->
     lengths = sorted(known)
     below = [n for n in lengths if n <= fitting]
     above = [n for n in lengths if n >= beyond]
-    first, second = sorted((below[-1:] + above[:1]) if below and above else (below[-2:] or above[:2]))
+    first, second = sorted(
+        (below[-1:] + above[:1]) if below and above else (below[-2:] or above[:2])
+    )
     slope = (known[second] - known[first]) / (second - first)
     if slope <= 0:
         return 2 * lengths[-1]

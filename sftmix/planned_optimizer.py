@@ -39,7 +39,8 @@ class EightBit:
         }
         states = ao_states if name == "adamw_torch_8bit" else bnb_states
         self.states = [
-            [state for _ in range(2) for state in states(p, id(p) in embeddings)] for p in trained(model)
+            [state for _ in range(2) for state in states(p, id(p) in embeddings)]
+            for p in trained(model)
         ]
 
     def step(self) -> None:

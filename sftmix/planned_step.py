@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,6 @@ from sftmix.lora import add_lora
 from sftmix.memory_trace import (
     ACTIVATIONS,
     GRADIENTS,
-    LOSS,
     OPTIMIZER,
     WEIGHTS,
     MemoryTrace,
@@ -41,6 +40,7 @@ from sftmix.memory_trace import (
 )
 from sftmix.objective import batch_counts, batch_loss
 from sftmix.planned_attention import planned_implementation
+from sftmix.planned_moments import BACKWARD, FORWARD, UPDATE, decoder_layers, name_moments
 from sftmix.planned_optimizer import planned_optimizer, trained
 from sftmix.planned_tiles import plan_tiles
 from sftmix.trainer import make_collator
@@ -49,11 +49,6 @@ from sftmix_kernels.peaks import op_products, op_workspace
 
 # Layers of the short models; a whole one that has no more is traced as it is.
 SHORT = (2, 4)
-
-FORWARD, OF_LOSS, BACKWARD, UPDATE = "forward", "loss", "backward", "optimizer"
-AGAIN, UPPER, LOWER, EMBEDDINGS = (
-    f"{BACKWARD}: {where}" for where in ("forward again", "upper layers", "lower layers", "embeddings")
-)
 
 
 @dataclass(frozen=True)
@@ -111,12 +106,12 @@ def plan_step(
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     short: Sequence[int | None] = SHORT
     if layers is None or layers <= max(SHORT) or not alike(config, arguments):
-        short = (None,)
+        short, layers = (None,), 0
     steps = [
         traced_step(with_layers(config, count), arguments, options, length, on_cpu)
         for count in short
     ]
-    step = steps[0] if len(steps) == 1 else extended(*steps, layers)
+    step = steps[0] if len(steps) == 1 else extended(steps[0], steps[1], layers)
     moment, parts = max(step.peaks.items(), key=lambda peak: sum(peak[1].values()))
     return Plan(
         length=length,
@@ -160,12 +155,6 @@ def alike(config: PretrainedConfig, arguments: RunArguments) -> bool:
     shapes = [{name: p.shape for name, p in layer.named_parameters()} for layer in layers]
     same = all(shape == shapes[0] for shape in shapes)
     return bool(shapes) and same and len(set(getattr(text, "layer_types", None) or [None])) == 1
-
-
-def decoder_layers(model: nn.Module, count: int) -> Sequence[nn.Module]:
-    """The model's list of ``count`` layers; empty where it has none."""
-    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
-    return next(lists, ())  # type: ignore[call-overload,no-any-return]
 
 
 def extended(two: Traced, four: Traced, layers: int) -> Traced:
@@ -296,9 +285,7 @@ def follow(
         plan_tiles(model, options.mlp_tile_tokens)
     name_moments(trace, head)
     for parameter in trained(model):
-        parameter.register_post_accumulate_grad_hook(
-            lambda p: trace.recount(p.grad, GRADIENTS)
-        )
+        parameter.register_post_accumulate_grad_hook(lambda p: trace.recount(p.grad, GRADIENTS))
     # From here on it counts.
     trace.peaks.clear()
     inputs = {
@@ -362,39 +349,3 @@ def enable_checkpointing(model: Any, options: SFTMixConfig) -> None:
     every = {key: settings.pop(key) for key in ("every_n_layers",) if key in settings}
     enable = getattr(model, f"{CHECKPOINTING}_enable")
     enable(**{f"{CHECKPOINTING}_kwargs": settings or None}, **every)
-
-
-def name_moments(trace: MemoryTrace, head: HeadAdapter) -> None:
-    """Let the trace know where in a step it is, by hooks on the head and the layers."""
-    model = head.model
-    layers = decoder_layers(model, model.config.get_text_config().num_hidden_layers)
-
-    def named(moment: str) -> Any:
-        def enter(*_: Any) -> None:
-            trace.moment = moment
-
-        return enter
-
-    def enter_loss(*_: Any) -> None:
-        trace.part, trace.moment = LOSS, OF_LOSS
-
-    def enter_again(*_: Any) -> None:
-        if trace.moment.startswith(BACKWARD):
-            trace.moment = AGAIN
-
-    def on_gradient(moment: str) -> Any:
-        def watch(_: nn.Module, inputs: Any, output: Any = None) -> None:
-            tensor = inputs[0] if output is None else output
-            tensor = tensor if isinstance(tensor, Tensor) else tensor[0]
-            if tensor.requires_grad:
-                tensor.register_hook(named(moment))
-
-        return watch
-
-    head.head.register_forward_pre_hook(enter_loss)
-    for place, layer in enumerate(layers):
-        layer.register_forward_pre_hook(enter_again)
-        moment = UPPER if 2 * place >= len(layers) else LOWER
-        layer.register_forward_hook(on_gradient(moment))
-    if layers:
-        layers[0].register_forward_pre_hook(on_gradient(EMBEDDINGS))

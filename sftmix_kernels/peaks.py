@@ -167,8 +167,8 @@ def group_bytes(task: str, schedule: VocabTiles, shape: Shape) -> int:
     columns = min(max(BLOCK_V, fitting), round_up(vocab_size, BLOCK_V))
     # Rows of hidden, their dH in float32, and that once more where it has to be rounded.
     of_rows = width + 4 + (width if width < 4 else 0)
-    gradient = width * num_rows * columns
-    return gradient + of_rows * num_rows * size
+    total: int = width * num_rows * columns + of_rows * num_rows * size
+    return total
 
 
 def op_call(name: str, args: Sequence[Any]) -> tuple[str, Shape]:
@@ -176,7 +176,9 @@ def op_call(name: str, args: Sequence[Any]) -> tuple[str, Shape]:
     hidden, weight = args[:2]
     if name.startswith("sftmix"):
         mixed = not name.startswith("sftmix_rows") or args[5].shape[0] > 0
-        return BOTH if mixed else NTP, Shape(*hidden.shape, weight.shape[0], hidden.itemsize)
+        num_rows, size = hidden.shape
+        shape = Shape(num_rows, size, weight.shape[0], hidden.itemsize)
+        return BOTH if mixed else NTP, shape
     num_rows, size = hidden[0].shape
     shape = Shape(len(hidden) * num_rows, size, weight.shape[0], weight.itemsize)
     return MIXUP if len(hidden) == 2 else NTP, shape
@@ -202,7 +204,8 @@ def op_products(name: str, args: Sequence[Any]) -> int:
     """Operations of a call's matrix products: ``2 R D V`` for logits and for each gradient."""
     task, shape = op_call(name, args)
     needs = [sum(arg[:2]) for arg in args if isinstance(arg, list) and isinstance(arg[0], bool)]
-    return 2 * logit_rows(task, shape) * shape.hidden_size * shape.vocab_size * (1 + sum(needs))
+    products: int = 1 + sum(needs)
+    return 2 * logit_rows(task, shape) * shape.hidden_size * shape.vocab_size * products
 
 
 def perplexity_peak_bytes(shape: Shape, vocab_chunk: int = 8192, device: str = "cpu") -> int:

@@ -10,9 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    T5Config,
+)
 
 from benchmarks.measure import peak_extra_bytes
 from sftmix import planned_step
@@ -31,7 +36,8 @@ from sftmix.memory_trace import (
     saved_on_host,
 )
 from sftmix.objective import batch_counts, batch_loss
-from sftmix.plan import parse_bytes, plan_step
+from sftmix.plan import Planned, advised, parse_bytes, plan_step
+from sftmix.plan_report import Row
 from sftmix.plan_search import GRID, largest_length, step_of
 from sftmix.tiled_mlp import tile_mlps
 
@@ -301,6 +307,13 @@ def test_the_largest_length_fits_and_a_step_more_does_not(memory: int) -> None:
 
 # The command
 
+ALL_ON = [
+    *("--memory", "lean", "--mlp_tile_tokens", "64", "--layout", "sequential"),
+    *("--activation_offload", "true", "--activation_checkpointing", "true"),
+    *("--loss_schedule", "vocab_tiles", "--loss_max_bytes", "65536"),
+    *("--lora_rank", "2", "--dtype", "bfloat16", "--optim", "sgd"),
+]
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -323,21 +336,16 @@ def plan(model: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple
     return run
 
 
-def test_the_command_names_what_helps_most(
-    plan: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code, said = plan("--gpu-memory", "1GB")
+def test_the_command_says_what_fits_and_what_helps(plan: Callable[..., tuple[int, str]]) -> None:
+    code, said = plan("--gpu-memory", "40MB", *ALL_ON)
     assert code == 0
-    assert "fits: 0.0 GiB of 0.9" in said
-    assert re.search(r"longest that fits: \d+ tokens, beyond the model's 4096 positions", said)
-    rows = dict(re.findall(r"^(--\w+ \S+).* (\d+)$", said, re.MULTILINE))
-    assert int(rows["--memory lean"]) > int(rows["--loss_max_bytes 268435456"])
-    code, said = plan("--gpu-memory", "30MB", "--mlp_tile_tokens", "64")
+    assert "fits: 0.0 GiB of 0.0" in said
+    assert re.search(r"longest that fits: [1-9]\d+ tokens", said)
+    assert "every switch that saves memory is on" in said
+    code, said = plan("--gpu-memory", "1KB", "--max-length", "64", *ALL_ON[:-2])
     assert code == 1
-    assert re.search(r"does not fit: .*; most helps --memory lean", said)
-    code, said = plan("--gpu-memory", "1MB", "--memory", "lean")
-    assert code == 1
-    assert "too little help --lora_rank 16" in said
+    assert re.search(r"does not fit: .*; too little help", said)
+    assert "--optim adamw_torch_8bit *" in said
     assert "no length fits" in said
 
 
@@ -348,9 +356,19 @@ def test_the_command_reads_what_train_reads(
     shared = {"data": ["x"], "score": {"output": "y"}}
     own = {"output": "z", "partition": "p", "memory": "lean", "lora_rank": 8, "bf16": True}
     file.write_text(json.dumps({**shared, "train": own}))
-    code, said = plan("--config", str(file), "--max-length", "5000")
+    code, said = plan(
+        "--config",
+        str(file),
+        "--max-length",
+        "4097",
+        *ALL_ON[6:-6],
+        "--dtype",
+        "bfloat16",
+        "--optim",
+        "sgd",
+    )
     assert code == 0
-    for words in ("LoRA of rank 8", "5000 tokens, sequential", "--memory lean", "4096 positions"):
+    for words in ("LoRA of rank 8", "4097 tokens, sequential", "--memory lean", "4096 positions"):
         assert words in said
     assert "fits" not in said
 
@@ -380,6 +398,21 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
     quantised = llama(quantization_config={"quant_method": "bitsandbytes"})
     with pytest.raises(ValueError, match="quantised"):
         plan_step(quantised, run_arguments(), options(tmp_path), 64)
+
+
+def test_advice(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--model", str(model), "--max-length", "64", "--disable_tqdm", "true"]
+    planned = Planned(words)
+    config = planned.read_config()
+    lean, lora = Row("--memory lean", True, peak=600), Row("--lora_rank 4", False, peak=500)
+    says = [advised(planned, config, memory, [lean, lora]) for memory in (700, 550)]
+    assert [text.split(" (")[0] for text in says] == [
+        "most helps --memory lean",
+        "most helps --lora_rank 4",
+    ]
+    alone = Planned([*words, "--lora_rank", "4"]).plan(config, 64).peak
+    both = advised(planned, config, alone, [Row("--lora_rank 4", False, peak=alone + 1)])
+    assert both.startswith("together help --lora_rank 4")
 
 
 def test_bytes() -> None:
