@@ -1,0 +1,420 @@
+"""What a plan says is held to what is held: bytes counted by hand, of real models, and measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    T5Config,
+)
+
+from benchmarks.measure import peak_extra_bytes
+from sftmix import planned_step
+from sftmix.arguments import RunArguments
+from sftmix.cli import main
+from sftmix.config import SFTMixConfig
+from sftmix.head import HeadAdapter
+from sftmix.lora import add_lora
+from sftmix.memory_trace import (
+    ACTIVATIONS,
+    GRADIENTS,
+    LOSS,
+    OPTIMIZER,
+    WEIGHTS,
+    MemoryTrace,
+    saved_on_host,
+)
+from sftmix.objective import batch_counts, batch_loss
+from sftmix.plan import Planned, advised, parse_bytes, plan_step
+from sftmix.plan_report import Row
+from sftmix.plan_search import GRID, largest_length, step_of
+from sftmix.tiled_mlp import tile_mlps
+
+KB = 1024
+
+# PEFT asks for it under its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+
+
+def nothing_inside(name: str, args: Any) -> tuple[int, int]:
+    return 0, 0
+
+
+def llama(**changes: Any) -> LlamaConfig:
+    sizes = {
+        "vocab_size": 1000,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+    }
+    return LlamaConfig(**{**sizes, **changes})
+
+
+def run_arguments(**changes: Any) -> RunArguments:
+    return RunArguments(model="", data=[], output="", **changes)
+
+
+def options(tmp_path: Path, **changes: Any) -> SFTMixConfig:
+    settings = {"per_device_train_batch_size": 2, "use_cpu": True, "disable_tqdm": True, **changes}
+    return SFTMixConfig(output_dir=str(tmp_path), **settings)
+
+
+# The trace
+
+
+def test_a_trace_counts_storages_until_they_are_freed() -> None:
+    with FakeTensorMode(), MemoryTrace(nothing_inside) as trace:
+        first = torch.empty(256)  # 1 KiB
+        view = first.view(16, 16)[2:]
+        first.add_(1.0)
+        torch.add(first, 1.0, out=first)
+        assert trace.held == {ACTIVATIONS: KB}
+        trace.moment = "sum"
+        total = first + first + first  # of two results one is freed
+        assert trace.held.total() == 2 * KB
+        assert sum(trace.peaks["sum"].values()) == 3 * KB
+        del first
+        assert trace.held.total() == 2 * KB  # the view is there
+        del view
+        assert trace.held.total() == KB
+        trace.recount(total, GRADIENTS)
+        with trace.counting_as(WEIGHTS):
+            weight = torch.empty(512)
+        trace.moment = "inside"
+        trace.hold_briefly(5 * KB, LOSS)
+        trace.hold_briefly(4 * KB, LOSS)
+        assert trace.held == {ACTIVATIONS: 0, GRADIENTS: KB, WEIGHTS: 2 * KB, LOSS: 0}
+        assert trace.peaks["inside"] == {
+            ACTIVATIONS: 0,
+            GRADIENTS: KB,
+            WEIGHTS: 2 * KB,
+            LOSS: 5 * KB,
+        }
+        del total, weight
+        assert trace.held.total() == 0
+
+
+def test_a_trace_sees_what_autograd_keeps_and_what_lies_on_the_host() -> None:
+    with FakeTensorMode(), MemoryTrace(nothing_inside) as trace:
+        x = torch.empty(4, 256, requires_grad=True)  # 4 KiB
+        kept = x.sin().cos()  # keeps x and its sine
+        assert trace.held.total() == 12 * KB
+        kept.sum().backward()
+        del kept
+        assert trace.held.total() == 8 * KB  # x and its gradient
+        with saved_on_host():
+            moved = x.sin().cos()
+        assert (trace.host, trace.held.total()) == (8 * KB, 12 * KB)
+        moved.sum().backward()
+        del moved
+        assert (trace.host, trace.host_peak, trace.held.total()) == (0, 8 * KB, 8 * KB)
+
+
+def test_a_trace_counts_matrix_products() -> None:
+    with FakeTensorMode(), MemoryTrace(nothing_inside) as trace:
+        torch.empty(3, 5) @ torch.empty(5, 7)
+        with trace.standing_for(2.5):
+            torch.empty(3, 5) @ torch.empty(5, 7)
+    assert trace.products == 3.5 * 2 * 3 * 5 * 7
+
+
+# Parts, beside a real model
+
+
+@pytest.mark.parametrize("lora", [None, 4])
+def test_weights_gradients_and_states_are_those_of_a_real_model(
+    tmp_path: Path, lora: int | None
+) -> None:
+    config, given = llama(), run_arguments(lora_rank=lora, dtype="bfloat16")
+    model = add_lora(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), given, 0)
+    model(torch.arange(8).unsqueeze(0), labels=torch.arange(8).unsqueeze(0)).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    optimizer.step()
+    # So few tokens that the update is the peak.
+    settings = options(tmp_path, optim="adamw_torch_fused", max_grad_norm=0.0)
+    plan = plan_step(config, given, settings, 2)
+    parts = planned_step.traced_step(config, given, settings, 2, False).peaks["optimizer"]
+    states = [s for state in optimizer.state.values() for s in state.values()]
+    weights = sum(p.nbytes for p in model.parameters())
+    assert parts[WEIGHTS] == weights + sum(b.nbytes for b in model.buffers())
+    assert plan.parameters == sum(p.numel() for p in model.parameters())
+    assert plan.trained == sum(p.numel() for p in trained)
+    if lora is None:
+        assert parts[GRADIENTS] == sum(p.grad.nbytes for p in trained if p.grad is not None)
+        assert parts[OPTIMIZER] == sum(s.nbytes for s in states)
+        # On a GPU one that is not fused has the square roots of a group's second moments besides.
+        settings.optim = "adamw_torch"
+        roots = sum(p.nbytes for p in trained if p.dim() > 1)
+        more = planned_step.traced_step(config, given, settings, 2, False).peaks["optimizer"]
+        assert more[OPTIMIZER] == sum(s.nbytes for s in states) + roots
+
+
+class RealStep:
+    """Forward, loss and backward of a real model, as the plan sees them."""
+
+    def __init__(self, config: PretrainedConfig, settings: SFTMixConfig, length: int) -> None:
+        self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+        self.settings = settings
+        self.head = HeadAdapter(self.model, settings.head, checked=False)
+        if settings.mlp_tile_tokens is not None:
+            tile_mlps(self.model, settings.mlp_tile_tokens)
+        planned_step.enable_checkpointing(self.model, settings)
+        self.batch = planned_step.planned_batch(settings, length)
+
+    def __call__(self) -> Any:
+        counts = batch_counts([self.batch], torch.device("cpu"))
+        loss = batch_loss(self.model, self.head, self.batch, self.settings, counts, 0.2)
+        loss.loss.backward()
+        return loss
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"activation_checkpointing": True},
+        {"memory": "lean", "mlp_tile_tokens": 64},
+        {"layout": "padding_free"},
+        {"loss_max_bytes": 2**17},
+        {"head": "logits"},
+        {"method": "mixup"},
+    ],
+    ids=str,
+)
+def test_a_measured_step(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config, settings, length = llama(num_hidden_layers=5), options(tmp_path, **changes), 400
+    plan = plan_step(config, run_arguments(), settings, length, on_cpu=True)
+    step = RealStep(config, settings, length)
+    measured = peak_extra_bytes(step)
+    beside = sum(plan.parts.get(part, 0) for part in (WEIGHTS, OPTIMIZER))
+    assert measured == pytest.approx(plan.peak - beside, rel=0.15)
+
+
+def test_the_loss_workspace_is_what_the_loss_holds(tmp_path: Path) -> None:
+    config, settings = llama(num_hidden_layers=1, vocab_size=8000), options(tmp_path)
+    length = 600
+    plan = plan_step(config, run_arguments(), settings, length, on_cpu=True)
+    assert plan.moment == "loss"
+    step = RealStep(config, settings, length)
+    whole: list[int] = []
+    head = step.head.head
+
+    def measure(own: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            results: list[Any] = []
+            whole.append(peak_extra_bytes(lambda: results.append(own(*args, **kwargs))))
+            return results[0]
+
+        return forward
+
+    head.forward = measure(head.forward)
+    step()
+    assert whole[0] == pytest.approx(plan.parts[LOSS], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "given"),
+    [
+        (llama(num_hidden_layers=7), {}, {}),
+        (llama(num_hidden_layers=7), {"memory": "lean", "mlp_tile_tokens": 64}, {"lora_rank": 4}),
+        (llama(num_hidden_layers=6), {"optim": "adamw_torch_8bit", "bf16": True}, {}),
+        (
+            llama(num_hidden_layers=6),
+            {"activation_checkpointing": True, "activation_offload": True},
+            {"dtype": "bfloat16"},
+        ),
+    ],
+)
+def test_short_models_tell_what_a_whole_one_would(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    config: LlamaConfig,
+    changes: dict[str, Any],
+    given: dict[str, Any],
+) -> None:
+    settings, arguments = options(tmp_path, **changes), run_arguments(**given)
+    extended = plan_step(config, arguments, settings, 300)
+    monkeypatch.setattr(planned_step, "SHORT", (2, 100))
+    whole = plan_step(config, arguments, settings, 300)
+    assert extended == whole
+    assert (extended.host > 0) == settings.activation_offload
+
+
+def test_tiles_that_stand_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = options(tmp_path, memory="lean", mlp_tile_tokens=64)
+    few = plan_step(llama(), run_arguments(), settings, 640)
+    monkeypatch.setattr("sftmix.planned_tiles.TILES", 100)
+    assert plan_step(llama(), run_arguments(), settings, 640) == few
+
+
+def test_a_window_of_attention_needs_a_mask(tmp_path: Path) -> None:
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    config = MistralConfig(
+        **{name: getattr(llama(), name) for name in sizes},
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=256,
+    )
+    settings = options(tmp_path)
+    below, above = (plan_step(config, run_arguments(), settings, n).peak for n in (255, 256))
+    assert above - below > 2 * 256**2 * (1 + 4 * 3)  # bool, and float32 in each of three layers
+    flash = run_arguments(attn_implementation="flash_attention_2")
+    below, above = (plan_step(config, flash, settings, n).peak for n in (255, 256))
+    assert above - below < 2 * 256**2
+
+
+# Lengths
+
+
+def test_longer_sequences_take_more(tmp_path: Path) -> None:
+    settings = options(tmp_path, memory="lean", mlp_tile_tokens=64)
+    peaks = [plan_step(llama(), run_arguments(), settings, n).peak for n in (64, 256, 300)]
+    assert peaks == sorted(set(peaks))
+
+
+@pytest.mark.parametrize("memory", [10**4, 10**6, 3 * 10**7, 10**9])
+def test_the_largest_length_fits_and_a_step_more_does_not(memory: int) -> None:
+    plans = []
+
+    def peak_of(length: int) -> int:
+        plans.append(length)
+        return 5000 + 10 * length + max(0, 500 * (length - 3000)) + length**2 // 1000
+
+    known = {n: peak_of(n) for n in (2048, 2560)}
+    largest = largest_length(peak_of, memory, known)
+    assert largest % GRID == 0
+    assert largest == 0 or peak_of(largest) <= memory
+    assert peak_of(largest + step_of(largest)) > memory
+    assert len(plans) <= 40
+    near = largest_length(peak_of, memory, known, proven=False)
+    assert near == largest or peak_of(near) >= 0.99 * memory
+
+
+# The command
+
+ALL_ON = [
+    *("--memory", "lean", "--mlp_tile_tokens", "64", "--layout", "sequential"),
+    *("--activation_offload", "true", "--activation_checkpointing", "true"),
+    *("--loss_schedule", "vocab_tiles", "--loss_max_bytes", "65536"),
+    *("--lora_rank", "2", "--dtype", "bfloat16", "--optim", "sgd"),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a config and nothing else."""
+    folder = tmp_path_factory.mktemp("model")
+    llama(num_hidden_layers=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def plan(model: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs `sftmix plan`; its exit code and what it printed, errors included."""
+
+    def run(*flags: str) -> tuple[int, str]:
+        words = ["--model", str(model), "--max-length", "512", "--disable_tqdm", "true"]
+        code = main(["plan", *words, *flags])
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return run
+
+
+def test_the_command_says_what_fits_and_what_helps(plan: Callable[..., tuple[int, str]]) -> None:
+    code, said = plan("--gpu-memory", "40MB", *ALL_ON)
+    assert code == 0
+    assert "fits: 0.0 GiB of 0.0" in said
+    assert re.search(r"longest that fits: [1-9]\d+ tokens", said)
+    assert "every switch that saves memory is on" in said
+    code, said = plan("--gpu-memory", "1KB", "--max-length", "64", *ALL_ON[:-2])
+    assert code == 1
+    assert re.search(r"does not fit: .*; too little help", said)
+    assert "--optim adamw_torch_8bit *" in said
+    assert "no length fits" in said
+
+
+def test_the_command_reads_what_train_reads(
+    plan: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    file = tmp_path / "config.yaml"
+    shared = {"data": ["x"], "score": {"output": "y"}}
+    own = {"output": "z", "partition": "p", "memory": "lean", "lora_rank": 8, "bf16": True}
+    file.write_text(json.dumps({**shared, "train": own}))
+    code, said = plan(
+        "--config",
+        str(file),
+        "--max-length",
+        "4097",
+        *ALL_ON[6:-6],
+        "--dtype",
+        "bfloat16",
+        "--optim",
+        "sgd",
+    )
+    assert code == 0
+    for words in ("LoRA of rank 8", "4097 tokens, sequential", "--memory lean", "4096 positions"):
+        assert words in said
+    assert "fits" not in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gpu-memory", "much"], "gpu_memory: expected bytes such as 80GiB"),
+        (["--gpu-memory", "-1"], "gpu_memory"),
+        (["--optim", "lion_32bit"], "optim: expected one that the plan knows"),
+        (["--fsdp", "full_shard"], "expected one process"),
+        (["--max-length", "1"], "max_length: expected at least 2"),
+        (["--layout", "packed", "--row_length", "100"], "row_length"),
+    ],
+)
+def test_what_is_refused(
+    plan: Callable[..., tuple[int, str]], flags: list[str], message: str
+) -> None:
+    code, said = plan(*flags)
+    assert code == 1
+    assert message in said
+
+
+def test_other_models_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="T5Config"):
+        plan_step(T5Config(), run_arguments(), options(tmp_path), 64)
+    quantised = llama(quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(ValueError, match="quantised"):
+        plan_step(quantised, run_arguments(), options(tmp_path), 64)
+
+
+def test_advice(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--model", str(model), "--max-length", "64", "--disable_tqdm", "true"]
+    planned = Planned(words)
+    config = planned.read_config()
+    lean, lora = Row("--memory lean", True, peak=600), Row("--lora_rank 4", False, peak=500)
+    says = [advised(planned, config, memory, [lean, lora]) for memory in (700, 550)]
+    assert [text.split(" (")[0] for text in says] == [
+        "most helps --memory lean",
+        "most helps --lora_rank 4",
+    ]
+    alone = Planned([*words, "--lora_rank", "4"]).plan(config, 64).peak
+    both = advised(planned, config, alone, [Row("--lora_rank 4", False, peak=alone + 1)])
+    assert both.startswith("together help --lora_rank 4")
+
+
+def test_bytes() -> None:
+    texts = ("80GiB", "80GB", "80e9", "1.5 KiB", "7")
+    assert [parse_bytes(text) for text in texts] == [80 * 2**30, 80 * 10**9, 80 * 10**9, 1536, 7]
