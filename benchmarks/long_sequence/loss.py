@@ -25,7 +25,17 @@ def schedule_of(mode: str) -> RowChunks:
     return plan if isinstance(plan, RowChunks) else RowChunks()
 
 
-def loss_workspace(task: Task) -> dict[str, Any]:
+ROWS = (4096, 16384, 65536)
+QUICK_ROWS = (64, 128, 256)
+
+
+def loss_workspaces(task: Task) -> dict[str, Any]:
+    """The workspace at growing numbers of rows."""
+    rows = QUICK_ROWS if task.quick else ROWS
+    return {"workspaces": [loss_workspace(task, count) for count in rows]}
+
+
+def loss_workspace(task: Task, rows: int) -> dict[str, Any]:
     """Peak of ``NTP + mu * Mixup`` of N rows, minus what grows with N and the head's gradient.
 
     The op makes its gradients in its forward, which is all that runs here:
@@ -33,7 +43,7 @@ def loss_workspace(task: Task) -> dict[str, Any]:
         workspace = peak - (4 V D + w N D + 60 N)
     """
     size, dtype = task.subject.size, getattr(torch, task.subject.dtype)
-    schedule, rows = schedule_of(task.mode), task.length
+    schedule = schedule_of(task.mode)
     generator = torch.Generator(task.device).manual_seed(0)
     make: dict[str, Any] = {"generator": generator, "device": task.device}
     hidden = torch.randn(rows, size.hidden_size, **make).to(dtype).requires_grad_()

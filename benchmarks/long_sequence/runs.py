@@ -25,10 +25,11 @@ SUITE = "long_sequence"
 # On the CPU: for the search, what fits in minutes; for one measurement, what the machine can give.
 CPU_BUDGET = 2**29
 SHARE_OF_MACHINE = 0.8
-LOSS_ROWS = (4096, 16384, 65536)
-QUICK_ROWS = (64, 128, 256)
 # Facts that have to be the same of all figures of a file.
 SAME = ("commit", "cpu", "gpu", "torch", "threads")
+# Of a `ModelSize`, what is not the model's.
+OF_BATCH = ("batch", "length", "turns")
+FAILED = "failed"
 Record = dict[str, Any]
 
 
@@ -112,9 +113,6 @@ class Run:
         return Task(kind, self.model, self.device, self.quick, self.threads, length, mode, limit)
 
 
-OF_BATCH = ("batch", "length", "turns")
-
-
 def run(wanted: Run) -> int:
     """Measure everything that is not there yet; 1 where something failed by itself."""
     points = [(mode, length) for length in wanted.lengths for mode in wanted.modes]
@@ -126,9 +124,7 @@ def run(wanted: Run) -> int:
     if wanted.search:
         for mode in tqdm(wanted.modes, unit="mode", desc="largest length"):
             search(wanted, mode)
-    rows = QUICK_ROWS if wanted.quick else LOSS_ROWS
-    for count in tqdm(rows, unit="size", desc="loss alone"):
-        loss(wanted, count)
+    loss(wanted)
     return int(bool(wanted.results.report["failed"]))
 
 
@@ -168,9 +164,9 @@ def measured(wanted: Run, mode: str, length: int, limit: int | None) -> Record:
         found = measure(wanted.task(STEP, mode, length, limit), wanted.left)
     except SuiteError as reason:
         wanted.results.miss("failed", name, str(reason))
-        found = {"outcome": "failed"}
+        found = {"outcome": FAILED}
     record = {"measure": STEP, "mode": mode, "length": length, "limit_bytes": limit, **found}
-    if found["outcome"] != "failed":
+    if found["outcome"] != FAILED:
         wanted.results.add(**record)
     tqdm.write(f"{name}: {says(record)}")
     return record
@@ -202,22 +198,20 @@ def search(wanted: Run, mode: str) -> None:
     )
     if known:
         return
-    done = [r for r in steps(wanted, mode) if r["outcome"] == DONE]
-    peaks = {r["length"]: r["peak_bytes"] for r in done if r["peak_bytes"] <= budget}
-    over = [r["length"] for r in done if r["peak_bytes"] > budget]
+    peaks = {r["length"]: r["peak_bytes"] for r in steps(wanted, mode) if r["outcome"] == DONE}
+    fails = None
     if wanted.device == CUDA:
         # The limit of a point was the same; on the CPU it was the machine's.
-        over += [r["length"] for r in steps(wanted, mode) if r["outcome"] != DONE]
+        gone = [r["length"] for r in steps(wanted, mode) if r["outcome"] != DONE]
+        fails = min(gone, default=None)
 
-    def fits(length: int) -> float | None:
+    def peak_at(length: int) -> float | None:
         record = measured(wanted, mode, length, limit_of(wanted, budget))
-        if record["outcome"] == "failed":
-            raise OutOfTime("failed")
-        peak = record.get("peak_bytes")
-        return peak if peak is not None and peak <= budget else None
+        if record["outcome"] == FAILED:
+            raise OutOfTime(FAILED)
+        return record.get("peak_bytes")
 
-    bounds = largest(fits, peaks, min(over, default=None), budget, wanted.lengths[0])
-    write(wanted, mode, budget, bounds)
+    write(wanted, mode, budget, largest(peak_at, peaks, fails, budget, wanted.lengths[0]))
 
 
 def limit_of(wanted: Run, budget: int) -> int | None:
@@ -243,18 +237,18 @@ def write(wanted: Run, mode: str, budget: int, bounds: Bounds) -> None:
     tqdm.write(f"{name}: {bounds.fits:,}")
 
 
-def loss(wanted: Run, rows: int) -> None:
-    """The fused loss alone, of so many rows, at lean's chunk."""
-    records = wanted.results.report["records"]
-    if any(r["measure"] == LOSS and r["rows"] == rows for r in records):
+def loss(wanted: Run) -> None:
+    """The fused loss alone, at lean's chunk."""
+    if any(record["measure"] == LOSS for record in wanted.results.report["records"]):
         return
-    name = f"loss alone, {rows:,} rows"
+    name = "loss alone"
     try:
-        found = measure(wanted.task(LOSS, "lean", rows, machine_limit(wanted)), wanted.left)
+        found = measure(wanted.task(LOSS, "lean", 0, machine_limit(wanted)), wanted.left)
     except OutOfTime as reason:
         return wanted.results.miss("left_out", name, str(reason))
     except SuiteError as reason:
         return wanted.results.miss("failed", name, str(reason))
-    if found["outcome"] == DONE:
-        return wanted.results.add(measure=LOSS, mode="lean", **found)
-    wanted.results.miss("left_out", name, found["outcome"])
+    if found["outcome"] != DONE:
+        return wanted.results.miss("left_out", name, found["outcome"])
+    for one in found["workspaces"]:
+        wanted.results.add(measure=LOSS, mode="lean", **one)

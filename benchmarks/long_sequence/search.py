@@ -35,50 +35,71 @@ def largest(
 ) -> Bounds:
     """The longest that fits and one step more that does not.
 
-    ``measure`` gives a length's peak, None where it did not fit; it may raise `OutOfTime`, which
-    leaves the bounds as they are then. ``peaks`` are those that fitted, which are not measured
-    again and are added to; ``fails`` one that did not. ``start``: where nothing is known.
+    ``measure`` gives a length's peak, which may be over the budget, or None where it ran out of
+    memory; it may raise `OutOfTime`, which leaves the bounds as they are then. ``peaks`` are those
+    that are known, which is added to; ``fails`` a length that ran out of memory. ``start``: where
+    nothing is known.
     """
     misses = 0
     for _ in range(tries):
-        low = max(peaks, default=0)
-        if fails is not None and fails - low <= step_of(low):
-            return Bounds(low, fails)
-        length = following(peaks, fails, budget, start, misses)
+        low, high = bounds(peaks, fails, budget)
+        if high is not None and high - low <= step_of(low):
+            return Bounds(low, high)
+        length = following(peaks, low, high, budget, start, misses)
         try:
             peak = measure(length)
         except OutOfTime as reason:
-            return Bounds(low, fails, f"{length:,}: {reason}")
+            return Bounds(low, high, f"{length:,}: {reason}")
         if peak is None:
             fails, misses = length, misses + 1
         else:
-            peaks[length], misses = peak, 0
-    return Bounds(max(peaks, default=0), fails, f"{tries} measurements were not enough")
+            peaks[length] = peak
+    return Bounds(*bounds(peaks, fails, budget), f"{tries} measurements were not enough")
+
+
+def bounds(peaks: dict[int, float], fails: int | None, budget: float) -> tuple[int, int | None]:
+    """The longest length that fits below the shortest that does not, and that one."""
+    over = [length for length, peak in peaks.items() if peak > budget]
+    high = min([*over, *([] if fails is None else [fails])], default=None)
+    fitting = (n for n, peak in peaks.items() if peak <= budget and (high is None or n < high))
+    return max(fitting, default=0), high
 
 
 def following(
-    peaks: dict[int, float], fails: int | None, budget: float, start: int, misses: int
+    peaks: dict[int, float],
+    low: int,
+    high: int | None,
+    budget: float,
+    start: int,
+    misses: int,
 ) -> int:
-    """The length to measure next, between what fits and what fails."""
-    low = max(peaks, default=0)
+    """The length to measure next, between what fits and what does not."""
     step = step_of(low)
-    guess = line(peaks, AIM * budget) or (2 * low if low else start)
+    guess = line(peaks, low, budget) or (2 * low if low else start)
     guess = max(guess, low + step)
-    if fails is None:
+    if high is None:
         return guess
-    # The line was wrong: back by one step, then two, four, until the middle is nearer.
-    back = fails - step * 2 ** max(0, misses - 1)
-    middle = rounded((low + fails) // 2)
+    # Without peaks above, the line may be wrong: back by a step, then two, four, to the middle.
+    back = high - step * 2 ** max(0, misses - 1)
+    middle = rounded((low + high) // 2)
     return max(low + GRAIN, min(guess, max(back, middle)))
 
 
-def line(peaks: dict[int, float], budget: float) -> int | None:
-    """Where the line through the two longest meets the budget; None without two, or no slope."""
-    if len(peaks) < 2:
+def line(peaks: dict[int, float], low: int, budget: float) -> int | None:
+    """Where a line meets the budget: through ``low`` and the point after it, or the one before.
+
+    None without two points, or where the line does not rise.
+    """
+    lengths = sorted(peaks)
+    if low not in peaks or len(lengths) < 2:
         return None
-    (x, low), (y, high) = sorted(peaks.items())[-2:]
-    slope = (high - low) / (y - x)
-    return rounded(int(y + (budget - high) / slope)) if slope > 0 else None
+    place = lengths.index(low)
+    first = min(place, len(lengths) - 2)
+    x, y = lengths[first : first + 2]
+    slope = (peaks[y] - peaks[x]) / (y - x)
+    # Between two points the line is sure; beyond them it aims a little lower.
+    aim = budget if y > low else AIM * budget
+    return rounded(int(x + (aim - peaks[x]) / slope)) if slope > 0 else None
 
 
 def rounded(length: int) -> int:

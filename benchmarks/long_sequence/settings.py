@@ -46,7 +46,7 @@ SUBJECTS = {
     ),
 }
 # Whether all of it works.
-QUICK_SUBJECT = Subject("tiny", QUICK, "float32", 4, {CPU: (64, 128), CUDA: (64, 128)})
+QUICK_SUBJECT = Subject("tiny", QUICK, "float32", 4, {CPU: (64,), CUDA: (64,)})
 
 
 class Mode(NamedTuple):
@@ -101,12 +101,12 @@ def subject_of(model: str, quick: bool) -> Subject:
 class Task:
     """One measurement, which a process of its own makes."""
 
-    kind: str  # "step" or "loss"
+    kind: str  # "step", or "loss" of several numbers of rows
     model: str
     device: str
     quick: bool
     threads: int
-    length: int  # tokens of each of the two sequences; for "loss" rows of hidden
+    length: int = 0  # tokens of each of the two sequences
     mode: str = "lean"
     # On the CPU what may be allocated besides what is there before the model; on CUDA in all.
     limit_bytes: int | None = None

@@ -80,7 +80,7 @@ def main(words: list[str]) -> None:
 def run(task: Task) -> dict[str, Any]:
     """The task's figures in this process."""
     # Imported first: none of it is the model's.
-    from .loss import loss_workspace
+    from .loss import loss_workspaces
     from .step import train_pair
 
     torch.set_num_threads(task.threads)
@@ -89,7 +89,7 @@ def run(task: Task) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         if task.kind == "loss":
-            found = loss_workspace(task)
+            found = loss_workspaces(task)
         else:
             with tempfile.TemporaryDirectory() as folder:
                 found = train_pair(task.subject, task.mode, task.length, task.device, folder)
