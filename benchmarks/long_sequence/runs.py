@@ -17,10 +17,10 @@ from benchmarks.result_file import Results
 from benchmarks.settings import Settings
 
 from .search import Bounds, largest
-from .settings import CPU, CUDA, MODES, Task, modes_of, subject_of
+from .settings import CPU, CUDA, MODES, Subject, Task, modes_of, subject_of
 from .worker import DONE, OutOfTime, available, measure
 
-STEP, LOSS, LARGEST = "step", "loss", "largest"
+STEP, LOSS, LARGEST, PREDICTION = "step", "loss", "largest", "prediction"
 SUITE = "long_sequence"
 # On the CPU: for the search, what fits in minutes; for one measurement, what the machine can give.
 CPU_BUDGET = 2**29
@@ -42,13 +42,14 @@ class Run:
     out: Path
     modes: Sequence[str] = ()
     lengths: Sequence[int] = ()
-    search: bool = False
+    largest: bool = False
     budget: int | None = None
     seconds: float = math.inf
     quick: bool = False
     threads: int = 2
     command: str = ""
     commit: str = ""
+    predicted: bool = False  # nothing is measured
     begin: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -56,8 +57,7 @@ class Run:
         for name in self.modes:
             if self.device not in MODES[name].devices:
                 raise ValueError(f"modes: {name} is for {MODES[name].devices[0]}")
-        subject = subject_of(self.model, self.quick)
-        self.lengths = sorted(self.lengths or subject.lengths[self.device])
+        self.lengths = sorted(self.lengths or self.subject.lengths[self.device])
         if not self.lengths:
             raise ValueError(f"lengths: {self.model} has none on {self.device}, give some")
         if self.lengths[0] < 2:
@@ -65,6 +65,10 @@ class Run:
         if self.budget is not None and self.budget < 1:
             raise ValueError(f"budget: expected bytes, at least 1, got {self.budget}")
         self.results = self.open()
+
+    @property
+    def subject(self) -> Subject:
+        return subject_of(self.model, self.quick)
 
     @property
     def left(self) -> float:
@@ -80,8 +84,9 @@ class Run:
         settings = Settings(
             self.device, self.quick, threads=self.threads, command=self.command, commit=self.commit
         )
-        results = Results(f"{SUITE}-{self.model}", settings, self.out)
-        subject, facts = subject_of(self.model, self.quick), results.report["facts"]
+        suite = f"{SUITE}-{self.model}" + "-predicted" * self.predicted
+        results = Results(suite, settings, self.out)
+        subject, facts = self.subject, results.report["facts"]
         facts["threads"] = self.threads
         results.report["settings"] = {
             "device": self.device,
@@ -90,8 +95,9 @@ class Run:
             "model": self.model,
             "size": {n: v for n, v in subject.size._asdict().items() if n not in OF_BATCH},
             "lora_rank": subject.lora_rank,
+            "predicted": self.predicted,
         }
-        if results.file is not None and results.file.exists():
+        if results.file is not None and results.file.exists() and not self.predicted:
             self.go_on(results)
         return results
 
@@ -121,7 +127,7 @@ def run(wanted: Run) -> int:
             bar.set_postfix_str(f"{mode}, {length:,}")
             point(wanted, mode, length)
             bar.update()
-    if wanted.search:
+    if wanted.largest:
         for mode in tqdm(wanted.modes, unit="mode", desc="largest length"):
             search(wanted, mode)
     loss(wanted)
