@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from sftmix_kernels import RowChunks, VocabTiles
+from sftmix_kernels.peaks import Shape, peak_bytes
 from sftmix_kernels.schedules import runs_triton
 
 from .errors import Oracle, step
@@ -21,7 +22,6 @@ from .group import FAILURES
 from .inputs import FILTER_EPS, make_inputs
 from .interpreter import tidy_launches
 from .measure import peak_extra_bytes
-from .peaks import Shape, peak_bytes
 from .providers import (
     BOTH,
     FILTERED,

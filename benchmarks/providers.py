@@ -20,6 +20,7 @@ from sftmix_kernels import (
     fused_mixup_loss,
     fused_sftmix_loss,
 )
+from sftmix_kernels.peaks import BOTH, MIXUP, NTP
 from sftmix_kernels.row_chunks import PADDING
 from sftmix_kernels.schedules import RowChunks, Schedule
 
@@ -28,7 +29,6 @@ from .peers import HardLabelLoss, find_peers
 from .settings import Settings
 
 MU = 0.2
-NTP, MIXUP, BOTH = "NTP", "Mixup", "NTP + Mixup"
 TASKS = (NTP, MIXUP, BOTH)
 ROW_CHUNKS, VOCAB_TILES = "sftmix, row_chunks", "sftmix, vocab_tiles"
 FILTERED = "sftmix, vocab_tiles, filter 2^-12"

@@ -182,7 +182,10 @@ def with_config(words: Sequence[str], parser: argparse.ArgumentParser) -> list[s
     training = {
         field.name for cls in (TrainRunArguments, ScoreConfig) for field in dataclasses.fields(cls)
     }
-    return [*config_words(given.config, parser.prog.split()[-1], options, training), *rest]
+    command = parser.prog.split()[-1]
+    # A plan is of a training.
+    command = "train" if command == "plan" else command
+    return [*config_words(given.config, command, options, training), *rest]
 
 
 def _parser(types: list[type[Any]], prog: str) -> HfArgumentParser:

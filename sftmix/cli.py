@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "score": "score every example during one epoch and split at the median",
+    "plan": "memory of a training step, by part, and the longest sequences that fit a GPU",
     "split": "rewrite the halves of a scored run, or make levels of them",
     "train": "train a model with SFTMix or a method it is compared with",
     "generate": "answer the questions of AlpacaEval or MT-Bench, for their judges to read",
@@ -54,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> int:
     from sftmix.ranks import RankError
 
     try:
-        module.main(words[1:])
+        code: int | None = module.main(words[1:])
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if traceback:
             raise
@@ -66,4 +67,4 @@ def main(words: Sequence[str] | None = None) -> int:
         if traceback:
             raise
         return 1
-    return 0
+    return code or 0

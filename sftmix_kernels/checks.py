@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .reference import expand_lam
+from .schedules import is_fake
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -142,7 +143,8 @@ def check_reduction(reduction: str) -> None:
 
 def values_are_free(tensor: Tensor) -> bool:
     """Whether reading a tensor's values costs no wait and breaks no graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    on_cpu = tensor.device.type == "cpu" and not is_fake(tensor)
+    return on_cpu and not torch.compiler.is_compiling()
 
 
 def checked_lam(lam: float | Tensor, labels: Tensor, *, validate: bool) -> Tensor:

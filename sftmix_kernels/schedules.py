@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # In float32 the bits of a row's logits depend on how many rows are multiplied with it where those
 # are fewer (measured, MKL, AVX-512).
@@ -86,7 +87,8 @@ def resolve_schedule(schedule: Schedule, hidden: Tensor, vocab_size: int) -> int
             "schedule: expected 'auto', 'row_chunks', 'vocab_tiles', RowChunks(...) or "
             f"VocabTiles(...), got {schedule!r}"
         )
-    if not runs_triton(hidden):
+    # A fake tensor runs nowhere: it stands for one on any device.
+    if not (runs_triton(hidden) or is_fake(hidden)):
         raise ValueError(f"schedule: 'vocab_tiles' needs a CUDA device, got {hidden.device}")
     return schedule
 
@@ -94,3 +96,8 @@ def resolve_schedule(schedule: Schedule, hidden: Tensor, vocab_size: int) -> int
 def runs_triton(tensor: Tensor) -> bool:
     """Whether Triton kernels run on this tensor: on CUDA, and anywhere in Triton's interpreter."""
     return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no values: ops on it show what a step would allocate."""
+    return isinstance(tensor, FakeTensor)

@@ -12,10 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import peaks
 from benchmarks.interpreter import tidy_launches
 from benchmarks.measure import peak_extra_bytes
-from benchmarks.peaks import Shape, peak_bytes, perplexity_peak_bytes
 from benchmarks.providers import BOTH, MIXUP, NTP
 from sftmix_kernels import (
     RowChunks,
@@ -23,9 +21,11 @@ from sftmix_kernels import (
     fused_cross_entropy,
     fused_mixup_loss,
     fused_sftmix_loss,
+    peaks,
     streaming_perplexity,
 )
 from sftmix_kernels.build import build_info
+from sftmix_kernels.peaks import Shape, peak_bytes, perplexity_peak_bytes
 
 every_task = pytest.mark.parametrize("task", [NTP, MIXUP, BOTH])
 

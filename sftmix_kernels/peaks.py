@@ -33,16 +33,17 @@ Forward of ``vocab_tiles`` keeps LSEs of tiles, half of ``max_bytes``, but no gr
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-from sftmix_kernels import RowChunks, VocabTiles
-from sftmix_kernels.perplexity import block_rows, round_up
-from sftmix_kernels.row_chunks import PADDING, cache_blocks, chunk_sizes
-from sftmix_kernels.tile_gradients import BLOCK_P, BLOCK_R, BLOCK_V, groups
+from .perplexity import block_rows, round_up
+from .row_chunks import PADDING, cache_blocks, chunk_sizes
+from .schedules import RowChunks, VocabTiles
+from .tile_gradients import BLOCK_P, BLOCK_R, BLOCK_V, groups
 
-from .providers import BOTH, MIXUP, NTP
+NTP, MIXUP, BOTH = "NTP", "Mixup", "NTP + Mixup"
 
 # f: labels, weights, shares, order, losses; for tiles also the state that backward needs. Measured
 # while chunks or groups are at work: when gradients are handed out some are gone.
@@ -168,6 +169,40 @@ def group_bytes(task: str, schedule: VocabTiles, shape: Shape) -> int:
     of_rows = width + 4 + (width if width < 4 else 0)
     gradient = width * num_rows * columns
     return gradient + of_rows * num_rows * size
+
+
+def op_call(name: str, args: Sequence[Any]) -> tuple[str, Shape]:
+    """Task and shape of a call of a loss's op, by the op's name and positional arguments."""
+    hidden, weight = args[:2]
+    if name.startswith("sftmix"):
+        mixed = not name.startswith("sftmix_rows") or args[5].shape[0] > 0
+        return BOTH if mixed else NTP, Shape(*hidden.shape, weight.shape[0], hidden.itemsize)
+    num_rows, size = hidden[0].shape
+    shape = Shape(len(hidden) * num_rows, size, weight.shape[0], weight.itemsize)
+    return MIXUP if len(hidden) == 2 else NTP, shape
+
+
+def op_workspace(
+    name: str, args: Sequence[Any], schedule: RowChunks | VocabTiles, kernels: bool
+) -> int:
+    """Bytes that a call of a loss's op holds for itself, beside the tensors that it returns."""
+    task, shape = op_call(name, args)
+    if isinstance(schedule, RowChunks):
+        chunk = chunk_bytes if kernels else cpu_chunk_bytes
+        return chunk(task, schedule, shape)
+    if name.endswith("_backward"):
+        return group_bytes(task, schedule, shape)
+    # A maximum and a sum in float32 of a row and its mixtures in every tile.
+    sums = 12 if task == BOTH else 8
+    tiles = -(-shape.vocab_size // BLOCK_V)
+    return min(schedule.max_bytes // 2, sums * tiles * logit_rows(task, shape))
+
+
+def op_products(name: str, args: Sequence[Any]) -> int:
+    """Operations of a call's matrix products: ``2 R D V`` for logits and for each gradient."""
+    task, shape = op_call(name, args)
+    needs = [sum(arg[:2]) for arg in args if isinstance(arg, list) and isinstance(arg[0], bool)]
+    return 2 * logit_rows(task, shape) * shape.hidden_size * shape.vocab_size * (1 + sum(needs))
 
 
 def perplexity_peak_bytes(shape: Shape, vocab_chunk: int = 8192, device: str = "cpu") -> int:

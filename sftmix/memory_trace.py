@@ -1,0 +1,173 @@
+"""What a piece of PyTorch code holds at its peak, followed on tensors that have no values.
+
+Under PyTorch's ``FakeTensorMode`` an op makes tensors of the right shapes and computes nothing. A
+`MemoryTrace` over it counts their storages: from the op that makes one until nobody holds it, so
+that views and in-place ops count nothing, and what autograd keeps is seen to be kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+WEIGHTS, GRADIENTS, OPTIMIZER = "weights", "gradients", "optimizer"
+ACTIVATIONS, LOSS = "activations", "loss workspace"
+PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOSS)
+
+# The fused losses, whose ops tell nobody what they hold inside.
+LOSS_OPS = "sftmix_kernels::"
+
+# Name and positional arguments of a fused loss's op -> its own bytes, and its products' operations.
+LossCost = Callable[[str, Sequence[Any]], tuple[int, int]]
+
+
+class MemoryTrace(TorchDispatchMode):
+    """Bytes held now and at the peak of each moment, by part, and operations of matrix products.
+
+    ``part`` is what new storages count as, ``moment`` the name that peaks are kept under; both are
+    set from outside as the code goes on. A value that is asked for is answered with True: nothing
+    is padded, all is finite. Tracing what was made under the trace is up to whoever made it.
+    """
+
+    def __init__(self, loss_cost: LossCost) -> None:
+        super().__init__()
+        self.loss_cost = loss_cost
+        self.part, self.moment = ACTIVATIONS, ""
+        self.held: Counter[str] = Counter()
+        self.storages: dict[int, tuple[str, int]] = {}
+        self.peaks: dict[str, dict[str, int]] = {}
+        self.host = self.host_peak = 0
+        self.products, self.times = 0, 1.0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return True
+        if func is torch.ops.prim.device.default:
+            # More than half of all calls, answered here for speed.
+            return args[0].fake_device
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        is_loss = func.name().startswith(LOSS_OPS)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.hold(leaf, LOSS if is_loss else self.part)
+        if is_loss:
+            inside, products = self.loss_cost(func.name().removeprefix(LOSS_OPS), args)
+            self.hold_briefly(inside, LOSS)
+            self.products += products
+        elif (count := flop_registry.get(func.overloadpacket)) is not None:
+            # A causal attention multiplies half of what its shapes say.
+            share = 2 if "attention" in func.name() else 1
+            self.products += int(self.times * count(*args, **kwargs, out_val=result)) // share
+        return result
+
+    def hold(self, tensor: Tensor, part: str) -> None:
+        """Count a tensor's storage until it is freed, unless it is counted already."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self.storages or tensor.device.type == "meta":
+            return
+        self.storages[key] = (part, storage.nbytes())
+        self.held[part] += storage.nbytes()
+        weakref.finalize(storage, self.release, key)
+        self.note_peak()
+
+    def release(self, key: int) -> None:
+        """Forget a storage that was freed."""
+        part, size = self.storages.pop(key)
+        self.held[part] -= size
+
+    def recount(self, tensor: Tensor, part: str) -> None:
+        """Let a tensor that is held already count as another part from now on."""
+        key = id(tensor.untyped_storage())
+        if key in self.storages:
+            before, size = self.storages[key]
+            self.storages[key] = (part, size)
+            self.held[before] -= size
+            self.held[part] += size
+
+    def hold_briefly(self, size: int, part: str) -> None:
+        """Bytes that an op takes and gives back before it returns."""
+        self.held[part] += size
+        self.note_peak()
+        self.held[part] -= size
+
+    def note_peak(self) -> None:
+        """Keep what is held now where it is the most so far of this moment."""
+        peak = self.peaks.get(self.moment)
+        if peak is None or self.held.total() > sum(peak.values()):
+            self.peaks[self.moment] = dict(self.held)
+
+    @contextlib.contextmanager
+    def counting_as(self, part: str) -> Iterator[None]:
+        """New storages count as this part."""
+        before, self.part = self.part, part
+        try:
+            yield
+        finally:
+            self.part = before
+
+    @contextlib.contextmanager
+    def standing_for(self, times: float) -> Iterator[None]:
+        """Matrix products count so many times: only some of several equal ones are made."""
+        before, self.times = self.times, times
+        try:
+            yield
+        finally:
+            self.times = before
+
+    def __enter__(self) -> MemoryTrace:
+        _active.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _active.pop()
+
+
+_active: list[MemoryTrace] = []
+
+
+def active_trace() -> MemoryTrace:
+    """The trace that is running, for ops that have something to say to it."""
+    return _active[-1]
+
+
+class OnHost:
+    """A tensor that was moved to the host: its bytes count there while this object lives."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        trace, size = active_trace(), tensor.nbytes
+        trace.host += size
+        trace.host_peak = max(trace.host_peak, trace.host)
+        weakref.finalize(self, _leave_host, trace, size)
+
+    def back(self) -> Tensor:
+        """A new tensor on the device, the bytes on the host still there."""
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+
+def _leave_host(trace: MemoryTrace, size: int) -> None:
+    trace.host -= size
+
+
+def saved_on_host() -> contextlib.AbstractContextManager[Any]:
+    """What autograd keeps in this context lies on the host, as ``save_on_cpu`` does on a GPU."""
+    return torch.autograd.graph.saved_tensors_hooks(OnHost, OnHost.back)

@@ -1,0 +1,229 @@
+"""`sftmix plan`: the memory of a training step, before there is a GPU to run it on."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoConfig, PretrainedConfig
+
+from sftmix.arguments import TrainRunArguments, parse
+from sftmix.config import CHECKPOINTING, LEAN_LOSS_BYTES, LEAN_TILE_TOKENS, SFTMixConfig, option
+from sftmix.plan_report import Row, report
+from sftmix.plan_search import GRID, largest_length
+from sftmix.planned_optimizer import EIGHT_BIT
+from sftmix.planned_step import Plan, plan_step
+
+__all__ = ["Plan", "PlanArguments", "PlanConfig", "Planned", "main", "plan_step"]
+
+UNITS = {"": 0, "B": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+@dataclasses.dataclass
+class PlanArguments(TrainRunArguments):
+    """`sftmix train`'s own, of which data, output and partition are not needed."""
+
+    data: list[str] = dataclasses.field(
+        default_factory=list, metadata={"help": "Not read [ours]"}
+    )
+    output: str = option("", "Not written", "ours")
+    gpu_memory: str | None = option(
+        None, "Bytes to fit into, such as 80GiB, 80GB or 80e9; by default those of the GPU", "ours"
+    )
+
+
+@dataclasses.dataclass
+class PlanConfig(SFTMixConfig):
+    """`sftmix train`'s training options; ``use_cpu`` plans for the CPU, else for a GPU."""
+
+    def __post_init__(self) -> None:
+        self.on_cpu = bool(self.use_cpu)
+        # Without a GPU transformers would refuse what only a GPU can do.
+        self.use_cpu = self.on_cpu or not torch.cuda.is_available()
+        super().__post_init__()
+
+
+@dataclasses.dataclass(frozen=True)
+class Switch:
+    """An option that saves memory, and the words that turn it on."""
+
+    name: str
+    words: tuple[str, ...]
+    off: tuple[Any, ...]  # values of the option that it would change
+    same: bool = True  # whether results stay the same up to rounding
+    on_gpu: bool = False  # whether the CPU has none
+
+    @property
+    def says(self) -> str:
+        """As a user types it."""
+        return " ".join(self.words)
+
+
+def switch(name: str, value: str, off: tuple[Any, ...], **facts: bool) -> Switch:
+    """``--name value``."""
+    return Switch(name, (f"--{name}", value), off, **facts)
+
+
+SWITCHES = (
+    switch("memory", "lean", ("plain",)),
+    switch(CHECKPOINTING, "true", (False, None)),
+    switch("layout", "sequential", ("padded", "padding_free", "packed")),
+    switch("mlp_tile_tokens", str(LEAN_TILE_TOKENS), (None,)),
+    switch("loss_max_bytes", str(LEAN_LOSS_BYTES), (None,)),
+    switch("loss_schedule", "vocab_tiles", ("auto", "row_chunks"), on_gpu=True),
+    Switch(
+        "activation_offload",
+        ("--activation_offload", "true", f"--{CHECKPOINTING}", "true"),
+        (False,),
+        on_gpu=True,
+    ),
+    switch("lora_rank", "16", (None,), same=False),
+    switch("dtype", "bfloat16", ("float32",), same=False),
+    switch("optim", EIGHT_BIT[0], ("adamw_torch", "adamw_torch_fused"), same=False),
+)
+
+
+class Planned:
+    """Plans of one set of words, by length."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = list(words)
+        self.arguments, self.options = parse(words, PlanArguments, PlanConfig, "sftmix plan")
+        self.length: int = self.arguments.max_length
+        self.plans: dict[int, Plan] = {}
+
+    def read_config(self) -> PretrainedConfig:
+        """The model's config."""
+        return AutoConfig.from_pretrained(
+            self.arguments.model, trust_remote_code=self.arguments.trust_remote_code
+        )
+
+    def plan(self, config: PretrainedConfig, length: int) -> Plan:
+        """The step at this length."""
+        if length not in self.plans:
+            self.plans[length] = plan_step(
+                config, self.arguments, self.options, length, on_cpu=self.options.on_cpu
+            )
+        return self.plans[length]
+
+    @property
+    def longer(self) -> int:
+        """A second length, from which follows what a token takes."""
+        return self.length + max(GRID, self.length // 4)
+
+    def bytes_of_token(self, config: PretrainedConfig) -> float:
+        """More at the peak for one more token of the batch."""
+        more = self.plan(config, self.longer).peak - self.plan(config, self.length).peak
+        return more / (self.longer - self.length) / self.options.per_device_train_batch_size
+
+    def largest(self, config: PretrainedConfig, memory: int, *, proven: bool) -> int:
+        """The largest length that fits."""
+        known = {n: self.plan(config, n).peak for n in (self.length, self.longer)}
+        return largest_length(
+            lambda n: self.plan(config, n).peak, memory, known, proven=proven
+        )
+
+    def is_off(self, one: Switch) -> bool:
+        """Whether a switch would change something."""
+        if one.on_gpu and self.options.on_cpu:
+            return False
+        holder = self.arguments if hasattr(self.arguments, one.name) else self.options
+        value = getattr(holder, one.name)
+        return getattr(value, "value", value) in one.off
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command; 1 where the step does not fit.
+
+    Raises:
+        ValueError: what `plan_step` refuses, or a memory that is no number of bytes.
+        OSError: there is no such model.
+    """
+    planned = Planned(words)
+    memory = memory_of(planned)
+    config = planned.read_config()
+    others = [one for one in SWITCHES if planned.is_off(one)]
+    plan = planned.plan(config, planned.length)
+    rows: list[Row] = []
+    with tqdm(
+        total=1 + len(others), unit="plan", leave=False, disable=planned.options.disable_tqdm
+    ) as bar:
+        longer = planned.plan(config, planned.longer)
+        largest = None if memory is None else planned.largest(config, memory, proven=True)
+        bar.update()
+        for one in others:
+            rows.append(row_of(planned, one, config, memory))
+            bar.update()
+    fits = memory is None or plan.peak <= memory
+    advice = "" if memory is None or fits else advised(planned, config, memory, rows)
+    print(report(planned, config, plan, longer, memory, largest, rows, advice))
+    return 0 if fits else 1
+
+
+def memory_of(planned: Planned) -> int | None:
+    """Bytes to fit into; None where nobody says."""
+    if planned.arguments.gpu_memory is not None:
+        return parse_bytes(planned.arguments.gpu_memory)
+    if torch.cuda.is_available() and not planned.options.on_cpu:
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return None
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of ``80GiB``, ``80GB``, ``80e9``.
+
+    Raises:
+        ValueError: it is none of these, or not above 0.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d*)?(?:[eE]\d+)?) ?([KMGT]?)(i?)B?", text.strip())
+    if not found or float(found[1]) <= 0 or (found[3] and not found[2]):
+        raise ValueError(f"gpu_memory: expected bytes such as 80GiB, 80GB or 80e9, got {text!r}")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** UNITS[found[2]])
+
+
+def row_of(planned: Planned, one: Switch, config: PretrainedConfig, memory: int | None) -> Row:
+    """What a switch would change, or why it cannot be turned on."""
+    try:
+        other = Planned([*planned.words, *one.words])
+        plan = other.plan(config, planned.length)
+    except (ValueError, ImportError) as error:
+        return Row(one.says, same=one.same, error=str(error).splitlines()[0])
+    return Row(
+        one.says,
+        same=one.same,
+        peak=plan.peak,
+        host=plan.host,
+        per_token=other.bytes_of_token(config),
+        saved=planned.bytes_of_token(config) - other.bytes_of_token(config),
+        work=plan.matrix_products / planned.plan(config, planned.length).matrix_products,
+        largest=None if memory is None else other.largest(config, memory, proven=False),
+    )
+
+
+def advised(planned: Planned, config: PretrainedConfig, memory: int, rows: list[Row]) -> str:
+    """The switch that would help most, or the few that together would do.
+
+    What leaves results alone goes first.
+    """
+    possible = [row for row in rows if not row.error]
+    fitting = [row for row in possible if row.peak <= memory]
+    for choice in ([row for row in fitting if row.same], fitting):
+        if choice:
+            best = min(choice, key=lambda row: row.peak)
+            return f"most helps {best.says} ({best.peak / 2**30:.1f} GiB)"
+    words, says, peak = list(planned.words), [], planned.plan(config, planned.length).peak
+    for row in sorted(possible, key=lambda row: (not row.same, row.peak)):
+        other = Planned([*words, *row.says.split()])
+        with_it = other.plan(config, planned.length).peak
+        # What hardly helps beside the others is not worth a word.
+        if with_it < 0.99 * peak:
+            words, peak = other.words, with_it
+            says.append(row.says)
+        if peak <= memory:
+            return f"together help {' '.join(says)} ({peak / 2**30:.1f} GiB)"
+    together = " ".join(says) or "none of the switches"
+    return f"too little help {together} ({peak / 2**30:.1f} GiB)"

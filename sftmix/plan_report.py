@@ -1,0 +1,145 @@
+"""What `sftmix plan` prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from transformers import PretrainedConfig
+
+from sftmix.memory_trace import PARTS
+from sftmix.planned_step import Plan
+
+if TYPE_CHECKING:
+    from sftmix.plan import Planned
+
+GIB, KIB = 2**30, 2**10
+NOT_COUNTED = (
+    "not counted: the device's context, libraries' workspaces, the allocator's fragments (some "
+    "5-10 % more), DDP's buffers; every sequence is taken as full"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A switch that is off, and what it would do; an ``error`` where it cannot be turned on."""
+
+    says: str
+    same: bool  # results stay the same up to rounding
+    peak: int = 0
+    host: int = 0
+    per_token: float = 0.0
+    saved: float = 0.0  # bytes less for one more token
+    work: float = 0.0  # matrix products, as a share of those without it
+    largest: int | None = None
+    error: str = ""
+
+
+def report(
+    planned: Planned,
+    config: PretrainedConfig,
+    plan: Plan,
+    longer: Plan,
+    memory: int | None,
+    largest: int | None,
+    rows: list[Row],
+    advice: str,
+) -> str:
+    """The whole of it, one screen."""
+    lines = [*what(planned, config, plan), "", *parts(planned, plan, longer), ""]
+    if memory is not None:
+        lines += [verdict(plan, memory, advice), *length_line(config, largest), ""]
+    lines += [*table(rows, memory), "", NOT_COUNTED]
+    return "\n".join(lines)
+
+
+def what(planned: Planned, config: PretrainedConfig, plan: Plan) -> list[str]:
+    """What is planned."""
+    options, arguments = planned.options, planned.arguments
+    billions = f"{plan.parameters / 1e9:.2f} B parameters"
+    if plan.trained < plan.parameters:
+        billions += f", {plan.trained / 1e6:.1f} M trained (LoRA of rank {arguments.lora_rank})"
+    dtype = arguments.dtype + (" under bfloat16 autocast" if options.bf16 else "")
+    optimizer = getattr(options.optim, "value", options.optim)
+    lines = [
+        f"model     {arguments.model}: {billions}, {dtype}",
+        f"step      {options.method}, {options.per_device_train_batch_size} sequences of "
+        f"{plan.length} tokens, {options.layout}, {optimizer}, on "
+        f"{'the CPU' if options.on_cpu else 'a GPU'}",
+        f"switches  {' '.join(switched_on(planned)) or 'none'}",
+    ]
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and plan.length > most:
+        lines.append(f"warning   the model was made for {most} positions at most")
+    return lines
+
+
+def switched_on(planned: Planned) -> list[str]:
+    """The options that save memory and are on."""
+    options = planned.options
+    found = ["--memory lean"] if options.memory == "lean" else []
+    if options.checkpoints_activations:
+        found.append("activation checkpointing")
+    for name in ("mlp_tile_tokens", "loss_max_bytes"):
+        if getattr(options, name) is not None:
+            found.append(f"--{name} {getattr(options, name)}")
+    if options.activation_offload:
+        found.append("--activation_offload true")
+    if options.loss_schedule == "vocab_tiles":
+        found.append("--loss_schedule vocab_tiles")
+    return found
+
+
+def parts(planned: Planned, plan: Plan, longer: Plan) -> list[str]:
+    """What is held at the peak, and what one more token of the batch adds to it."""
+    tokens = (longer.length - plan.length) * planned.options.per_device_train_batch_size
+
+    def line(name: str, now: int, later: int) -> str:
+        return f"{name:<16} {now / GIB:>9.2f} {(later - now) / tokens / KIB:>16.1f}"
+
+    lines = [f"{'at the peak':<16} {'GiB':>9} {'KiB a token more':>16}"]
+    lines += [line(name, plan.parts.get(name, 0), longer.parts.get(name, 0)) for name in PARTS]
+    lines += [f"{line('peak', plan.peak, longer.peak)}   in {plan.moment}"]
+    if plan.host:
+        lines.append(line("host memory", plan.host, longer.host))
+    return lines
+
+
+def verdict(plan: Plan, memory: int, advice: str) -> str:
+    """Whether it fits."""
+    if plan.peak <= memory:
+        return f"fits: {plan.peak / GIB:.1f} GiB of {memory / GIB:.1f}"
+    return f"does not fit: {plan.peak / GIB:.1f} GiB of {memory / GIB:.1f}; {advice}"
+
+
+def length_line(config: PretrainedConfig, largest: int | None) -> list[str]:
+    """The largest length."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if largest is None:
+        return []
+    beyond = f", beyond the model's {most} positions" if most and largest > most else ""
+    return [f"longest that fits: {largest} tokens{beyond}" if largest else "no length fits"]
+
+
+def table(rows: list[Row], memory: int | None) -> list[str]:
+    """The switches that are off."""
+    if not rows:
+        return ["every switch that saves memory is on"]
+    width = max(len(row.says) + 2 * (not row.same) for row in rows)
+    last = "longest" if memory is not None else ""
+    head = f"{'switch':<{width}} {'peak GiB':>9} {'KiB/token saved':>15} {'products':>8} {last:>9}"
+    lines = [head.rstrip()]
+    for row in rows:
+        says = row.says if row.same else f"{row.says} *"
+        if row.error:
+            lines.append(f"{says:<{width}}  {row.error}")
+            continue
+        longest = "" if row.largest is None else str(row.largest)
+        host = f"  {row.host / GIB:.1f} GiB on the host" if row.host else ""
+        lines.append(
+            f"{says:<{width}} {row.peak / GIB:>9.2f} {row.saved / KIB:>15.1f} "
+            f"{row.work:>7.2f}x {longest:>9}{host}".rstrip()
+        )
+    if not all(row.same for row in rows):
+        lines.append("* trains something else, or in other numbers")
+    return lines

@@ -1,0 +1,62 @@
+"""The largest length whose peak fits, from few plans.
+
+Away from quadratic masks a peak is piecewise linear in the length, so that the line through two
+lengths next to the limit points at the answer; a plan on either side of it proves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+GRID = 256
+LONGEST = 2**27
+# A length whose peak is so near the limit is good enough where no proof is asked for.
+NEAR = 0.01
+
+
+def step_of(length: int) -> int:
+    """Tokens from one length to the next: 256, or 1/256 of the length in multiples of it."""
+    return max(GRID, length // 256 // GRID * GRID)
+
+
+def largest_length(
+    peak_of: Callable[[int], int], memory: int, known: dict[int, int], *, proven: bool = True
+) -> int:
+    """The largest multiple of 256 whose peak is within ``memory`` bytes; 0 where 256 is too long.
+
+    Args:
+        peak_of: bytes at the peak for a length; it never falls as the length grows.
+        memory: bytes there are.
+        known: two lengths or more and their peaks.
+        proven: go on until the length one step longer is seen not to fit; else the answer may be
+            too short by what is 1 % of the memory.
+    """
+    known = dict(known)
+    turn = 0
+    while True:
+        fitting = max((n for n, peak in known.items() if peak <= memory), default=0)
+        beyond = min((n for n, peak in known.items() if peak > memory), default=LONGEST)
+        step, low = step_of(fitting), fitting // GRID * GRID
+        if beyond - low <= step:
+            return low
+        near = fitting > 0 and known[fitting] >= (1 - NEAR) * memory
+        if (near and not proven) or low >= LONGEST:
+            return low
+        turn += 1
+        guess = pointed_at(known, memory, fitting, beyond) if turn % 4 else (low + beyond) // 2
+        if turn % 2 == 0 and near:
+            guess = low + step  # the proof
+        guess = min(max(guess // step * step, low + step), max(beyond - 1, low + step))
+        known[guess] = peak_of(guess)
+
+
+def pointed_at(known: dict[int, int], memory: int, fitting: int, beyond: int) -> int:
+    """Where the line through the two lengths nearest the limit reaches it."""
+    lengths = sorted(known)
+    below = [n for n in lengths if n <= fitting]
+    above = [n for n in lengths if n >= beyond]
+    first, second = sorted((below[-1:] + above[:1]) if below and above else (below[-2:] or above[:2]))
+    slope = (known[second] - known[first]) / (second - first)
+    if slope <= 0:
+        return 2 * lengths[-1]
+    return max(0, min(LONGEST, int(second + (memory - known[second]) / slope)))

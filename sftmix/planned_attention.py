@@ -1,0 +1,139 @@
+"""Attention as memory knows it: what the kernels of `sftmix train` allocate, and no numbers.
+
+transformers cannot see in tensors without values that nothing is padded, and would make L x L masks
+for all of them. These implementations, registered under names of their own, know it from the
+layout: every sequence of a batch is as long as the others.
+
+Legend: B sequences, H heads, K heads of keys and values, L tokens, D head size.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from sftmix.memory_trace import ACTIVATIONS, active_trace
+
+# Kernels round a sequence and a head up to whole tiles where they add up dQ.
+TOKENS_OF_TILE, HEAD_OF_TILE = 128, 32
+
+
+class PlannedAttention(torch.autograd.Function):
+    """Out and LSE of flash attention; dQ, dK, dV, and what its backward needs beside them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,  # (B, H, L, D)
+        key: Tensor,  # (B, K, L, D)
+        value: Tensor,  # (B, K, L, D)
+        bias: Tensor | None,  # (B, 1, L, L)
+    ) -> Tensor:  # (B, H, L, D), a view of (B, L, H, D) as the kernels write it
+        batch, heads, length, _ = query.shape
+        out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, bias, out, lse)
+        active_trace().products += causal_products(query, products=2)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, *_ = ctx.saved_tensors
+        gradients = [torch.empty_like(tensor) for tensor in (query, key, value)]
+        active_trace().hold_briefly(backward_bytes(query, key), ACTIVATIONS)
+        active_trace().products += causal_products(query, products=5)
+        return *gradients, None
+
+
+def causal_products(query: Tensor, products: int) -> int:
+    """Operations of ``products`` matrix products over the lower half of the scores."""
+    batch, heads, length, size = query.shape
+    return products * batch * heads * length * length * size
+
+
+def backward_bytes(query: Tensor, key: Tensor) -> int:
+    """What the backward of flash attention 2 holds beside dQ, dK and dV.
+
+    ``mha_bwd`` of PyTorch's and Dao's flash attention alike: dQ in float32 where inputs are of half
+    precision (in float32 another kernel adds to dQ itself), the row sums ``dO . O`` in float32,
+    and, where heads share keys and values, dK and dV of every head, added up afterwards. To
+    ``enable_gqa`` that is all: keys and values are never copied for every head.
+    """
+    batch, heads, length, size = query.shape
+    tokens = batch * heads * (length + -length % TOKENS_OF_TILE)
+    total = 4 * tokens
+    if query.itemsize < 4:
+        total += 4 * tokens * (size + -size % HEAD_OF_TILE)
+    if key.shape[1] != heads:
+        total += 2 * batch * heads * length * size * query.itemsize
+    return total
+
+
+def planned_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Any of the linear-memory kernels, as transformers calls an attention implementation.
+
+    With a mask that is the memory-efficient kernel, which takes no shared heads, and a mask as what
+    is added to the scores, in their dtype and kept for backward.
+    """
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    bias = None
+    if attention_mask is not None:
+        groups = query.shape[1] // key.shape[1]
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        bias = torch.zeros_like(attention_mask, dtype=query.dtype)
+    out: Tensor = PlannedAttention.apply(query, key, value, bias)  # type: ignore[no-untyped-call]
+    return out.transpose(1, 2).contiguous(), None
+
+
+def planned_mask(
+    packed: bool, *, kv_length: int, local_size: int | None = None, **options: Any
+) -> Tensor | None:
+    """The mask that transformers makes for SDPA where no token is padding.
+
+    None, unless several sequences share a row, the model brings a pattern of its own, or a window
+    of attention is no longer than the sequence.
+    """
+    in_window = local_size is None or kv_length < local_size
+    if in_window and not packed and not options.get("use_vmap", False):
+        return None
+    options["allow_is_causal_skip"] = False
+    mask: Tensor | None = sdpa_mask(kv_length=kv_length, local_size=local_size, **options)
+    return mask
+
+
+def no_mask(**options: Any) -> None:
+    """Flash attention is told of windows and of where sequences end in other ways."""
+
+
+def planned_implementation(real: str, *, packed: bool, on_cpu: bool) -> str:
+    """The name to run a model with that would run with ``real``."""
+    if real == "eager":
+        return real
+    if real != "sdpa":
+        return "sftmix_planned_flash"
+    return f"sftmix_planned_{'cpu' if on_cpu else 'gpu'}{'_packed' if packed else ''}"
+
+
+for _name, _attention in (("gpu", planned_attention), ("cpu", sdpa_attention_forward)):
+    for _suffix, _packed in (("", False), ("_packed", True)):
+        AttentionInterface.register(f"sftmix_planned_{_name}{_suffix}", _attention)
+        AttentionMaskInterface.register(
+            f"sftmix_planned_{_name}{_suffix}", functools.partial(planned_mask, _packed)
+        )
+AttentionInterface.register("sftmix_planned_flash", planned_attention)
+AttentionMaskInterface.register("sftmix_planned_flash", no_mask)

@@ -1,0 +1,404 @@
+"""A training step on tensors without values: what it would hold, and how much it would multiply.
+
+`plan_step` runs the model's own code, the project's loss and the real optimizer under a
+`MemoryTrace`. Layers of a decoder are alike, so that two short models are traced and the rest
+follows: in each moment of a step the peak is a linear function of the number of layers.
+
+Every sequence is as long as the others, and has loss at every token but the first. Not counted:
+the device's context, libraries' workspaces, the allocator's fragments, and wrappers' buffers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from sftmix.arguments import RunArguments
+from sftmix.config import CHECKPOINTING, MIXED, SFTMixConfig
+from sftmix.head import HeadAdapter
+from sftmix.lora import add_lora
+from sftmix.memory_trace import (
+    ACTIVATIONS,
+    GRADIENTS,
+    LOSS,
+    OPTIMIZER,
+    WEIGHTS,
+    MemoryTrace,
+    saved_on_host,
+)
+from sftmix.objective import batch_counts, batch_loss
+from sftmix.planned_attention import planned_implementation
+from sftmix.planned_optimizer import planned_optimizer, trained
+from sftmix.planned_tiles import plan_tiles
+from sftmix.trainer import make_collator
+from sftmix_kernels import RowChunks, VocabTiles
+from sftmix_kernels.peaks import op_products, op_workspace
+
+# Layers of the short models; a whole one that has no more is traced as it is.
+SHORT = (2, 4)
+
+FORWARD, OF_LOSS, BACKWARD, UPDATE = "forward", "loss", "backward", "optimizer"
+AGAIN, UPPER, LOWER, EMBEDDINGS = (
+    f"{BACKWARD}: {where}" for where in ("forward again", "upper layers", "lower layers", "embeddings")
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one optimizer step takes; bytes and operations."""
+
+    length: int  # tokens of a sequence
+    parts: dict[str, int]  # held at the peak, by `sftmix.memory_trace.PARTS`
+    moment: str  # of the peak: forward, loss, backward, optimizer
+    host: int  # kept in host memory
+    matrix_products: int  # operations, two of a multiplication and an addition
+    parameters: int
+    trained: int  # of the parameters
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the device at the peak."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A step of a model with some number of layers."""
+
+    peaks: dict[str, dict[str, int]]  # parts at the peak of each moment
+    host: int
+    matrix_products: int
+    parameters: int
+    trained: int
+
+
+def plan_step(
+    config: PretrainedConfig,
+    arguments: RunArguments,
+    options: SFTMixConfig,
+    length: int,
+    *,
+    on_cpu: bool = False,
+) -> Plan:
+    """The step of ``options.per_device_train_batch_size`` sequences of ``length`` tokens.
+
+    Args:
+        config: of the model; no weights are read or made.
+        arguments: dtype, LoRA and attention as `sftmix train` takes them; the rest is not used.
+        options: of the training, as in `sftmix train`.
+        length: tokens of every sequence, at least 2.
+        on_cpu: plan for PyTorch's own operations on the CPU instead of a GPU's kernels.
+
+    Raises:
+        ValueError: no causal language model, or a quantised one; a layout that does not hold the
+            length; an optimizer that is not known; several processes; a model whose shapes hang
+            on values.
+    """
+    check_options(config, options, length)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    short: Sequence[int | None] = SHORT
+    if layers is None or layers <= max(SHORT) or not alike(config, arguments):
+        short = (None,)
+    steps = [
+        traced_step(with_layers(config, count), arguments, options, length, on_cpu)
+        for count in short
+    ]
+    step = steps[0] if len(steps) == 1 else extended(*steps, layers)
+    moment, parts = max(step.peaks.items(), key=lambda peak: sum(peak[1].values()))
+    return Plan(
+        length=length,
+        parts=parts,
+        moment=moment.split(":")[0],
+        host=step.host,
+        matrix_products=step.matrix_products,
+        parameters=step.parameters,
+        trained=step.trained,
+    )
+
+
+def check_options(config: PretrainedConfig, options: SFTMixConfig, length: int) -> None:
+    """Refuse what the plan would be wrong about."""
+    if length < 2:
+        raise ValueError(f"max_length: expected at least 2 tokens, got {length}")
+    if options.fsdp or options.deepspeed or options.world_size > 1:
+        raise ValueError(
+            "plan: expected one process without --fsdp and --deepspeed, whose shards and buffers "
+            "it does not know"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError("model: expected weights that are not quantised; the plan knows no others")
+
+
+def with_layers(config: PretrainedConfig, count: int | None) -> PretrainedConfig:
+    """A copy with the first ``count`` layers; with all for None."""
+    config = copy.deepcopy(config)
+    if count is not None:
+        text = config.get_text_config()
+        if getattr(text, "layer_types", None) is not None:
+            text.layer_types = text.layer_types[:count]
+        text.num_hidden_layers = count
+    return config
+
+
+def alike(config: PretrainedConfig, arguments: RunArguments) -> bool:
+    """Whether all layers have the same parameters and the same kind of attention."""
+    text = config.get_text_config()
+    layers = decoder_layers(empty_model(copy.deepcopy(config), arguments), text.num_hidden_layers)
+    shapes = [{name: p.shape for name, p in layer.named_parameters()} for layer in layers]
+    same = all(shape == shapes[0] for shape in shapes)
+    return bool(shapes) and same and len(set(getattr(text, "layer_types", None) or [None])) == 1
+
+
+def decoder_layers(model: nn.Module, count: int) -> Sequence[nn.Module]:
+    """The model's list of ``count`` layers; empty where it has none."""
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    return next(lists, ())  # type: ignore[call-overload,no-any-return]
+
+
+def extended(two: Traced, four: Traced, layers: int) -> Traced:
+    """The step of a model with ``layers`` from those of the `SHORT` ones, moment by moment."""
+    first, second = SHORT
+
+    def along(start: int, end: int) -> int:
+        return start + (end - start) * (layers - first) // (second - first)
+
+    peaks = {
+        moment: {
+            part: along(parts.get(part, 0), four.peaks[moment].get(part, 0))
+            for part in {*parts, *four.peaks[moment]}
+        }
+        for moment, parts in two.peaks.items()
+    }
+    return Traced(
+        peaks,
+        along(two.host, four.host),
+        along(two.matrix_products, four.matrix_products),
+        along(two.parameters, four.parameters),
+        along(two.trained, four.trained),
+    )
+
+
+def traced_step(
+    config: PretrainedConfig,
+    arguments: RunArguments,
+    options: SFTMixConfig,
+    length: int,
+    on_cpu: bool,
+) -> Traced:
+    """Build the model, let it have trained once, and follow one optimizer step."""
+    batch = planned_batch(options, length)
+    packed = "position_ids" in batch and len(batch["lengths"]) > len(batch["input_ids"])
+    model = add_lora(empty_model(config, arguments), arguments, options.seed)
+    for part in [config, config.get_text_config()]:
+        part._attn_implementation = planned_implementation(
+            real_attention(model, arguments), packed=packed, on_cpu=on_cpu
+        )
+    schedule = loss_schedule(options)
+    trace = MemoryTrace(
+        lambda name, args: (
+            op_workspace(name, args, schedule, kernels=not on_cpu),
+            op_products(name, args),
+        )
+    )
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), trace:
+            with trace.counting_as(WEIGHTS):
+                fill(model)
+            follow(trace, model, options, batch, on_cpu=on_cpu)
+            parameters = [p.numel() for p in model.parameters()]
+            of_trained = sum(p.numel() for p in trained(model))
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ValueError(
+            f"model: the shapes in {type(model).__name__} hang on values ({error}), which a plan "
+            "does not have"
+        ) from error
+    micro_batches = min(options.gradient_accumulation_steps, 2)
+    products = trace.products // micro_batches * options.gradient_accumulation_steps
+    return Traced(trace.peaks, trace.host_peak, products, sum(parameters), of_trained)
+
+
+def loss_schedule(options: SFTMixConfig) -> RowChunks | VocabTiles:
+    """``options.loss_plan`` with its numbers."""
+    plan = options.loss_plan
+    if isinstance(plan, str):
+        return VocabTiles() if plan == "vocab_tiles" else RowChunks()
+    return plan
+
+
+def empty_model(config: PretrainedConfig, arguments: RunArguments) -> Any:
+    """The model on the meta device, its attention as `transformers` would choose it.
+
+    Raises:
+        ValueError: the config is of no causal language model.
+    """
+    dtype = getattr(config, "dtype", None) or torch.float32
+    if arguments.dtype != "auto":
+        dtype = getattr(torch, arguments.dtype)
+    asked = arguments.attn_implementation
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=asked if asked in (None, "eager", "sdpa") else "sdpa",
+            trust_remote_code=arguments.trust_remote_code,
+        )
+
+
+def real_attention(model: Any, arguments: RunArguments) -> str:
+    """What the model would run with."""
+    return str(arguments.attn_implementation or model.config._attn_implementation)
+
+
+def fill(model: nn.Module) -> None:
+    """Put tensors without values where the meta device's are; what is tied stays tied."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    made[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def planned_batch(options: SFTMixConfig, length: int) -> dict[str, Any]:
+    """The collator's batch of equal sequences, in pairs where the method mixes them."""
+    tokens = np.zeros(length, dtype=np.int64)
+    example: dict[str, Any] = {"input_ids": tokens, "labels": tokens}
+    if options.method in MIXED:
+        example["lam"] = 0.5
+    return make_collator(None, options)([example] * options.per_device_train_batch_size)
+
+
+def follow(
+    trace: MemoryTrace, model: Any, options: SFTMixConfig, batch: dict[str, Any], *, on_cpu: bool
+) -> None:
+    """The steps of `transformers.Trainer`, each under the name of its moment."""
+    with trace.counting_as(OPTIMIZER):
+        optimizer = planned_optimizer(model, options, on_cpu=on_cpu)
+        make_states(model, optimizer)
+    enable_checkpointing(model, options)
+    model.train()
+    saving = saved_on_host if options.activation_offload else None
+    head = HeadAdapter(model, options.head, checked=False, saving=saving)
+    if options.mlp_tile_tokens is not None:
+        plan_tiles(model, options.mlp_tile_tokens)
+    name_moments(trace, head)
+    for parameter in trained(model):
+        parameter.register_post_accumulate_grad_hook(
+            lambda p: trace.recount(p.grad, GRADIENTS)
+        )
+    # From here on it counts.
+    trace.peaks.clear()
+    inputs = {
+        name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+    # The second micro-batch finds the first one's gradients.
+    for _ in range(min(options.gradient_accumulation_steps, 2)):
+        micro_step(trace, model, head, options, inputs)
+    trace.moment = UPDATE
+    with trace.counting_as(OPTIMIZER):
+        if options.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(list(trained(model)), options.max_grad_norm)
+        optimizer.step()
+
+
+def micro_step(
+    trace: MemoryTrace,
+    model: Any,
+    head: HeadAdapter,
+    options: SFTMixConfig,
+    inputs: dict[str, Any],
+) -> None:
+    """Forward, loss and backward of one batch."""
+    counts = batch_counts([inputs], torch.device("cpu"))
+    trace.moment = FORWARD
+    with autocast(options):
+        # Half of the way is done: no schedule of mu is at 0 there.
+        loss = batch_loss(model, head, inputs, options, counts, options.mixup_weight(0.5))
+    trace.part, trace.moment = ACTIVATIONS, BACKWARD
+    total = loss.loss if loss.router is None else loss.loss + head.router_coefficient * loss.router
+    total.backward()
+
+
+def autocast(options: SFTMixConfig) -> contextlib.AbstractContextManager[Any]:
+    """Mixed precision as the trainer turns it on, of the CPU's kind: weights are cast once."""
+    if not (options.bf16 or options.fp16):
+        return contextlib.nullcontext()
+    return torch.autocast("cpu", dtype=torch.bfloat16 if options.bf16 else torch.float16)
+
+
+def make_states(model: nn.Module, optimizer: Any) -> None:
+    """The optimizer's states, which are there from the second step on."""
+    for parameter in trained(model):
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    for parameter in trained(model):
+        parameter.grad = None
+
+
+def enable_checkpointing(model: Any, options: SFTMixConfig) -> None:
+    """As `transformers.Trainer` does, under the name that its version has for it."""
+    if not getattr(options, CHECKPOINTING):
+        return
+    settings = dict(getattr(options, f"{CHECKPOINTING}_kwargs") or {})
+    if settings.pop("offload", False):
+        raise ValueError(
+            f"{CHECKPOINTING}_kwargs: the plan does not know 'offload'; give --activation_offload"
+        )
+    every = {key: settings.pop(key) for key in ("every_n_layers",) if key in settings}
+    enable = getattr(model, f"{CHECKPOINTING}_enable")
+    enable(**{f"{CHECKPOINTING}_kwargs": settings or None}, **every)
+
+
+def name_moments(trace: MemoryTrace, head: HeadAdapter) -> None:
+    """Let the trace know where in a step it is, by hooks on the head and the layers."""
+    model = head.model
+    layers = decoder_layers(model, model.config.get_text_config().num_hidden_layers)
+
+    def named(moment: str) -> Any:
+        def enter(*_: Any) -> None:
+            trace.moment = moment
+
+        return enter
+
+    def enter_loss(*_: Any) -> None:
+        trace.part, trace.moment = LOSS, OF_LOSS
+
+    def enter_again(*_: Any) -> None:
+        if trace.moment.startswith(BACKWARD):
+            trace.moment = AGAIN
+
+    def on_gradient(moment: str) -> Any:
+        def watch(_: nn.Module, inputs: Any, output: Any = None) -> None:
+            tensor = inputs[0] if output is None else output
+            tensor = tensor if isinstance(tensor, Tensor) else tensor[0]
+            if tensor.requires_grad:
+                tensor.register_hook(named(moment))
+
+        return watch
+
+    head.head.register_forward_pre_hook(enter_loss)
+    for place, layer in enumerate(layers):
+        layer.register_forward_pre_hook(enter_again)
+        moment = UPPER if 2 * place >= len(layers) else LOWER
+        layer.register_forward_hook(on_gradient(moment))
+    if layers:
+        layers[0].register_forward_pre_hook(on_gradient(EMBEDDINGS))

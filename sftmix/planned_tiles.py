@@ -1,0 +1,84 @@
+"""Tiled MLPs of a planned step: two tiles stand for all, since one is as large as another.
+
+What `tiled_mlp.py` allocates, in its order; a long sequence has too many tiles to go through them.
+
+Legend: N tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sftmix.head import without_peft
+from sftmix.memory_trace import active_trace
+from sftmix.tiled_mlp import TiledMLP, circumstances, mlps, tile_gradients
+
+TILES = 2
+
+
+class PlannedTiles(torch.autograd.Function):
+    """`tiled_mlp.TiledMLP` of the first tiles, with the rest's tensors beside them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        run: Callable[[Tensor], Tensor],
+        tokens: int,
+        hidden: Tensor,  # (1, N, D)
+        *weights: Tensor,
+    ) -> Tensor:  # (1, N, D)
+        ctx.run, ctx.tokens, ctx.before = run, tokens, circumstances(hidden)
+        ctx.weights = weights
+        ctx.save_for_backward(hidden)
+        traced = TILES * tokens
+        with active_trace().standing_for(hidden.shape[1] / traced):
+            first = run(hidden[:, :tokens])
+            # The last tile finds the output of all others.
+            others = first.new_empty(1, hidden.shape[1] - traced, first.shape[2])
+            last = run(hidden[:, tokens:traced])
+        return torch.cat([first, others, last], dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (hidden,) = ctx.saved_tensors
+        traced = TILES * ctx.tokens
+        rest = torch.empty_like(hidden[:, traced:])
+        some = (hidden[:, :traced], ctx.weights, upstream[:, :traced])
+        with ctx.before.again(), active_trace().standing_for(hidden.shape[1] / traced):
+            first, *of_weights = tile_gradients(ctx.run, ctx.tokens, *some)
+        # All tiles write into one tensor, which takes the place of these two.
+        del first, rest
+        return None, None, torch.empty_like(hidden), *of_weights
+
+
+def plan_tiles(model: nn.Module, tokens: int) -> None:
+    """`tiled_mlp.tile_mlps` for a planned step.
+
+    Raises:
+        ValueError: the layers have no MLP of a known name.
+    """
+    for mlp in mlps(without_peft(model)):
+        mlp.__dict__["forward"] = types.MethodType(planned_forward(mlp, tokens), mlp)
+
+
+def planned_forward(mlp: nn.Module, tokens: int) -> Callable[..., Any]:
+    """An MLP's forward that goes by tiles where there are more tokens than two hold."""
+    own_forward = type(mlp).forward
+
+    def forward(module: nn.Module, hidden: Tensor) -> Tensor:
+        rows = hidden.reshape(1, -1, hidden.shape[-1])
+        if rows.shape[1] <= tokens:
+            output: Tensor = own_forward(module, hidden)
+            return output
+        run = types.MethodType(own_forward, module)
+        weights = [weight for weight in module.parameters() if weight.requires_grad]
+        function = PlannedTiles if rows.shape[1] > TILES * tokens else TiledMLP
+        tiled: Tensor = function.apply(run, tokens, rows, *weights)  # type: ignore[no-untyped-call]
+        return tiled.reshape(*hidden.shape[:-1], -1)
+
+    return forward
