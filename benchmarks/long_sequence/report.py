@@ -117,7 +117,6 @@ def origin(results: Results) -> str:
         words += [
             f"{facts['gpu']}, driver {facts['driver']}" if "gpu" in facts else cpu_text(facts)
         ]
-        words += [f"{facts['threads']} threads"] if results.device == CPU else []
         words += [f"torch {facts['torch']}", f"transformers {facts['packages']['transformers']}"]
     words += [facts["date"][:10], f"commit {facts['commit']}"]
     return cell("; ".join(words)) + ".\n"

@@ -46,7 +46,8 @@ SUBJECTS = {
     ),
 }
 # Whether all of it works.
-QUICK_SUBJECT = Subject("tiny", QUICK, "float32", 4, {CPU: (64,), CUDA: (64,)})
+QUICK_TOKENS = 64
+QUICK_SUBJECT = Subject("tiny", QUICK, "float32", 4, {CPU: (QUICK_TOKENS,), CUDA: (QUICK_TOKENS,)})
 
 
 class Mode(NamedTuple):
