@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,16 +76,10 @@ class Results:
 
 
 def read(folder: Path) -> list[Results]:
-    """All of a folder, one for each device and model; quick runs where there are no others.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """All of a folder, one for each device and model; quick runs where there are no others."""
     files = sorted(folder.glob(f"*-{SUITE}-*.json"))
     found = [json.loads(file.read_text("utf-8")) for file in files]
     found = [one for one in found if not one["settings"]["quick"]] or found
-    if not found:
-        raise ValueError(f"{folder}: there are no results of long sequences")
     names = dict.fromkeys((r["settings"]["device"], r["settings"]["model"]) for r in found)
     results = []
     for device, model in names:
@@ -161,10 +155,6 @@ def worst(says: str, errors: Mapping[str, float], limit: float) -> Target:
     return at_most(says, None if name is None else errors[name], limit, name or "")
 
 
-def lengths_of(results: Results, records: Iterable[Record]) -> Sequence[int]:
-    """All lengths of some records that more than one mode has: no search's own."""
-    counts: dict[int, int] = {}
-    for record in records:
-        counts[record["length"]] = counts.get(record["length"], 0) + 1
-    most = max(counts.values(), default=0)
-    return [n for n in sorted(counts) if counts[n] > 1 or most == 1]
+def lengths_of(records: Iterable[Record]) -> list[int]:
+    """All lengths of some records, but for those that a search alone went to."""
+    return sorted({record["length"] for record in records if not record.get("searched")})

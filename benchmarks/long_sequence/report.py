@@ -13,7 +13,7 @@ from benchmarks.readme import replace_block
 from benchmarks.report import cell, number, table
 from benchmarks.targets import cpu_text
 
-from .findings import Results, lengths_of, read, targets
+from .findings import Record, Results, lengths_of, read, targets
 from .runs import LARGEST, LOSS, PREDICTION, STEP
 from .settings import CPU, CUDA, MODES, SUBJECTS
 
@@ -33,7 +33,7 @@ def write(folder: Path, document: Path | None = None) -> list[Path]:
     """Print the block or renew the document's, and draw the pictures; their paths.
 
     Raises:
-        ValueError: there are no results, or the document has no place for them.
+        ValueError: the document has no place for them.
     """
     from .picture import draw  # it needs matplotlib
 
@@ -123,10 +123,10 @@ def origin(results: Results) -> str:
 
 
 def grid(
-    results: Results, head: str, value: Callable[[str, int], str], modes: Sequence[str]
+    records: Sequence[Record], head: str, value: Callable[[str, int], str], modes: Sequence[str]
 ) -> str:
-    """A row for each mode, a column for each length."""
-    lengths = lengths_of(results, results.records(STEP) or results.records(PREDICTION))
+    """A row for each mode, a column for each of the records' lengths."""
+    lengths = lengths_of(records)
     rows = [[MODES[mode].says, *(value(mode, length) for length in lengths)] for mode in modes]
     return table([head, *(f"{length:,}" for length in lengths)], rows)
 
@@ -152,7 +152,7 @@ def peak_table(results: Results) -> str:
     if results.device == CPU:
         most = max(record.get("before_bytes", 0) for record in results.records(STEP))
         before = f"Growth of the process, which has {most / 2**20:,.0f} MiB before the model.\n\n"
-    return before + grid(results, head, value, measured_modes(results))
+    return before + grid(results.records(STEP), head, value, measured_modes(results))
 
 
 def speed_table(results: Results) -> str:
@@ -162,7 +162,7 @@ def speed_table(results: Results) -> str:
         step = results.steps(mode).get(length)
         return "-" if step is None else f"{step['tokens'] / step['seconds']:,.0f}"
 
-    return grid(results, "tokens/s", value, measured_modes(results))
+    return grid(results.records(STEP), "tokens/s", value, measured_modes(results))
 
 
 def predicted_table(results: Results) -> str:
@@ -178,7 +178,7 @@ def predicted_table(results: Results) -> str:
 
     found = {record["mode"] for record in results.records(PREDICTION)}
     modes = [mode for mode in MODES if mode in found]
-    return grid(results, "predicted peak, MiB", value, modes)
+    return grid(results.records(PREDICTION), "predicted peak, MiB", value, modes)
 
 
 def loss_table(results: Results) -> str:

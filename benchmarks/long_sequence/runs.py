@@ -159,7 +159,9 @@ def machine_limit(wanted: Run) -> int | None:
     return int(SHARE_OF_MACHINE * available()) if wanted.device == CPU else wanted.budget
 
 
-def measured(wanted: Run, mode: str, length: int, limit: int | None) -> Record:
+def measured(
+    wanted: Run, mode: str, length: int, limit: int | None, *, searched: bool = False
+) -> Record:
     """Measure a step and save it.
 
     Raises:
@@ -171,7 +173,8 @@ def measured(wanted: Run, mode: str, length: int, limit: int | None) -> Record:
     except SuiteError as reason:
         wanted.results.miss("failed", name, str(reason))
         found = {"outcome": FAILED}
-    record = {"measure": STEP, "mode": mode, "length": length, "limit_bytes": limit, **found}
+    fields = {"mode": mode, "length": length, "limit_bytes": limit, "searched": searched}
+    record = {"measure": STEP, **fields, **found}
     if found["outcome"] != FAILED:
         wanted.results.add(**record)
     tqdm.write(f"{name}: {says(record)}")
@@ -212,7 +215,7 @@ def search(wanted: Run, mode: str) -> None:
         fails = min(gone, default=None)
 
     def peak_at(length: int) -> float | None:
-        record = measured(wanted, mode, length, limit_of(wanted, budget))
+        record = measured(wanted, mode, length, limit_of(wanted, budget), searched=True)
         if record["outcome"] == FAILED:
             raise OutOfTime(FAILED)
         return record.get("peak_bytes")

@@ -53,7 +53,7 @@ def largest(
         if peak is None:
             fails, misses = length, misses + 1
         else:
-            peaks[length] = peak
+            peaks[length], misses = peak, 0
     return Bounds(*bounds(peaks, fails, budget), f"{tries} measurements were not enough")
 
 
@@ -75,14 +75,14 @@ def following(
 ) -> int:
     """The length to measure next, between what fits and what does not."""
     step = step_of(low)
-    guess = line(peaks, low, budget) or (2 * low if low else start)
-    guess = max(guess, low + step)
+    guess = line(peaks, low, budget)
     if high is None:
-        return guess
-    # Without peaks above, the line may be wrong: back by a step, then two, four, to the middle.
-    back = high - step * 2 ** max(0, misses - 1)
-    middle = rounded((low + high) // 2)
-    return max(low + GRAIN, min(guess, max(back, middle)))
+        return max(guess or (2 * low or start), low + step)
+    if guess is None or guess >= high:
+        # The line is wrong: back by a step, then two, four, no further than to the middle.
+        middle = rounded((low + high) // 2)
+        guess = max(high - step_of(high) * 2 ** (misses - 1), middle) if low and misses else middle
+    return min(max(guess, low + step), high - GRAIN)
 
 
 def line(peaks: dict[int, float], low: int, budget: float) -> int | None:
@@ -91,14 +91,14 @@ def line(peaks: dict[int, float], low: int, budget: float) -> int | None:
     None without two points, or where the line does not rise.
     """
     lengths = sorted(peaks)
-    if low not in peaks or len(lengths) < 2:
+    if len(lengths) < 2:
         return None
-    place = lengths.index(low)
+    place = lengths.index(low) if low in peaks else 0
     first = min(place, len(lengths) - 2)
     x, y = lengths[first : first + 2]
     slope = (peaks[y] - peaks[x]) / (y - x)
     # Between two points the line is sure; beyond them it aims a little lower.
-    aim = budget if y > low else AIM * budget
+    aim = budget if x <= low < y else AIM * budget
     return rounded(int(x + (aim - peaks[x]) / slope)) if slope > 0 else None
 
 
