@@ -130,10 +130,10 @@ def cpu_targets(results: Results) -> list[Target]:
 
 def common_targets(results: Results) -> list[Target]:
     """Of every model."""
-    lengths = []
+    lengths: list[float | None] = []
     for mode in ("lean", "lean-ntp"):
         record = results.largest(mode)
-        lengths.append(record and record["length"])
+        lengths.append(None if record is None else record["length"])
     losses = sorted(results.records(LOSS), key=lambda record: record["rows"])
     spaces = [record["workspace_bytes"] for record in losses]
     errors = {

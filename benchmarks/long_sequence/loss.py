@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from benchmarks.measure import peak_extra_bytes
-from benchmarks.providers import BOTH
 from sftmix.config import SFTMixConfig
 from sftmix_kernels import RowChunks, fused_sftmix_loss
-from sftmix_kernels.peaks import Shape, chunk_bytes, cpu_chunk_bytes, kept_bytes
+from sftmix_kernels.peaks import BOTH, Shape, chunk_bytes, cpu_chunk_bytes, kept_bytes
 
 from .settings import MODES, Task
 

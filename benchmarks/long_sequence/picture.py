@@ -55,7 +55,8 @@ def peak_picture(results: Results) -> Figure | None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.grid(True)
-    ends, lengths = [], set()
+    ends: list[tuple[float, float, str, str]] = []
+    lengths: set[int] = set()
     for mode, way in MODES.items():
         colour = colour_of(mode)
         steps = sorted(results.steps(mode).items())

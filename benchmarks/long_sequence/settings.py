@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from benchmarks.step_methods import DENSE, DENSE_NTP, MODELS, OURS, QUICK, ModelSize
 from sftmix.config import CHECKPOINTING, LEAN_TILE_TOKENS
@@ -15,7 +15,7 @@ class Subject(NamedTuple):
 
     says: str
     size: ModelSize
-    dtype: str
+    dtype: Literal["float32", "bfloat16"]
     lora_rank: int | None  # None: all weights
     lengths: Mapping[str, tuple[int, ...]]  # by device
 

@@ -129,7 +129,10 @@ def make_trainer(subject: Subject, mode: str, length: int, device: str, folder: 
         )
     kinds = {DENSE: DenseSFTMixTrainer, DENSE_NTP: Trainer}
     collator = StepCollator(keep=PLAIN if way.trainer == DENSE_NTP else None)
-    return kinds[way.trainer](**common, args=TrainingArguments(**options), data_collator=collator)
+    trainer: Trainer = kinds[way.trainer](
+        **common, args=TrainingArguments(**options), data_collator=collator
+    )
+    return trainer
 
 
 def train_pair(
