@@ -124,9 +124,10 @@ def make_trainer(subject: Subject, mode: str, length: int, device: str, folder: 
     if way.ours:
         config = SFTMixConfig(**options, mu=MU)
         collator = StepCollator(config.layout)
-        return SFTMixTrainer(
+        ours: Trainer = SFTMixTrainer(
             **common, args=config, data_collator=collator, confident=np.array([True, False])
         )
+        return ours
     kinds = {DENSE: DenseSFTMixTrainer, DENSE_NTP: Trainer}
     collator = StepCollator(keep=PLAIN if way.trainer == DENSE_NTP else None)
     trainer: Trainer = kinds[way.trainer](
