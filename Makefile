@@ -65,6 +65,8 @@ results: $(READY)
 	"$(PYTHON)" -m benchmarks plot benchmarks/results --markdown benchmarks/RESULTS.md \
 		--readme README.md
 	"$(PYTHON)" -m benchmarks.study report benchmarks/study/results --document docs/study.md
+	"$(PYTHON)" -m benchmarks.long_sequence plot benchmarks/long_sequence/results \
+		--document docs/memory.md
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

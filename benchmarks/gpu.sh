@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a GPU has to show, in nine minutes at most:
 #
-#     bash benchmarks/gpu.sh OUT [--only tests|perplexity|step|memory|loss|tune] [--wheels DIR]
+#     bash benchmarks/gpu.sh OUT [--only tests|perplexity|step|memory|loss|tune|long] [--wheels DIR]
 #         [--dry-run] [options of `python -m benchmarks run`]
 #
 # Builds the extension in place for this machine, runs the tests that need a GPU, memcheck and
@@ -11,7 +11,9 @@
 # CPU at tiny sizes. A part that fails does not stop the next; the exit status then is 1. `tune` is
 # run on demand alone. Needs torch (2.11 or later), triton, setuptools (77 or later), ninja, nvcc,
 # pytest, pytest-benchmark, hypothesis, numpy, tqdm and matplotlib; the package need not be
-# installed. PYTHON chooses the interpreter.
+# installed. PYTHON chooses the interpreter. `long` too is run on demand alone: long sequences of
+# the 8B-shaped model in every mode, a process for each, of which the nine minutes hold the shorter
+# lengths; it leaves cuda-long_sequence-8B.json. Needs peft and `datasets` too.
 set -euo pipefail
 
 usage() {
@@ -30,7 +32,7 @@ while (($#)); do
     case $1 in
     --only)
         only=${2:-}
-        [[ $only =~ ^(tests|perplexity|step|memory|loss|tune)$ ]] || usage
+        [[ $only =~ ^(tests|perplexity|step|memory|loss|tune|long)$ ]] || usage
         shift 2
         ;;
     --wheels)
@@ -136,6 +138,13 @@ suite() {
         --seconds $(($2 * 2 / 3)) ${options[@]+"${options[@]}"}
 }
 
+# Modes of the shorter lengths first; what is not reached is said in the file.
+long() {
+    part long "$1" "$python" -m benchmarks.long_sequence run --model 8B --device "$device" \
+        --out "$out" --seconds $(($1 - 15)) ${options[@]+"${options[@]}"}
+    part plot "$(left -10)" "$python" -m benchmarks.long_sequence plot "$out"
+}
+
 if [[ -n $wheels ]]; then
     part wheels 60 "$python" -m pip install -q --no-index --no-deps --no-compile \
         --target "$scratch/site" "$wheels"/*.whl
@@ -156,9 +165,10 @@ all)
     suite step 60
     suite memory "$(left 20)"
     ;;
+long) long "$(left 20)" ;;
 *) suite "$only" "$(left 20)" ;;
 esac
-[[ $only == tests ]] || part plot "$(left -10)" "$python" -m benchmarks plot "$out"
+[[ $only == tests || $only == long ]] || part plot "$(left -10)" "$python" -m benchmarks plot "$out"
 # The ninth file of them all; `plot` draws it again from the data.
 [[ $only != all ]] || rm -f "$out"/*-step.svg
 {

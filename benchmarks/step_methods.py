@@ -27,6 +27,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.models.llama import modeling_llama
 
 from sftmix import SFTMixConfig, SFTMixTrainer
+from sftmix.head import without_peft
 from sftmix.pairing import IGNORE_INDEX, PairedCollator
 
 from .group import Group
@@ -125,6 +126,7 @@ class DenseSFTMixTrainer(Trainer):
     ) -> Tensor:
         """``NTP + mu * Mixup`` of one batch that is a whole step, each a mean over its tokens."""
         tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        model = without_peft(model)
         hidden = model.model(**tokens, use_cache=False).last_hidden_state  # (B, L, D)
         ntp = model.loss_function(
             logits=model.lm_head(hidden),
@@ -161,14 +163,18 @@ def make_batch(size: ModelSize, device: str) -> dict[str, Tensor]:
     return {name: x.to(device) for name, x in PairedCollator(0)(make_examples(size)).items()}
 
 
-def make_model(size: ModelSize, device: str) -> LlamaForCausalLM:
-    """Random, seeded, in the device's dtype, made where it stays."""
+def make_model(
+    size: ModelSize, device: str, dtype: torch.dtype | None = None
+) -> LlamaForCausalLM:
+    """Random, seeded, made where it stays; by default in the device's dtype."""
     config = LlamaConfig(**{n: v for n, v in size._asdict().items() if n not in BATCH_SHAPE})
     gc.collect()  # trainers are cyclic: an earlier model would stay in memory beside this one
     torch.manual_seed(0)
     with torch.device(device):
         # Unlike a cast afterwards, this leaves the frequencies of the positions in float32.
-        model: LlamaForCausalLM = LlamaForCausalLM._from_config(config, dtype=DTYPES[device])
+        model: LlamaForCausalLM = LlamaForCausalLM._from_config(
+            config, dtype=dtype or DTYPES[device]
+        )
     return model
 
 

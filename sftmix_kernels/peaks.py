@@ -189,6 +189,8 @@ def op_workspace(
 ) -> int:
     """Bytes that a call of a loss's op holds for itself, beside the tensors that it returns."""
     task, shape = op_call(name, args)
+    if shape.rows == 0:
+        return 0
     if isinstance(schedule, RowChunks):
         chunk = chunk_bytes if kernels else cpu_chunk_bytes
         return chunk(task, schedule, shape)

@@ -185,6 +185,7 @@ def kit(python: Path | str, *arguments: str) -> subprocess.CompletedProcess[str]
         ("--only tests", "facts build tests"),
         ("--only loss", "facts build loss plot"),
         ("--only tune --dry-run", "facts build tune plot"),
+        ("--only long --dry-run", "facts build long plot"),
         ("--dry-run", "facts build tests perplexity loss step memory plot"),
     ],
 )

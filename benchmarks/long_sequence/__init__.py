@@ -1,0 +1,1 @@
+"""How long sequences can be in a given memory, by way of training: see `docs/memory.md`."""
