@@ -163,9 +163,7 @@ def make_batch(size: ModelSize, device: str) -> dict[str, Tensor]:
     return {name: x.to(device) for name, x in PairedCollator(0)(make_examples(size)).items()}
 
 
-def make_model(
-    size: ModelSize, device: str, dtype: torch.dtype | None = None
-) -> LlamaForCausalLM:
+def make_model(size: ModelSize, device: str, dtype: torch.dtype | None = None) -> LlamaForCausalLM:
     """Random, seeded, made where it stays; by default in the device's dtype."""
     config = LlamaConfig(**{n: v for n, v in size._asdict().items() if n not in BATCH_SHAPE})
     gc.collect()  # trainers are cyclic: an earlier model would stay in memory beside this one
