@@ -20,13 +20,17 @@ from transformers import (
 )
 
 from benchmarks.measure import peak_extra_bytes
-from sftmix import planned_step
 from sftmix.arguments import RunArguments
 from sftmix.cli import main
 from sftmix.config import SFTMixConfig
 from sftmix.head import HeadAdapter
 from sftmix.lora import add_lora
-from sftmix.memory_trace import (
+from sftmix.objective import batch_counts, batch_loss
+from sftmix.plan import plan_step, step
+from sftmix.plan.command import Planned, advised, parse_bytes
+from sftmix.plan.search import GRID, largest_length, step_of
+from sftmix.plan.table import Row
+from sftmix.plan.trace import (
     ACTIVATIONS,
     GRADIENTS,
     LOSS,
@@ -35,10 +39,6 @@ from sftmix.memory_trace import (
     MemoryTrace,
     saved_on_host,
 )
-from sftmix.objective import batch_counts, batch_loss
-from sftmix.plan import Planned, advised, parse_bytes, plan_step
-from sftmix.plan_report import Row
-from sftmix.plan_search import GRID, largest_length, step_of
 from sftmix.tiled_mlp import tile_mlps
 
 KB = 1024
@@ -148,7 +148,7 @@ def test_weights_gradients_and_states_are_those_of_a_real_model(
     # So few tokens that the update is the peak.
     settings = options(tmp_path, optim="adamw_torch_fused", max_grad_norm=0.0)
     plan = plan_step(config, given, settings, 2)
-    parts = planned_step.traced_step(config, given, settings, 2, False).peaks["optimizer"]
+    parts = step.traced_step(config, given, settings, 2, False).peaks["optimizer"]
     states = [s for state in optimizer.state.values() for s in state.values()]
     weights = sum(p.nbytes for p in model.parameters())
     assert parts[WEIGHTS] == weights + sum(b.nbytes for b in model.buffers())
@@ -160,7 +160,7 @@ def test_weights_gradients_and_states_are_those_of_a_real_model(
         # On a GPU one that is not fused has the square roots of a group's second moments besides.
         settings.optim = "adamw_torch"
         roots = sum(p.nbytes for p in trained if p.dim() > 1)
-        more = planned_step.traced_step(config, given, settings, 2, False).peaks["optimizer"]
+        more = step.traced_step(config, given, settings, 2, False).peaks["optimizer"]
         assert more[OPTIMIZER] == sum(s.nbytes for s in states) + roots
 
 
@@ -173,8 +173,8 @@ class RealStep:
         self.head = HeadAdapter(self.model, settings.head, checked=False)
         if settings.mlp_tile_tokens is not None:
             tile_mlps(self.model, settings.mlp_tile_tokens)
-        planned_step.enable_checkpointing(self.model, settings)
-        self.batch = planned_step.planned_batch(settings, length)
+        step.enable_checkpointing(self.model, settings)
+        self.batch = step.planned_batch(settings, length)
 
     def __call__(self) -> Any:
         counts = batch_counts([self.batch], torch.device("cpu"))
@@ -249,7 +249,7 @@ def test_short_models_tell_what_a_whole_one_would(
 ) -> None:
     settings, arguments = options(tmp_path, **changes), run_arguments(**given)
     extended = plan_step(config, arguments, settings, 300)
-    monkeypatch.setattr(planned_step, "SHORT", (2, 100))
+    monkeypatch.setattr(step, "SHORT", (2, 100))
     whole = plan_step(config, arguments, settings, 300)
     assert extended == whole
     assert (extended.host > 0) == settings.activation_offload
@@ -258,7 +258,7 @@ def test_short_models_tell_what_a_whole_one_would(
 def test_tiles_that_stand_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = options(tmp_path, memory="lean", mlp_tile_tokens=64)
     few = plan_step(llama(), run_arguments(), settings, 640)
-    monkeypatch.setattr("sftmix.planned_tiles.TILES", 100)
+    monkeypatch.setattr("sftmix.plan.tiles.TILES", 100)
     assert plan_step(llama(), run_arguments(), settings, 640) == few
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sftmix.head import without_peft
-from sftmix.memory_trace import active_trace
+from sftmix.plan.trace import active_trace
 from sftmix.tiled_mlp import TiledMLP, circumstances, mlps, tile_gradients
 
 TILES = 2

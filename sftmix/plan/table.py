@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig
 
-from sftmix.memory_trace import PARTS
-from sftmix.planned_step import Plan
+from sftmix.plan.step import Plan
+from sftmix.plan.trace import PARTS
 
 if TYPE_CHECKING:
-    from sftmix.plan import Planned
+    from sftmix.plan.command import Planned
 
 GIB, KIB = 2**30, 2**10
 NOT_COUNTED = (

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from sftmix.memory_trace import ACTIVATIONS, active_trace
+from sftmix.plan.trace import ACTIVATIONS, active_trace
 
 # Kernels round a sequence and a head up to whole tiles where they add up dQ.
 TOKENS_OF_TILE, HEAD_OF_TILE = 128, 32

@@ -13,12 +13,10 @@ from transformers import AutoConfig, PretrainedConfig
 
 from sftmix.arguments import TrainRunArguments, parse
 from sftmix.config import CHECKPOINTING, LEAN_LOSS_BYTES, LEAN_TILE_TOKENS, SFTMixConfig, option
-from sftmix.plan_report import Row, report
-from sftmix.plan_search import GRID, largest_length
-from sftmix.planned_optimizer import EIGHT_BIT
-from sftmix.planned_step import Plan, plan_step
-
-__all__ = ["Plan", "PlanArguments", "PlanConfig", "Planned", "main", "plan_step"]
+from sftmix.plan.optimizer import EIGHT_BIT
+from sftmix.plan.search import GRID, largest_length
+from sftmix.plan.step import Plan, plan_step
+from sftmix.plan.table import Row, report
 
 UNITS = {"": 0, "B": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 

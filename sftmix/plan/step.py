@@ -30,7 +30,12 @@ from sftmix.arguments import RunArguments
 from sftmix.config import CHECKPOINTING, MIXED, SFTMixConfig
 from sftmix.head import HeadAdapter
 from sftmix.lora import add_lora
-from sftmix.memory_trace import (
+from sftmix.objective import batch_counts, batch_loss
+from sftmix.plan.attention import planned_implementation
+from sftmix.plan.moments import BACKWARD, FORWARD, UPDATE, decoder_layers, name_moments
+from sftmix.plan.optimizer import planned_optimizer, trained
+from sftmix.plan.tiles import plan_tiles
+from sftmix.plan.trace import (
     ACTIVATIONS,
     GRADIENTS,
     OPTIMIZER,
@@ -38,11 +43,6 @@ from sftmix.memory_trace import (
     MemoryTrace,
     saved_on_host,
 )
-from sftmix.objective import batch_counts, batch_loss
-from sftmix.planned_attention import planned_implementation
-from sftmix.planned_moments import BACKWARD, FORWARD, UPDATE, decoder_layers, name_moments
-from sftmix.planned_optimizer import planned_optimizer, trained
-from sftmix.planned_tiles import plan_tiles
 from sftmix.trainer import make_collator
 from sftmix_kernels import RowChunks, VocabTiles
 from sftmix_kernels.peaks import op_products, op_workspace
@@ -56,7 +56,7 @@ class Plan:
     """What one optimizer step takes; bytes and operations."""
 
     length: int  # tokens of a sequence
-    parts: dict[str, int]  # held at the peak, by `sftmix.memory_trace.PARTS`
+    parts: dict[str, int]  # held at the peak, by `sftmix.plan.trace.PARTS`
     moment: str  # of the peak: forward, loss, backward, optimizer
     host: int  # kept in host memory
     matrix_products: int  # operations, two of a multiplication and an addition

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sftmix.head import HeadAdapter
-from sftmix.memory_trace import LOSS, MemoryTrace
+from sftmix.plan.trace import LOSS, MemoryTrace
 
 FORWARD, OF_LOSS, BACKWARD, UPDATE = "forward", "loss", "backward", "optimizer"
 AGAIN, UPPER, LOWER, EMBEDDINGS = (

@@ -1,0 +1,13 @@
+"""`sftmix plan`: the memory of a training step, before there is a GPU to run it on.
+
+- `trace`: counts the tensors of a piece of code that runs without values
+- `step`: the real step under such a trace; `attention`, `tiles` and `optimizer` stand for what is
+  not PyTorch's own or would take long, `moments` tells where in the step the peak is
+- `search`: the largest length that fits
+- `command`: the options, the switches and the advice; `table` writes them
+"""
+
+from sftmix.plan.command import main
+from sftmix.plan.step import Plan, plan_step
+
+__all__ = ["Plan", "main", "plan_step"]
