@@ -180,7 +180,8 @@ class SFTMixOptions(ConfigBase):
             self.layout = "sequential"
         if self.mlp_tile_tokens is None:
             self.mlp_tile_tokens = LEAN_TILE_TOKENS
-        if self.loss_max_bytes is None:
+        # vocab_tiles' own workspace is smaller.
+        if self.loss_max_bytes is None and self.loss_schedule != "vocab_tiles":
             self.loss_max_bytes = LEAN_LOSS_BYTES
 
     @property

@@ -127,6 +127,8 @@ class Planned:
         """Whether a switch would change something."""
         if one.on_gpu and self.options.on_cpu:
             return False
+        if one.name == "loss_max_bytes" and self.options.loss_schedule == "vocab_tiles":
+            return False  # whose own cap is lower
         holder = self.arguments if hasattr(self.arguments, one.name) else self.options
         value = getattr(holder, one.name)
         return getattr(value, "value", value) in one.off

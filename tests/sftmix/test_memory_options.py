@@ -38,6 +38,12 @@ def test_lean_leaves_what_is_given(tmp_path: Path) -> None:
     assert lean.loss_plan == VocabTiles(max_bytes=10**6)
 
 
+def test_lean_leaves_the_smaller_workspace_of_vocab_tiles(tmp_path: Path) -> None:
+    assert tiny.config(tmp_path, memory="lean", loss_schedule="vocab_tiles").loss_plan == (
+        "vocab_tiles"
+    )
+
+
 def test_plain_turns_on_nothing(tmp_path: Path) -> None:
     plain = tiny.config(tmp_path)
     assert (plain.layout, plain.mlp_tile_tokens, plain.loss_plan) == ("padded", None, "auto")
