@@ -100,6 +100,29 @@ def planned_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+def planned_sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """What PyTorch chooses on a GPU.
+
+    That is a linear-memory kernel, but for float32 whose heads share keys and values: flash
+    attention and cuDNN take half precision alone, the memory-efficient kernel no shared heads
+    (``check_batch_size_and_num_heads_dense`` of `sdp_utils.cpp`), and what is left makes the
+    scores (B, H, L, L).
+    """
+    in_float32 = query.itemsize == 4 and not torch.is_autocast_enabled("cpu")
+    if attention_mask is None and in_float32 and key.shape[1] != query.shape[1]:
+        scores = torch.ops.aten._scaled_dot_product_attention_math
+        out: Tensor = scores(query, key, value, None, 0.0, True, enable_gqa=True)[0]
+        return out.transpose(1, 2).contiguous(), None
+    return planned_attention(module, query, key, value, attention_mask, **options)
+
+
 def planned_mask(
     packed: bool, *, kv_length: int, local_size: int | None = None, **options: Any
 ) -> Tensor | None:
@@ -129,7 +152,7 @@ def planned_implementation(real: str, *, packed: bool, on_cpu: bool) -> str:
     return f"sftmix_planned_{'cpu' if on_cpu else 'gpu'}{'_packed' if packed else ''}"
 
 
-for _name, _attention in (("gpu", planned_attention), ("cpu", sdpa_attention_forward)):
+for _name, _attention in (("gpu", planned_sdpa), ("cpu", sdpa_attention_forward)):
     for _suffix, _packed in (("", False), ("_packed", True)):
         AttentionInterface.register(f"sftmix_planned_{_name}{_suffix}", _attention)
         AttentionMaskInterface.register(

@@ -99,8 +99,8 @@ def plan_step(
 
     Raises:
         ValueError: no causal language model, or a quantised one; a layout that does not hold the
-            length; an optimizer that is not known; several processes; a model whose shapes hang
-            on values.
+            length; an optimizer that is not known; several processes; experts in another dtype
+            than bfloat16; a model whose shapes hang on values.
     """
     check_options(config, options, length)
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
@@ -135,6 +135,16 @@ def check_options(config: PretrainedConfig, options: SFTMixConfig, length: int) 
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("model: expected weights that are not quantised; the plan knows no others")
+
+
+def check_experts(model: Any) -> None:
+    """Refuse experts whose products PyTorch cannot follow without values."""
+    experts = getattr(model.config.get_text_config(), "_experts_implementation", None)
+    if experts == "grouped_mm" and model.dtype != torch.bfloat16:
+        raise ValueError(
+            "dtype: expected bfloat16, the plan knows grouped products of experts in no other; got "
+            f"{str(model.dtype).removeprefix('torch.')}"
+        )
 
 
 def with_layers(config: PretrainedConfig, count: int | None) -> PretrainedConfig:
@@ -190,7 +200,9 @@ def traced_step(
     """Build the model, let it have trained once, and follow one optimizer step."""
     batch = planned_batch(options, length)
     packed = "position_ids" in batch and len(batch["lengths"]) > len(batch["input_ids"])
-    model = add_lora(empty_model(config, arguments), arguments, options.seed)
+    model = empty_model(config, arguments)
+    check_experts(model)
+    model = add_lora(model, arguments, options.seed)
     real = str(arguments.attn_implementation or model.config._attn_implementation)
     planned = planned_implementation(real, packed=packed, on_cpu=on_cpu)
     for part in (config, config.get_text_config()):
