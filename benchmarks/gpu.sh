@@ -13,7 +13,8 @@
 # pytest, pytest-benchmark, hypothesis, numpy, tqdm and matplotlib; the package need not be
 # installed. PYTHON chooses the interpreter. `long` too is run on demand alone: long sequences of
 # the 8B-shaped model in every mode, a process for each, of which the nine minutes hold the shorter
-# lengths; it leaves cuda-long_sequence-8B.json. Needs peft and `datasets` too.
+# lengths; it leaves cuda-long_sequence-8B.json, and goes on with one that is there. Needs peft and
+# `datasets` too.
 set -euo pipefail
 
 usage() {
@@ -62,7 +63,9 @@ trap 'rm -rf "$scratch"' EXIT
 export PYTHONPATH="$scratch/site:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 log=$out/log.txt
-rm -f "$out"/{cpu,cuda}-*.{json,svg} "$out"/RESULTS.md "$log"
+# `long` goes on with what is there.
+[[ $only == long ]] || rm -f "$out"/{cpu,cuda}-*.{json,svg}
+rm -f "$out"/RESULTS.md "$log"
 ends=()
 failed=0
 
