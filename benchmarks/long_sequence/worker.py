@@ -37,8 +37,8 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 DONE, NO_MEMORY = "done", "out of memory"
-# What PyTorch's CPU allocator says; it has no exception of its own.
-CPU_ALLOCATOR = "can't allocate memory"
+# What PyTorch's CPU allocator says, and CUDA of pinned memory; they have no exception of their own.
+WITHOUT_MEMORY = ("can't allocate memory", "CUDA error: out of memory")
 KILLED = 137  # by the system, for the memory that it took
 
 
@@ -115,7 +115,8 @@ def run(task: Task) -> dict[str, Any]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of a training step says that memory is used up."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_ALLOCATOR in str(error)
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(words in str(error) for words in WITHOUT_MEMORY)
 
 
 def limit(task: Task) -> None:
