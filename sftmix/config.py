@@ -166,6 +166,10 @@ class SFTMixOptions(ConfigBase):
                 "while they would be uploaded"
             )
         super().__post_init__()  # type: ignore[no-untyped-call]
+        # Only now FSDP's options, which may be in a file, are read.
+        if self.memory == "lean" and not self.checkpoints_activations:
+            for name in {CHECKPOINTING, "gradient_checkpointing"}:
+                setattr(self, name, True)
         if self.activation_offload and not self.checkpoints_activations:
             raise ValueError(
                 "activation_offload: expected activation_checkpointing (gradient_checkpointing) "
@@ -173,9 +177,7 @@ class SFTMixOptions(ConfigBase):
             )
 
     def _turn_lean(self) -> None:
-        """Turn on what is off of everything that saves memory and leaves results alone."""
-        if not self.checkpoints_activations:
-            setattr(self, CHECKPOINTING, True)
+        """Turn on what is off of this trainer's own that saves memory and leaves results alone."""
         if self.layout == "padded":
             self.layout = "sequential"
         if self.mlp_tile_tokens is None:
@@ -188,7 +190,7 @@ class SFTMixOptions(ConfigBase):
     def checkpoints_activations(self) -> bool:
         """Whether layers keep their inputs alone, by transformers' option or by FSDP's."""
         names = (CHECKPOINTING, "gradient_checkpointing")
-        sharded = self.fsdp_config if isinstance(self.fsdp_config, dict) else {}
+        sharded = self.fsdp_config if self.fsdp and isinstance(self.fsdp_config, dict) else {}
         by_fsdp = sharded.get("activation_checkpointing", False)
         return any(getattr(self, name, None) for name in names) or bool(by_fsdp)
 

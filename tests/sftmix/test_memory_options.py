@@ -44,6 +44,15 @@ def test_lean_leaves_the_smaller_workspace_of_vocab_tiles(tmp_path: Path) -> Non
     )
 
 
+def test_lean_leaves_checkpointing_to_fsdp(tmp_path: Path) -> None:
+    file = tmp_path / "fsdp.json"
+    file.write_text('{"activation_checkpointing": true}')
+    sharded = tiny.config(tmp_path, memory="lean", fsdp=True, fsdp_config=str(file))
+    assert sharded.checkpoints_activations
+    assert not getattr(sharded, CHECKPOINTING)
+    assert getattr(tiny.config(tmp_path, memory="lean", fsdp_config=str(file)), CHECKPOINTING)
+
+
 def test_plain_turns_on_nothing(tmp_path: Path) -> None:
     plain = tiny.config(tmp_path)
     assert (plain.layout, plain.mlp_tile_tokens, plain.loss_plan) == ("padded", None, "auto")
