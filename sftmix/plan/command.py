@@ -222,6 +222,6 @@ def advised(planned: Planned, config: PretrainedConfig, memory: int, rows: list[
             words, peak = other.words, with_it
             says.append(row.says)
         if peak <= memory:
-            return f"together help {' '.join(says)} ({peak / 2**30:.1f} GiB)"
-    together = " ".join(says) or "none of the switches"
-    return f"too little help {together} ({peak / 2**30:.1f} GiB)"
+            return f"together help {', '.join(says)} ({peak / 2**30:.1f} GiB)"
+    together = f": {', '.join(says)}" if says else " from any switch"
+    return f"too little help{together} ({peak / 2**30:.1f} GiB)"

@@ -59,14 +59,15 @@ def what(planned: Planned, config: PretrainedConfig, plan: Plan) -> list[str]:
     billions = f"{plan.parameters / 1e9:.2f} B parameters"
     if plan.trained < plan.parameters:
         billions += f", {plan.trained / 1e6:.1f} M trained (LoRA of rank {arguments.lora_rank})"
-    dtype = arguments.dtype + (" under bfloat16 autocast" if options.bf16 else "")
+    autocast = "bfloat16" if options.bf16 else "float16" if options.fp16 else ""
+    dtype = arguments.dtype + (f" under {autocast} autocast" if autocast else "")
     optimizer = getattr(options.optim, "value", options.optim)
     lines = [
         f"model     {arguments.model}: {billions}, {dtype}",
         f"step      {options.method}, {options.per_device_train_batch_size} sequences of "
         f"{plan.length} tokens, {options.layout}, {optimizer}, on "
         f"{'the CPU' if options.on_cpu else 'a GPU'}",
-        f"switches  {' '.join(switched_on(planned)) or 'none'}",
+        f"switches  {', '.join(switched_on(planned)) or 'none'}",
     ]
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if most is not None and plan.length > most:
