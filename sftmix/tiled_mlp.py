@@ -31,6 +31,7 @@ from sftmix.stand_in import unbound_forward
 # What transformers' layers call them.
 NAMES = ("mlp", "feed_forward", "ffn")
 CHECKED = 8
+WAY_OUT = "leave it off (memory='lean' turns it on: give its other switches instead)"
 
 
 class Circumstances(NamedTuple):
@@ -156,7 +157,7 @@ def mlps(model: PreTrainedModel) -> list[nn.Module]:
     if not found:
         names = ", ".join(NAMES)
         raise ValueError(
-            f"mlp_tile_tokens: the layers of {type(model).__name__} have no {names}; leave it off"
+            f"mlp_tile_tokens: the layers of {type(model).__name__} have no {names}; {WAY_OUT}"
         )
     return found
 
@@ -188,7 +189,7 @@ def check_by_tokens(model: nn.Module, mlp: nn.Module) -> None:
                 return
     raise ValueError(
         f"mlp_tile_tokens: {type(mlp).__name__} of {type(without_peft(model)).__name__} does not "
-        "treat each token by itself, as an MLP does; leave it off"
+        f"treat each token by itself, as an MLP does; {WAY_OUT}"
     )
 
 

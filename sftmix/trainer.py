@@ -44,7 +44,7 @@ from sftmix.ranks import (
 )
 from sftmix.saving import WholeCheckpoints
 from sftmix.scoring import score_examples
-from sftmix.tiled_mlp import tile_mlps
+from sftmix.tiled_mlp import WAY_OUT, tile_mlps
 from sftmix_kernels import StreamingPerplexity
 
 # Training arguments that do not decide a training's results, or that each rank has its own of.
@@ -135,8 +135,8 @@ class SFTMixMixin(WholeCheckpoints):
         if self.args.mlp_tile_tokens is not None:
             if head.router_coefficient:
                 raise ValueError(
-                    "mlp_tile_tokens: the router's auxiliary loss needs whole MLPs; leave it off, "
-                    "or the model's output_router_logits"
+                    "mlp_tile_tokens: the router's auxiliary loss needs whole MLPs; turn off the "
+                    f"model's output_router_logits, or {WAY_OUT}"
                 )
             tile_mlps(model, self.args.mlp_tile_tokens, checked=is_main() or not alone)
         return head

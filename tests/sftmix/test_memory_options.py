@@ -44,7 +44,8 @@ def test_lean_leaves_the_smaller_workspace_of_vocab_tiles(tmp_path: Path) -> Non
     )
 
 
-def test_lean_leaves_checkpointing_to_fsdp(tmp_path: Path) -> None:
+def test_lean_leaves_checkpointing_to_fsdp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # which FSDP's options set
     file = tmp_path / "fsdp.json"
     file.write_text('{"activation_checkpointing": true}')
     sharded = tiny.config(tmp_path, memory="lean", fsdp=True, fsdp_config=str(file))
