@@ -105,7 +105,9 @@ def plan_step(
     check_options(config, options, length)
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     short: Sequence[int | None] = SHORT
-    if layers is None or layers <= max(SHORT) or not alike(config, arguments):
+    # Of some layers alone the peak is no line through two short models.
+    some = "every_n_layers" in (getattr(options, f"{CHECKPOINTING}_kwargs") or {})
+    if layers is None or layers <= max(SHORT) or some or not alike(config, arguments):
         short, layers = (None,), 0
     steps = [
         traced_step(with_layers(config, count), arguments, options, length, on_cpu)
