@@ -121,8 +121,9 @@ class SFTMixOptions(ConfigBase):
     )
     memory: Literal["plain", "lean"] = option(
         "plain",
-        "lean: turn on what is off of activation (gradient) checkpointing, --layout sequential, "
-        "--mlp_tile_tokens 4096, --loss_max_bytes 268435456; results differ by rounding alone",
+        "lean: activation (gradient) checkpointing and, in place of their defaults, --layout "
+        "sequential, --mlp_tile_tokens 4096, --loss_max_bytes 268435456; results differ by "
+        "rounding alone",
         "ours",
     )
     mlp_tile_tokens: int | None = option(
@@ -166,7 +167,21 @@ class SFTMixOptions(ConfigBase):
                 "while they would be uploaded"
             )
         super().__post_init__()  # type: ignore[no-untyped-call]
-        # Only now FSDP's options, which may be in a file, are read.
+        self._check_memory()
+
+    def _turn_lean(self) -> None:
+        """Turn on what is off of this trainer's own that saves memory and leaves results alone."""
+        if self.layout == "padded":
+            self.layout = "sequential"
+        if self.mlp_tile_tokens is None:
+            self.mlp_tile_tokens = LEAN_TILE_TOKENS
+        # vocab_tiles' own workspace is smaller, and with --head logits all logits are there.
+        capped = self.head == "fused" and self.loss_schedule != "vocab_tiles"
+        if self.loss_max_bytes is None and capped:
+            self.loss_max_bytes = LEAN_LOSS_BYTES
+
+    def _check_memory(self) -> None:
+        """What can be told only now: FSDP's options, which may be in a file, are read."""
         if self.memory == "lean" and not self.checkpoints_activations:
             for name in {CHECKPOINTING, "gradient_checkpointing"}:
                 setattr(self, name, True)
@@ -175,16 +190,11 @@ class SFTMixOptions(ConfigBase):
                 "activation_offload: expected activation_checkpointing (gradient_checkpointing) "
                 "with it, or every activation would go to the host"
             )
-
-    def _turn_lean(self) -> None:
-        """Turn on what is off of this trainer's own that saves memory and leaves results alone."""
-        if self.layout == "padded":
-            self.layout = "sequential"
-        if self.mlp_tile_tokens is None:
-            self.mlp_tile_tokens = LEAN_TILE_TOKENS
-        # vocab_tiles' own workspace is smaller.
-        if self.loss_max_bytes is None and self.loss_schedule != "vocab_tiles":
-            self.loss_max_bytes = LEAN_LOSS_BYTES
+        if self.torch_compile and (self.layout == "sequential" or self.activation_offload):
+            raise ValueError(
+                "torch_compile: not supported with layout='sequential' or activation_offload, "
+                "whose backbone is not compiled"
+            )
 
     @property
     def checkpoints_activations(self) -> bool:
@@ -218,6 +228,10 @@ class SFTMixOptions(ConfigBase):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ValueError(f"{name}: expected at least 1, got {number}")
+        if self.loss_max_bytes is not None and self.head == "logits":
+            raise ValueError(
+                "loss_max_bytes: expected head='fused'; head='logits' holds all logits"
+            )
         if not 0 < self.mu_warmup_ratio <= 1:
             raise ValueError(
                 f"mu_warmup_ratio: expected above 0 and at most 1, got {self.mu_warmup_ratio}"

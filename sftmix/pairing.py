@@ -154,6 +154,24 @@ class PairedCollator:
         return PairedCollator(self.pad_token_id, self.layout.pad_to_multiple_of)
 
 
+def check_collator(collator: Any, layout: str, row_length: int | None) -> None:
+    """See that a trainer's collator lays batches out as its options say.
+
+    Raises:
+        TypeError: it is none of ours.
+        ValueError: it does not.
+    """
+    if not isinstance(collator, PairedCollator):
+        raise TypeError(f"data_collator: expected a PairedCollator, got {type(collator).__name__}")
+    found = collator.layout
+    for name, given, wanted in (
+        ("layout", found.name, layout),
+        ("row_length", found.row_length, row_length),
+    ):
+        if given != wanted:
+            raise ValueError(f"data_collator: expected {name}={wanted!r} as in args, got {given!r}")
+
+
 def joined(examples: Sequence[dict[str, Any]], name: str, lengths: Integers) -> Integers:
     """One column of all examples, one after another: (T,)."""
     values = [np.asarray(example[name], dtype=np.int64) for example in examples]

@@ -145,6 +145,19 @@ def tile_mlps(model: nn.Module, tokens: int, *, checked: bool = True) -> None:
         mlp.__dict__["forward"] = types.MethodType(tiled_forward(mlp, tokens), mlp)
 
 
+def refuse_router(coefficient: float) -> None:
+    """Refuse tiles where a router's loss counts.
+
+    Raises:
+        ValueError: it does, and needs the logits of whole MLPs.
+    """
+    if coefficient:
+        raise ValueError(
+            "mlp_tile_tokens: the router's auxiliary loss needs whole MLPs; turn off the model's "
+            f"output_router_logits, or {WAY_OUT}"
+        )
+
+
 def mlps(model: PreTrainedModel) -> list[nn.Module]:
     """The MLPs of the layers.
 

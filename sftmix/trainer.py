@@ -24,7 +24,13 @@ from sftmix.head import HeadAdapter
 from sftmix.layouts import check_layout
 from sftmix.metrics import LossWindow, RunTensorBoard
 from sftmix.objective import BatchLoss, Counts, batch_counts, batch_loss
-from sftmix.pairing import PairedCollator, PairedExamples, PairedSampler, ShuffledSampler
+from sftmix.pairing import (
+    PairedCollator,
+    PairedExamples,
+    PairedSampler,
+    ShuffledSampler,
+    check_collator,
+)
 from sftmix.partition import Partition
 from sftmix.pools import Confident, pools_of
 from sftmix.ranks import (
@@ -44,7 +50,7 @@ from sftmix.ranks import (
 )
 from sftmix.saving import WholeCheckpoints
 from sftmix.scoring import score_examples
-from sftmix.tiled_mlp import WAY_OUT, tile_mlps
+from sftmix.tiled_mlp import refuse_router, tile_mlps
 from sftmix_kernels import StreamingPerplexity
 
 # Training arguments that do not decide a training's results, or that each rank has its own of.
@@ -121,41 +127,23 @@ class SFTMixMixin(WholeCheckpoints):
         model = self.accelerator.unwrap_model(self.model)
         check_parallelism(self.args, self.accelerator, model)
         alone = loads_on_main_alone(self.accelerator)
-        head = HeadAdapter(
-            model,
-            self.args.head,
-            checked=is_main() or not alone,
-            saving=saved_on_host if self.args.activation_offload else None,
-        )
+        checked = is_main() or not alone
+        saving = saved_on_host if self.args.activation_offload else None
+        head = HeadAdapter(model, self.args.head, checked=checked, saving=saving)
         if alone:
             known = ("logit_scale", "softcap", "router_coefficient")
             vars(head).update(on_main(lambda: {name: vars(head)[name] for name in known}))
-        if is_main() or not alone:
+        if checked:
             self._check_layout()
         if self.args.mlp_tile_tokens is not None:
-            if head.router_coefficient:
-                raise ValueError(
-                    "mlp_tile_tokens: the router's auxiliary loss needs whole MLPs; turn off the "
-                    f"model's output_router_logits, or {WAY_OUT}"
-                )
-            tile_mlps(model, self.args.mlp_tile_tokens, checked=is_main() or not alone)
+            refuse_router(head.router_coefficient)
+            tile_mlps(model, self.args.mlp_tile_tokens, checked=checked)
         return head
 
     def _check_layout(self) -> None:
-        collator = self.data_collator
-        if not isinstance(collator, PairedCollator):
-            raise TypeError(
-                f"data_collator: expected a PairedCollator, got {type(collator).__name__}"
-            )
-        layout = collator.layout
-        for name, given in (("layout", layout.name), ("row_length", layout.row_length)):
-            if given != getattr(self.args, name):
-                raise ValueError(
-                    f"data_collator: expected {name}={getattr(self.args, name)!r} as in args, "
-                    f"got {given!r}"
-                )
+        check_collator(self.data_collator, self.args.layout, self.args.row_length)
         with self.accelerator.autocast():
-            check_layout(self.accelerator.unwrap_model(self.model), layout.name)
+            check_layout(self.accelerator.unwrap_model(self.model), self.args.layout)
 
     def _pair(self, confident: Confident) -> None:
         dataset = self.train_dataset

@@ -18,6 +18,8 @@ from sftmix.plan.search import GRID, largest_length
 from sftmix.plan.step import Plan, plan_step
 from sftmix.plan.table import Row, report
 
+# The exit code, another than that of a wrong option.
+DOES_NOT_FIT = 3
 UNITS = {"": 0, "B": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -135,7 +137,7 @@ class Planned:
 
 
 def main(words: Sequence[str]) -> int:
-    """Run the command; 1 where the step does not fit.
+    """Run the command; `DOES_NOT_FIT` where the step does not.
 
     Raises:
         ValueError: what `plan_step` refuses, or a memory that is no number of bytes.
@@ -159,7 +161,7 @@ def main(words: Sequence[str]) -> int:
     fits = memory is None or plan.peak <= memory
     advice = "" if memory is None or fits else advised(planned, config, memory, rows)
     print(report(planned, config, plan, longer, memory, largest, rows, advice))
-    return 0 if fits else 1
+    return 0 if fits else DOES_NOT_FIT
 
 
 def memory_of(planned: Planned) -> int | None:

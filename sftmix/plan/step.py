@@ -135,6 +135,9 @@ def check_options(config: PretrainedConfig, options: SFTMixConfig, length: int) 
             "plan: expected one process without --fsdp and --deepspeed, whose shards and buffers "
             "it does not know"
         )
+    for name in ("torch_compile", "use_liger_kernel"):
+        if getattr(options, name):
+            raise ValueError(f"{name}: the plan knows the model's own code alone; leave it off")
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("model: expected weights that are not quantised; the plan knows no others")
 

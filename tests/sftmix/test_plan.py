@@ -27,7 +27,7 @@ from sftmix.lora import add_lora
 from sftmix.objective import batch_counts, batch_loss
 from sftmix.plan import plan_step
 from sftmix.plan import step as planning
-from sftmix.plan.command import Planned, advised, parse_bytes
+from sftmix.plan.command import DOES_NOT_FIT, Planned, advised, parse_bytes
 from sftmix.plan.search import GRID, largest_length, step_of
 from sftmix.plan.table import Row
 from sftmix.plan.trace import GRADIENTS, LOSS, OPTIMIZER, WEIGHTS
@@ -202,9 +202,10 @@ def test_a_window_of_attention_needs_a_mask(tmp_path: Path) -> None:
         sliding_window=256,
     )
     settings = options(tmp_path)
-    below, above = (plan_step(config, run_arguments(), settings, n).peak for n in (255, 256))
-    assert above - below > 2 * 256**2 * (1 + 4 * 3)  # bool, and float32 in each of three layers
-    flash = run_arguments(attn_implementation="flash_attention_2")
+    half = run_arguments(dtype="bfloat16")
+    below, above = (plan_step(config, half, settings, n).peak for n in (255, 256))
+    assert above - below > 2 * 256**2 * (1 + 2 * 3)  # bool, and bfloat16 in each of three layers
+    flash = run_arguments(dtype="bfloat16", attn_implementation="flash_attention_2")
     below, above = (plan_step(config, flash, settings, n).peak for n in (255, 256))
     assert above - below < 2 * 256**2
 
@@ -276,7 +277,7 @@ def test_the_command_says_what_fits_and_what_helps(plan: Callable[..., tuple[int
     assert re.search(r"longest that fits: [1-9]\d+ tokens", said)
     assert "every switch that saves memory is on" in said
     code, said = plan("--gpu-memory", "1KB", "--max-length", "64", *ALL_ON[:-2])
-    assert code == 1
+    assert code == DOES_NOT_FIT
     assert re.search(r"does not fit: .*; too little help", said)
     assert "--optim adamw_torch_8bit *" in said
     assert "no length fits" in said
@@ -313,6 +314,7 @@ def test_the_command_reads_what_train_reads(
         (["--gpu-memory", "-1"], "gpu_memory"),
         (["--optim", "lion_32bit"], "optim: expected one that the plan knows"),
         (["--fsdp", "full_shard"], "expected one process"),
+        (["--use_liger_kernel", "true"], "use_liger_kernel: the plan knows the model's own code"),
         (["--max-length", "1"], "max_length: expected at least 2"),
         (["--layout", "packed", "--row_length", "100"], "row_length"),
     ],
