@@ -206,8 +206,13 @@ def check_by_tokens(model: nn.Module, mlp: nn.Module) -> None:
     )
 
 
-def tiled_forward(mlp: nn.Module, tokens: int) -> Callable[..., Any]:
-    """An MLP's forward that goes by tiles where there are more tokens than one holds."""
+def tiled_forward(
+    mlp: nn.Module, tokens: int, tiled: Callable[..., Tensor] = TiledMLP.apply
+) -> Callable[..., Any]:
+    """An MLP's forward that goes by tiles where there are more tokens than one holds.
+
+    ``tiled(run, tokens, hidden, *weights)`` is what goes by them.
+    """
     own_forward = unbound_forward(mlp)
     own_forward = getattr(own_forward, "untiled", own_forward)
 
@@ -220,8 +225,7 @@ def tiled_forward(mlp: nn.Module, tokens: int) -> Callable[..., Any]:
             return output
         run = types.MethodType(own_forward, module)
         weights = [weight for weight in module.parameters() if weight.requires_grad]
-        tiled: Tensor = TiledMLP.apply(run, tokens, rows, *weights)  # type: ignore[no-untyped-call]
-        return tiled.reshape(*hidden.shape[:-1], -1)
+        return tiled(run, tokens, rows, *weights).reshape(*hidden.shape[:-1], -1)
 
     forward.untiled = own_forward
     return forward  # type: ignore[no-any-return]

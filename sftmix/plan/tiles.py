@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sftmix.head import without_peft
 from sftmix.plan.trace import active_trace
-from sftmix.tiled_mlp import TiledMLP, circumstances, mlps, tile_gradients
+from sftmix.tiled_mlp import TiledMLP, circumstances, mlps, tile_gradients, tiled_forward
 
 TILES = 2
 
@@ -63,22 +63,14 @@ def plan_tiles(model: nn.Module, tokens: int) -> None:
         ValueError: the layers have no MLP of a known name.
     """
     for mlp in mlps(without_peft(model)):
-        mlp.__dict__["forward"] = types.MethodType(planned_forward(mlp, tokens), mlp)
+        forward = tiled_forward(mlp, tokens, planned_tiles)
+        mlp.__dict__["forward"] = types.MethodType(forward, mlp)
 
 
-def planned_forward(mlp: nn.Module, tokens: int) -> Callable[..., Any]:
-    """An MLP's forward that goes by tiles where there are more tokens than two hold."""
-    own_forward = type(mlp).forward
-
-    def forward(module: nn.Module, hidden: Tensor) -> Tensor:
-        rows = hidden.reshape(1, -1, hidden.shape[-1])
-        if rows.shape[1] <= tokens:
-            output: Tensor = own_forward(module, hidden)
-            return output
-        run = types.MethodType(own_forward, module)
-        weights = [weight for weight in module.parameters() if weight.requires_grad]
-        function = PlannedTiles if rows.shape[1] > TILES * tokens else TiledMLP
-        tiled: Tensor = function.apply(run, tokens, rows, *weights)  # type: ignore[no-untyped-call]
-        return tiled.reshape(*hidden.shape[:-1], -1)
-
-    return forward
+def planned_tiles(
+    run: Callable[[Tensor], Tensor], tokens: int, hidden: Tensor, *weights: Tensor
+) -> Tensor:
+    """`PlannedTiles` where there are more tokens than two tiles hold."""
+    function = PlannedTiles if hidden.shape[1] > TILES * tokens else TiledMLP
+    tiled: Tensor = function.apply(run, tokens, hidden, *weights)  # type: ignore[no-untyped-call]
+    return tiled
