@@ -36,7 +36,7 @@ __all__ = [
     "load_examples",
 ]
 
-Messages = tuple[dict[str, str], ...]
+Messages = tuple[dict[str, Any], ...]
 
 IGNORED_LABEL = -100
 ROLES = ("system", "user", "assistant")
@@ -49,13 +49,19 @@ class Example:
     `id` is the row's number over all files in order, from 0, bad rows counted. `source` is
     "path:line". `content_hash` is the SHA-256 of what is learnt from, as canonical JSON, so it
     depends neither on the tokenizer nor on the order of keys. Either `messages` is set, or
-    `input_ids` and `labels` are. `numbers` are those of the columns that were asked for.
+    `input_ids` and `labels` are. Messages have the keys that chat templates read: `role`, `content`
+    and, where the row has them, `reasoning_content`, `thinking`, `tool_calls` and the like.
+    `tools` are the descriptions that a template writes for its tools. `learnt` says of each message
+    whether it carries loss; None: every assistant turn does. `numbers` are those of the columns
+    that were asked for.
     """
 
     id: int
     source: str
     content_hash: str
     messages: Messages | None = None
+    tools: list[Any] | None = None
+    learnt: tuple[bool, ...] | None = None
     input_ids: list[int] | None = None
     labels: list[int] | None = None
     numbers: dict[str, float] | None = None

@@ -19,7 +19,7 @@ from sftmix.data import Example, load_examples
 from sftmix.model_card import FILE as CARD
 from sftmix.runs import sync_folder
 from sftmix.selection import columns_of, parse_selection, select
-from sftmix.templates import tokenize_examples
+from sftmix.tokenizing import tokenize_examples
 
 CONFIGS = ("config.json", "adapter_config.json")
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from sftmix import demo_data
 from sftmix.data import Example, load_examples
-from sftmix.templates import tokenize_examples
+from sftmix.tokenizing import tokenize_examples
 
 from .settings import Sizes
 

@@ -32,7 +32,7 @@ from sftmix.report.representations import places_of
 from sftmix.report.runs import Run
 from sftmix.runs import atomic_write, lock_run
 from sftmix.scoring import score_examples
-from sftmix.templates import tokenize_examples
+from sftmix.tokenizing import tokenize_examples
 from sftmix.trainer import make_collator
 from sftmix_kernels import StreamingPerplexity
 

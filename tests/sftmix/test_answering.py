@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from sftmix.answering import Answerer, Decoding, Draws, draw, stops
 from sftmix.data import load_examples
 from sftmix.questions import Answer, Question
-from sftmix.templates import PLAIN_TEMPLATE, prompt_tokens, tokenize_examples
+from sftmix.templates import PLAIN_TEMPLATE, prompt_tokens
+from sftmix.tokenizing import tokenize_examples
 from tests.sftmix import tiny
 
 CHATML = (

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from sftmix.data import BadRowError, Example, load_examples
-from sftmix.templates import PLAIN_TEMPLATE, chat_template, template_hash, tokenize_examples
+from sftmix.templates import PLAIN_TEMPLATE, chat_template, template_hash
+from sftmix.tokenizing import tokenize_examples
 
 REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -155,7 +156,7 @@ def test_a_lone_space_before_the_response_is_the_prompt_s(bpe: Tokenizer) -> Non
 
 
 def test_rendering_in_batches_keeps_order(bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sftmix.templates.BATCH_ROWS", 2)
+    monkeypatch.setattr("sftmix.tokenizing.BATCH_ROWS", 2)
     tokenizer = _wrap(bpe)
     examples = [_example("hello", f"there {i}", number=7 - i) for i in range(5)]
     examples[3] = _tokens([5, 6], [-100, 6], number=4)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sftmix.data import load_examples
-from sftmix.templates import tokenize_examples
+from sftmix.tokenizing import tokenize_examples
 from sftmix.toy import build_toy_model, main
 
 SMALL: dict[str, Any] = {"vocab_size": 300, "hidden_size": 16, "num_layers": 1, "num_heads": 2}
