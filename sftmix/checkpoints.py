@@ -20,6 +20,7 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
+from sftmix.failures import RunFailure
 from sftmix.runs import TEMPORARY_PREFIX, write_json
 
 logger = logging.getLogger(__name__)
@@ -34,14 +35,14 @@ PIECE = 2**24
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what safetensors and torch.save raise on a full disk into an OSError."""
+    """Turn what safetensors and torch.save raise on a full disk into a `RunFailure`."""
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
         # Out of memory, a lost rank: no fault of the disk's.
         if isinstance(error, torch.OutOfMemoryError | torch.distributed.DistError):
             raise
-        raise OSError(f"cannot write {path}, is the disk full? ({error})") from error
+        raise RunFailure(f"cannot write {path}, is the disk full? ({error})") from error
 
 
 def step_of(checkpoint: Path) -> int:

@@ -20,6 +20,7 @@ COMMANDS = {
 }
 
 
+TRACEBACK = "--traceback"
 # Time for the rank that failed to print its message and end.
 RANK_ERROR_SECONDS = 5.0
 
@@ -28,7 +29,7 @@ def usage() -> str:
     """Help of `sftmix` itself."""
     rows = "\n".join(f"  {name:<8} {text}" for name, text in COMMANDS.items())
     return (
-        "usage: sftmix [--traceback] COMMAND ...\n\n"
+        "usage: sftmix COMMAND ... [--traceback]\n\n"
         "Fine-tune language models with SFTMix (arXiv 2410.05248).\n\n"
         f"{rows}\n\n`sftmix COMMAND --help` shows a command's options."
     )
@@ -37,12 +38,13 @@ def usage() -> str:
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    What a user can mend (a bad argument, row, file or disk, a loss that is not finite) is printed
-    in one line; ``--traceback`` shows where it came from.
+    What a user can mend (an option, a row, a file, a model) is printed in one message and gives 2;
+    a run that fails on its way (a loss that is not finite, a full disk) gives 1. ``--traceback``,
+    anywhere among the words, shows where it came from.
     """
     words = list(sys.argv[1:] if words is None else words)
-    traceback = words[:1] == ["--traceback"]
-    words = words[traceback:]
+    traceback = TRACEBACK in words
+    words = [word for word in words if word != TRACEBACK]
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0 if words else 2
@@ -52,19 +54,20 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
     # A command's module brings transformers with it, which takes seconds to import.
     module = importlib.import_module(f"sftmix.{command}")
+    from sftmix.failures import FAILED, USER_ERRORS, exit_code, printable
     from sftmix.ranks import RankError
 
     try:
         code: int | None = module.main(words[1:])
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        if traceback:
-            raise
-        print(f"sftmix {command}: error: {error}", file=sys.stderr)
-        return 1
     except RankError:
         # A launcher ends all ranks with the first that ends, which is to be the one that says why.
         time.sleep(RANK_ERROR_SECONDS)
         if traceback:
             raise
-        return 1
+        return FAILED
+    except USER_ERRORS as error:
+        if traceback:
+            raise
+        print(f"sftmix {command}: error: {printable(str(error))}", file=sys.stderr)
+        return exit_code(error)
     return code or 0

@@ -22,13 +22,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler
 
+from sftmix.failures import USER_ERRORS
 from sftmix.pairing import IGNORE_INDEX
 from sftmix.runs import lock_run, open_run, remove_leftovers
 
 Result = TypeVar("Result")
-
-# What a user can mend, and is told in one line.
-USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 
 class RankError(RuntimeError):

@@ -45,7 +45,7 @@ def train(toy_model: Path, toy_data: Path, tmp_path: Path) -> Callable[..., int]
 def refused(capsys: pytest.CaptureFixture[str], code: int) -> str:
     """What a refused command printed."""
     error = capsys.readouterr().err
-    assert code == 1
+    assert code == 2
     assert "Traceback" not in error
     assert re.search(r"^sftmix (train|score|split|doctor): error: ", error, re.MULTILINE), error
     return error
@@ -196,7 +196,7 @@ def test_bad_rows(
 def test_a_traceback_only_where_it_is_asked_for(toy_model: Path, tmp_path: Path) -> None:
     words = ["train", "--model", str(toy_model), "--data", str(tmp_path / "no.jsonl"), *QUIET]
     words += ["--method", "ntp", "--output", str(tmp_path / "run")]
-    assert main(words) == 1
+    assert main(words) == 2
     with pytest.raises(FileNotFoundError):
         main(["--traceback", *words])
 

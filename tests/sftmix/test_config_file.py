@@ -115,5 +115,5 @@ def test_one_file_scores_and_trains(
     assert (found[1]["max_steps"], found[1]["mu"]) == (2, 0.4)
     assert all(manifest["lr_scheduler_kwargs"] == {"num_cycles": 0.5} for manifest in found)
     written(config, {**content, "score": {"output": "s", "max_step": 2}})
-    assert main(["score", "--config", str(config)]) == 1
+    assert main(["score", "--config", str(config)]) == 2
     assert "--max_step" in capsys.readouterr().err

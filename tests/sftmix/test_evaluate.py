@@ -34,7 +34,7 @@ def test_errors_are_one_line(
         ([*asked, file, "--output", str(tmp_path / "list.json")], "is no evaluation"),
         ([*asked, file, "--output", file], "is no evaluation"),
     ):
-        assert main(["evaluate", "--model", str(toy_model), *arguments]) == 1
+        assert main(["evaluate", "--model", str(toy_model), *arguments]) == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1

@@ -76,7 +76,7 @@ def tokenizer(answering_model: Path) -> PreTrainedTokenizerBase:
 def refused(capsys: pytest.CaptureFixture[str], code: int) -> str:
     """What a refused command printed, in one line."""
     error = capsys.readouterr().err
-    assert code == 1
+    assert code == 2
     lines = [line for line in error.splitlines() if line.startswith("sftmix generate: error: ")]
     assert len(lines) == 1, error
     assert error.endswith(lines[0] + "\n")

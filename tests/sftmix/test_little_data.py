@@ -34,7 +34,7 @@ def test_too_few_examples(
         (3, "expected at least one batch of 4 examples, got 3"),
     ):
         write_rows(data, rows)
-        assert main(words(command, toy_model, data, run)) == 1
+        assert main(words(command, toy_model, data, run)) == 2
         error = capsys.readouterr().err
         assert f"sftmix {command}: error: " in error
         assert message in error
@@ -67,7 +67,7 @@ def test_one_scored_example_has_no_other_half(
     capsys.readouterr()
     flags = ["--partition", str(scored / "confidence.parquet"), "--method", "sftmix"]
     flags += ["--per_device_train_batch_size", "2"]
-    assert main(words("train", toy_model, data, tmp_path / "run", *flags)) == 1
+    assert main(words("train", toy_model, data, tmp_path / "run", *flags)) == 2
     assert "both sides of every pair, got 1 confident and 0 unconf" in capsys.readouterr().err
 
 
@@ -87,7 +87,7 @@ def test_rows_longer_than_the_longest(
         assert main(words("train", toy_model, data, tmp_path / "run", *flags)) == 0
     assert "1 of 9 rows were longer than max_length=64 and lost their end" in caplog.text
     data.write_text("\n".join([*rows, json.dumps({"question": "owl " * 300, "answer": "one"})]))
-    assert main(words("train", toy_model, data, tmp_path / "bad", *flags)) == 1
+    assert main(words("train", toy_model, data, tmp_path / "bad", *flags)) == 2
     error = capsys.readouterr().err
     assert f"{data}:9: no response token is left within max_length=64" in error
     skip = [*flags, "--on_bad_row", "skip"]

@@ -323,7 +323,7 @@ def test_what_is_refused(
     plan: Callable[..., tuple[int, str]], flags: list[str], message: str
 ) -> None:
     code, said = plan(*flags)
-    assert code == 1
+    assert code == 2
     assert message in said
 
 

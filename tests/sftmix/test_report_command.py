@@ -259,5 +259,5 @@ def test_wrong_arguments(study: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         ([run, "--examples", "-1"], "examples: expected at least 0, got -1"),
         ([run, "--output", str(tmp_path)], "output: expected a file, got the folder"),
     ):
-        assert main(["report", *words]) == 1
+        assert main(["report", *words]) == 2
         assert message in capsys.readouterr().err

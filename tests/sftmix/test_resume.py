@@ -252,7 +252,7 @@ def test_another_recipe_is_refused(
 ) -> None:
     run, words = finished
     before = contents(run)
-    assert main([*words, "--resume", *flags]) == 1
+    assert main([*words, "--resume", *flags]) == 2
     error = capsys.readouterr().err
     assert f"resume: {run} was started with {message}" in error
     assert "Traceback" not in error
@@ -265,11 +265,11 @@ def test_other_data_is_refused(
     run, words = finished
     other = write_rows(tmp_path / "other.jsonl", 31, seed=8)
     before = contents(run)
-    assert main([*words, "--resume", "--method", "ntp", "--data", str(other)]) == 1
+    assert main([*words, "--resume", "--method", "ntp", "--data", str(other)]) == 2
     assert "the data changed after scoring" in capsys.readouterr().err
     place = words.index("--partition")
     without = [*words[:place], *words[place + 2 :], "--method", "ntp", "--resume"]
-    assert main([*without, "--data", str(other)]) == 1
+    assert main([*without, "--data", str(other)]) == 2
     assert "was started with data = " in capsys.readouterr().err
     assert contents(run) == before
 
@@ -279,10 +279,10 @@ def test_a_run_that_exists_is_not_overwritten(
 ) -> None:
     run, words = finished
     before = contents(run)
-    assert main(words) == 1
+    assert main(words) == 2
     assert "already holds a run; pass --resume" in capsys.readouterr().err
     assert contents(run) == before
-    assert main([*words, "--output", str(tmp_path / "new"), "--resume"]) == 1
+    assert main([*words, "--output", str(tmp_path / "new"), "--resume"]) == 2
     assert "there is no run to resume" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 

@@ -290,7 +290,7 @@ def test_a_finished_run_is_not_trained_again(
     assert split != scores
     assert main([*words, "--resume"]) == 0
     assert (run / "confidence.parquet").read_bytes() == split
-    assert main([*words, "--resume", "--num_scorings", "2"]) == 1
+    assert main([*words, "--resume", "--num_scorings", "2"]) == 2
     assert "was started with num_scorings = 3, now it is 2" in capsys.readouterr().err
     assert steps == []
 

@@ -101,7 +101,7 @@ def test_a_pickle_in_a_checkpoint_stops_the_run(
         (run / "checkpoint-6" / "model.safetensors").unlink()
     seal(run / "checkpoint-6")
     assert fault(run / "checkpoint-6") is None
-    assert main([*broken_off[1], "--output", str(run)]) == 1
+    assert main([*broken_off[1], "--output", str(run)]) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error
     assert f"resume: {planted} holds more than tensors and plain values" in error
@@ -143,7 +143,7 @@ def refusal(
     model: Path, toy_data: Path, output: Path, capsys: pytest.CaptureFixture[str], *flags: str
 ) -> str:
     words = ["train", "--method", "ntp", "--model", str(model), "--data", str(toy_data), *QUIET]
-    assert main([*words, "--num_train_epochs", "1", "--output", str(output), *flags]) == 1
+    assert main([*words, "--num_train_epochs", "1", "--output", str(output), *flags]) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error
     assert ": error: " in error
