@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from sftmix_kernels import perplexity
+from sftmix_kernels.budget import Budget
 
 from .bench_perplexity import size_of
 from .bench_row_chunks import COPY
 from .group import Group
 from .measure import L2Scrub, interleaved_samples
-from .perplexity_providers import FOLD, VOCAB_CHUNK, Check, Fold, make_fold, require_compiled
+from .perplexity_providers import FOLD, VOCAB_CHUNK, Fold, make_fold, passed, require_compiled
 from .settings import Settings
 
 FOLD_SOFTCAP, FOLD_OPERATIONS = f"{FOLD} with softcap", "PyTorch operations"
@@ -100,7 +101,7 @@ def measure_folds(chunk: Chunk, settings: Settings) -> Group:
     for who in filter(folds.__contains__, chunk.who):
         found = group.attempt(who, partial(checked, folds[who], settings.device), ours=True)
         if found is not None:
-            steps[who], errors[who] = partial(launch, folds[who], launches), found.error
+            steps[who], errors[who] = partial(launch, folds[who], launches), found.largest
     if FOLD_OPERATIONS in chunk.who:
         steps[FOLD_OPERATIONS] = fold.operations
     if COPY in chunk.who:
@@ -131,14 +132,14 @@ def measure_folds(chunk: Chunk, settings: Settings) -> Group:
     return group
 
 
-def checked(fold: Fold, device: str) -> Check:
+def checked(fold: Fold, device: str) -> Budget:
     """The check of a fold that is right.
 
     Raises:
         SuiteError: it is wrong, or not compiled.
     """
     require_compiled(device)
-    return fold.check().passes()
+    return passed(fold.check())
 
 
 def launch(fold: Fold, times: int) -> None:

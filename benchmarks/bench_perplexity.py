@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from sftmix_kernels.budget import Budget
+
 from .group import Group
 from .measure import interleaved_samples, peak_extra_bytes
 from .perplexity_providers import (
@@ -21,12 +23,12 @@ from .perplexity_providers import (
     OPERATIONS,
     OURS,
     PEER,
-    Check,
     Perplexity,
     Tokens,
     bare,
     check,
     make_tokens,
+    passed,
     providers,
     require_compiled,
 )
@@ -85,7 +87,7 @@ def measure_whole(
     for who, call in calls.items():
         found = group.attempt(who, partial(checked, who, call, few, settings.device), who == OURS)
         if found is not None:
-            errors[who] = found.error
+            errors[who] = found.largest
     del few
     x = size.tokens(settings)
     steps: dict[str, Callable[[], object]] = {BARE_CHUNKS: partial(bare, x)}
@@ -114,7 +116,7 @@ def measure_whole(
     return group
 
 
-def checked(who: str, call: Perplexity, x: Tokens, device: str) -> Check:
+def checked(who: str, call: Perplexity, x: Tokens, device: str) -> Budget:
     """The check of one that is right.
 
     Raises:
@@ -122,7 +124,7 @@ def checked(who: str, call: Perplexity, x: Tokens, device: str) -> Check:
     """
     if who == OURS:
         require_compiled(device)
-    return check(call, x).passes()
+    return passed(check(call, x))
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sftmix_kernels import reference
+from sftmix_kernels.budget import added_up, budget, largest
 
 from .inputs import Inputs
 from .providers import BOTH, MIXUP, MU, NTP, Loss
@@ -66,9 +67,7 @@ class Errors(NamedTuple):
 class Oracle:
     """The reference of a task on some inputs, in float64 and in the inputs' own dtype.
 
-    The error budget of the largest element: twice the error of the reference in the inputs' own
-    dtype plus one rounding; of the loss, the reference's error is added up row by row without
-    cancelling.
+    It holds loss and gradients to the error budget (`sftmix_kernels.budget`).
     """
 
     def __init__(self, task: str, x: Inputs) -> None:
@@ -76,25 +75,22 @@ class Oracle:
         hidden, weight = (t.detach().double().requires_grad_() for t in (x.hidden, x.weight))
         doubles = x._replace(hidden=hidden, weight=weight)
         plain, self.truth = (step(lambda v: rows(v).sum(), values) for values in (x, doubles))
-        self.allowed = largest_differences(plain, self.truth)
+        self.torch_errors = [
+            (p.double() - t).float() for p, t in zip(plain, self.truth, strict=True)
+        ]
         with torch.no_grad():
-            self.allowed[0] = float((rows(x).double() - rows(doubles)).abs().sum())
+            self.torch_errors[0] = added_up(rows(x), rows(doubles))
 
     def errors(self, found: Sequence[Tensor]) -> Errors:
         """Of loss and gradients that `step` gave for these inputs."""
-        largest = largest_differences(found, self.truth)
-        limits = [
-            2 * a + torch.finfo(f.dtype).eps * float(t.abs().max())
-            for a, f, t in zip(self.allowed, found, self.truth, strict=True)
-        ]
+        used = [budget(*each) for each in zip(found, self.truth, self.torch_errors, strict=True)]
         relative = [
             float((f.double() - t).norm() / t.norm())
             for f, t in zip(found, self.truth, strict=True)
         ]
-        in_budget = all(error <= limit for error, limit in zip(largest, limits, strict=True))
-        return Errors(tuple(largest), tuple(self.allowed), tuple(relative), in_budget)
-
-
-def largest_differences(found: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
-    """Of the elements of each tensor; NaN where one is."""
-    return [float((a.double() - t).abs().max()) for a, t in zip(found, truth, strict=True)]
+        return Errors(
+            largest=tuple(one.largest for one in used),
+            dense_largest=tuple(largest(error) for error in self.torch_errors),
+            relative=tuple(relative),
+            in_budget=all(one.holds for one in used),
+        )

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sftmix_kernels import online_softmax, perplexity, reference, streaming_perplexity
+from sftmix_kernels.budget import Budget, budget
 from sftmix_kernels.build import build_info
 from sftmix_kernels.row_chunks import PADDING
 
@@ -173,56 +174,31 @@ def require_compiled(device: str) -> dict[str, str]:
     return info
 
 
-class Check(NamedTuple):
-    """An error against float64, and the budget that it has."""
+def passed(used: Budget) -> Budget:
+    """The same.
 
-    error: float
-    limit: float
-
-    @property
-    def passed(self) -> bool:
-        """NaN never does."""
-        return self.error <= self.limit
-
-    @property
-    def says(self) -> str:
-        return f"losses are off by {self.error:.3g}, the error budget is {self.limit:.3g}"
-
-    def passes(self) -> Check:
-        """Itself.
-
-        Raises:
-            SuiteError: the error is over the budget.
-        """
-        if not self.passed:
-            raise SuiteError(self.says)
-        return self
+    Raises:
+        SuiteError: an error is over the budget.
+    """
+    if not used.holds:
+        raise SuiteError(f"losses are over the error budget: {used.says}")
+    return used
 
 
-def budget(found: Tensor, plain: Tensor, truth: Tensor) -> Check:
-    """The error budget of losses: twice that of the reference in the inputs' own dtype, and one
-    rounding of float32."""
-    error, allowed = (float((losses - truth).abs().max()) for losses in (found, plain))
-    one_rounding = torch.finfo(torch.float32).eps * float(truth.abs().max())
-    return Check(error, 2 * allowed + one_rounding)
-
-
-def check(call: Perplexity, x: Tokens) -> Check:
+def check(call: Perplexity, x: Tokens) -> Budget:
     """Log-perplexities of single tokens, and of the examples: a mean is no worse than its worst."""
     num_tokens = x.labels.shape[0]
     ids = torch.arange(num_tokens, device=x.labels.device)
     alone = x._replace(sample_ids=ids, num_samples=num_tokens)
     doubles = {"hidden": x.hidden.double(), "weight": x.weight.double()}
-    tokens = budget(
-        call(alone).log(),
-        reference.perplexity(*alone).log(),
-        reference.perplexity(*alone._replace(**doubles)).log(),
-    )
-    truth = reference.perplexity(*x._replace(**doubles)).log()
-    of_examples = (call(x).log() - truth).abs()
+    truth = reference.perplexity(*alone._replace(**doubles)).log()
+    plain_error = reference.perplexity(*alone).log() - truth
+    # Perplexities come in float64; the logits that they are of are no better than float32.
+    tokens = budget(call(alone).log().float(), truth, plain_error)
+    of_examples = call(x).log() - reference.perplexity(*x._replace(**doubles)).log()
     # The maximum of a tensor keeps a NaN.
-    worst = torch.cat((of_examples, of_examples.new_tensor([tokens.error]))).max()
-    return Check(float(worst), tokens.limit)
+    worst = torch.cat((of_examples.abs(), of_examples.new_tensor([tokens.largest]))).max()
+    return tokens._replace(largest=float(worst))
 
 
 class Fold(NamedTuple):
@@ -244,7 +220,7 @@ class Fold(NamedTuple):
     def arguments(self) -> tuple[Tensor, Tensor | None, Tensor, int, float, float | None, Tensor]:
         return self.logits, self.bias, self.labels, 0, 1.0, self.softcap, self.state
 
-    def check(self) -> Check:
+    def check(self) -> Budget:
         """Token losses of the compiled op on the first rows, states made anew."""
         rows = slice(0, 256)
         small = self._replace(logits=self.logits[rows], labels=self.labels[rows])
@@ -253,13 +229,15 @@ class Fold(NamedTuple):
             state = online_softmax.new_state(small.labels.shape[0], small.logits)
             one(small._replace(state=state))
             peak, total, target = state.double()
-            found.append(total.log() + peak - target)
+            found.append((total.log() + peak - target).float())
         logits = small.logits.double()
         if self.bias is not None:
             logits = logits + self.bias.double()
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return budget(*found, F.cross_entropy(logits, small.labels, reduction="none"))
+        truth = F.cross_entropy(logits, small.labels, reduction="none")
+        ours, plain = found
+        return budget(ours, truth, plain - truth)
 
 
 def make_fold(

@@ -12,6 +12,8 @@
 #include <cuda_runtime_api.h>
 #endif
 
+#include "vectors.h"
+
 namespace {
 
 std::string compiler() {
@@ -24,15 +26,19 @@ std::string compiler() {
 #endif
 }
 
-// The version of online_softmax_cpu.cpp's loops that this processor gets.
+// The instruction set whose loops of online_softmax_cpu.cpp run here.
 std::string vectors() {
-#if defined(__x86_64__) && defined(__GLIBC__)
-  if (__builtin_cpu_supports("avx512f")) return "avx512f";
-  if (__builtin_cpu_supports("avx2")) return "avx2";
-  return "sse2";
-#else
-  return "";
+#ifdef SFTMIX_X86
+  switch (sftmix::vectors()) {
+    case sftmix::Vectors::kAvx512:
+      return "avx512f";
+    case sftmix::Vectors::kAvx2:
+      return "avx2";
+    case sftmix::Vectors::kPlain:
+      return "sse2";
+  }
 #endif
+  return "";
 }
 
 std::string cuda() {

@@ -1,6 +1,7 @@
 // fold_logits and add_token_losses on the CPU: loops around online_softmax.h.
 
 #include "online_softmax_arguments.h"
+#include "vectors.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,14 +10,6 @@
 
 #include <algorithm>
 #include <type_traits>
-
-// A function so marked is compiled for each of these; the widest that the processor has is picked
-// when the library is loaded.
-#if defined(__x86_64__) && defined(__GLIBC__)
-#define SFTMIX_EACH_VECTOR_WIDTH __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define SFTMIX_EACH_VECTOR_WIDTH
-#endif
 
 namespace sftmix {
 namespace {
@@ -91,24 +84,42 @@ SFTMIX_INLINE void fold_row(const Chunk<Logit>& chunk, int64_t row) {
   chunk.states.store(row, state);
 }
 
-SFTMIX_EACH_VECTOR_WIDTH
-void fold_rows(const Chunk<float>& chunk, int64_t first, int64_t last) {
+template <typename Logit>
+SFTMIX_INLINE void fold_rows(const Chunk<Logit>& chunk, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row) fold_row(chunk, row);
 }
 
-SFTMIX_EACH_VECTOR_WIDTH
-void fold_rows(const Chunk<c10::BFloat16>& chunk, int64_t first, int64_t last) {
-  for (int64_t row = first; row < last; ++row) fold_row(chunk, row);
+// The same code, compiled for each instruction set.
+#ifdef SFTMIX_X86
+template <typename Logit>
+SFTMIX_AVX512 void fold_rows_avx512(const Chunk<Logit>& chunk, int64_t first, int64_t last) {
+  fold_rows(chunk, first, last);
 }
 
-SFTMIX_EACH_VECTOR_WIDTH
-void fold_rows(const Chunk<c10::Half>& chunk, int64_t first, int64_t last) {
-  for (int64_t row = first; row < last; ++row) fold_row(chunk, row);
+template <typename Logit>
+SFTMIX_AVX2 void fold_rows_avx2(const Chunk<Logit>& chunk, int64_t first, int64_t last) {
+  fold_rows(chunk, first, last);
+}
+#endif
+
+template <typename Logit>
+void fold_rows_plain(const Chunk<Logit>& chunk, int64_t first, int64_t last) {
+  fold_rows(chunk, first, last);
+}
+
+template <typename Logit>
+auto pick_fold_rows() {
+#ifdef SFTMIX_X86
+  if (vectors() == Vectors::kAvx512) return fold_rows_avx512<Logit>;
+  if (vectors() == Vectors::kAvx2) return fold_rows_avx2<Logit>;
+#endif
+  return fold_rows_plain<Logit>;
 }
 
 template <typename Logit>
 void fold(const Chunk<Logit>& chunk) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, chunk.num_columns));
+  const auto fold_rows = pick_fold_rows<Logit>();
   torch::stable::parallel_for(0, chunk.num_rows, grain,
                               [&](int64_t first, int64_t last) { fold_rows(chunk, first, last); });
 }

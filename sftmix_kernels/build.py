@@ -11,7 +11,8 @@ def build_info() -> dict[str, str] | None:
     The first call loads it, and with that its kernels are registered with torch. Keys: `compiler`
     (name and version), `cxx_standard` (the value of `__cplusplus`), `torch` (version it was built
     beside), `cuda` (toolkit version), `kernels` (which, for which devices), `vectors` (the
-    instruction set whose loops this processor gets). An empty string means "none".
+    instruction set whose loops run here: the widest that the processor has, or what
+    `ATEN_CPU_CAPABILITY` caps it to, as it caps PyTorch's kernels). An empty string means "none".
 
     Raises:
         ImportError: the extension is there but cannot be loaded, for example because it was built

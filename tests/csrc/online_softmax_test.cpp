@@ -68,12 +68,11 @@ double log_sum_exp(const RowState& row) { return row.max + std::log(double{row.s
 
 void check_exp() {
   for (float x = -87.0f; x <= 0.0f; x += 0x1p-10f) {
-    // The product x log2(e) is rounded, by a quarter as much its constant, and then the power.
-    const double expected = std::exp(double{x}), bound = (4.0 - 1.25 * x) * kUnit * expected;
+    const double expected = std::exp(double{x}), bound = 2.0 * kUnit * expected;
     REQUIRE(is_close(exp_of(x), expected, bound), "x = %a", x);
   }
   REQUIRE(exp_of(0.0f) == 1.0f && exp_of(-0.0f) == 1.0f, "zeros");
-  for (float x : {-87.01f, -104.0f, -1e30f, -std::numeric_limits<float>::max(), -kInf}) {
+  for (float x : {-87.7f, -88.0f, -104.0f, -1e30f, -std::numeric_limits<float>::max(), -kInf}) {
     REQUIRE(exp_of(x) == 0.0f, "x = %g", x);
   }
   REQUIRE(std::isnan(exp_of(NAN)), "NaN");

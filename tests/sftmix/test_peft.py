@@ -64,21 +64,6 @@ def taken(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def assert_in_budget(
-    found: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor]
-) -> None:
-    """Each gradient within twice PyTorch's largest error, relative to its magnitude."""
-
-    def error(gradients: dict[str, Tensor]) -> float:
-        return max(
-            tiny.relative_difference(gradients[name].double(), exact)
-            for name, exact in truth.items()
-        )
-
-    assert found.keys() == plain.keys() == truth.keys()
-    assert error(found) <= 2 * error(plain) + torch.finfo(torch.float32).eps
-
-
 @pytest.mark.parametrize("checkpointing", ["none", "reentrant", "not reentrant"])
 @pytest.mark.parametrize(
     ("family", "changes", "head"),
@@ -106,7 +91,7 @@ def test_gradients_are_those_of_the_models_own_loss(
     loss = made.compute_loss(model, batch)
     assert isinstance(loss, Tensor)
     loss.backward()
-    assert_in_budget(taken(model), plain, truth)
+    tiny.assert_gradients_in_budget("gradients", taken(model), plain, truth)
 
 
 @pytest.mark.parametrize(("changes", "needed"), [({}, False), (COPIED, True)])

@@ -40,13 +40,11 @@ def gradients(mlp: nn.Module, dtype: torch.dtype = torch.float32) -> list[Tensor
     return [output.detach(), hidden.grad, *(weight.grad for weight in trained)]  # type: ignore[list-item]
 
 
-def assert_right(tiled: nn.Module, plain: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    """All of `gradients` within the error budget of the dtype."""
+def assert_right(tiled: nn.Module, plain: nn.Module) -> None:
+    """All of `gradients` within the error budget."""
     exact = gradients(copy.deepcopy(plain).double(), torch.float64)
-    eps = torch.finfo(dtype).eps
     for found, near, truth in zip(gradients(tiled), gradients(plain), exact, strict=True):
-        errors = [(one.double() - truth).norm() for one in (found, near)]
-        assert errors[0] <= 2 * errors[1] + eps * truth.norm()
+        tiny.assert_in_budget("output or gradient", found, near, truth)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

