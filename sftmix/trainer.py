@@ -33,6 +33,7 @@ from sftmix.pairing import (
 )
 from sftmix.partition import Partition
 from sftmix.pools import Confident, pools_of
+from sftmix.precision import HalfPrecisionUpdates
 from sftmix.ranks import (
     FilledExamples,
     FilledSampler,
@@ -103,6 +104,7 @@ class SFTMixMixin(WholeCheckpoints):
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.window = LossWindow(self.args.device)
         self.checkpoint_extras = list(checkpoint_extras)
+        self.add_callback(HalfPrecisionUpdates())
         if "tensorboard" in (self.args.report_to or ()):
             self.pop_callback(TensorBoardCallback)
             self.add_callback(RunTensorBoard(Path(str(self.args.output_dir))))
