@@ -33,10 +33,15 @@ class RunArguments:
 
     model: str = dataclasses.field(metadata={"help": "Folder or hub name of the model"})
     data: list[str] = dataclasses.field(
-        metadata={"help": "Data files (.json, .jsonl, .parquet) or the name of a data set"}
+        metadata={
+            "help": "Data files (.json, .jsonl, .parquet), folders of them, or names of data sets: "
+            "NAME, or NAME:CONFIG where there are several"
+        }
     )
     output: str = dataclasses.field(metadata={"help": "Folder of the run; must be new or empty"})
-    data_split: str = option("train", "Split of a data set that --data names", "ours")
+    data_split: str = option(
+        "train", "Split of what --data names, where it is a folder or a data set", "ours"
+    )
     select: list[str] | None = option(
         None,
         "Rows to keep, one selection after another: score>=NUMBER:COLUMN (or > <= <), "
@@ -82,8 +87,10 @@ class TrainRunArguments(RunArguments):
     partition: str | None = option(
         None, "confidence.parquet of `sftmix score`; needed for a method with Mixup", "ours"
     )
-    eval_data: list[str] | None = option(None, "Held-out data files, scored at the end", "ours")
-    eval_split: str = option("train", "Split of a data set that --eval_data names", "ours")
+    eval_data: list[str] | None = option(
+        None, "Held-out data as --data names it, scored at the end", "ours"
+    )
+    eval_split: str = option("train", "Split of what --eval_data names", "ours")
 
 
 @dataclasses.dataclass

@@ -2,44 +2,53 @@
 
 A file's format is found by its columns:
 
-    messages                          a list of {"role", "content"}; system, user, assistant
+    messages                          a list of {"role", "content", ...}
     prompt, completion                two strings, or two lists of messages
     instruction, [input,] output      three strings; `input` may be missing, null or empty
-    question, answer                  two strings
+    question, answer                  two strings; `context`, where there is one, comes first
     input_ids, labels                 two lists of integers, -100 where nothing is learnt
+    input_ids, completion_mask        (or assistant_masks, loss_mask) 1 where a token is learnt
 
 The format is the one whose columns are all present in the most rows; on a tie the first in this
-list. Other columns are ignored.
+list. What stands beside is read where it has a meaning (`tools`, `system`, `history`, masks),
+refused where that would be lost, and else named once for each file (docs/data.md).
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from sftmix.rows import BadRowError, BadRows, OnBadRow, Row, read_rows
+from sftmix.columns import FORMATS, digest, field, format_of, read_content
+from sftmix.messages import BadField, Messages, kind
+from sftmix.rows import BadRowError, BadRows, OnBadRow, Row
+from sftmix.sources import open_sources
+from sftmix.token_rows import IGNORED_LABEL
 
 __all__ = [
+    "IGNORED_LABEL",
     "BadRowError",
     "BadRows",
     "Example",
+    "Messages",
     "OnBadRow",
     "content_hash",
     "data_hash",
     "load_examples",
+    "rows_by_file",
 ]
 
-Messages = tuple[dict[str, Any], ...]
+logger = logging.getLogger(__name__)
 
-IGNORED_LABEL = -100
-ROLES = ("system", "user", "assistant")
+NAMES_SHOWN = 20  # columns in a warning; files in a line
 
 
 @dataclass(frozen=True)
@@ -67,200 +76,15 @@ class Example:
     numbers: dict[str, float] | None = None
 
 
-class _BadField(ValueError):
-    """What is wrong with a row; its place is added where it is known."""
-
-
-def _text(value: object, name: str) -> str:
-    if not isinstance(value, str):
-        raise _BadField(f"'{name}' must be a string, got {_kind(value)}")
-    if not value.strip():
-        raise _BadField(f"'{name}' is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _BadField(
-            f"'{name}' holds a lone surrogate at character {error.start}, which is no text"
-        ) from None
-    return value
-
-
-def _kind(value: object) -> str:
-    return "null" if value is None else type(value).__name__
-
-
-def _field(row: dict[str, Any], name: str) -> Any:
-    if name not in row:
-        raise _BadField(f"'{name}' is missing")
-    return row[name]
-
-
-def _conversation(value: object, name: str) -> Messages:
-    if not isinstance(value, list):
-        raise _BadField(f"'{name}' must be a list of messages, got {_kind(value)}")
-    return tuple(_message(item, f"{name}[{i}]") for i, item in enumerate(value))
-
-
-def _message(value: object, name: str) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise _BadField(f"'{name}' must be an object with a role and a content, got {_kind(value)}")
-    role = value.get("role")
-    if role not in ROLES:
-        raise _BadField(f"'{name}.role' must be one of {', '.join(ROLES)}, got {role!r}")
-    return {"role": role, "content": _text(value.get("content"), f"{name}.content")}
-
-
-def _checked(messages: Messages, name: str) -> Messages:
-    if not any(message["role"] == "assistant" for message in messages):
-        raise _BadField(f"'{name}' has no assistant message")
-    if messages[-1]["role"] != "assistant":
-        raise _BadField(f"'{name}' must end with the assistant, ends with {messages[-1]['role']}")
-    if messages[0]["role"] == "assistant":
-        raise _BadField(f"'{name}' must not begin with the assistant")
-    return messages
-
-
-def _from_pair(prompt: str, response: str) -> Messages:
-    return (
-        {"role": "user", "content": prompt},
-        {"role": "assistant", "content": response},
-    )
-
-
-def _from_messages(row: dict[str, Any]) -> Messages:
-    return _checked(_conversation(_field(row, "messages"), "messages"), "messages")
-
-
-def _from_prompt(row: dict[str, Any]) -> Messages:
-    prompt, completion = _field(row, "prompt"), _field(row, "completion")
-    if isinstance(prompt, list) and isinstance(completion, list):
-        replies = _conversation(completion, "completion")
-        if not replies:
-            raise _BadField("'completion' is empty")
-        return _checked(_conversation(prompt, "prompt") + replies, "prompt + completion")
-    if isinstance(prompt, list) or isinstance(completion, list):
-        raise _BadField(
-            "'prompt' and 'completion' must both be strings or both be lists of messages, "
-            f"got {_kind(prompt)} and {_kind(completion)}"
-        )
-    return _from_pair(_text(prompt, "prompt"), _text(completion, "completion"))
-
-
-def _from_instruction(row: dict[str, Any]) -> Messages:
-    prompt = _text(_field(row, "instruction"), "instruction")
-    extra = row.get("input")
-    if extra is not None and not isinstance(extra, str):
-        raise _BadField(f"'input' must be a string, got {_kind(extra)}")
-    if extra and extra.strip():
-        prompt = f"{prompt}\n\n{_text(extra, 'input')}"
-    return _from_pair(prompt, _text(_field(row, "output"), "output"))
-
-
-def _from_question(row: dict[str, Any]) -> Messages:
-    return _from_pair(
-        _text(_field(row, "question"), "question"), _text(_field(row, "answer"), "answer")
-    )
-
-
-def _integers(row: dict[str, Any], name: str) -> list[int]:
-    value = _field(row, name)
-    if not isinstance(value, list):
-        raise _BadField(f"'{name}' must be a list of integers, got {_kind(value)}")
-    for i, item in enumerate(value):
-        if type(item) is not int:  # a bool is an int to isinstance
-            raise _BadField(f"'{name}[{i}]' must be an integer, got {item!r}")
-    return value
-
-
-def _from_tokens(row: dict[str, Any]) -> tuple[list[int], list[int]]:
-    input_ids, labels = _integers(row, "input_ids"), _integers(row, "labels")
-    if len(input_ids) != len(labels):
-        raise _BadField(
-            "'input_ids' and 'labels' must be of one length, "
-            f"got {len(input_ids)} and {len(labels)}"
-        )
-    # The first token is never predicted, so a label there teaches nothing.
-    if all(label == IGNORED_LABEL for label in labels[1:]):
-        raise _BadField(f"'labels' has nothing to learn: all are {IGNORED_LABEL} after the first")
-    return input_ids, labels
-
-
-_TOKEN_COLUMNS = ("input_ids", "labels")
-_FORMATS: dict[tuple[str, ...], Callable[[dict[str, Any]], Messages]] = {
-    ("messages",): _from_messages,
-    ("prompt", "completion"): _from_prompt,
-    ("instruction", "output"): _from_instruction,
-    ("question", "answer"): _from_question,
-}
-
-
-def _format_of(rows: Sequence[Row], name: str) -> tuple[str, ...]:
-    formats = (*_FORMATS, _TOKEN_COLUMNS)
-    objects = [row.value for row in rows if isinstance(row.value, dict)]
-    counts = [sum(all(c in row for c in columns) for row in objects) for columns in formats]
-    if max(counts) > 0:
-        return formats[counts.index(max(counts))]
-    if not objects:
-        first = rows[0]
-        reason = first.problem or f"a row must be an object, got {_kind(first.value)}"
-        raise BadRowError(name, first.line, f"{reason}; no row of the file can be read")
-    found = sorted({str(column) for row in objects for column in row})
-    known = "; ".join(" + ".join(columns) for columns in formats)
-    raise ValueError(f"{name}: columns {found} are no known format; the formats known are {known}")
-
-
-def _digest(content: object) -> str:
-    text = json.dumps(
-        content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str
-    )
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
 def content_hash(row: dict[str, Any]) -> str:
     """The `Example.content_hash` of a row; of all its columns where it is of no known format."""
     try:
-        for columns, messages_of in _FORMATS.items():
+        for columns in FORMATS:
             if all(column in row for column in columns):
-                return _digest({"messages": messages_of(row)})
-        if all(column in row for column in _TOKEN_COLUMNS):
-            return _digest({name: row[name] for name in _TOKEN_COLUMNS})
-    except _BadField:
+                return read_content(row, columns, Counter()).digest()
+    except BadField:
         pass
-    return _digest(row)
-
-
-def _example(row: Row, columns: tuple[str, ...], number: int, name: str) -> Example:
-    source = f"{name}:{row.line}"
-    try:
-        if row.problem is not None:
-            raise _BadField(row.problem)
-        if not isinstance(row.value, dict):
-            raise _BadField(f"a row must be an object, got {_kind(row.value)}")
-        if columns == _TOKEN_COLUMNS:
-            ids, labels = _from_tokens(row.value)
-            digest = _digest({"input_ids": ids, "labels": labels})
-            return Example(number, source, digest, input_ids=ids, labels=labels)
-        messages = _FORMATS[columns](row.value)
-    except _BadField as error:
-        raise BadRowError(name, row.line, str(error)) from None
-    return Example(number, source, _digest({"messages": messages}), messages=messages)
-
-
-def _with_numbers(example: Example, row: Row, columns: Sequence[str], name: str) -> Example:
-    try:
-        return replace(example, numbers={column: _number(row.value, column) for column in columns})
-    except _BadField as error:
-        raise BadRowError(name, row.line, str(error)) from None
-
-
-def _number(row: dict[str, Any], name: str) -> float:
-    value = _field(row, name)
-    if type(value) not in (int, float) or value != value:  # a bool is an int to isinstance
-        raise _BadField(f"'{name}' must be a number, got {value!r}")
-    try:
-        return float(value)
-    except OverflowError:
-        raise _BadField(f"'{name}' is an integer beyond any float") from None
+    return digest(row)
 
 
 def load_examples(
@@ -270,44 +94,121 @@ def load_examples(
     split: str = "train",
     numbers: Sequence[str] = (),
     disable_progress: bool | None = False,
+    argument: str = "data",
 ) -> list[Example]:
-    """Read examples from JSON, JSONL and parquet files, or from `datasets` by name.
+    """Read examples from JSON, JSONL and parquet files, folders of them, or `datasets` by name.
 
-    A JSON file holds an array of rows or one row per line. A name that is no file and ends in none
-    of these goes to `datasets.load_dataset(name, split=split)`. The formats are those of this
-    module's docstring. `on_bad_row="skip"` leaves bad rows out and logs one warning. `numbers`:
-    columns besides whose numbers examples keep; a row where one is missing is bad.
+    A JSON file holds an array of rows or one row per line. `sftmix.sources` says how a folder and a
+    name (`someone/name`, `someone/name:config`) are read, and how `split` chooses among what they
+    hold. The formats are those of this module's docstring. `on_bad_row="skip"` leaves bad rows out
+    and logs one warning; another one for each file names columns and fields that are not used.
+    `numbers`: columns besides whose numbers examples keep; a row where one is missing is bad.
+    `argument` is what messages call `data`.
 
     Raises BadRowError for a bad row, with its file, line and reason; FileNotFoundError for a
     missing file; ValueError for an unknown ending or unknown columns, for a file without rows and
     where no example is left; TypeError where `data` is a single name.
     """
     if isinstance(data, str | Path):
-        raise TypeError(f"data must be a list of files or names, got the single name {data!r}")
+        raise TypeError(
+            f"{argument} must be a list of files or names, got the single name {data!r}"
+        )
     if not data:
-        raise ValueError("data must name at least one file, got none")
+        raise ValueError(f"{argument} must name at least one file, got none")
     bad = BadRows(on_bad_row)
     bar = functools.partial(tqdm, unit="row", delay=2, disable=disable_progress)
     examples: list[Example] = []
     number = 0
     for name in data:
-        rows = list(bar(read_rows(name, split), desc=f"Reading {name}"))
-        if not rows:
-            raise ValueError(f"{name}: holds no rows")
-        columns = _format_of(rows, str(name))
-        for row in bar(rows, desc=f"Checking {name}"):
-            try:
-                example = _example(row, columns, number, str(name))
-                if numbers:
-                    example = _with_numbers(example, row, numbers, str(name))
-                examples.append(example)
-            except BadRowError as error:
-                bad.add(error)
-            number += 1
+        for source, read in open_sources(name, split, argument):
+            rows = list(bar(read, desc=f"Reading {source}"))
+            checking = bar(rows, desc=f"Checking {source}")
+            examples += _examples(checking, rows, source, number, bad, numbers)
+            number += len(rows)
     bad.report(number)
     if not examples:
         raise ValueError(f"no examples are left: all {number} rows are bad")
     return examples
+
+
+def rows_by_file(examples: Iterable[Example]) -> str:
+    """One line with the number of examples, altogether and of each file."""
+    counts = Counter(example.source.rpartition(":")[0] for example in examples)
+    files = [f"{file!r} {count:,}" for file, count in counts.items()]
+    more = f", and {len(files) - NAMES_SHOWN} more files" if len(files) > NAMES_SHOWN else ""
+    return f"read {counts.total():,} rows: {', '.join(files[:NAMES_SHOWN])}{more}"
+
+
+def _examples(
+    checking: Iterable[Row],
+    rows: Sequence[Row],
+    source: str,
+    number: int,
+    bad: BadRows,
+    numbers: Sequence[str],
+) -> Iterator[Example]:
+    """The good ones of a file's rows, the first of which is row ``number``."""
+    columns = _columns(rows, source)
+    unused: Counter[str] = Counter()
+    for place, row in enumerate(checking, start=number):
+        try:
+            yield _example(row, columns, place, source, numbers, unused)
+        except BadRowError as error:
+            bad.add(error)
+    if unused:
+        names = [f"{name!r} ({count:,} rows)" for name, count in unused.most_common(NAMES_SHOWN)]
+        more = f" and {len(unused) - NAMES_SHOWN} more" if len(unused) > NAMES_SHOWN else ""
+        logger.warning("%s: not used: %s%s", source, ", ".join(names), more)
+
+
+def _columns(rows: Sequence[Row], source: str) -> tuple[str, ...]:
+    if not rows:
+        raise ValueError(f"{source}: holds no rows")
+    objects = [row.value for row in rows if isinstance(row.value, dict)]
+    if not objects:
+        first = rows[0]
+        reason = first.problem or f"a row must be an object, got {kind(first.value)}"
+        raise BadRowError(source, first.line, f"{reason}; no row of the file can be read")
+    try:
+        return format_of(objects)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def _example(
+    row: Row,
+    columns: tuple[str, ...],
+    number: int,
+    source: str,
+    numbers: Sequence[str],
+    unused: Counter[str],
+) -> Example:
+    try:
+        if row.problem is not None:
+            raise BadField(row.problem)
+        if not isinstance(row.value, dict):
+            raise BadField(f"a row must be an object, got {kind(row.value)}")
+        content = read_content(row.value, columns, unused, numbers)
+        found = {column: _number(row.value, column) for column in numbers}
+    except BadField as error:
+        raise BadRowError(source, row.line, str(error)) from None
+    return Example(
+        id=number,
+        source=f"{source}:{row.line}",
+        content_hash=content.digest(),
+        **vars(content),
+        numbers=found or None,
+    )
+
+
+def _number(row: dict[str, Any], name: str) -> float:
+    value = field(row, name)
+    if type(value) not in (int, float) or value != value:  # a bool is an int to isinstance
+        raise BadField(f"'{name}' must be a number, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise BadField(f"'{name}' is an integer beyond any float") from None
 
 
 def data_hash(content_hashes: Iterable[str]) -> str:

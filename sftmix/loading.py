@@ -11,14 +11,15 @@ from typing import Any, Protocol
 import datasets
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from sftmix.arguments import RunArguments, TrainRunArguments
 from sftmix.checkpoints import STAGING, writing
-from sftmix.data import Example, load_examples
+from sftmix.data import Example, load_examples, rows_by_file
+from sftmix.examples_check import check_command
 from sftmix.model_card import FILE as CARD
 from sftmix.runs import sync_folder
-from sftmix.selection import columns_of, parse_selection, select
+from sftmix.selection import columns_of, parse_selection, say, select
 from sftmix.tokenizing import tokenize_examples
 
 CONFIGS = ("config.json", "adapter_config.json")
@@ -118,6 +119,23 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def refuse_misfits(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check the model's sizes before any data is read, on an empty model made from its config.
+
+    Raises:
+        ValueError: the tokenizer has ids beyond the model's embeddings, or ``max_length`` is more
+            than the model has positions for.
+        OSError: the model's config is not found.
+    """
+    if (Path(arguments.model) / "adapter_config.json").exists():
+        return  # `load_model` says what to do
+    remote = arguments.trust_remote_code
+    config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=remote)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
+    check_command(empty, tokenizer, arguments.max_length)
+
+
 def load_data(
     arguments: RunArguments,
     tokenizer: PreTrainedTokenizerBase,
@@ -136,7 +154,9 @@ def load_data(
         split=split,
         numbers=columns_of(selections),
         disable_progress=disable_progress,
+        argument="--data",
     )
+    say(rows_by_file(examples))
     examples = select(examples, selections)
     return _tokenized(examples, arguments, tokenizer, disable_progress=disable_progress)
 
@@ -155,7 +175,9 @@ def load_held_out(
         on_bad_row=arguments.on_bad_row,
         split=arguments.eval_split,
         disable_progress=disable_progress,
+        argument="--eval_data",
     )
+    say(rows_by_file(examples))
     return _tokenized(examples, arguments, tokenizer, disable_progress=disable_progress)
 
 

@@ -27,7 +27,8 @@ from transformers import PreTrainedTokenizerBase
 
 from sftmix.arguments import RunArguments
 from sftmix.loading import load_tokenizer, load_trained_model
-from sftmix.rows import BadRowError, Row, read_rows
+from sftmix.rows import BadRowError, Row
+from sftmix.sources import read_rows
 from sftmix.tasks import FOLDER, PAPER_NAMES
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sftmix.rows import BadRowError, Row, read_rows
+from sftmix.rows import BadRowError, Row
 from sftmix.runs import atomic_write
+from sftmix.sources import read_rows
 
 # FastChat 0.2.36, `temperature_config` in fastchat/llm_judge/common.py; gen_model_answer.py asks
 # questions of any other category at 0.7.

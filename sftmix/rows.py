@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -163,22 +162,15 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise ValueError(f"{path}: not a readable parquet file: {error}") from error
 
 
-def read_rows(name: str | Path, split: str) -> Iterator[Row]:
-    """The rows of a JSON, JSONL or parquet file, or of a data set that `datasets` loads by name.
+def read_file(path: Path) -> Iterator[Row]:
+    """The rows of a JSON, JSONL or parquet file.
 
     A line that cannot be read is a row with a `problem`. Raises BadRowError for a JSON array whose
-    syntax is broken, FileNotFoundError for a missing file, and ValueError for an unknown ending or
-    a broken parquet file.
+    syntax is broken, and ValueError for an unknown ending or a broken parquet file.
     """
-    path = Path(name)
     ending = path.suffix.lower()
-    if not path.is_file():
-        if ending in ENDINGS:
-            raise FileNotFoundError(f"no such data file: {name}")
-        rows = datasets.load_dataset(str(name), split=split)
-        return (Row(row, value) for row, value in enumerate(rows, start=1))
     if ending not in ENDINGS:
-        raise ValueError(f"{name}: a data file must end in {', '.join(ENDINGS)}")
+        raise ValueError(f"{path}: a data file must end in {', '.join(ENDINGS)}")
     if ending == ".parquet":
         return _read_parquet(path)
     if ending == ".json":

@@ -9,7 +9,7 @@ from typing import Any
 
 from sftmix.arguments import RunArguments, ScoreConfig, parse
 from sftmix.checkpoints import remove_checkpoints
-from sftmix.loading import load_data, load_model, load_tokenizer
+from sftmix.loading import load_data, load_model, load_tokenizer, refuse_misfits
 from sftmix.lora import add_lora
 from sftmix.manifest import recipe, start_manifest
 from sftmix.pairing import PairedCollator
@@ -44,6 +44,7 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
     """
     with together():
         tokenizer = load_tokenizer(arguments)
+        refuse_misfits(arguments, tokenizer)
         dataset = load_data(arguments, tokenizer, disable_progress=config.disable_tqdm)
         numbers = recipe(arguments, config, dataset, tokenizer)
     refuse_differences(numbers)

@@ -7,9 +7,9 @@
                         content; or a .txt with the id or the content hash of a row in each line
 
 Several are applied one after another. A row keeps its id, its number in the whole data, so that
-what is known by id stays so. A length is counted in characters of all responses of a row, so that
-every tokenizer selects the same rows (ours); that of a row of tokens is its number of labels. Of
-equal lengths the smaller id comes first.
+what is known by id stays so. A length is counted in characters of all responses of a row that are
+learnt, so that every tokenizer selects the same rows (ours); that of a row of tokens is its number
+of labels. Of equal lengths the smaller id comes first.
 """
 
 from __future__ import annotations
@@ -97,17 +97,25 @@ class Keys:
         found = keys & {key for one in examples for key in (one.id, one.content_hash)}
         if not found:
             raise ValueError(f"select: keys:{self.file}: none of {len(keys)} keys is in the data")
-        _say(f"found {len(found):,} of {len(keys):,} keys of {self.file}")
+        say(f"found {len(found):,} of {len(keys):,} keys of {self.file}")
         return [one for one in examples if one.id in found or one.content_hash in found]
 
     def read(self) -> set[int | str]:
         """Ids and content hashes."""
         path = Path(self.file)
         if path.suffix.lower() == ".txt":
-            lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+            try:
+                text = path.read_text(encoding="utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"select: keys:{path}: not valid UTF-8: {error.reason}") from None
+            lines = enumerate(text.splitlines(), start=1)
             return {_key(line.strip(), f"{path}:{n}") for n, line in lines if line.strip()}
         rows = load_examples(
-            [self.file], on_bad_row=self.on_bad_row, split=self.split, disable_progress=True
+            [self.file],
+            on_bad_row=self.on_bad_row,
+            split=self.split,
+            disable_progress=True,
+            argument="select: keys",
         )
         return {row.content_hash for row in rows}
 
@@ -150,17 +158,18 @@ def select(examples: Sequence[Example], selections: Mapping[str, Selection]) -> 
         before, kept = len(kept), selection(kept)
         if not kept:
             raise ValueError(f"select: {text} leaves none of {before} rows")
-        _say(f"selected {len(kept):,} of {before:,} rows ({text})")
+        say(f"selected {len(kept):,} of {before:,} rows ({text})")
     return kept
 
 
 def response_length(example: Example) -> int:
-    """Characters of all responses; labels where the row is tokens."""
+    """Characters of all responses that are learnt; labels where the row is tokens."""
     if example.messages is None:
         assert example.labels is not None
         return sum(label != IGNORED_LABEL for label in example.labels[1:])
-    replies = (one["content"] for one in example.messages if one["role"] == "assistant")
-    return sum(map(len, replies))
+    learnt = example.learnt or [one["role"] == "assistant" for one in example.messages]
+    replies = itertools.compress(example.messages, learnt)
+    return sum(len(one["content"] or "") for one in replies)
 
 
 @contextlib.contextmanager
@@ -184,7 +193,8 @@ def naming_selections(partition: Path, selected: list[str] | None) -> Iterator[N
         ) from error
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Print a line, of several ranks on the main one."""
     if is_main():
         print(line, flush=True)
 

@@ -2,6 +2,10 @@
 
 Labels are not shifted: `labels[i]` is `input_ids[i]` where token i belongs to a response (see
 `templates.py`), and -100 elsewhere.
+
+Of a text far longer than `max_length` only the beginning is tokenised. A tokenizer may look ahead,
+so its beginning is cut at two places, one half as long again as the other, until both agree on the
+first `max_length + 1` tokens and where each lies; else both are doubled, up to the whole text.
 """
 
 from __future__ import annotations
@@ -9,21 +13,30 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import numpy as np
+from tokenizers import Encoding
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sftmix.data import IGNORED_LABEL, Example
+from sftmix.examples_check import largest_id
 from sftmix.rows import BadRowError, BadRows, OnBadRow
 from sftmix.templates import Span, bad_row, chat_template, spans
 
 logger = logging.getLogger(__name__)
 
-# Rows rendered and tokenised together: enough to keep the tokenizer's threads busy, few enough
-# that a batch's offsets stay small beside the tokens kept.
+# Texts tokenised together, whichever comes first: enough to keep the tokenizer's threads busy, few
+# enough that what it holds meanwhile, about 150 bytes a token, stays small beside the tokens kept.
 BATCH_ROWS = 1000
+BATCH_CHARACTERS = 500_000
+# Of a long text so many characters for each token of max_length are tokenised at first: English has
+# 4 to 5, and twice as many hold for most others.
+CHARACTERS_PER_TOKEN = 8
+SPARE_CHARACTERS = 1024
 
 _COLUMNS = datasets.Features(
     {
@@ -35,12 +48,29 @@ _COLUMNS = datasets.Features(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """An example; its conversation as the template writes it, and where the responses stand."""
+
+    example: Example
+    text: str | None = None  # None: the example is tokens already
+    turns: Sequence[Span] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """A row's first tokens and labels, and whether there were more."""
+
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+    truncated: bool
+
+
 def _labels(input_ids: Sequence[int], offsets: Sequence[Span], turns: Sequence[Span]) -> list[int]:
     """The tokens that start inside a span, -100 elsewhere."""
     labels = [IGNORED_LABEL] * len(input_ids)
-    starts = [start for start, _ in offsets]
     for begin, end in turns:
-        first, last = bisect_left(starts, begin), bisect_left(starts, end)
+        first, last = (bisect_left(offsets, place, key=lambda o: o[0]) for place in (begin, end))
         # Byte-level tokenizers trim white space from offsets: a lone space before the response
         # gets the empty span (begin, begin) and belongs to the prompt.
         while first < last and offsets[first][1] <= begin:
@@ -62,41 +92,6 @@ def _check_range(example: Example, vocab_size: int) -> None:
                 )
 
 
-def _tokens(
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    bad: BadRows,
-) -> dict[int, tuple[list[int], list[int]]]:
-    """Whole input_ids and labels by place in the batch, without the bad rows."""
-    rows: dict[int, tuple[list[int], list[int]]] = {}
-    texts: list[tuple[int, str, list[Span]]] = []
-    for place, example in enumerate(examples):
-        try:
-            if example.messages is not None:
-                texts.append((place, *spans(example, tokenizer, chat_template(tokenizer))))
-            else:
-                _check_range(example, len(tokenizer))
-                assert example.input_ids is not None
-                assert example.labels is not None
-                rows[place] = example.input_ids, example.labels
-        except BadRowError as error:
-            bad.add(error)
-    if texts:
-        encoded: Any = tokenizer(
-            [text for _, text, _ in texts],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            padding=False,
-            truncation=False,
-            verbose=False,
-        )
-        encodings = zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        for (place, _, turns), input_ids, offsets in encodings:
-            rows[place] = input_ids, _labels(input_ids, offsets, turns)
-    return rows
-
-
 def tokenize_examples(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
@@ -107,10 +102,11 @@ def tokenize_examples(
 ) -> datasets.Dataset:
     """Tokenise examples into a dataset of `id`, `content_hash`, `input_ids` and `labels`.
 
-    A conversation is rendered with `chat_template(tokenizer)` and tokenised whole; a token is a
-    response token where it starts inside an assistant turn. Sequences longer than `max_length`
-    are cut from the right, so a response loses its tail; one log line says how many were. Labels
-    are not shifted and the first token is never predicted, so a row needs a label after it.
+    A conversation is rendered with `chat_template(tokenizer)` and tokenised as a whole, as far as
+    `max_length` needs; a token is a response token where it starts inside an assistant turn.
+    Sequences longer than `max_length` are cut from the right, so a response loses its tail; one log
+    line says how many were. Labels are not shifted and the first token is never predicted, so a row
+    needs a label after it.
 
     Raises BadRowError (or leaves the row out, with `on_bad_row="skip"`) where no response token is
     left within `max_length`, where the template refuses the conversation and where given
@@ -125,9 +121,7 @@ def tokenize_examples(
         )
     if type(max_length) is not int or max_length < 2:
         raise ValueError(f"max_length must be an integer of at least 2, got {max_length!r}")
-    bad = BadRows(on_bad_row)
-    parts: list[datasets.Dataset] = []
-    truncated = 0
+    making = _Dataset(tokenizer, max_length, BadRows(on_bad_row))
     with tqdm(
         total=len(examples),
         desc="Tokenising",
@@ -135,46 +129,154 @@ def tokenize_examples(
         delay=2,
         disable=disable_progress,
     ) as bar:
-        for begin in range(0, len(examples), BATCH_ROWS):
-            batch = examples[begin : begin + BATCH_ROWS]
-            part, cut = _tokenize_batch(batch, tokenizer, max_length, bad)
-            parts.append(part)
-            truncated += cut
-            bar.update(len(batch))
-    bad.report(len(examples))
-    if not any(len(part) for part in parts):
+        for example in examples:
+            making.add(example)
+            bar.update()
+    made = making.finished()
+    making.bad.report(len(examples))
+    if not made:
         raise ValueError(f"no examples are left of {len(examples)}")
-    if truncated:
+    if making.truncated:
         logger.warning(
             "%d of %d rows were longer than max_length=%d and lost their end",
-            truncated,
+            making.truncated,
             len(examples),
             max_length,
         )
-    return datasets.concatenate_datasets([part for part in parts if len(part)])
+    return datasets.concatenate_datasets(made)
 
 
-def _tokenize_batch(
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    bad: BadRows,
-) -> tuple[datasets.Dataset, int]:
-    """The batch as a dataset, and how many of its rows were cut."""
-    rows = _tokens(examples, tokenizer, bad)
-    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-    truncated = 0
-    for place, example in enumerate(examples):
-        if place not in rows:
-            continue
-        input_ids, labels = rows[place]
-        if all(label == IGNORED_LABEL for label in labels[1:max_length]):
-            reason = f"no response token is left within max_length={max_length}"
-            bad.add(bad_row(example, f"{reason}; the row has {len(input_ids)} tokens"))
-            continue
-        truncated += len(input_ids) > max_length
-        columns["id"].append(example.id)
-        columns["content_hash"].append(example.content_hash)
-        columns["input_ids"].append(input_ids[:max_length])
-        columns["labels"].append(labels[:max_length])
-    return datasets.Dataset.from_dict(columns, features=_COLUMNS), truncated
+class _Dataset:
+    """Takes examples one by one, tokenises them in batches, and puts the rows into tables."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, bad: BadRows) -> None:
+        self.tokenizer, self.max_length, self.bad = tokenizer, max_length, bad
+        self.vocab_size = largest_id(tokenizer) + 1
+        self.waiting: list[_Row] = []
+        self.characters = 0
+        self.columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+        self.tables: list[datasets.Dataset] = []
+        self.truncated = 0
+
+    def add(self, example: Example) -> None:
+        try:
+            if example.messages is not None:
+                template = chat_template(self.tokenizer)
+                text, turns = spans(example, self.tokenizer, template)
+                self.waiting.append(_Row(example, text, turns))
+                self.characters += len(text)
+            else:
+                _check_range(example, self.vocab_size)
+                self.waiting.append(_Row(example))
+        except BadRowError as error:
+            self.bad.add(error)
+        if self.characters >= BATCH_CHARACTERS or len(self.waiting) >= BATCH_ROWS:
+            self._tokenize()
+
+    def finished(self) -> list[datasets.Dataset]:
+        """The tables with a row in them."""
+        self._tokenize()
+        self._write_table()
+        return self.tables
+
+    def _tokenize(self) -> None:
+        waiting, self.waiting, self.characters = self.waiting, [], 0
+        texts = [row.text for row in waiting if row.text is not None]
+        encoded = iter(_encoded(texts, self.tokenizer, self.max_length))
+        for row in waiting:
+            example = row.example
+            tokens = self._given(example) if row.text is None else _labelled(row, *next(encoded))
+            if all(label == IGNORED_LABEL for label in tokens.labels[1:]):
+                self.bad.add(bad_row(example, self._why_nothing_is_learnt(row, tokens)))
+                continue
+            self.truncated += tokens.truncated
+            self.columns["id"].append(example.id)
+            self.columns["content_hash"].append(example.content_hash)
+            self.columns["input_ids"].append(np.asarray(tokens.input_ids, dtype=np.int32))
+            self.columns["labels"].append(np.asarray(tokens.labels, dtype=np.int32))
+        if len(self.columns["id"]) >= BATCH_ROWS:
+            self._write_table()
+
+    def _write_table(self) -> None:
+        if self.columns["id"]:
+            self.tables.append(datasets.Dataset.from_dict(self.columns, features=_COLUMNS))
+        self.columns = {name: [] for name in _COLUMNS}
+
+    def _given(self, example: Example) -> _Tokens:
+        ids, labels = example.input_ids, example.labels
+        assert ids is not None
+        assert labels is not None
+        n = self.max_length
+        return _Tokens(ids[:n], labels[:n], len(ids) > n)
+
+    def _why_nothing_is_learnt(self, row: _Row, tokens: _Tokens) -> str:
+        left = f"no response token is left within max_length={self.max_length}"
+        if row.text is None:
+            labels = row.example.labels or ()
+            learnt = (i for i, label in enumerate(labels) if i and label != IGNORED_LABEL)
+            first = next(learnt, None)
+            if first is None:
+                return f"'labels' has nothing to learn: all are {IGNORED_LABEL} after the first"
+            return f"{left}: the first label is of token {first + 1} of {len(labels)}"
+        if not row.turns:
+            return "no turn is learnt: the chat template marks none"
+        if not tokens.truncated or all(begin >= end for begin, end in row.turns):
+            return "the response is empty: the chat template writes no text of it"
+        prompt = row.text[: row.turns[0][0]]
+        [(encoding, more)] = _encoded([prompt], self.tokenizer, 4 * self.max_length)
+        return (
+            f"{left}: the prompt has {'more than ' if more else ''}{len(encoding):,} tokens; raise "
+            "--max_length, or leave such rows out"
+        )
+
+
+def _labelled(row: _Row, encoding: Encoding, truncated: bool) -> _Tokens:
+    input_ids, offsets = encoding.ids, encoding.offsets
+    return _Tokens(input_ids, _labels(input_ids, offsets, row.turns), truncated)
+
+
+def _encoded(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[tuple[Encoding, bool]]:
+    """Each text's first `max_length` tokens, and whether there are more."""
+    size = CHARACTERS_PER_TOKEN * max_length + SPARE_CHARACTERS
+    whole = iter(_tokenized([text for text in texts if len(text) <= 2 * size], tokenizer))
+    found = []
+    for text in texts:
+        encoding = next(whole) if len(text) <= 2 * size else _head(text, tokenizer, max_length)
+        more = len(encoding) > max_length
+        encoding.truncate(max_length)
+        found.append((encoding, more))
+    return found
+
+
+def _head(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoding:
+    """The first `max_length + 1` tokens of a long text; fewer where it has no more."""
+    size = CHARACTERS_PER_TOKEN * max_length + SPARE_CHARACTERS
+    while 2 * size < len(text):
+        heads = _tokenized([text[:size], text[: size + size // 2]], tokenizer)
+        lengths = [len(head) for head in heads]
+        for head in heads:
+            head.truncate(max_length + 1)
+        one, other = heads
+        # The last token may have been cut in two.
+        if min(lengths) > max_length + 1 and one.ids == other.ids and one.offsets == other.offsets:
+            return one
+        size *= 2
+    return _tokenized([text], tokenizer)[0]
+
+
+def _tokenized(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
+    if not texts:
+        return []
+    encoded: Any = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        padding=False,
+        truncation=False,
+        verbose=False,
+    )
+    encodings: list[Encoding] = encoded.encodings
+    return encodings

@@ -45,7 +45,7 @@ def _texts(data: Sequence[str | Path], on_bad_row: OnBadRow) -> list[str]:
             raise ValueError(f"{example.source}: a tokenizer needs text, this row is tokens")
         texts.append(
             "".join(
-                "\n\n### Response:\n" + message["content"]
+                "\n\n### Response:\n" + (message["content"] or "")
                 if message["role"] == "assistant"
                 else "### Instruction:\n" + message["content"]
                 for message in example.messages

@@ -15,6 +15,7 @@ from sftmix.loading import (
     load_held_out,
     load_model,
     load_tokenizer,
+    refuse_misfits,
     save_final_model,
 )
 from sftmix.lora import add_lora
@@ -48,6 +49,7 @@ def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTM
     """
     with together():
         tokenizer = load_tokenizer(arguments)
+        refuse_misfits(arguments, tokenizer)
         quiet = config.disable_tqdm
         dataset = load_data(arguments, tokenizer, disable_progress=quiet)
         held_out = load_held_out(arguments, tokenizer, disable_progress=quiet)

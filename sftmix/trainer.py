@@ -20,6 +20,7 @@ from transformers.trainer_utils import TrainOutput
 
 from sftmix.backbone import saved_on_host
 from sftmix.config import MIXED, SFTMixOptions
+from sftmix.examples_check import check_examples, require_rows
 from sftmix.head import HeadAdapter
 from sftmix.layouts import check_layout
 from sftmix.metrics import LossWindow, RunTensorBoard
@@ -89,14 +90,19 @@ class SFTMixMixin(WholeCheckpoints):
 
         Raises:
             ValueError: no partition for a method with Mixup, one of another length, a model whose
-                head is not understood, examples too few for one batch, or an option that would not
-                be heeded.
+                head is not understood, examples too few for one batch, a row of ``train_dataset``
+                or ``eval_dataset`` that the model cannot read or learn from (`check_examples`), or
+                an option that would not be heeded.
+            TypeError: a data set that is a stream.
         """
         for name in ("model_init", "compute_metrics", "compute_loss_func"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: not supported here")
         own_collator = kwargs.get("data_collator") is None and len(args) < 3
+        data = ("train_dataset", "eval_dataset")
+        require_rows(**{name: kwargs.get(name) for name in data})
         super().__init__(*args, **kwargs)
+        check_examples(self.model, **{name: getattr(self, name) for name in data})
         if own_collator:
             self.data_collator = self._make_collator()
         self.head = self._find_head()
@@ -315,6 +321,8 @@ class SFTMixMixin(WholeCheckpoints):
             raise ValueError("eval_dataset: expected a data set to evaluate on, got None")
         if self.is_fsdp_enabled and not sharded_weights(self.model):
             raise ValueError("evaluate: the model is sharded when training begins; train first")
+        if eval_dataset is not None and eval_dataset is not self.eval_dataset:
+            check_examples(self.model, eval_dataset=dataset)
         scores = score_examples(
             self.model,
             self.head,

@@ -148,7 +148,8 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({"messages": PAIR + PAIR[:1]}, "must end with the assistant, ends with user"),
     ({"messages": PAIR[1:]}, "must not begin with the assistant"),
     ({"messages": ["hello"]}, r"'messages\[0\]' must be an object"),
-    ({"messages": [*PAIR, {"role": "tool", "content": "x"}]}, "must be one of system, user, assis"),
+    ({"messages": [*PAIR, {"role": "tool", "content": "x"}]}, "must end with the assistant, ends"),
+    ({"messages": [*PAIR, {"role": "bot", "content": "x"}]}, "must be one of system, developer, u"),
     (
         {"messages": [PAIR[0], {"role": "assistant", "content": ""}]},
         r"'messages\[1\].content' is e",

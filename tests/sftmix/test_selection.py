@@ -212,7 +212,7 @@ def test_selected_rows_are_scored_and_trained_on(
     assert (manifest["select"], manifest["num_examples"]) == ([f"keys:{ids}"], 12)
     assert f"selected 12 of 31 rows (keys:{ids})" in capsys.readouterr().out
     assert "| select | keys:ids.txt |" in (tmp_path / "run" / "README.md").read_text()
-    assert train("--select", "longest:12", "--resume") == 1
+    assert train("--select", "longest:12", "--resume") == 2
     assert f"started with select = ['keys:{ids}']" in capsys.readouterr().err
 
 
@@ -220,7 +220,7 @@ def test_selected_rows_are_scored_and_trained_on(
 def test_a_partition_of_another_selection_is_refused(
     flags: list[str], train: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(*flags) == 1
+    assert train(*flags) == 2
     error = capsys.readouterr().err
     now = "'longest:13'" if flags else "not given"
     assert "the data changed after scoring: example " in error

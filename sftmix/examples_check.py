@@ -1,0 +1,272 @@
+"""Rows of tokens against the model that is to read them, before its first forward pass.
+
+A token beyond the model's embeddings, a label beyond its head or a sequence beyond its table of
+positions is an IndexError on the CPU and a device-side assert on a GPU, when its batch comes; a row
+without a target is a loss of NaN. A scan of a million rows of 500 tokens takes about 4 s where they
+lie in Arrow's memory (`datasets.Dataset`); lists of Python numbers take about 10 times as long.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from sftmix.token_rows import IGNORED_LABEL
+
+COLUMNS = ("input_ids", "labels")
+# Rows scanned together: some megabytes.
+SCAN_ROWS = 10_000
+# The last part of the name of a table that holds one row for each position: wpe, embed_positions,
+# position_embeddings, positions_embed. Rotary and ALiBi positions are computed and have no end.
+_POSITIONS = re.compile(r"wpe|(\w+_)?positions?(_\w+)?")
+_BUFFERS = ("embed_positions", "pos_encoding")  # of GPT-J and CodeGen, and of CTRL
+
+Integers = NDArray[np.int64]
+
+
+class Limits(NamedTuple):
+    """What a model can read: ids below, labels below, and tokens in a sequence; None: no end."""
+
+    ids: int | None
+    labels: int | None
+    positions: int | None
+
+
+def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest id that the tokenizer can give; its vocabulary may have gaps."""
+    return max(tokenizer.get_vocab().values())
+
+
+def model_limits(model: Any) -> Limits:
+    """The rows of a model's embeddings and of its head, and of its table of positions."""
+    return Limits(
+        _rows(model.get_input_embeddings()),
+        _rows(model.get_output_embeddings()),
+        num_positions(model),
+    )
+
+
+def num_positions(model: nn.Module) -> int | None:
+    """How many positions a model has a table for; None where it computes them."""
+    tables = [
+        module.num_embeddings - _first_position(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and _POSITIONS.fullmatch(name.rpartition(".")[2])
+    ]
+    tables += [
+        buffer.shape[0]
+        for name, buffer in model.named_buffers()
+        if name.rpartition(".")[2] in _BUFFERS and buffer.dim() == 2
+    ]
+    return min(tables, default=None)
+
+
+def check_command(model: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
+    """Refuse a model whose tokenizer gives other ids, or which ends before `max_length`.
+
+    Raises:
+        ValueError: naming the flags.
+    """
+    limits = model_limits(model)
+    largest = largest_id(tokenizer)
+    if limits.ids is not None and largest >= limits.ids:
+        raise ValueError(
+            f"--model: expected a tokenizer with ids below {limits.ids:,}, the rows of the model's "
+            f"embeddings, got {tokenizer.convert_ids_to_tokens(largest)!r} with {largest:,}; "
+            "call model.resize_token_embeddings and save the model, or take its own tokenizer"
+        )
+    if max_length is not None and limits.positions is not None and max_length > limits.positions:
+        raise ValueError(
+            f"--max_length: expected at most {limits.positions:,}, the positions that the model of "
+            f"--model has a table for, got {max_length:,}; give --max_length {limits.positions}"
+        )
+
+
+def require_rows(**data: Any) -> None:
+    """Refuse data sets that cannot be counted and looked up; a dict is of several.
+
+    Raises:
+        TypeError: a stream, or another object without a length or without rows.
+    """
+    for argument, dataset in data.items():
+        if dataset is None:
+            continue
+        for name, part in _parts(argument, dataset):
+            streams = isinstance(part, datasets.IterableDataset | IterableDataset)
+            if streams or not (hasattr(part, "__len__") and hasattr(part, "__getitem__")):
+                raise TypeError(
+                    f"{name}: expected a datasets.Dataset or a list, whose rows can be counted and "
+                    f"looked up, got {type(part).__name__}; of a stream, "
+                    "datasets.Dataset.from_list(list(stream.take(n))) makes one"
+                )
+
+
+def check_examples(model: Any, **data: Any) -> None:
+    """Check every row of the data sets, named by their arguments, before the first forward pass.
+
+    Raises:
+        TypeError: as `require_rows`.
+        ValueError: no rows, a missing column, or a row that the model cannot read or learn from:
+            its number, the position in it and the value.
+    """
+    require_rows(**data)
+    limits = model_limits(model)
+    for argument, dataset in data.items():
+        if dataset is None:
+            continue
+        for name, part in _parts(argument, dataset):
+            if len(part) == 0:
+                raise ValueError(f"{name}: expected at least one row, got none")
+            for start, columns in _scanned(part, name):
+                _check_rows(name, start, columns, limits)
+
+
+class _Column(NamedTuple):
+    """Lists of integers, one after another, and how many each row has."""
+
+    values: Integers
+    lengths: Integers
+
+    def place(self, index: int, start: int) -> tuple[int, int]:
+        """The row, counted from ``start``, and the position in it of a value."""
+        ends = np.cumsum(self.lengths)
+        row = int(np.searchsorted(ends, index, side="right"))
+        return start + row, index - int(ends[row] - self.lengths[row])
+
+
+def _parts(argument: str, dataset: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(dataset, dict):
+        yield from ((f"{argument}[{name!r}]", part) for name, part in dataset.items())
+    else:
+        yield argument, dataset
+
+
+def _scanned(dataset: Any, name: str) -> Iterator[tuple[int, dict[str, _Column]]]:
+    """Blocks of rows as arrays, each with the number of its first row."""
+    # A transform, or another format, gives other rows than Arrow has.
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None:
+        _require_columns(dataset.column_names, f"{name}: ")
+        tables = dataset.select_columns(list(COLUMNS)).with_format("arrow").iter(SCAN_ROWS)
+        for block, table in enumerate(tables):
+            yield (
+                block * SCAN_ROWS,
+                {key: _arrow_column(table[key], f"{name}: {key}") for key in COLUMNS},
+            )
+        return
+    for start in range(0, len(dataset), SCAN_ROWS):
+        rows = [dataset[i] for i in range(start, min(start + SCAN_ROWS, len(dataset)))]
+        for i, row in enumerate(rows):
+            _require_columns(row, f"{name}: row {start + i}: ")
+        yield start, {key: _column([row[key] for row in rows], start, name, key) for key in COLUMNS}
+
+
+def _require_columns(columns: Any, place: str) -> None:
+    missing = [name for name in COLUMNS if name not in columns]
+    if missing:
+        raise ValueError(
+            f"{place}expected the columns input_ids and labels (-100: not learnt), got "
+            f"{sorted(columns)} without {' and '.join(missing)}; `tokenize_examples` makes them "
+            "from text"
+        )
+
+
+def _arrow_column(column: Any, place: str) -> _Column:
+    joined = column.combine_chunks()
+    if not hasattr(joined, "value_lengths"):
+        raise ValueError(f"{place}: expected lists of integers, got values of {joined.type}")
+    if joined.null_count:
+        raise ValueError(
+            f"{place}: expected lists of integers, got null in {joined.null_count} rows"
+        )
+    lengths = np.asarray(joined.value_lengths()).astype(np.int64)
+    values = np.asarray(joined.flatten())
+    if values.dtype.kind not in "iu" and len(values):
+        raise ValueError(f"{place}: expected lists of integers, got values of {joined.type}")
+    return _Column(values, lengths)
+
+
+def _column(rows: Sequence[Any], start: int, name: str, key: str) -> _Column:
+    arrays = [np.asarray(row) for row in rows]
+    for i, array in enumerate(arrays):
+        if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+            raise ValueError(
+                f"{name}: row {start + i}: expected {key} as one list of integers, got "
+                f"{rows[i]!r:.60}"
+            )
+    lengths = np.array([len(array) for array in arrays], dtype=np.int64)
+    return _Column(np.concatenate(arrays).astype(np.int64), lengths)
+
+
+def _check_rows(name: str, start: int, columns: dict[str, _Column], limits: Limits) -> None:
+    ids, labels = columns["input_ids"], columns["labels"]
+    if len(unlike := np.flatnonzero(ids.lengths != labels.lengths)):
+        row = unlike[0]
+        raise ValueError(
+            f"{name}: row {start + row}: expected a label for each of {ids.lengths[row]} "
+            f"input_ids, got {labels.lengths[row]}"
+        )
+    _check_values(name, "input_ids", ids, start, limits.ids)
+    _check_values(name, "labels", labels, start, limits.labels)
+    most = limits.positions
+    if most is not None and len(long := np.flatnonzero(ids.lengths > most)):
+        row = long[0]
+        raise ValueError(
+            f"{name}: row {start + row}: expected at most {most:,} tokens, the positions that the "
+            f"model has a table for, got {ids.lengths[row]:,}; cut the rows at max_length={most}"
+        )
+    learnt = labels.values != IGNORED_LABEL
+    begins = np.cumsum(labels.lengths) - labels.lengths
+    learnt[begins[labels.lengths > 0]] = False  # the first token is never predicted
+    sums = np.concatenate([[0], np.cumsum(learnt)])
+    if len(empty := np.flatnonzero(sums[begins + labels.lengths] == sums[begins])):
+        raise ValueError(
+            f"{name}: row {start + empty[0]}: expected a label other than {IGNORED_LABEL} after "
+            f"the first token, got none in {labels.lengths[empty[0]]} tokens; leave such rows out"
+        )
+
+
+def _check_values(name: str, key: str, column: _Column, start: int, most: int | None) -> None:
+    outside = column.values < 0
+    if most is not None:
+        outside |= column.values >= most
+    if key == "labels":
+        outside &= column.values != IGNORED_LABEL
+    if not outside.any():
+        return
+    index = int(outside.argmax())
+    row, position = column.place(index, start)
+    where = "embeddings" if key == "input_ids" else "head"
+    allowed = (
+        f"0 to {most - 1:,}, the model's {where}" if most is not None else "no negative number"
+    )
+    also = f", or {IGNORED_LABEL}" if key == "labels" else ""
+    raise ValueError(
+        f"{name}: row {row}: expected {key}[{position}] to be {allowed}{also}, got "
+        f"{int(column.values[index])}; is the tokenizer the model's own?"
+    )
+
+
+def _rows(module: Any) -> int | None:
+    """The rows of an embedding or a head, also where ranks hold parts of them."""
+    weight = getattr(module, "weight", None)
+    # PEFT's copies of tied heads have the sizes of another module; ZeRO-3 leaves a weight empty.
+    if weight is not None and weight.dim() == 2 and weight.is_floating_point():
+        return int(weight.shape[0])
+    for name in ("num_embeddings", "out_features"):
+        if isinstance(number := getattr(module, name, None), int):
+            return number
+    return None
+
+
+def _first_position(table: nn.Embedding) -> int:
+    """The row of a table that the first position reads: after an offset, or after padding's."""
+    offset = int(getattr(table, "offset", 0))
+    return offset if table.padding_idx is None else offset + table.padding_idx + 1
