@@ -126,7 +126,14 @@ class ScoreConfig(SFTMixConfig):
                 "score: expected method 'ntp', 1 epoch and no max_steps, "
                 f"got {self.method!r}, {self.num_train_epochs} and {self.max_steps}"
             )
+        if self.push_to_hub:
+            raise ValueError("push_to_hub: score makes a partition, and no model to push")
         super().__post_init__()
+
+    @property
+    def writes_checkpoints(self) -> bool:
+        """Whether a run that nobody interrupts writes any."""
+        return self.checkpoint_scorings or super().writes_checkpoints
 
 
 def parse(

@@ -7,20 +7,21 @@ when a run goes on from it), so that a file that is missing, cut off or changed 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from sftmix.failures import RunFailure
+from sftmix.failures import DISK_FAULTS, RunFailure
+from sftmix.out_of_memory import is_out_of_memory
+from sftmix.ranks import RankError
 from sftmix.runs import TEMPORARY_PREFIX, write_json
 
 logger = logging.getLogger(__name__)
@@ -33,16 +34,35 @@ STATE = "trainer_state.json"
 PIECE = 2**24
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what safetensors and torch.save raise on a full disk into a `RunFailure`."""
-    try:
-        yield
-    except (SafetensorError, RuntimeError) as error:
-        # Out of memory, a lost rank: no fault of the disk's.
-        if isinstance(error, torch.OutOfMemoryError | torch.distributed.DistError):
-            raise
-        raise RunFailure(f"cannot write {path}, is the disk full? ({error})") from error
+class writing:
+    """Turns what libraries raise on a full disk into a `RunFailure` that names the path.
+
+    Safetensors and torch.save have errors of their own, tokenizers raises `Exception` itself, and
+    Python's does not say which file it was writing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        """Nothing has to be set up."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        """Replace the error where it is the disk's."""
+        if error is not None and _is_of_disk(error):
+            raise RunFailure(f"cannot write {self.path}, is the disk full? ({error})") from error
+
+
+def _is_of_disk(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in DISK_FAULTS
+    # Out of memory, a lost rank, what a run says of itself: no fault of the disk's.
+    others = (torch.OutOfMemoryError, torch.distributed.DistError, RunFailure, RankError)
+    if isinstance(error, SafetensorError | RuntimeError) and not isinstance(error, others):
+        return not is_out_of_memory(error)
+    return type(error) is Exception and "os error" in str(error)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -107,13 +127,40 @@ def fault(checkpoint: Path) -> str | None:
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint that is whole; a warning names each one passed over."""
+    """The newest checkpoint that is whole, None where there is none at all.
+
+    A warning names each one passed over.
+
+    Raises:
+        ValueError: there are checkpoints, and all of them are damaged.
+    """
+    reasons: dict[Path, str] = {}
     for checkpoint in list_checkpoints(run):
         reason = fault(checkpoint)
         if reason is None:
+            for passed, why in reasons.items():
+                logger.warning("%s is damaged (%s); trying the one before it", passed, why)
             return checkpoint
-        logger.warning("%s is damaged (%s); trying the one before it", checkpoint, reason)
+        reasons[checkpoint] = reason
+    if reasons:
+        named = "; ".join(f"{path.name}: {reason}" for path, reason in reasons.items())
+        raise ValueError(
+            f"resume: expected a whole checkpoint in {run}, got damaged ones alone ({named}); "
+            "delete them to begin again at step 1, or start a new run in another folder"
+        )
     return None
+
+
+def refuse_damaged(checkpoint: Path) -> None:
+    """Look at a checkpoint that was named; one that is not of this package has no list of files.
+
+    Raises:
+        ValueError: there is none, or a file of it is not what was written.
+    """
+    if not checkpoint.is_dir():
+        raise ValueError(f"resume_from_checkpoint: expected a folder, got {str(checkpoint)!r}")
+    if (checkpoint / LIST).exists() and (reason := fault(checkpoint)):
+        raise ValueError(f"resume_from_checkpoint: {checkpoint} is damaged ({reason})")
 
 
 def rotate_checkpoints(run: Path, newest: int, limit: int | None, best: str | None) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
+
+from sftmix.interrupts import Interrupted, handled
 
 COMMANDS = {
     "score": "score every example during one epoch and split at the median",
@@ -21,6 +25,7 @@ COMMANDS = {
 
 
 TRACEBACK = "--traceback"
+STOPPED = "before it was done"
 # Time for the rank that failed to print its message and end.
 RANK_ERROR_SECONDS = 5.0
 
@@ -40,9 +45,29 @@ def main(words: Sequence[str] | None = None) -> int:
 
     What a user can mend (an option, a row, a file, a model) is printed in one message and gives 2;
     a run that fails on its way (a loss that is not finite, a full disk) gives 1. ``--traceback``,
-    anywhere among the words, shows where it came from.
+    anywhere among the words, shows where it came from. SIGINT gives 130 and SIGTERM 143, with one
+    line that says what is kept.
     """
     words = list(sys.argv[1:] if words is None else words)
+    try:
+        with handled(STOPPED):
+            return _main(words)
+    except Interrupted as stop:
+        return _stopped(words, stop)
+    except KeyboardInterrupt:
+        return _stopped(words, Interrupted(signal.SIGINT, STOPPED))
+
+
+def _stopped(words: list[str], stop: Interrupted) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        command = next(word for word in words if word != TRACEBACK)
+        print(f"sftmix {command}: {stop}", file=sys.stderr)
+    else:
+        time.sleep(RANK_ERROR_SECONDS)
+    return 128 + stop.signum
+
+
+def _main(words: list[str]) -> int:
     traceback = TRACEBACK in words
     words = [word for word in words if word != TRACEBACK]
     if not words or words[0] in ("-h", "--help"):

@@ -27,6 +27,11 @@ CHOICES = {
 # The methods that have a Mixup term, and so need pairs.
 MIXED = ("sftmix", "equal", "mixup")
 
+# What an evaluation gives, of each of its data sets; the lower the better.
+EVALUATED = ("loss", "perplexity")
+# Minutes between two checkpoints: one of an 8B model with AdamW, 100 GB, takes one or two.
+SAVE_MINUTES = 30.0
+
 # Options of Mixup, with pairs or in its weight, and of one method each.
 OF_MIXUP = ("mu", "mu_schedule", "mu_warmup_ratio", "alpha", "lambda_scope", "pairing")
 
@@ -144,11 +149,18 @@ class SFTMixOptions(ConfigBase):
         "vocab_tiles); chunks below 4096 tokens cost time",
         "ours",
     )
+    save_minutes: float | None = option(
+        None,
+        "Write a checkpoint as well when so many minutes have passed since the last; by default "
+        "30, and with --save_strategy no none; 0: none",
+        "ours",
+    )
     # Examples carry columns that no model's forward knows, and the trainer sorts them itself.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Always off"})
 
     def __post_init__(self) -> None:
         self._check_numbers()
+        self._check_steps()
         if self.memory == "lean":
             self._turn_lean()
         if self.method in MIXED and self.per_device_train_batch_size % 2:
@@ -166,6 +178,10 @@ class SFTMixOptions(ConfigBase):
                 f"hub_strategy: expected 'end', got {self.hub_strategy!r}: checkpoints are renamed "
                 "while they would be uploaded"
             )
+        # transformers takes what does not end in "loss" for the better the higher it is.
+        metric = self.metric_for_best_model
+        if self.greater_is_better is None and metric and metric.endswith(EVALUATED):
+            self.greater_is_better = False
         super().__post_init__()  # type: ignore[no-untyped-call]
         self._check_memory()
 
@@ -205,6 +221,19 @@ class SFTMixOptions(ConfigBase):
         return any(getattr(self, name, None) for name in names) or bool(by_fsdp)
 
     @property
+    def save_seconds(self) -> float:
+        """Seconds after which a checkpoint is due; infinite where none is due by the clock."""
+        minutes = self.save_minutes
+        if minutes is None:
+            minutes = SAVE_MINUTES if self.writes_checkpoints else 0.0
+        return minutes * 60 or math.inf
+
+    @property
+    def writes_checkpoints(self) -> bool:
+        """Whether a run that nobody interrupts writes any."""
+        return self.save_strategy != "no"
+
+    @property
     def loss_plan(self) -> Schedule:
         """How the loss avoids full logits: the fused ops' ``schedule``."""
         if self.loss_max_bytes is None:
@@ -237,6 +266,22 @@ class SFTMixOptions(ConfigBase):
                 f"mu_warmup_ratio: expected above 0 and at most 1, got {self.mu_warmup_ratio}"
             )
 
+    def _check_steps(self) -> None:
+        if self.save_minutes is not None and not 0 <= self.save_minutes < math.inf:
+            raise ValueError(
+                f"save_minutes: expected a number of at least 0, got {self.save_minutes}"
+            )
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(
+                f"max_steps: expected at least 1, or -1 for all of num_train_epochs; got "
+                f"{self.max_steps}, which trains nothing"
+            )
+        if self.max_steps == -1 and not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(
+                f"num_train_epochs: expected a number above 0, got {self.num_train_epochs}, which "
+                "trains nothing"
+            )
+
     def mixup_weight(self, progress: float) -> float:
         """The weight of Mixup beside NTP, when a share ``progress`` of all steps is done."""
         if self.method != "sftmix":
@@ -263,7 +308,9 @@ class SFTMixConfig(SFTMixOptions, TrainingArguments):
         4, "Examples of a step on each device, an even number (the paper's 32 on 8 GPUs)", "paper"
     )
     logging_steps: float = option(10, "Steps between two log lines", "ours")
-    save_strategy: str = option("epoch", "When to write a checkpoint: no, steps, epoch", "ours")
+    save_strategy: str = option(
+        "epoch", "When to write a checkpoint: no, steps, epoch, best", "ours"
+    )
     save_total_limit: int | None = option(2, "Checkpoints kept, the newest", "ours")
     seed: int = option(0, "Seed of pairs, lam, shuffling and initialisation", "ours")
     report_to: str = option("none", "Reporter of the metrics: none, tensorboard, ...", "ours")

@@ -201,20 +201,27 @@ def save_final_model(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     run: Path,
-    card: str,
     state: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Put the model and its card into the run folder, each file renamed into place.
+) -> list[str]:
+    """Put the model and its tokenizer into the run folder, each file renamed into place.
 
     What makes the folder a model comes last: ``config.json``, or an adapter's. ``state``: its
     weights, where the model has but shards of them.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        RunFailure: the disk is full; the run folder is as it was.
     """
     staging = run / STAGING
     with writing(staging):
         model.save_pretrained(staging, state_dict=state)
         tokenizer.save_pretrained(staging)
-    (staging / CARD).write_text(card, encoding="utf-8")  # PEFT writes one of its own
-    sync_folder(staging)
-    for path in sorted(staging.iterdir(), key=lambda path: path.name in CONFIGS):
-        os.replace(path, run / path.name)
+        (staging / CARD).unlink(missing_ok=True)  # PEFT's, which knows nothing of the training
+        sync_folder(staging)
+    names = sorted((path.name for path in staging.iterdir()), key=lambda name: name in CONFIGS)
+    for name in names:
+        os.replace(staging / name, run / name)
     staging.rmdir()
+    return names

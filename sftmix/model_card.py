@@ -41,7 +41,13 @@ METHODS = {
     "ir_dro": "IR-DRO: next-token prediction, each example weighted by the softmax over the batch "
     "of its mean token loss, divided by `kl_reg`",
 }
-NAMES = {"sftmix": "SFTMix", "ntp": "NTP", "ir_dro": "IR-DRO", "equal": "NTP and Mixup"}
+NAMES = {
+    "sftmix": "SFTMix",
+    "ntp": "NTP",
+    "ir_dro": "IR-DRO",
+    "equal": "NTP and Mixup",
+    "mixup": "Mixup",
+}
 # Of the last log line that has them.
 LAST = (
     "loss",
@@ -87,14 +93,15 @@ def model_card(
     counts = {}
     if subsets:
         counts = {f"{', '.join(subsets)} examples": ", ".join(map(str, subsets.values()))}
+    by = METHODS.get(method, f"the method `{method}`")
     model, data = public_name(recipe["model"]), [public_name(name) for name in recipe["data"]]
     return (
         "\n\n".join(
             [
                 f"---\n{_metadata(recipe, adapter=adapter).to_yaml()}\n---",
-                f"# {model}, fine-tuned with {NAMES.get(method, 'Mixup')}",
+                f"# {model}, fine-tuned with {NAMES.get(method, method)}",
                 f"{'An adapter of' if adapter else 'Made from'} `{model}` on "
-                f"{', '.join(f'`{name}`' for name in data)} by {METHODS[method]}.",
+                f"{', '.join(f'`{name}`' for name in data)} by {by}.",
                 "## Recipe",
                 _table(("option", "value"), {**options, **counts}),
                 "## Measured",

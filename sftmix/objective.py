@@ -28,7 +28,19 @@ from sftmix.ranks import joined_ranks, rank
 from sftmix.stand_in import HeadOutput
 from sftmix_kernels import fused_cross_entropy, fused_mixup_loss, fused_sftmix_loss
 
+# Each has a branch of its own below: another one would be trained as NTP.
+METHODS = (*MIXED, "ntp", "ir_dro")
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+def refuse_unknown(method: str) -> None:
+    """Refuse a method that the losses here do not know.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected {', '.join(METHODS)}; {method!r} has no loss")
 
 
 class Counts(NamedTuple):
@@ -86,6 +98,7 @@ def batch_loss(
     ``model`` is what is called: the model that ``head`` was made for, or a wrapper of it. Without
     Mixup pairs are left alone.
     """
+    refuse_unknown(options.method)
     rows, targets = batch["rows"], batch["targets"]
     pairs = None
     if options.method in MIXED:

@@ -67,6 +67,11 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         _finish(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        # What fails while it writes does not say where.
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     _sync(path.parent)

@@ -7,9 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from sftmix import interrupts
 from sftmix.arguments import RunArguments, ScoreConfig, parse
 from sftmix.checkpoints import remove_checkpoints
 from sftmix.loading import load_data, load_model, load_tokenizer, refuse_misfits
+from sftmix.failures import RunFailure
 from sftmix.lora import add_lora
 from sftmix.manifest import recipe, start_manifest
 from sftmix.pairing import PairedCollator
@@ -25,7 +30,9 @@ FILE = "confidence.parquet"
 def main(words: Sequence[str]) -> None:
     """Run the command."""
     arguments, config = parse(words, RunArguments, ScoreConfig, "sftmix score")
+    interrupts.advise("before training began: nothing is lost; start it again")
     with opened_run(arguments.output, resume=arguments.resume) as run:
+        interrupts.advise("before training began: nothing is lost; go on with --resume")
         finished = on_main(lambda: (run / FILE).exists())
         partition = score(run, arguments, config)
         if is_main():
@@ -40,7 +47,10 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
     then, unless a ``save_strategy`` asks for some.
 
     Raises:
-        ValueError: bad data, fewer steps than scorings, or a resumed run of another recipe.
+        ValueError: bad data, fewer steps than scorings, a resumed run of another recipe, or a
+            ``confidence.parquet`` that is damaged or not of this run.
+        RunFailure: training ended before its last scoring.
+        Interrupted: a signal asked for it; a checkpoint holds what was trained and scored.
     """
     with together():
         tokenizer = load_tokenizer(arguments)
@@ -54,33 +64,74 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
                 load_model(arguments, arguments.attn_implementation), arguments, config.seed
             )
             collator = make_collator(tokenizer, config)
-            trainer, scores = reference_trainer(model, dataset, collator, config)
+            trainer, scores = reference_trainer(model, dataset, collator, config, tokenizer)
         on_main(lambda: start_manifest(run, numbers))
         trainer.train(resume_from_checkpoint=arguments.resume or None)
-        partition = from_scores(
-            dataset["id"][:],
-            dataset["content_hash"][:],
-            scores.num_tokens.cpu().numpy(),
-            scores.nll_sum.cpu().numpy(),
-        )
+        ids, hashes = dataset["id"][:], dataset["content_hash"][:]
+        partition = from_scores(ids, hashes, *finished_scores(scores, config.num_scorings))
         on_main(lambda: write_partition(run / FILE, partition))
     else:
         on_main(lambda: start_manifest(run, numbers))
-        partition = read_partition(run / FILE)
+        partition = read_finished(run / FILE, dataset, config.num_scorings)
     if config.save_strategy == "no":
         on_main(lambda: remove_checkpoints(run))
     return partition
 
 
+def finished_scores(
+    scores: StreamingPerplexity, num_scorings: int
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The numbers of tokens (S,) and the sums of losses (S, C) of a training that is done.
+
+    Raises:
+        RunFailure: there are fewer scorings than were asked for.
+    """
+    finished = scores.nll_sum.shape[1]
+    if finished != num_scorings:
+        raise RunFailure(
+            f"num_scorings: expected {num_scorings} finished scorings, got {finished}; training "
+            "ended early, and no partition is made of fewer"
+        )
+    return scores.num_tokens.cpu().numpy(), scores.nll_sum.cpu().numpy()
+
+
+def read_finished(path: Path, dataset: Any, num_scorings: int) -> Partition:
+    """The partition of a run that is finished already.
+
+    Raises:
+        ValueError: it is damaged, or of other data or another number of scorings.
+    """
+    partition = read_partition(path)
+    found = (len(partition.id), partition.nll_sum.shape[1])
+    if found != (len(dataset), num_scorings):
+        raise ValueError(
+            f"resume: expected {len(dataset)} examples and {num_scorings} scorings in {path}, got "
+            f"{found[0]} and {found[1]}; delete the file to score again"
+        )
+    return partition
+
+
 def reference_trainer(
-    model: Any, dataset: Any, collator: PairedCollator, config: ScoreConfig
+    model: Any,
+    dataset: Any,
+    collator: PairedCollator,
+    config: ScoreConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[SFTMixTrainer, StreamingPerplexity]:
     """A trainer that scores its own data on the way, and where the scores add up.
+
+    Checkpoints hold the ``tokenizer``, too.
 
     Raises:
         ValueError: fewer steps than scorings, or an argument that `SFTMixTrainer` refuses.
     """
-    trainer = SFTMixTrainer(model=model, args=config, train_dataset=dataset, data_collator=collator)
+    trainer = SFTMixTrainer(
+        model=model,
+        args=config,
+        train_dataset=dataset,
+        data_collator=collator,
+        processing_class=tokenizer,
+    )
     return trainer, score_while_training(
         trainer, config.num_scorings, checkpointed=config.checkpoint_scorings
     )

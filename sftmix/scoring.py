@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sftmix import interrupts
 from sftmix.checkpoints import PREFIX, writing
 from sftmix.head import HeadAdapter
 from sftmix.pairing import PairedCollator
@@ -63,11 +64,13 @@ def score_examples(
     a batch; ``context`` is entered around all of them (autocast, which then casts a weight once).
     ``save`` is called between two batches, every `SAVE_SECONDS`: where ``perplexity`` comes with a
     scoring that was broken off, only the examples that it has no token of are scored. ``shared``:
-    all ranks call this and share the batches; each gets the sums of all.
+    all ranks call this and share the batches; each gets the sums of all. A signal ends it after a
+    batch, saved.
 
     Raises:
         ValueError: there is nothing to score, an example has no response token, or ``perplexity``
             is of another number of examples.
+        Interrupted: a signal waited for the end of a batch.
     """
     if len(examples) == 0:
         raise ValueError("examples: expected at least one, got none")
@@ -91,11 +94,9 @@ def score_examples(
         unit_scale=True,
         disable=disable_progress or (shared and not is_main()),
     )
-    training = model.training
-    model.eval()
     saved = time.monotonic()
     number, size = (rank(), num_ranks()) if shared else (0, 1)
-    with torch.no_grad(), context(), progress:
+    with torch.no_grad(), _evaluating(model), context(), progress:
         batches = batches_by_length(lengths, max_tokens, waiting)
         # A sharded model has to be called equally often by all ranks.
         batches += [[]] * (-len(batches) % size)
@@ -104,23 +105,38 @@ def score_examples(
             score_batch(model, head, batch, torch.tensor(batch_rows).long(), perplexity)
             dealt = batches[(done - 1) * size : done * size]
             progress.update(sum(lengths[row] for rows in dealt for row in rows))
-            if save is not None and save_is_due(saved, done, size):
+            due, signum = agreed(saved, done, size)
+            if save is not None and (due or signum):
                 save()
                 saved = time.monotonic()
-    model.train(training)
+            if signum:
+                raise interrupts.Interrupted(signum, f"in {description}")
     perplexity.end_checkpoint(dist.group.WORLD if size > 1 else None)
     return perplexity
 
 
-def save_is_due(saved: float, done: int, size: int) -> bool:
-    """Whether `SAVE_SECONDS` have passed; of several ranks' clocks the first one's counts.
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
-    They have to agree and would wait for each other, so that they ask every `AHEAD` batches only.
+
+def agreed(saved: float, done: int, size: int) -> tuple[bool, int | None]:
+    """Whether `SAVE_SECONDS` have passed since ``saved``, and the signal that asks to end.
+
+    Several ranks have to agree and would wait for each other, so that they ask every `AHEAD`
+    batches only; of their clocks the first one's counts, of their signals any.
     """
     if size > 1 and done % AHEAD:
-        return False
+        return False, None
     due = time.monotonic() - saved >= SAVE_SECONDS
-    return due if size == 1 else bool(gathered(due)[0])
+    own = (due, interrupts.requested())
+    told = [own] if size == 1 else gathered(own)
+    return told[0][0], next((signum for _, signum in told if signum), None)
 
 
 def score_batch(

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import TrainerState
 
+from sftmix import interrupts
 from sftmix.arguments import TrainRunArguments, parse
+from sftmix.checkpoints import STATE, list_checkpoints, step_of
 from sftmix.config import MIXED, SFTMixConfig
+from sftmix.failures import USER_ERRORS, RunFailure
+from sftmix.hub import Repository, repository
 from sftmix.loading import (
+    CONFIGS,
     load_data,
     load_held_out,
     load_model,
@@ -20,32 +27,69 @@ from sftmix.loading import (
 )
 from sftmix.lora import add_lora
 from sftmix.manifest import recipe, start_manifest, versions
+from sftmix.model_card import FILE as CARD
 from sftmix.model_card import model_card
 from sftmix.partition import match, partition_hash, read_partition, subset_counts
-from sftmix.ranks import is_main, on_main, opened_run, refuse_differences, together
+from sftmix.ranks import RankError, is_main, on_main, opened_run, refuse_differences, together
+from sftmix.runs import atomic_write
 from sftmix.selection import naming_selections
 from sftmix.trainer import SFTMixTrainer, make_collator
+
+
+class Saved:
+    """Says of whatever fails inside that the model is saved, as what comes after it may be redone.
+
+    Nothing that a card, an evaluation or the hub raises is worth a trained model: each error is
+    told in one line, with where the model is.
+    """
+
+    def __init__(self, run: Path, lost: str) -> None:
+        """``lost``: what does not come of it then, as a clause."""
+        self.run, self.lost = run, lost
+
+    def __enter__(self) -> None:
+        """Nothing has to be set up."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        """Raise the error again, with the words."""
+        if isinstance(error, interrupts.Interrupted):
+            text = f"after the last step: the model is in {self.run}; go on with --resume"
+            raise interrupts.Interrupted(error.signum, text) from None
+        if isinstance(error, Exception) and not isinstance(error, RankError):
+            reason = str(error) if isinstance(error, USER_ERRORS) else repr(error)
+            raise RunFailure(f"the model is in {self.run}; {self.lost}: {reason}") from error
 
 
 def main(words: Sequence[str]) -> None:
     """Run the command."""
     arguments, config = parse(words, TrainRunArguments, SFTMixConfig, "sftmix train")
+    interrupts.advise("before training began: nothing is lost; start it again")
     if config.method in MIXED and arguments.partition is None:
         raise ValueError(
             f"partition: --method {config.method} needs --partition RUN/confidence.parquet"
         )
+    hub = repository(config)
     with opened_run(arguments.output, resume=arguments.resume) as run:
-        train(run, arguments, config)
-        if is_main():
-            print(f"wrote the model to {run}")
+        interrupts.advise("before training began: nothing is lost; go on with --resume")
+        hub = hub and on_main(hub.created)
+        train(run, arguments, config, hub)
 
 
-def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTMixTrainer:
-    """Train, evaluate where there is held-out data, and save the model into the run folder.
+def train(
+    run: Path,
+    arguments: TrainRunArguments,
+    config: SFTMixConfig,
+    hub: Repository | None = None,
+) -> SFTMixTrainer:
+    """Train, save the model into the run folder, then evaluate where there is held-out data.
 
     Raises:
         ValueError: bad data, a partition of other data, or a resumed run of another recipe.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: a loss, a gradient or a weight is not finite.
+        RunFailure: what comes after saving the model failed, or the disk is full.
+        Interrupted: a signal asked for it; what was trained is in a checkpoint.
     """
     with together():
         tokenizer = load_tokenizer(arguments)
@@ -68,6 +112,7 @@ def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTM
             eval_dataset=held_out,
             data_collator=make_collator(tokenizer, config),
             confident=confident,
+            processing_class=tokenizer,
         )
         numbers = recipe(arguments, config, dataset, tokenizer, partition=scores_hash)
     refuse_differences(numbers)
@@ -75,30 +120,103 @@ def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTM
     if arguments.eval_data:
         files["eval_split"] = arguments.eval_split
     on_main(lambda: start_manifest(run, numbers, **files))
+    if arguments.resume and on_main(lambda: is_finished(run)):
+        say(f"{run} is finished already: all steps are trained, and the model is saved")
+        return trainer
     trainer.train(resume_from_checkpoint=arguments.resume or None)
-    if held_out is not None:
-        trainer.evaluate()
-    trainer.save_state()
-    save(trainer, tokenizer, run, numbers, subsets)
+    if trainer.begun_at == trainer.state.global_step:
+        say(f"all {trainer.begun_at} steps were trained already")
+    finish(trainer, run, numbers, subsets, hub)
     return trainer
 
 
-def save(
+def say(text: str) -> None:
+    """Print a line, of several processes once."""
+    if is_main():
+        print(text)
+
+
+def is_finished(run: Path) -> bool:
+    """Whether all is done, by a run that has no checkpoint of its last step to go on from."""
+    if not (run / CARD).exists() or not any((run / name).exists() for name in CONFIGS):
+        return False
+    if not (run / STATE).exists():
+        return False
+    state = TrainerState.load_from_json(str(run / STATE))
+    newest = next((step_of(path) for path in list_checkpoints(run)), 0)
+    return bool(newest < state.global_step >= state.max_steps)
+
+
+def finish(
     trainer: SFTMixTrainer,
-    tokenizer: PreTrainedTokenizerBase,
+    run: Path,
+    numbers: dict[str, Any],
+    subsets: dict[str, int] | None,
+    hub: Repository | None,
+) -> None:
+    """Save the model before anything else that could fail; then log, evaluation, card and hub."""
+    names = save_model(trainer, run)
+    say(f"wrote the model to {run}")
+    with Saved(run, "its log could not be written"):
+        trainer.save_state()
+    if trainer.eval_dataset is not None:
+        with Saved(run, "the evaluation failed"), resumable(trainer):
+            interrupts.end_if_requested()
+            trainer.evaluate()
+            trainer.save_state()
+    with Saved(run, "its card could not be written"):
+        card = functools.partial(write_card, trainer, run, numbers, subsets)
+        on_main(card)
+    with Saved(run, "it could not be pushed to the hub"), resumable(trainer):
+        # An upload may take long, and nothing is lost with it.
+        interrupts.wait(wait=False)
+        interrupts.end_if_requested()
+        if hub is not None:
+            say(f"pushed it to {on_main(lambda: hub.push(run, [*names, CARD]))}")
+
+
+@contextlib.contextmanager
+def resumable(trainer: SFTMixTrainer) -> Iterator[None]:
+    """Where a signal ends what is inside, leave a checkpoint for the run that makes up for it."""
+    try:
+        yield
+    except interrupts.Interrupted:
+        # The best model's weights may be loaded by now, and then there are checkpoints.
+        if not trainer.args.load_best_model_at_end:
+            trainer.checkpoint()
+        raise
+
+
+def save_model(trainer: SFTMixTrainer, run: Path) -> list[str]:
+    """The main process writes the final model, gathered from all ranks where it is sharded.
+
+    Returns:
+        The names of its files.
+
+    Raises:
+        FloatingPointError: a weight is NaN or infinite.
+        RunFailure: the disk is full.
+    """
+    trainer.refuse_weights("no final model was written, checkpoints stay")
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    tokenizer: Any = trainer.processing_class
+    return on_main(lambda: save_final_model(model, tokenizer, run, state))
+
+
+def write_card(
+    trainer: SFTMixTrainer,
     run: Path,
     numbers: dict[str, Any],
     subsets: dict[str, int] | None,
 ) -> None:
-    """The main process writes the final model, gathered from all ranks where it is sharded."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    """Write the model card, all of it or nothing."""
     card = model_card(
         numbers,
         versions(),
         trainer.state.log_history,
         seconds=trainer.window.seconds,
         subsets=subsets,
-        adapter=hasattr(model, "peft_config"),
+        adapter=hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"),
     )
-    on_main(lambda: save_final_model(model, tokenizer, run, card, state))
+    atomic_write(run / CARD, lambda path: path.write_text(card, encoding="utf-8"))

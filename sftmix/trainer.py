@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from transformers import Trainer
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import TrainOutput
 
+from sftmix import interrupts
 from sftmix.backbone import saved_on_host
-from sftmix.config import MIXED, SFTMixOptions
+from sftmix.config import EVALUATED, MIXED, SFTMixOptions
 from sftmix.examples_check import check_examples, require_rows
 from sftmix.head import HeadAdapter
 from sftmix.layouts import check_layout
 from sftmix.metrics import LossWindow, RunTensorBoard
-from sftmix.objective import BatchLoss, Counts, batch_counts, batch_loss
+from sftmix.objective import BatchLoss, Counts, batch_counts, batch_loss, refuse_unknown
+from sftmix.out_of_memory import advising
 from sftmix.pairing import (
     PairedCollator,
     PairedExamples,
@@ -38,7 +41,6 @@ from sftmix.precision import HalfPrecisionUpdates
 from sftmix.ranks import (
     FilledExamples,
     FilledSampler,
-    RankError,
     array_hash,
     check_parallelism,
     is_main,
@@ -46,11 +48,10 @@ from sftmix.ranks import (
     on_main,
     refuse_differences,
     sharded_weights,
-    summed,
     tokens_hash,
     weights_hash,
 )
-from sftmix.saving import WholeCheckpoints
+from sftmix.saving import DueEvaluation, Resumption, WholeCheckpoints
 from sftmix.scoring import score_examples
 from sftmix.tiled_mlp import refuse_router, tile_mlps
 from sftmix_kernels import StreamingPerplexity
@@ -101,7 +102,12 @@ class SFTMixMixin(WholeCheckpoints):
         own_collator = kwargs.get("data_collator") is None and len(args) < 3
         data = ("train_dataset", "eval_dataset")
         require_rows(**{name: kwargs.get(name) for name in data})
-        super().__init__(*args, **kwargs)
+        options = args[1] if len(args) > 1 else kwargs.get("args")
+        self.handles_signals = bool(getattr(options, "enable_jit_checkpoint", False))
+        with _without_jit_checkpoint(options):
+            super().__init__(*args, **kwargs)
+        refuse_unknown(self.args.method)
+        self._check_metric()
         check_examples(self.model, **{name: getattr(self, name) for name in data})
         if own_collator:
             self.data_collator = self._make_collator()
@@ -110,11 +116,13 @@ class SFTMixMixin(WholeCheckpoints):
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.window = LossWindow(self.args.device)
         self.checkpoint_extras = list(checkpoint_extras)
+        self.evaluation = DueEvaluation()
+        self.begin_steps()
+        self.add_callback(Resumption(self))
         self.add_callback(HalfPrecisionUpdates())
         if "tensorboard" in (self.args.report_to or ()):
             self.pop_callback(TensorBoardCallback)
             self.add_callback(RunTensorBoard(Path(str(self.args.output_dir))))
-        self.unchecked: list[tuple[Tensor, Tensor]] = []
         self.paired = confident is not None
         self.examples = self.train_dataset
         if self.args.world_size > 1 and self.train_dataset is not None:
@@ -250,36 +258,6 @@ class SFTMixMixin(WholeCheckpoints):
             }
         self.window.add(values)
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None
-    ) -> Tensor:
-        """One micro-batch; a loss that is not finite stops before the optimizer's step.
-
-        Raises:
-            FloatingPointError: the loss is NaN or infinite, with the step and the examples' ids.
-            RankError: it is so on another rank.
-        """
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self.unchecked.append((loss, inputs["ids"]))
-        if self.accelerator.sync_gradients:
-            self._refuse_losses_not_finite()
-        return loss
-
-    def _refuse_losses_not_finite(self) -> None:
-        """Look at a window's losses at once, over all ranks: the host waits once a step."""
-        window, self.unchecked = self.unchecked, []
-        bad = ~torch.stack([loss for loss, _ in window]).isfinite()
-        if not summed(bad.any().float()):
-            return
-        step = f"at step {self.state.global_step + 1}"
-        for (loss, ids), is_bad in zip(window, bad.tolist(), strict=True):
-            if is_bad:
-                raise FloatingPointError(
-                    f"loss is {loss.item()} {step}, examples {ids.tolist()}; "
-                    "the model was not updated"
-                )
-        raise RankError(f"the loss of another rank is not finite {step}; the model was not updated")
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Replace Trainer's loss by the window's exact mean, and add the terms and rates."""
         if "loss" in logs and self.is_in_train:
@@ -363,13 +341,58 @@ class SFTMixMixin(WholeCheckpoints):
         A run that has no checkpoint yet starts from the beginning, which comes to the same.
 
         Raises:
-            ValueError: a file of the checkpoint could run code when it is loaded.
+            ValueError: the checkpoint is damaged, or a file of it could run code when it is loaded;
+                or there was no step to make.
+            FloatingPointError: a loss, a gradient or a weight is not finite.
+            MemoryError: memory does not suffice, with what helps.
+            Interrupted: a signal asked for it, and the handlers of `sftmix.interrupts` are on.
         """
         resume_from_checkpoint = self._load_extras(resume_from_checkpoint)
         if self.args.world_size > 1:
             refuse_differences(self._decisive())
-        self.unchecked = []
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self.begin_steps()
+        signals = interrupts.handled("") if self.handles_signals else contextlib.nullcontext()
+        with signals, advising(*self._ways_to_save_memory()):
+            try:
+                output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            except interrupts.Interrupted as stop:
+                raise self.stopped(stop) from None
+        if self.state.global_step == 0:
+            raise ValueError(f"train: expected at least one step, got {self.state.max_steps}")
+        return output
+
+    def _ways_to_save_memory(self) -> list[str]:
+        """What is left to try where memory does not suffice, the cheapest first."""
+        args = self.args
+        ways = {
+            "--memory lean, which changes no result": args.memory == "plain",
+            "a smaller --per_device_train_batch_size with more --gradient_accumulation_steps": (
+                args.per_device_train_batch_size > 2 and args.layout != "sequential"
+            ),
+            "--bf16 true": not (args.bf16 or args.fp16),
+            "--activation_offload true": args.memory == "lean" and not args.activation_offload,
+            "a smaller --max_length": True,
+            "--lora_rank 16": not hasattr(self.model, "peft_config"),
+            "more GPUs with --fsdp": not self.is_fsdp_enabled,
+        }
+        return [*(way for way, open_ in ways.items() if open_), "`sftmix plan` says what fits"]
+
+    def _check_metric(self) -> None:
+        """Refuse a metric that no evaluation has, before anything is trained.
+
+        Raises:
+            ValueError: naming those that there are.
+        """
+        wanted = self.args.metric_for_best_model
+        if wanted is None or self.eval_dataset is None:
+            return
+        own = self.eval_dataset
+        kinds = [f"{name}_" for name in own] if isinstance(own, dict) else [""]
+        known = [f"eval_{kind}{name}" for kind in kinds for name in EVALUATED]
+        if wanted not in known and f"eval_{wanted}" not in known:
+            raise ValueError(
+                f"metric_for_best_model: expected one of {', '.join(known)}, got {wanted!r}"
+            )
 
     def _decisive(self) -> dict[str, Any]:
         """What decides a training's results, by name, and has to be the same on all ranks."""
@@ -389,6 +412,23 @@ class SFTMixMixin(WholeCheckpoints):
             if self.paired
             else None,
         }
+
+
+@contextlib.contextmanager
+def _without_jit_checkpoint(options: Any) -> Iterator[None]:
+    """Keep Trainer's own way with SIGTERM out, after which a run ends as if it were finished.
+
+    Ours (see `sftmix.interrupts`) is always on in the commands, and in a script that sets
+    ``enable_jit_checkpoint``.
+    """
+    wanted = getattr(options, "enable_jit_checkpoint", False)
+    if wanted:
+        options.enable_jit_checkpoint = False
+    try:
+        yield
+    finally:
+        if wanted:
+            options.enable_jit_checkpoint = True
 
 
 class SFTMixTrainer(SFTMixMixin, Trainer):

@@ -24,7 +24,7 @@ from sftmix.integrations.tokens import has_targets, named_rows
 from sftmix.pairing import PairedCollator
 from sftmix.partition import Partition, from_scores, match, read_partition
 from sftmix.pools import Confident, chosen
-from sftmix.score import score_while_training
+from sftmix.score import finished_scores, score_while_training
 from sftmix.trainer import SFTMixMixin
 
 # Options of TRL that the loss, the pairs or the collator would not heed, and what they must be.
@@ -218,6 +218,7 @@ def score(
     Raises:
         ValueError: rows without a token to learn, fewer steps than scorings, or as
             `SFTMixSFTTrainer`.
+        RunFailure: training ended before its last scoring.
     """
     reference = dataclasses.replace(
         args,
@@ -242,12 +243,8 @@ def score(
     scores = score_while_training(trainer, num_scorings)
     trainer.train()
     hashes = [content_hash(row) for row in train_dataset]
-    return from_scores(
-        ids,
-        [hashes[row] for row in ids],
-        scores.num_tokens.cpu().numpy(),
-        scores.nll_sum.cpu().numpy(),
-    )
+    found = finished_scores(scores, num_scorings)
+    return from_scores(ids, [hashes[row] for row in ids], *found)
 
 
 def confident_rows(dataset: datasets.Dataset, confident: Confident | str | Path) -> Confident:
