@@ -12,6 +12,7 @@ from sftmix.checkpoints import remove_checkpoints
 from sftmix.loading import load_data, load_model, load_tokenizer
 from sftmix.lora import add_lora
 from sftmix.manifest import recipe, start_manifest
+from sftmix.model_source import check_model
 from sftmix.pairing import PairedCollator
 from sftmix.partition import Partition, from_scores, read_partition, summary, write_partition
 from sftmix.ranks import is_main, on_main, opened_run, refuse_differences, together
@@ -20,6 +21,9 @@ from sftmix.trainer import SFTMixMixin, SFTMixTrainer, make_collator
 from sftmix_kernels import StreamingPerplexity
 
 FILE = "confidence.parquet"
+
+
+ARGUMENTS = (RunArguments, ScoreConfig)
 
 
 def main(words: Sequence[str]) -> None:
@@ -43,6 +47,7 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
         ValueError: bad data, fewer steps than scorings, or a resumed run of another recipe.
     """
     with together():
+        check_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
         tokenizer = load_tokenizer(arguments)
         dataset = load_data(arguments, tokenizer, disable_progress=config.disable_tqdm)
         numbers = recipe(arguments, config, dataset, tokenizer)

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sftmix.arguments import TrainRunArguments, parse
 from sftmix.config import MIXED, SFTMixConfig
+from sftmix.failures import Naming
 from sftmix.loading import (
     load_data,
     load_held_out,
@@ -20,10 +21,13 @@ from sftmix.loading import (
 from sftmix.lora import add_lora
 from sftmix.manifest import recipe, start_manifest, versions
 from sftmix.model_card import model_card
+from sftmix.model_source import check_model
 from sftmix.partition import match, partition_hash, read_partition, subset_counts
 from sftmix.ranks import is_main, on_main, opened_run, refuse_differences, together
 from sftmix.selection import naming_selections
 from sftmix.trainer import SFTMixTrainer, make_collator
+
+ARGUMENTS = (TrainRunArguments, SFTMixConfig)
 
 
 def main(words: Sequence[str]) -> None:
@@ -47,13 +51,16 @@ def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTM
         FloatingPointError: the loss is not finite.
     """
     with together():
+        check_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
         tokenizer = load_tokenizer(arguments)
         quiet = config.disable_tqdm
-        dataset = load_data(arguments, tokenizer, disable_progress=quiet)
+        # What is short is read first, so that a wrong name in it is told at once.
         held_out = load_held_out(arguments, tokenizer, disable_progress=quiet)
+        dataset = load_data(arguments, tokenizer, disable_progress=quiet)
         confident, scores_hash, subsets = None, None, None
         if arguments.partition is not None:
-            partition = read_partition(Path(arguments.partition))
+            with Naming("partition"):
+                partition = read_partition(Path(arguments.partition))
             with naming_selections(Path(arguments.partition), arguments.select):
                 confident = match(partition, dataset["id"][:], dataset["content_hash"][:])
             scores_hash, subsets = partition_hash(partition), subset_counts(partition)
