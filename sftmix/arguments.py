@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, cast
 
 from transformers import HfArgumentParser, TrainingArguments
@@ -16,9 +18,20 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from sftmix.config import OF_MIXUP, SFTMixConfig, SFTMixOptions, option
 from sftmix.config_file import config_words
+from sftmix.failures import Naming, OneMessage
 
 # Flags of transformers that the commands have flags of their own for.
 ELSEWHERE = {"output_dir": "the folder as --output", "resume_from_checkpoint": "--resume"}
+
+# What options are called in other tools, or were in older versions of transformers.
+CALLED = {
+    "--warmup_ratio": "--warmup_steps, a share of all steps where below 1",
+    "--batch_size": "--per_device_train_batch_size",
+    "--epochs": "--num_train_epochs",
+    "--lr": "--learning_rate",
+    "--max_seq_length": "--max_length",
+    "--no_cuda": "--use_cpu true",
+}
 
 CONFIG_HELP = (
     "YAML file with the same names; flags override it. What a mapping named after a command holds "
@@ -79,6 +92,16 @@ class RunArguments:
     )
     trust_remote_code: bool = option(False, "Run Python code that comes with the model", "ours")
 
+    def __post_init__(self) -> None:
+        for name in ("model", "data_split"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: expected a name, got an empty one")
+        if self.max_length < 2:
+            raise ValueError(
+                f"max_length: expected at least 2, a token of prompt and one of response, "
+                f"got {self.max_length}"
+            )
+
 
 @dataclasses.dataclass
 class TrainRunArguments(RunArguments):
@@ -91,6 +114,16 @@ class TrainRunArguments(RunArguments):
         None, "Held-out data as --data names it, scored at the end", "ours"
     )
     eval_split: str = option("train", "Split of what --eval_data names", "ours")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.partition is not None and not Path(self.partition).is_file():
+            is_folder = bool(self.partition) and Path(self.partition).is_dir()
+            found = "the folder" if is_folder else "no such file:"
+            raise ValueError(
+                "partition: expected the confidence.parquet of a run of `sftmix score`, got "
+                f"{found} {self.partition!r}"
+            )
 
 
 @dataclasses.dataclass
@@ -160,9 +193,13 @@ def parse(
     output = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     output.add_argument("--output", default="")
     folder = output.parse_known_args(words)[0].output
-    run, config, _ = parser.parse_args_into_dataclasses(
-        [*words, "--output_dir", folder], look_for_args_file=False
-    )
+    run, config = parsed(parser, [*words, "--output_dir", folder])
+    for name in ("eval_strategy", "eval_on_start"):
+        value = getattr(config, name)
+        if value not in ("no", False) and not getattr(run, "eval_data", None):
+            way_out = "expected --eval_data with it" if "eval_data" in vars(run) else "leave it out"
+            value = getattr(value, "value", value)
+            raise ValueError(f"{name}: there is nothing to evaluate, got {value}; {way_out}")
     _show_bars(not config.disable_tqdm)
     return run, config
 
@@ -176,9 +213,28 @@ def parse_alone(words: Sequence[str], arguments_type: type[Any], prog: str) -> A
     """
     parser = _parser([arguments_type], prog)
     words = with_config(words, parser)
-    arguments, _ = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    (arguments,) = parsed(parser, words)
     _show_bars(not arguments.disable_tqdm)
     return arguments
+
+
+def parsed(parser: HfArgumentParser, words: Sequence[str]) -> list[Any]:
+    """The parser's dataclasses, filled in.
+
+    Raises:
+        ValueError: a word is no option, or a dataclass refuses a value.
+    """
+    *filled, rest = parser.parse_args_into_dataclasses(
+        words, look_for_args_file=False, return_remaining_strings=True
+    )
+    unknown = [word.partition("=")[0] for word in rest if word.startswith("--")]
+    for word in [*unknown, *rest]:
+        known = parser._option_string_actions
+        near = [CALLED[word]] if word in CALLED else difflib.get_close_matches(word, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; `{parser.prog} --help` lists them"
+        raise ValueError(f"{word}: {parser.prog} has no such option{hint}")
+    # What is left is the namespace of --config, which has been read.
+    return [one for one in filled if dataclasses.is_dataclass(one)]
 
 
 def with_config(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
@@ -199,11 +255,16 @@ def with_config(words: Sequence[str], parser: argparse.ArgumentParser) -> list[s
     command = parser.prog.split()[-1]
     # A plan is of a training.
     command = "train" if command == "plan" else command
-    return [*config_words(given.config, command, options, training), *rest]
+    with Naming("config"):
+        return [*config_words(given.config, command, options, training), *rest]
+
+
+class _Parser(OneMessage, HfArgumentParser):
+    pass
 
 
 def _parser(types: list[type[Any]], prog: str) -> HfArgumentParser:
-    parser = HfArgumentParser(cast(Any, types), prog=prog, allow_abbrev=False)
+    parser = _Parser(cast(Any, types), prog=prog, allow_abbrev=False)
     parser.add_argument("--config", help=CONFIG_HELP)
     for action in parser._actions:
         if action.required:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from types import ModuleType
+from typing import Any
 
 from sftmix.interrupts import Interrupted, handled
 
@@ -26,6 +29,8 @@ COMMANDS = {
 
 TRACEBACK = "--traceback"
 STOPPED = "before it was done"
+# What the options of the command line are called by the trainer that they go to.
+TYPED = {"train_dataset": "data", "eval_dataset": "eval_data", "confident": "partition"}
 # Time for the rank that failed to print its message and end.
 RANK_ERROR_SECONDS = 5.0
 
@@ -93,6 +98,21 @@ def _main(words: list[str]) -> int:
     except USER_ERRORS as error:
         if traceback:
             raise
-        print(f"sftmix {command}: error: {printable(str(error))}", file=sys.stderr)
+        text = as_typed(str(error), options_of(module))
+        print(f"sftmix {command}: error: {printable(text)}", file=sys.stderr)
         return exit_code(error)
     return code or 0
+
+
+def options_of(module: ModuleType) -> set[str]:
+    """Return the names of a command's options: its dataclasses' fields, and others by name."""
+    kinds: Iterable[type[Any]] = getattr(module, "ARGUMENTS", ())
+    fields = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    return {*fields, *(("config",) if fields else ()), *getattr(module, "OPTIONS", ())}
+
+
+def as_typed(message: str, options: Collection[str]) -> str:
+    """Return a message that begins with an option's name with the flag that was typed."""
+    name, colon, rest = message.partition(": ")
+    name = TYPED.get(name, name)
+    return f"--{name}{colon}{rest}" if colon and name in options else message

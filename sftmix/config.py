@@ -10,6 +10,8 @@ import numpy as np
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from sftmix.failures import Naming
+from sftmix.option_checks import check_options, check_settled
 from sftmix_kernels import RowChunks, VocabTiles
 from sftmix_kernels.schedules import Schedule
 
@@ -34,20 +36,6 @@ SAVE_MINUTES = 30.0
 
 # Options of Mixup, with pairs or in its weight, and of one method each.
 OF_MIXUP = ("mu", "mu_schedule", "mu_warmup_ratio", "alpha", "lambda_scope", "pairing")
-
-# Options of transformers that this trainer's loss and sampler would not heed, and their defaults.
-UNSUPPORTED = {
-    "label_smoothing_factor": 0.0,
-    "train_sampling_strategy": "random",
-    "data_seed": None,
-    "auto_find_batch_size": False,
-    "save_only_model": False,
-    "average_tokens_across_devices": True,
-    "prediction_loss_only": False,
-    "bf16_full_eval": False,
-    "fp16_full_eval": False,
-}
-
 
 # transformers' name for it; older versions know the other alone.
 CHECKPOINTING = (
@@ -170,9 +158,9 @@ class SFTMixOptions(ConfigBase):
             )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: the trainer needs every column; leave it off")
-        for name, default in UNSUPPORTED.items():
-            if getattr(self, name) != default:
-                raise ValueError(f"{name}: not supported here, got {getattr(self, name)!r}")
+        # transformers knows the flag without a value, while a YAML file says true.
+        self.fsdp = {"true": True, "false": None}.get(str(self.fsdp).lower(), self.fsdp)
+        check_options(self)
         if self.push_to_hub and HubStrategy(self.hub_strategy) != HubStrategy.END:
             raise ValueError(
                 f"hub_strategy: expected 'end', got {self.hub_strategy!r}: checkpoints are renamed "
@@ -182,8 +170,17 @@ class SFTMixOptions(ConfigBase):
         metric = self.metric_for_best_model
         if self.greater_is_better is None and metric and metric.endswith(EVALUATED):
             self.greater_is_better = False
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        # transformers' messages mention the option that is wrong, most of them.
+        among = {name: rf"\b{name}\b" for name in self.__dataclass_fields__}
+        among["accelerator_config"] = "(?i)accelerator_?config"
+        with Naming("training options", among=among):
+            super().__post_init__()  # type: ignore[no-untyped-call]
         self._check_memory()
+        self._check_settled()
+
+    def _check_settled(self) -> None:
+        """What can be told only once transformers has read the options."""
+        check_settled(self, {name: one.default for name, one in self.__dataclass_fields__.items()})
 
     def _turn_lean(self) -> None:
         """Turn on what is off of this trainer's own that saves memory and leaves results alone."""
@@ -313,4 +310,7 @@ class SFTMixConfig(SFTMixOptions, TrainingArguments):
     )
     save_total_limit: int | None = option(2, "Checkpoints kept, the newest", "ours")
     seed: int = option(0, "Seed of pairs, lam, shuffling and initialisation", "ours")
-    report_to: str = option("none", "Reporter of the metrics: none, tensorboard, ...", "ours")
+    report_to: str | list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "Reporters of the metrics: none, tensorboard, wandb, ... [ours]"},
+    )

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from sftmix.demo_data import HELD_OUT, TRAIN
+from sftmix.failures import OneMessage
 from sftmix.partition import Partition, read_partition
 from sftmix.report import Section, Table, report_runs, require_plots
 from sftmix.report.confidence import groups_picture
@@ -110,9 +111,12 @@ class ModelResult:
         return math.exp(self.held_out_loss)
 
 
+OPTIONS = ("output", "seed")
+
+
 def main(words: Sequence[str]) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
+    parser = OneMessage(
         prog="sftmix demo",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -138,7 +142,7 @@ def run_demo(output: str, seed: int, sizes: DemoSizes) -> None:
         raise ValueError(f"seed: expected 0 .. 2^32-1, got {seed}")
     if Path(output).is_dir() and any(Path(output).iterdir()):
         raise ValueError(f"output: {output!r} is not empty; the demo needs a new folder")
-    folder = open_run(output, resume=False)
+    folder = open_run(output, resume=False, name="output")
     with lock_run(folder):
         write_data(folder / "data", sizes.max_rows)
         steps = plan(folder, seed, sizes)

@@ -13,6 +13,7 @@ from sftmix.arguments import parse_alone
 from sftmix.config import option
 from sftmix.manifest import versions
 from sftmix.medical import Questions, Score, load, read_questions, require_harness, score
+from sftmix.model_source import check_model
 from sftmix.runs import write_json
 from sftmix.tasks import PAPER_NAMES
 
@@ -73,6 +74,9 @@ class EvaluateArguments:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
+ARGUMENTS = (EvaluateArguments,)
+
+
 def main(words: Sequence[str]) -> None:
     """Run the command."""
     arguments = parse_alone(words, EvaluateArguments, "sftmix evaluate")
@@ -83,6 +87,7 @@ def main(words: Sequence[str]) -> None:
         ids = arguments.pubmedqa_ids if name == "pubmedqa" else None
         questions[name] = read_questions(name, getattr(arguments, f"{name}_data"), ids)
     require_harness()
+    check_model(arguments.model)
     model, tokenizer = load(arguments.model, arguments.dtype)
     scores = score(
         model,

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
+import re
 import unicodedata
+from collections.abc import Mapping
+from types import TracebackType
+from typing import NoReturn
 
 REFUSED, FAILED = 2, 1
 
@@ -44,3 +49,83 @@ def _shown(character: str) -> str:
     if character not in "\n\t" and unicodedata.category(character) in ("Cc", "Cf", "Cs"):
         return character.encode("unicode_escape", "surrogatepass").decode("ascii")
     return character
+
+
+class OneMessage(argparse.ArgumentParser):
+    """A parser whose refusal is one message, without the usage of a hundred options."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2, as argparse does."""
+        # argparse names both spellings of an option, with underscores and with dashes.
+        message = re.sub(r"^argument (--\w+)(/\S+)?: ", r"\1: ", printable(message))
+        self.exit(REFUSED, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
+
+
+class Naming:
+    """A context that turns what a library raises for a wrong value into a message that names it.
+
+    ``ValueError``, ``OSError`` and ``ImportError`` keep their kind. Others that libraries raise
+    become a ``ValueError``: wrong keywords, keys and attributes, and the plain ``Exception`` of the
+    tokenizers library. A message that begins with the name, or with ``other``, is not named twice.
+
+    >>> with Naming("seed"):
+    ...     int("three")
+    Traceback (most recent call last):
+    ValueError: seed: invalid literal for int() with base 10: 'three'
+    """
+
+    def __init__(
+        self,
+        name: str,
+        what: str = "",
+        *,
+        other: str | None = None,
+        among: Mapping[str, str] | None = None,
+    ) -> None:
+        """See the class.
+
+        Args:
+            name: what the value is called, an option or an argument.
+            what: what was being done, for the message.
+            other: another name that a message may begin with, which is replaced.
+            among: names that come before ``name`` where a message matches their pattern.
+        """
+        self.name, self.what, self.other = name, f"{what}: " if what else "", other
+        self.among = among or {}
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None or exit_code(error) != REFUSED or not is_library_error(error):
+            return
+        text = str(error)
+        if text.startswith(f"{self.name}: "):
+            return
+        if self.other and text.startswith(f"{self.other}: "):
+            text = text.removeprefix(f"{self.other}: ")
+        elif not isinstance(error, ValueError | OSError | ImportError):
+            text = f"{self.what}{type(error).__name__}: {text}"
+        else:
+            text = f"{self.what}{text}"
+        kinds = (FileNotFoundError, OSError, ImportError)
+        raised = next((one for one in kinds if isinstance(error, one)), ValueError)
+        text = text.removeprefix(f"--{self.name} ")
+        mentioned = (name for name, pattern in self.among.items() if re.search(pattern, text))
+        raise raised(f"{next(mentioned, self.name)}: {text}") from error
+
+
+def is_library_error(error: BaseException) -> bool:
+    """Whether a library may raise this for a wrong value or file."""
+    # tokenizers raises Exception itself, huggingface_hub and datasets have bases of their own.
+    own = {base.__name__ for base in type(error).__mro__}
+    return (
+        isinstance(error, (*REFUSALS, LookupError, AttributeError, RuntimeError, AssertionError))
+        or type(error) is Exception
+        or bool(own & {"StrictDataclassError", "DatasetsError", "HTTPError"})
+    ) and not own & {"OutOfMemoryError", "DistError", "RankError"}

@@ -23,8 +23,9 @@ from sftmix.answering import Answerer, Decoding
 from sftmix.arguments import parse_alone
 from sftmix.checkpoints import checksum
 from sftmix.config import option
-from sftmix.loading import CONFIGS, base_model, load_tokenizer, load_trained_model
+from sftmix.loading import base_model, load_tokenizer, load_trained_model
 from sftmix.manifest import start_manifest
+from sftmix.model_source import CONFIGS, check_model
 from sftmix.questions import (
     FORMATS,
     Answer,
@@ -90,6 +91,9 @@ class GenerateArguments:
             self.name = Path(self.model).resolve().name
 
 
+ARGUMENTS = (GenerateArguments,)
+
+
 def main(words: Sequence[str]) -> None:
     """Run the command."""
     arguments = parse_alone(words, GenerateArguments, "sftmix generate")
@@ -112,6 +116,7 @@ def generate(path: Path, run: Path, arguments: GenerateArguments) -> None:
         OSError: the model cannot be read, or the answers cannot be written.
         FloatingPointError: the model's logits are not numbers.
     """
+    check_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
     form = FORMATS[arguments.format]
     questions = read_questions(arguments.questions, arguments.format)
     decoding = Decoding(

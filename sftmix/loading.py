@@ -17,12 +17,12 @@ from sftmix.arguments import RunArguments, TrainRunArguments
 from sftmix.checkpoints import STAGING, writing
 from sftmix.data import Example, load_examples, rows_by_file
 from sftmix.examples_check import check_command
+from sftmix.failures import Naming
 from sftmix.model_card import FILE as CARD
+from sftmix.model_source import CONFIGS, ReadingModel
 from sftmix.runs import sync_folder
 from sftmix.selection import columns_of, parse_selection, say, select
 from sftmix.tokenizing import tokenize_examples
-
-CONFIGS = ("config.json", "adapter_config.json")
 
 
 class ModelArguments(Protocol):
@@ -100,22 +100,24 @@ def _from_safetensors(
 ) -> Any:
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            model,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            use_safetensors=True,
-            trust_remote_code=arguments.trust_remote_code,
-        )
+        with ReadingModel(model, "the model"):
+            return AutoModelForCausalLM.from_pretrained(
+                model,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                use_safetensors=True,
+                trust_remote_code=arguments.trust_remote_code,
+            )
     except SafetensorError as error:
         raise OSError(f"model: the weights of {model} are damaged: {error}") from error
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     """The model's tokenizer."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        arguments.model, trust_remote_code=arguments.trust_remote_code
-    )
+    with ReadingModel(arguments.model, "the tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            arguments.model, trust_remote_code=arguments.trust_remote_code
+        )
     return tokenizer
 
 
@@ -148,14 +150,15 @@ def load_data(
         text: parse_selection(text, split=split, on_bad_row=on_bad_row)
         for text in arguments.select or ()
     }
-    examples = load_examples(
-        arguments.data,
-        on_bad_row=on_bad_row,
-        split=split,
-        numbers=columns_of(selections),
-        disable_progress=disable_progress,
-        argument="--data",
-    )
+    with Naming("data"):
+        examples = load_examples(
+            arguments.data,
+            on_bad_row=on_bad_row,
+            split=split,
+            numbers=columns_of(selections),
+            disable_progress=disable_progress,
+            argument="--data",
+        )
     say(rows_by_file(examples))
     examples = select(examples, selections)
     return _tokenized(examples, arguments, tokenizer, disable_progress=disable_progress)
@@ -170,13 +173,14 @@ def load_held_out(
     """The examples of ``--eval_data``, all of them, as tokens; None where none are given."""
     if not arguments.eval_data:
         return None
-    examples = load_examples(
-        arguments.eval_data,
-        on_bad_row=arguments.on_bad_row,
-        split=arguments.eval_split,
-        disable_progress=disable_progress,
-        argument="--eval_data",
-    )
+    with Naming("eval_data", other="data"):
+        examples = load_examples(
+            arguments.eval_data,
+            on_bad_row=arguments.on_bad_row,
+            split=arguments.eval_split,
+            disable_progress=disable_progress,
+            argument="--eval_data",
+        )
     say(rows_by_file(examples))
     return _tokenized(examples, arguments, tokenizer, disable_progress=disable_progress)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler
 
+from sftmix.config import CHECKPOINTING
 from sftmix.failures import USER_ERRORS
 from sftmix.pairing import IGNORE_INDEX
 from sftmix.runs import lock_run, open_run, remove_leftovers
@@ -122,8 +123,8 @@ def opened_run(output: str, *, resume: bool) -> Iterator[Path]:
     with contextlib.ExitStack() as lock:
 
         def claim() -> Path:
-            run = open_run(output, resume=resume)
-            lock.enter_context(lock_run(run))
+            run = open_run(output, resume=resume, name="output")
+            lock.enter_context(lock_run(run, name="output"))
             remove_leftovers(run)
             return run
 
@@ -258,6 +259,7 @@ def check_parallelism(args: Any, accelerator: Any, model: nn.Module) -> None:
                 "parallelism, is not supported; use DDP or FSDP2 (--fsdp)"
             )
     _check_model(model)
+    _check_reentrant(args, model)
     _check_fsdp(args, accelerator)
 
 
@@ -289,6 +291,16 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(
             "model: loaded with a device_map over several devices, pipeline parallelism, which is "
             "not supported; use FSDP2 (--fsdp)"
+        )
+
+
+def _check_reentrant(args: Any, model: nn.Module) -> None:
+    options = getattr(args, f"{CHECKPOINTING}_kwargs", None)
+    reentrant = args.checkpoints_activations and bool((options or {}).get("use_reentrant"))
+    if reentrant and args.world_size > 1 and hasattr(model, "peft_config"):
+        raise ValueError(
+            f"{CHECKPOINTING}_kwargs: expected use_reentrant false, which is the default, for an "
+            "adapter on several devices, got true: DDP would see its gradients twice"
         )
 
 

@@ -15,15 +15,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sftmix.failures import Naming
+
 TEMPORARY_PREFIX = ".tmp-"
 LOCK_NAME = ".lock"
 
 
-def open_run(path: str | os.PathLike[str], *, resume: bool) -> Path:
+def open_run(path: str | os.PathLike[str], *, resume: bool, name: str = "path") -> Path:
     """Returns the output folder of a run: created when new, checked when resumed.
 
     The lock and the leftovers of a killed process do not count as content. A run that was killed
-    before it wrote anything may be resumed: it starts from the beginning.
+    before it wrote anything may be resumed: it starts from the beginning. `name` is what messages
+    call the folder, as the one who gave it did.
 
     Raises:
         ValueError: `path` is empty, has a `..` component, is a symbolic link or a file; it holds
@@ -31,25 +34,28 @@ def open_run(path: str | os.PathLike[str], *, resume: bool) -> Path:
             it is a symbolic link that leads out of it.
     """
     if not os.fspath(path):
-        raise ValueError("path: expected the folder of a run, got an empty name")
+        raise ValueError(f"{name}: expected the folder of a run, got an empty name")
     folder = Path(path)
     if ".." in folder.parts:
-        raise ValueError(f"path: a run name cannot leave its folder, got {str(folder)!r}")
+        raise ValueError(f"{name}: a run name cannot leave its folder, got {str(folder)!r}")
     if folder.is_symlink():
-        raise ValueError(f"path: expected a folder, got the symbolic link {str(folder)!r}")
+        raise ValueError(f"{name}: expected a folder, got the symbolic link {str(folder)!r}")
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"path: expected a folder, got the file {str(folder)!r}")
+        raise ValueError(f"{name}: expected a folder, got the file {str(folder)!r}")
     used = folder.is_dir() and any(map(_is_content, folder.iterdir()))
     if resume and not folder.is_dir():
-        raise ValueError(f"resume: there is no run to resume in {str(folder)!r}")
+        raise ValueError(
+            f"{name}: there is no run to resume in {str(folder)!r}; --resume goes on with one"
+        )
     if used and not resume:
         raise ValueError(
-            f"path: {str(folder)!r} already holds a run; pass --resume to continue it "
+            f"{name}: {str(folder)!r} already holds a run; pass --resume to continue it "
             "or choose another folder"
         )
     if folder.is_dir():
-        _refuse_links_out_of(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+        _refuse_links_out_of(folder, name)
+    with Naming(name):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -132,8 +138,8 @@ def publish_folder(staging: Path, final: Path, *, replace: bool = False) -> None
 
 
 @contextmanager
-def lock_run(path: Path) -> Iterator[None]:
-    """Holds the folder `path` so that no second process can write the same run.
+def lock_run(path: Path, *, name: str = "path") -> Iterator[None]:
+    """Holds the folder `path`, called `name`, so that no second process can write the same run.
 
     The lock is advisory and belongs to this process: the kernel drops it when the process ends,
     however it ends, and a forked child does not inherit it.
@@ -149,7 +155,7 @@ def lock_run(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"path: another process is writing the run {str(path)!r}") from error
+            raise ValueError(f"{name}: another process is writing the run {str(path)!r}") from error
         yield
     finally:
         _release(descriptor)
@@ -209,13 +215,13 @@ def _walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
         yield Path(root), folders, files
 
 
-def _refuse_links_out_of(folder: Path) -> None:
+def _refuse_links_out_of(folder: Path, name: str) -> None:
     inside = Path(os.path.realpath(folder))
     for root, folders, files in _walk(folder):
-        for entry in (root / name for name in sorted(folders + files)):
+        for entry in (root / file for file in sorted(folders + files)):
             if entry.is_symlink() and not Path(os.path.realpath(entry)).is_relative_to(inside):
                 raise ValueError(
-                    f"path: {str(entry)!r} is a symbolic link that leads out of the run's folder"
+                    f"{name}: {str(entry)!r} is a symbolic link that leads out of the run's folder"
                 )
 
 

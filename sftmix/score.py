@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from sftmix import interrupts
 from sftmix.arguments import RunArguments, ScoreConfig, parse
 from sftmix.checkpoints import remove_checkpoints
-from sftmix.loading import load_data, load_model, load_tokenizer, refuse_misfits
 from sftmix.failures import RunFailure
+from sftmix.loading import load_data, load_model, load_tokenizer, refuse_misfits
 from sftmix.lora import add_lora
 from sftmix.manifest import recipe, start_manifest
+from sftmix.model_source import check_model
 from sftmix.pairing import PairedCollator
 from sftmix.partition import Partition, from_scores, read_partition, summary, write_partition
 from sftmix.ranks import is_main, on_main, opened_run, refuse_differences, together
@@ -25,6 +26,9 @@ from sftmix.trainer import SFTMixMixin, SFTMixTrainer, make_collator
 from sftmix_kernels import StreamingPerplexity
 
 FILE = "confidence.parquet"
+
+
+ARGUMENTS = (RunArguments, ScoreConfig)
 
 
 def main(words: Sequence[str]) -> None:
@@ -53,6 +57,7 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
         Interrupted: a signal asked for it; a checkpoint holds what was trained and scored.
     """
     with together():
+        check_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
         tokenizer = load_tokenizer(arguments)
         refuse_misfits(arguments, tokenizer)
         dataset = load_data(arguments, tokenizer, disable_progress=config.disable_tqdm)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from sftmix.failures import Naming, OneMessage
 from sftmix.partition import read_partition, split, summary, write_partition
 from sftmix.runs import lock_run, open_run, write_json
+
+MANIFEST = "manifest.json"
+OPTIONS = ("by", "seed")
 
 
 def main(words: Sequence[str]) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
+    parser = OneMessage(
         prog="sftmix split",
         description="Rewrite the `subset` column of RUN/confidence.parquet.",
     )
@@ -28,18 +32,35 @@ def main(words: Sequence[str]) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of random halves [ours] (default: 0)")
     arguments = parser.parse_args(words)
-    run = open_run(arguments.run, resume=True)
-    path = Path(run) / "confidence.parquet"
-    with lock_run(run):
-        partition = split(read_partition(path), arguments.by, arguments.seed)
+    path = Path(arguments.run) / "confidence.parquet"
+    if not path.is_file():
+        raise ValueError(
+            f"RUN: expected a folder that `sftmix score` wrote, got {arguments.run!r}, which has "
+            "no confidence.parquet"
+        )
+    run = open_run(arguments.run, resume=True, name="RUN")
+    with lock_run(run, name="RUN"):
+        with Naming("RUN"):
+            manifest, partition = read_manifest(run), read_partition(path)
+        partition = split(partition, arguments.by, arguments.seed)
         write_partition(path, partition)
-        record(run, arguments.by, arguments.seed)
+        if manifest is not None:
+            noted = {"by": arguments.by, "seed": arguments.seed}
+            write_json(run / MANIFEST, {**manifest, "split": noted})
     print(summary(partition))
 
 
-def record(run: Path, by: str, seed: int) -> None:
-    """Note in ``RUN/manifest.json``, where there is one, how the halves were made."""
-    path = run / "manifest.json"
-    if path.exists():
+def read_manifest(run: Path) -> dict[str, Any] | None:
+    """Return what ``RUN/manifest.json`` holds, None where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = run / MANIFEST
+    if not path.exists():
+        return None
+    with Naming("RUN", f"{path} is damaged"):
         content = json.loads(path.read_text(encoding="utf-8"))
-        write_json(path, {**content, "split": {"by": by, "seed": seed}})
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a mapping, got a {type(content).__name__}")
+    return content

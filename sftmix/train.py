@@ -14,10 +14,9 @@ from sftmix import interrupts
 from sftmix.arguments import TrainRunArguments, parse
 from sftmix.checkpoints import STATE, list_checkpoints, step_of
 from sftmix.config import MIXED, SFTMixConfig
-from sftmix.failures import USER_ERRORS, RunFailure
+from sftmix.failures import USER_ERRORS, Naming, RunFailure
 from sftmix.hub import Repository, repository
 from sftmix.loading import (
-    CONFIGS,
     load_data,
     load_held_out,
     load_model,
@@ -29,11 +28,14 @@ from sftmix.lora import add_lora
 from sftmix.manifest import recipe, start_manifest, versions
 from sftmix.model_card import FILE as CARD
 from sftmix.model_card import model_card
+from sftmix.model_source import CONFIGS, check_model
 from sftmix.partition import match, partition_hash, read_partition, subset_counts
 from sftmix.ranks import RankError, is_main, on_main, opened_run, refuse_differences, together
 from sftmix.runs import atomic_write
 from sftmix.selection import naming_selections
 from sftmix.trainer import SFTMixTrainer, make_collator
+
+ARGUMENTS = (TrainRunArguments, SFTMixConfig)
 
 
 class Saved:
@@ -92,14 +94,17 @@ def train(
         Interrupted: a signal asked for it; what was trained is in a checkpoint.
     """
     with together():
+        check_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
         tokenizer = load_tokenizer(arguments)
         refuse_misfits(arguments, tokenizer)
         quiet = config.disable_tqdm
-        dataset = load_data(arguments, tokenizer, disable_progress=quiet)
+        # What is short is read first, so that a wrong name in it is told at once.
         held_out = load_held_out(arguments, tokenizer, disable_progress=quiet)
+        dataset = load_data(arguments, tokenizer, disable_progress=quiet)
         confident, scores_hash, subsets = None, None, None
         if arguments.partition is not None:
-            partition = read_partition(Path(arguments.partition))
+            with Naming("partition"):
+                partition = read_partition(Path(arguments.partition))
             with naming_selections(Path(arguments.partition), arguments.select):
                 confident = match(partition, dataset["id"][:], dataset["content_hash"][:])
             scores_hash, subsets = partition_hash(partition), subset_counts(partition)

@@ -7,7 +7,7 @@
 - `command`: the options, the switches and the advice; `table` writes them
 """
 
-from sftmix.plan.command import main
+from sftmix.plan.command import ARGUMENTS, main
 from sftmix.plan.step import Plan, plan_step
 
-__all__ = ["Plan", "main", "plan_step"]
+__all__ = ["ARGUMENTS", "Plan", "main", "plan_step"]

@@ -13,6 +13,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from sftmix.arguments import TrainRunArguments, parse
 from sftmix.config import CHECKPOINTING, LEAN_LOSS_BYTES, LEAN_TILE_TOKENS, SFTMixConfig, option
+from sftmix.model_source import check_model
+from sftmix.option_checks import check_schedule
 from sftmix.plan.optimizer import EIGHT_BIT
 from sftmix.plan.search import GRID, largest_length
 from sftmix.plan.step import Plan, plan_step
@@ -43,6 +45,10 @@ class PlanConfig(SFTMixConfig):
         # Without a GPU transformers would refuse what only a GPU can do.
         self.use_cpu = self.on_cpu or not torch.cuda.is_available()
         super().__post_init__()
+
+    def _check_settled(self) -> None:
+        # The device is not the one that is planned for, nor do the optimizer's packages matter.
+        check_schedule(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +102,10 @@ class Planned:
 
     def read_config(self) -> PretrainedConfig:
         """The model's config."""
+        model, trust_remote_code = self.arguments.model, self.arguments.trust_remote_code
+        check_model(model, trust_remote_code=trust_remote_code, weights=False)
         config: PretrainedConfig = AutoConfig.from_pretrained(
-            self.arguments.model, trust_remote_code=self.arguments.trust_remote_code
+            model, trust_remote_code=trust_remote_code
         )
         return config
 
@@ -134,6 +142,9 @@ class Planned:
         holder = self.arguments if hasattr(self.arguments, one.name) else self.options
         value = getattr(holder, one.name)
         return getattr(value, "value", value) in one.off
+
+
+ARGUMENTS = (PlanArguments, PlanConfig)
 
 
 def main(words: Sequence[str]) -> int:

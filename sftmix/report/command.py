@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from sftmix.failures import OneMessage
 from sftmix.report.drawing import require_plots
 from sftmix.report.findings import Findings, find
 from sftmix.report.page import Page, Section, write_page
@@ -22,9 +23,12 @@ page says why. Needs matplotlib and scikit-learn: pip install 'sftmix[plots]'.""
 EXAMPLES = 1000
 
 
+OPTIONS = ("output", "examples", "title")
+
+
 def main(words: Sequence[str]) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
+    parser = OneMessage(
         prog="sftmix report",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
