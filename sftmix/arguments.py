@@ -178,14 +178,21 @@ def with_config(words: Sequence[str], parser: argparse.ArgumentParser) -> list[s
     given, rest = first.parse_known_args(words)
     if given.config is None:
         return rest
-    options = {flag.lstrip("-") for flag in parser._option_string_actions}
+    takes = {
+        flag.lstrip("-"): action.nargs
+        for flag, action in parser._option_string_actions.items()
+        # Neither --help nor --no_X, which take no value, nor another file, which nobody reads.
+        if action.nargs != 0 and action.dest != "config"
+    }
+    single = [name for name, nargs in takes.items() if nargs not in ("+", "*")]
     training = {
         field.name for cls in (TrainRunArguments, ScoreConfig) for field in dataclasses.fields(cls)
     }
     command = parser.prog.split()[-1]
     # A plan is of a training.
     command = "train" if command == "plan" else command
-    return [*config_words(given.config, command, options, training), *rest]
+    words = config_words(given.config, command, takes, training, single=single)
+    return [*words, *rest]
 
 
 def _parser(types: list[type[Any]], prog: str) -> HfArgumentParser:
