@@ -27,6 +27,9 @@ CONFIG_HELP = (
 )
 
 
+REVISION_HELP = "Branch, tag or commit of a model on the hub; the manifest keeps the commit"
+
+
 @dataclasses.dataclass
 class RunArguments:
     """What every command that runs a model needs."""
@@ -72,7 +75,10 @@ class RunArguments:
         "Names of the layers that get updates; by default all linear ones but the head",
         "ours",
     )
-    trust_remote_code: bool = option(False, "Run Python code that comes with the model", "ours")
+    revision: str | None = option(None, REVISION_HELP, "ours")
+    trust_remote_code: bool = option(
+        False, "Run Python code that comes with the model; only a flag can say so", "ours"
+    )
 
 
 @dataclasses.dataclass

@@ -56,6 +56,7 @@ def main(words: Sequence[str] | None = None) -> int:
     module = importlib.import_module(f"sftmix.{command}")
     from sftmix.failures import FAILED, USER_ERRORS, exit_code, printable
     from sftmix.ranks import RankError
+    from sftmix.redaction import redacted
 
     try:
         code: int | None = module.main(words[1:])
@@ -68,6 +69,6 @@ def main(words: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if traceback:
             raise
-        print(f"sftmix {command}: error: {printable(str(error))}", file=sys.stderr)
+        print(f"sftmix {command}: error: {printable(redacted(str(error)))}", file=sys.stderr)
         return exit_code(error)
     return code or 0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from sftmix.manifest import read_manifest
 from sftmix.partition import read_partition, split, summary, write_partition
 from sftmix.runs import lock_run, open_run, write_json
 
@@ -41,5 +41,4 @@ def record(run: Path, by: str, seed: int) -> None:
     """Note in ``RUN/manifest.json``, where there is one, how the halves were made."""
     path = run / "manifest.json"
     if path.exists():
-        content = json.loads(path.read_text(encoding="utf-8"))
-        write_json(path, {**content, "split": {"by": by, "seed": seed}})
+        write_json(path, {**read_manifest(path), "split": {"by": by, "seed": seed}})

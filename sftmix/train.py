@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sftmix.arguments import TrainRunArguments, parse
 from sftmix.config import MIXED, SFTMixConfig
+from sftmix.data import data_hash
 from sftmix.loading import (
     load_data,
     load_held_out,
@@ -67,7 +68,10 @@ def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTM
             data_collator=make_collator(tokenizer, config),
             confident=confident,
         )
-        numbers = recipe(arguments, config, dataset, tokenizer, partition=scores_hash)
+        hashes = {"partition": scores_hash}
+        if held_out is not None:
+            hashes["eval_data_hash"] = data_hash(held_out["content_hash"][:])
+        numbers = recipe(arguments, config, dataset, tokenizer, **hashes)
     refuse_differences(numbers)
     files = {"partition": arguments.partition, "eval_data": arguments.eval_data}
     if arguments.eval_data:

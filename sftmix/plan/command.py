@@ -97,7 +97,9 @@ class Planned:
     def read_config(self) -> PretrainedConfig:
         """The model's config."""
         config: PretrainedConfig = AutoConfig.from_pretrained(
-            self.arguments.model, trust_remote_code=self.arguments.trust_remote_code
+            self.arguments.model,
+            revision=self.arguments.revision or "main",
+            trust_remote_code=self.arguments.trust_remote_code,
         )
         return config
 
