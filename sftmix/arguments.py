@@ -40,6 +40,9 @@ CONFIG_HELP = (
 )
 
 
+REVISION_HELP = "Branch, tag or commit of a model on the hub; the manifest keeps the commit"
+
+
 @dataclasses.dataclass
 class RunArguments:
     """What every command that runs a model needs."""
@@ -90,7 +93,10 @@ class RunArguments:
         "Names of the layers that get updates; by default all linear ones but the head",
         "ours",
     )
-    trust_remote_code: bool = option(False, "Run Python code that comes with the model", "ours")
+    revision: str | None = option(None, REVISION_HELP, "ours")
+    trust_remote_code: bool = option(
+        False, "Run Python code that comes with the model; only a flag can say so", "ours"
+    )
 
     def __post_init__(self) -> None:
         for name in ("model", "data_split"):
@@ -248,7 +254,13 @@ def with_config(words: Sequence[str], parser: argparse.ArgumentParser) -> list[s
     given, rest = first.parse_known_args(words)
     if given.config is None:
         return rest
-    options = {flag.lstrip("-") for flag in parser._option_string_actions}
+    takes = {
+        flag.lstrip("-"): action.nargs
+        for flag, action in parser._option_string_actions.items()
+        # Neither --help nor --no_X, which take no value, nor another file, which nobody reads.
+        if action.nargs != 0 and action.dest != "config"
+    }
+    single = [name for name, nargs in takes.items() if nargs not in ("+", "*")]
     training = {
         field.name for cls in (TrainRunArguments, ScoreConfig) for field in dataclasses.fields(cls)
     }
@@ -256,7 +268,8 @@ def with_config(words: Sequence[str], parser: argparse.ArgumentParser) -> list[s
     # A plan is of a training.
     command = "train" if command == "plan" else command
     with Naming("config"):
-        return [*config_words(given.config, command, options, training), *rest]
+        typed = config_words(given.config, command, takes, training, single=single)
+    return [*typed, *rest]
 
 
 class _Parser(OneMessage, HfArgumentParser):

@@ -87,7 +87,7 @@ def main(words: Sequence[str]) -> None:
         ids = arguments.pubmedqa_ids if name == "pubmedqa" else None
         questions[name] = read_questions(name, getattr(arguments, f"{name}_data"), ids)
     require_harness()
-    check_model(arguments.model)
+    check_model(arguments.model, arguments.revision)
     model, tokenizer = load(arguments.model, arguments.dtype)
     scores = score(
         model,

@@ -7,7 +7,6 @@ answers so far, a line for each batch. The answers are deleted once the file is 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -17,15 +16,14 @@ from typing import Literal
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from sftmix.answering import Answerer, Decoding
-from sftmix.arguments import parse_alone
-from sftmix.checkpoints import checksum
+from sftmix.arguments import REVISION_HELP, parse_alone
 from sftmix.config import option
-from sftmix.loading import base_model, load_tokenizer, load_trained_model
+from sftmix.loading import load_tokenizer, load_trained_model
 from sftmix.manifest import start_manifest
-from sftmix.model_source import CONFIGS, check_model
+from sftmix.model_source import check_model
+from sftmix.provenance import provenance
 from sftmix.questions import (
     FORMATS,
     Answer,
@@ -80,6 +78,7 @@ class GenerateArguments:
     dtype: Literal["float32", "bfloat16", "auto"] = option(
         "auto", "Dtype of the weights; auto: as they were saved", "ours"
     )
+    revision: str | None = option(None, REVISION_HELP, "ours")
     trust_remote_code: bool = option(False, "Run Python code that comes with the model", "ours")
     use_cpu: bool = option(False, "Use the CPU where there is an accelerator", "ours")
     disable_tqdm: bool = option(False, "Show no progress bars", "ours")
@@ -116,7 +115,11 @@ def generate(path: Path, run: Path, arguments: GenerateArguments) -> None:
         OSError: the model cannot be read, or the answers cannot be written.
         FloatingPointError: the model's logits are not numbers.
     """
-    check_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    check_model(
+        arguments.model,
+        arguments.revision,
+        trust_remote_code=arguments.trust_remote_code,
+    )
     form = FORMATS[arguments.format]
     questions = read_questions(arguments.questions, arguments.format)
     decoding = Decoding(
@@ -128,7 +131,12 @@ def generate(path: Path, run: Path, arguments: GenerateArguments) -> None:
     tokenizer = load_tokenizer(arguments)
     numbers = {
         "model": arguments.model,
-        "model_hash": model_hash(arguments.model, arguments.trust_remote_code),
+        **provenance(
+            arguments.model,
+            tokenizer,
+            arguments.revision,
+            trust_remote_code=arguments.trust_remote_code,
+        ),
         "template_hash": template_hash(tokenizer),
         "dtype": arguments.dtype,
         "format": arguments.format,
@@ -149,23 +157,6 @@ def generate(path: Path, run: Path, arguments: GenerateArguments) -> None:
     write_answers(path, arguments.format, str(arguments.name), questions, answers)
     (run / PARTIAL).unlink()
     report(answers, decoding.max_new_tokens)
-
-
-def model_hash(model: str, trust_remote_code: bool) -> str:
-    """The checksums of a folder's weights and configs, an adapter's base with it; a hub's commit.
-
-    Raises:
-        OSError: there is no such model.
-    """
-    folder = Path(model)
-    if not folder.is_dir():
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-        return str(config._commit_hash)
-    files = [*folder.glob("*.safetensors"), *(folder / name for name in CONFIGS)]
-    sums = [f"{path.name} {checksum(path)}" for path in sorted(files) if path.exists()]
-    if (folder / "adapter_config.json").exists():
-        sums.append(model_hash(base_model(folder), trust_remote_code))
-    return hashlib.sha256("\n".join(sums).encode("utf-8")).hexdigest()
 
 
 def device(arguments: GenerateArguments) -> torch.device:

@@ -134,6 +134,7 @@ class HeadAdapter:
         inputs = {"input_ids": tokens, "use_cache": False}
         with evaluating(self.model):
             own = self.model(**inputs).logits
+            self.check_numbers(own)
             self.check_causal(inputs, own)
             if self.fused:
                 self.find_scale_and_softcap(inputs)
@@ -145,6 +146,20 @@ class HeadAdapter:
                 found = found.flip(0)
             self.compare(own, found)
             self.find_router_coefficient(inputs, own)
+
+    def check_numbers(self, own: Tensor) -> None:
+        """The model's own logits are numbers, or nothing could be learnt from them.
+
+        Raises:
+            ValueError: one is NaN or plus infinity; minus infinity forbids a token.
+        """
+        wrong = own.isnan() | own.isposinf()
+        if wrong.any():
+            raise ValueError(
+                f"model: {int(wrong.sum())} of {wrong.numel()} of its logits are not numbers (NaN "
+                "or infinite) for a few tokens: its weights are damaged, or too large for "
+                f"{own.dtype}; take a model whose answers are numbers"
+            )
 
     def check_causal(self, inputs: dict[str, Any], own: Tensor) -> None:
         """Another last token leaves the logits before it alone, up to rounding: half the digits.

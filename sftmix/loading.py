@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import datasets
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from sftmix.arguments import RunArguments, TrainRunArguments
@@ -20,9 +20,11 @@ from sftmix.examples_check import check_command
 from sftmix.failures import Naming
 from sftmix.model_card import FILE as CARD
 from sftmix.model_source import CONFIGS, ReadingModel
+from sftmix.provenance import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from sftmix.runs import sync_folder
 from sftmix.selection import columns_of, parse_selection, say, select
 from sftmix.tokenizing import tokenize_examples
+from sftmix.weights import no_loading_report, refuse_not_finite, refuse_other_tensors
 
 
 class ModelArguments(Protocol):
@@ -31,6 +33,10 @@ class ModelArguments(Protocol):
     @property
     def model(self) -> str:
         """Folder or hub name."""
+
+    @property
+    def revision(self) -> str | None:
+        """Branch, tag or commit of a model on the hub."""
 
     @property
     def dtype(self) -> str:
@@ -47,16 +53,19 @@ def load_model(arguments: ModelArguments, attn_implementation: str | None = None
     ``attn_implementation``: as in `from_pretrained`.
 
     Raises:
-        OSError: there is no such model, or it has no safetensors, or they are cut off.
-        ValueError: it is an adapter, or transformers does not know the attention.
+        OSError: there is no such model; it has no safetensors, or they are cut off, lack tensors,
+            hold others, or hold NaN or infinities.
+        ValueError: it is an adapter, or a folder with a revision, or transformers does not know the
+            attention.
         ImportError: the attention's package is not installed.
     """
-    if (Path(arguments.model) / "adapter_config.json").exists():
+    if (Path(arguments.model) / ADAPTER_CONFIG).exists():
         raise ValueError(
             f"model: {arguments.model} is an adapter of a model; merge the two, or train it with "
             "SFTMixTrainer in a script of your own"
         )
-    return _from_safetensors(arguments.model, arguments, attn_implementation)
+    refuse_revision(arguments)
+    return _from_safetensors(arguments.model, arguments, arguments.revision, attn_implementation)
 
 
 def load_trained_model(arguments: ModelArguments, base: str | None = None) -> Any:
@@ -69,54 +78,119 @@ def load_trained_model(arguments: ModelArguments, base: str | None = None) -> An
         OSError: as `load_model`; or the adapter has no safetensors, or does not say of which model.
     """
     folder = Path(arguments.model)
-    if not (folder / "adapter_config.json").exists():
+    if not (folder / ADAPTER_CONFIG).exists():
         return load_model(arguments)
     if importlib.util.find_spec("peft") is None:
         raise ImportError(f"{folder} is an adapter, which needs PEFT: pip install 'sftmix[peft]'")
     from peft import PeftModel
 
     # Without this file PEFT opens adapter_model.bin, a pickle.
-    if not (folder / "adapter_model.safetensors").exists():
-        raise OSError(f"model: {folder} has no adapter_model.safetensors")
-    model = _from_safetensors(base or base_model(folder), arguments)
-    return PeftModel.from_pretrained(model, str(folder))
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        raise OSError(f"--model: {folder} has no {ADAPTER_WEIGHTS}")
+    refuse_revision(arguments)
+    found, revision = base_model(folder)
+    if base is not None:
+        found, revision = base, None if Path(base).exists() else revision
+    model = _from_safetensors(found, arguments, revision)
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder))
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())
+        raise OSError(
+            f"--model: the adapter {folder} is damaged or not one of {found}: {reason:.300}"
+        ) from error
+    refuse_other_tensors(str(folder), _adapter_info(adapted, folder))
+    refuse_not_finite(str(folder), adapted)
+    return adapted
 
 
-def base_model(adapter: Path) -> str:
-    """Folder or hub name of the model that an adapter belongs to.
+def base_model(adapter: Path) -> tuple[str, str | None]:
+    """Folder or hub name of the model that an adapter belongs to, and its revision.
 
     Raises:
-        OSError: its config does not say.
+        OSError: its config does not say, or is damaged.
     """
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    base = config.get("base_model_name_or_path")
+    path = adapter / ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    except (ValueError, AttributeError) as error:
+        raise OSError(f"--model: {path} is damaged: {error}") from error
     if not base:
-        raise OSError(f"model: {adapter}/adapter_config.json has no base_model_name_or_path")
-    return str(base)
+        raise OSError(f"--model: {path} has no base_model_name_or_path")
+    # PEFT writes a revision for folders, too.
+    return str(base), None if Path(base).exists() else revision
+
+
+def refuse_revision(arguments: ModelArguments) -> None:
+    """Refuse a revision of what has none.
+
+    Raises:
+        ValueError: the model is a folder.
+    """
+    if arguments.revision is not None and Path(arguments.model).exists():
+        raise ValueError(
+            f"--revision: expected the name of a model on the hub with it, got the folder "
+            f"{arguments.model}; leave --revision out"
+        )
+
+
+def _adapter_info(model: Any, folder: Path) -> dict[str, set[str]]:
+    """The tensors that an adapter's file lacks or has besides, as of `from_pretrained`."""
+    from peft import get_peft_model_state_dict
+
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        found = set(file.keys())
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    # Embeddings of a changed vocabulary are saved with the adapter, under the model's own names.
+    whole = {f"base_model.model.{name}" for name in model.get_base_model().state_dict()}
+    return {"missing_keys": expected - found, "unexpected_keys": found - expected - whole}
 
 
 def _from_safetensors(
-    model: str, arguments: ModelArguments, attn_implementation: str | None = None
+    model: str,
+    arguments: ModelArguments,
+    revision: str | None,
+    attn_implementation: str | None = None,
 ) -> Any:
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    found: Any
     try:
-        with ReadingModel(model, "the model"):
-            return AutoModelForCausalLM.from_pretrained(
+        with ReadingModel(model, "the model"), no_loading_report():
+            found = AutoModelForCausalLM.from_pretrained(
                 model,
+                revision=revision or "main",
                 dtype=dtype,
                 attn_implementation=attn_implementation,
                 use_safetensors=True,
                 trust_remote_code=arguments.trust_remote_code,
+                output_loading_info=True,
+                # Refused below, naming them.
+                ignore_mismatched_sizes=True,
             )
     except SafetensorError as error:
         raise OSError(f"model: the weights of {model} are damaged: {error}") from error
+    loaded, info = found
+    refuse_other_tensors(model, info)
+    refuse_not_finite(model, loaded)
+    return loaded
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    """The model's tokenizer."""
+    """The model's tokenizer.
+
+    Raises:
+        ValueError: there is a revision and the model is a folder.
+        OSError: there is no such model.
+    """
+    refuse_revision(arguments)
     with ReadingModel(arguments.model, "the tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            arguments.model, trust_remote_code=arguments.trust_remote_code
+            arguments.model,
+            revision=arguments.revision or "main",
+            trust_remote_code=arguments.trust_remote_code,
         )
     return tokenizer
 
@@ -132,7 +206,9 @@ def refuse_misfits(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) 
     if (Path(arguments.model) / "adapter_config.json").exists():
         return  # `load_model` says what to do
     remote = arguments.trust_remote_code
-    config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=remote)
+    config = AutoConfig.from_pretrained(
+        arguments.model, revision=arguments.revision or "main", trust_remote_code=remote
+    )
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
     check_command(empty, tokenizer, arguments.max_length)

@@ -64,6 +64,7 @@ def add_lora(model: Any, arguments: RunArguments, seed: int) -> Any:
         lora_alpha=options["lora_alpha"],
         lora_dropout=options["lora_dropout"],
         target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
+        revision=arguments.revision,
     )
     # The model is still on the CPU, and so are its updates.
     with torch.random.fork_rng(devices=()):

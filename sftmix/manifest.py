@@ -1,4 +1,7 @@
-"""What a run was made from, written when it starts and compared when it is resumed."""
+"""What a run was made from, written when it starts and compared when it is resumed.
+
+Model, tokenizer and data are compared by content: names and paths are kept for people.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,26 @@ from sftmix.arguments import RunArguments
 from sftmix.config import SFTMixConfig
 from sftmix.data import data_hash
 from sftmix.lora import lora_options
+from sftmix.provenance import PARTS, provenance
+from sftmix.redaction import redacted
 from sftmix.runs import write_json
 from sftmix.templates import template_hash
 
 logger = logging.getLogger(__name__)
 
 FILE = "manifest.json"
-NOT_RECIPE = ("versions", "files", "split")  # the last is what `sftmix split` noted since
+# What tells hashes' differences apart, and what `sftmix split` noted since, besides the facts.
+NOT_RECIPE = ("versions", "files", "split", PARTS)
+# Names of what has a hash: equal content elsewhere, or chosen otherwise, is the same.
+BY_CONTENT = {
+    "model": "model_hash",
+    "revision": "model_hash",
+    "commit": "model_hash",
+    "data": "data_hash",
+    "data_split": "data_hash",
+    "select": "data_hash",
+    "on_bad_row": "data_hash",
+}
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy")
 
 
@@ -103,6 +119,12 @@ def recipe(
         "num_examples": len(dataset),
         "max_length": arguments.max_length,
         "template_hash": template_hash(tokenizer),
+        **provenance(
+            arguments.model,
+            tokenizer,
+            arguments.revision,
+            trust_remote_code=arguments.trust_remote_code,
+        ),
         **lora_options(arguments),
         **numbers,
         **more,
@@ -116,23 +138,65 @@ def start_manifest(run: Path, recipe: dict[str, Any], **files: Any) -> None:
     that relative ones, and those of the recipe, are relative to.
 
     Raises:
-        ValueError: the run was started from another recipe, naming what differs.
+        ValueError: the run was started from another recipe, naming what differs; or its manifest
+            is damaged.
     """
     path = run / FILE
+    recipe = redacted(json.loads(json.dumps(recipe)))
     if not path.exists():
         places = {"folder": os.getcwd(), **files}
-        write_json(path, {**recipe, "versions": versions(), "files": places})
+        write_json(path, {**recipe, "versions": versions(), "files": redacted(places)})
         return
-    earlier = json.loads(path.read_text(encoding="utf-8"))
-    earlier_versions = earlier.get("versions")
-    for name in NOT_RECIPE:
-        earlier.pop(name, None)
-    recipe = json.loads(json.dumps(recipe))
+    earlier = read_manifest(path)
+    # Versions before this one kept names alone.
+    unknown = [
+        name for name in recipe if name.endswith("_hash") and recipe[name] and name not in earlier
+    ]
+    if unknown:
+        logger.warning(
+            "%s was started by a version that kept no %s: whether they are the same cannot be "
+            "told, their names are compared",
+            run,
+            ", ".join(unknown),
+        )
     for name in sorted(recipe.keys() | earlier.keys()):
+        if name in (*NOT_RECIPE, *unknown) or (BY_CONTENT.get(name, "") in earlier.keys() & recipe):
+            continue
         if recipe.get(name) != earlier.get(name):
             raise ValueError(
                 f"resume: {run} was started with {name} = {earlier.get(name)!r}, "
-                f"now it is {recipe.get(name)!r}"
+                f"now it is {recipe.get(name)!r}{_what_differs(name, earlier, recipe)}; take what "
+                "it was started with, or start anew with another --output"
             )
-    if earlier_versions != versions():
-        logger.warning("%s was started with other versions: %s", run, earlier_versions)
+    if earlier.get("versions") != versions():
+        logger.warning("%s was started with other versions: %s", run, earlier.get("versions"))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return what a manifest holds.
+
+    Raises:
+        ValueError: it is damaged, with its name.
+        OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}; start anew with another --output") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} is damaged: expected names and values, got {type(content).__name__}; "
+            "start anew with another --output"
+        )
+    return content
+
+
+def _what_differs(name: str, earlier: dict[str, Any], recipe: dict[str, Any]) -> str:
+    """Of a hash the parts, such as files, that are not the same; and where they were then."""
+    parts, before = ((one.get(PARTS) or {}).get(name) or {} for one in (recipe, earlier))
+    changed = [one for one in {**before, **parts} if before.get(one) != parts.get(one)]
+    told = [f"{', '.join(changed[:5])} differ{'' if len(changed) > 1 else 's'}"] if changed else []
+    for place, owner in BY_CONTENT.items():
+        if owner == name and recipe.get(place) != earlier.get(place):
+            told.append(f"{place} was {earlier.get(place)!r}, now {recipe.get(place)!r}")
+    return f" ({'; '.join(told)})" if told else ""

@@ -65,7 +65,13 @@ def hub_fault(error: BaseException) -> str | None:
     return None
 
 
-def check_model(model: str, *, trust_remote_code: bool = False, weights: bool = True) -> None:
+def check_model(
+    model: str,
+    revision: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    weights: bool = True,
+) -> None:
     """Check that a folder holds a causal language model, or that a name could be on the hub.
 
     Raises:
@@ -84,7 +90,9 @@ def check_model(model: str, *, trust_remote_code: bool = False, weights: bool = 
     else:
         check_name(model)
     with ReadingModel(model, "the config"):
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            model, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
     check_kind(model, config, trust_remote_code=trust_remote_code)
 
 

@@ -57,7 +57,11 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
         Interrupted: a signal asked for it; a checkpoint holds what was trained and scored.
     """
     with together():
-        check_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
+        check_model(
+            arguments.model,
+            arguments.revision,
+            trust_remote_code=arguments.trust_remote_code,
+        )
         tokenizer = load_tokenizer(arguments)
         refuse_misfits(arguments, tokenizer)
         dataset = load_data(arguments, tokenizer, disable_progress=config.disable_tqdm)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sftmix.data import IGNORED_LABEL, Example, load_examples
+from sftmix.manifest import read_manifest
 from sftmix.ranks import is_main
 from sftmix.rows import OnBadRow
 
@@ -184,7 +184,7 @@ def naming_selections(partition: Path, selected: list[str] | None) -> Iterator[N
         manifest = partition.with_name("manifest.json")
         if not manifest.exists():
             raise
-        scored = json.loads(manifest.read_text(encoding="utf-8")).get("select")
+        scored = read_manifest(manifest).get("select")
         if scored == selected:
             raise
         raise ValueError(

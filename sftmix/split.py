@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from sftmix.failures import Naming, OneMessage
+from sftmix.manifest import FILE as MANIFEST
+from sftmix.manifest import read_manifest
 from sftmix.partition import read_partition, split, summary, write_partition
 from sftmix.runs import lock_run, open_run, write_json
 
-MANIFEST = "manifest.json"
 OPTIONS = ("by", "seed")
 
 
@@ -41,26 +40,12 @@ def main(words: Sequence[str]) -> None:
     run = open_run(arguments.run, resume=True, name="RUN")
     with lock_run(run, name="RUN"):
         with Naming("RUN"):
-            manifest, partition = read_manifest(run), read_partition(path)
+            kept = run / MANIFEST
+            manifest = read_manifest(kept) if kept.exists() else None
+            partition = read_partition(path)
         partition = split(partition, arguments.by, arguments.seed)
         write_partition(path, partition)
         if manifest is not None:
             noted = {"by": arguments.by, "seed": arguments.seed}
-            write_json(run / MANIFEST, {**manifest, "split": noted})
+            write_json(kept, {**manifest, "split": noted})
     print(summary(partition))
-
-
-def read_manifest(run: Path) -> dict[str, Any] | None:
-    """Return what ``RUN/manifest.json`` holds, None where there is none.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    path = run / MANIFEST
-    if not path.exists():
-        return None
-    with Naming("RUN", f"{path} is damaged"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"expected a mapping, got a {type(content).__name__}")
-    return content

@@ -14,6 +14,7 @@ from sftmix import interrupts
 from sftmix.arguments import TrainRunArguments, parse
 from sftmix.checkpoints import STATE, list_checkpoints, step_of
 from sftmix.config import MIXED, SFTMixConfig
+from sftmix.data import data_hash
 from sftmix.failures import USER_ERRORS, Naming, RunFailure
 from sftmix.hub import Repository, repository
 from sftmix.loading import (
@@ -94,7 +95,11 @@ def train(
         Interrupted: a signal asked for it; what was trained is in a checkpoint.
     """
     with together():
-        check_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
+        check_model(
+            arguments.model,
+            arguments.revision,
+            trust_remote_code=arguments.trust_remote_code,
+        )
         tokenizer = load_tokenizer(arguments)
         refuse_misfits(arguments, tokenizer)
         quiet = config.disable_tqdm
@@ -119,7 +124,10 @@ def train(
             confident=confident,
             processing_class=tokenizer,
         )
-        numbers = recipe(arguments, config, dataset, tokenizer, partition=scores_hash)
+        hashes = {"partition": scores_hash}
+        if held_out is not None:
+            hashes["eval_data_hash"] = data_hash(held_out["content_hash"][:])
+        numbers = recipe(arguments, config, dataset, tokenizer, **hashes)
     refuse_differences(numbers)
     files = {"partition": arguments.partition, "eval_data": arguments.eval_data}
     if arguments.eval_data:

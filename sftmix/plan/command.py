@@ -103,9 +103,12 @@ class Planned:
     def read_config(self) -> PretrainedConfig:
         """The model's config."""
         model, trust_remote_code = self.arguments.model, self.arguments.trust_remote_code
-        check_model(model, trust_remote_code=trust_remote_code, weights=False)
+        revision = self.arguments.revision
+        check_model(model, revision, trust_remote_code=trust_remote_code, weights=False)
         config: PretrainedConfig = AutoConfig.from_pretrained(
-            model, trust_remote_code=trust_remote_code
+            model,
+            revision=revision or "main",
+            trust_remote_code=trust_remote_code,
         )
         return config
 

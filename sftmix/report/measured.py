@@ -199,7 +199,9 @@ def _context(
 
 def _arguments(run: Run, model: str) -> RunArguments:
     dtype = run.recipe.get("dtype", "float32")
-    return RunArguments(model, run.recipe["data"], "", dtype=dtype)
+    at = run.recipe.get("commit") or run.recipe.get("revision")
+    revision = None if Path(model).exists() else at
+    return RunArguments(model, run.recipe["data"], "", dtype=dtype, revision=revision)
 
 
 def _head(run: Run) -> str:

@@ -18,7 +18,7 @@ MANIFEST, STATE, EVALUATION = "manifest.json", "trainer_state.json", "evaluation
 PARTITION = "confidence.parquet"
 CONFIGS = ("config.json", "adapter_config.json")  # written last of a final model
 # Of a manifest, not of the recipe.
-NOT_RECIPE = ("versions", "files", "split")
+NOT_RECIPE = ("versions", "files", "split", "parts")
 METHODS = {
     "ntp": "NTP",
     "sftmix": "SFTMix",
@@ -41,6 +41,8 @@ OF_METHOD = {
 }
 # What data were made with: they are the same where their hash is.
 OF_DATA = {"data", "data_split", "select", "on_bad_row"}
+# Likewise where a model lay.
+OF_MODEL = {"model", "revision", "commit"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +103,7 @@ class Run:
 
 
 # Of runs that compare: they begin from the same model, on the same tokens.
-SAME = ("model", "data_hash", "template_hash", "max_length")
+SAME = ("tokenizer_hash", "data_hash", "template_hash", "max_length")
 LAST = ("eval_loss", "loss", "ntp_loss", "mixup_loss")
 
 
@@ -125,7 +127,8 @@ class Group:
     @property
     def start(self) -> tuple[Any, ...]:
         """What a row's examples are scored with before training: equal for equal scores."""
-        return tuple(self.recipe.get(field) for field in SAME)
+        model = self.recipe.get("model_hash") or self.recipe.get("model")
+        return (model, *(self.recipe.get(field) for field in SAME))
 
     def values(self, measure: str) -> dict[int, float]:
         """A figure by seed, of the finished runs that have it; of one seed the first run's."""
@@ -226,7 +229,8 @@ def _evaluation(path: Path) -> tuple[dict[str, float], dict[str, int]]:
 def identity(run: Run) -> str:
     """What runs of one row share: the recipe without the seed, that of the partition, too.
 
-    Data are the same where their hash is, wherever they lay and however they were selected.
+    Data and model are the same where their hash is, wherever they lay and however they were
+    selected.
     """
     return json.dumps({**_without_seed(run.recipe), "partition": scoring_of(run)}, sort_keys=True)
 
@@ -252,7 +256,8 @@ def scoring_of(run: Run) -> Any:
 
 
 def _without_seed(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    left_out = {"seed", *OF_DATA} if recipe.get("data_hash") else {"seed"}
+    left_out = {"seed", *(OF_DATA if recipe.get("data_hash") else ())}
+    left_out |= OF_MODEL if recipe.get("model_hash") else set()
     return {key: value for key, value in recipe.items() if key not in left_out}
 
 

@@ -87,7 +87,7 @@ def test_a_config_file_and_flags_that_override_it(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rat: 0.1\n", "--learning_rat"),
+        ("learning_rat: 0.1\n", "did you mean learning_rate"),
         ("- a\n- b\n", "must hold names and values"),
         ("", "must hold names and values"),
         ("a: [1\n", "is not YAML"),

@@ -195,13 +195,14 @@ def test_a_partial_run_of_something_else_is_refused(
         ("--top_k", "0"),
         ("--name", "other"),
         ("--dtype", "float32"),
-        ("--model", str(answering_model)),
     ):
         assert f"was started with {flag[2:]} = " in again("--resume", flag, value)
     weights = load_file(model / "model.safetensors")
     changed = {**weights, "lm_head.weight": -weights["lm_head.weight"]}
     save_file(changed, model / "model.safetensors")
-    assert "was started with model_hash = " in again("--resume")
+    error = again("--resume")
+    assert "was started with model_hash = " in error
+    assert "(model.safetensors differs)" in error
     shutil.copy(answering_model / "model.safetensors", model)
     alpaca.write_text(json.dumps(INSTRUCTIONS[:4]))
     assert "was started with questions_hash = " in again("--resume")
@@ -210,7 +211,8 @@ def test_a_partial_run_of_something_else_is_refused(
     partial.write_text('{"key": 1}\n')
     assert f"{partial} is damaged" in again("--resume")
     partial.unlink()
-    assert run("alpaca_eval", alpaca, "out.json", "--resume", model=model) == 0
+    # A model of equal content is the same, wherever it lies.
+    assert run("alpaca_eval", alpaca, "out.json", "--resume") == 0
     assert "no run to resume" in again("--resume", "--output", str(tmp_path / "none.json"))
 
 

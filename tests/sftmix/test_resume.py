@@ -270,7 +270,7 @@ def test_other_data_is_refused(
     place = words.index("--partition")
     without = [*words[:place], *words[place + 2 :], "--method", "ntp", "--resume"]
     assert main([*without, "--data", str(other)]) == 2
-    assert "was started with data = " in capsys.readouterr().err
+    assert "was started with data_hash = " in capsys.readouterr().err
     assert contents(run) == before
 
 
