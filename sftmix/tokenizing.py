@@ -15,9 +15,11 @@ import datasets
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from sftmix.boundaries import parted_at_responses
 from sftmix.data import IGNORED_LABEL, Example
+from sftmix.rendering import Span
 from sftmix.rows import BadRowError, BadRows, OnBadRow
-from sftmix.templates import Span, bad_row, chat_template, spans
+from sftmix.templates import Turns, adopt_template, bad_row
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,7 @@ def _check_range(example: Example, vocab_size: int) -> None:
 def _tokens(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
+    turns_of: Turns | None,
     bad: BadRows,
 ) -> dict[int, tuple[list[int], list[int]]]:
     """Whole input_ids and labels by place in the batch, without the bad rows."""
@@ -73,7 +76,8 @@ def _tokens(
     for place, example in enumerate(examples):
         try:
             if example.messages is not None:
-                texts.append((place, *spans(example, tokenizer, chat_template(tokenizer))))
+                assert turns_of is not None
+                texts.append((place, *turns_of.spans(example)))
             else:
                 _check_range(example, len(tokenizer))
                 assert example.input_ids is not None
@@ -92,7 +96,8 @@ def _tokens(
             verbose=False,
         )
         encodings = zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        for (place, _, turns), input_ids, offsets in encodings:
+        for (place, text, turns), *tokens in encodings:
+            input_ids, offsets = parted_at_responses(tokenizer, text, turns, *tokens)
             rows[place] = input_ids, _labels(input_ids, offsets, turns)
     return rows
 
@@ -107,15 +112,17 @@ def tokenize_examples(
 ) -> datasets.Dataset:
     """Tokenise examples into a dataset of `id`, `content_hash`, `input_ids` and `labels`.
 
-    A conversation is rendered with `chat_template(tokenizer)` and tokenised whole; a token is a
-    response token where it starts inside an assistant turn. Sequences longer than `max_length`
+    A conversation is rendered with `chat_template(tokenizer)`, which a tokenizer without one is
+    given, and tokenised whole, but for a token that would join a prompt with its response. A token
+    is a response token where it starts inside an assistant turn (see `templates.py`). Sequences
+    longer than `max_length`
     are cut from the right, so a response loses its tail; one log line says how many were. Labels
     are not shifted and the first token is never predicted, so a row needs a label after it.
 
     Raises BadRowError (or leaves the row out, with `on_bad_row="skip"`) where no response token is
-    left within `max_length`, where the template refuses the conversation and where given
-    `input_ids` or `labels` lie outside the vocabulary; ValueError for a template that is not
-    prefix-consistent, for a wrong `max_length` or `on_bad_row` and where no example is left;
+    left within `max_length`, where the template refuses the conversation, leaves out what it says
+    or does not show where its response is, and where given `input_ids` or `labels` lie outside the
+    vocabulary; ValueError for a wrong `max_length` or `on_bad_row` and where no example is left;
     ValueError for a tokenizer that gives no offsets (a slow one).
     """
     if not getattr(tokenizer, "is_fast", False):
@@ -125,6 +132,10 @@ def tokenize_examples(
         )
     if type(max_length) is not int or max_length < 2:
         raise ValueError(f"max_length must be an integer of at least 2, got {max_length!r}")
+    turns_of = None
+    if any(example.messages is not None for example in examples):
+        adopt_template(tokenizer)
+        turns_of = Turns(tokenizer)
     bad = BadRows(on_bad_row)
     parts: list[datasets.Dataset] = []
     truncated = 0
@@ -137,11 +148,13 @@ def tokenize_examples(
     ) as bar:
         for begin in range(0, len(examples), BATCH_ROWS):
             batch = examples[begin : begin + BATCH_ROWS]
-            part, cut = _tokenize_batch(batch, tokenizer, max_length, bad)
+            part, cut = _tokenize_batch(batch, tokenizer, turns_of, max_length, bad)
             parts.append(part)
             truncated += cut
             bar.update(len(batch))
     bad.report(len(examples))
+    if turns_of is not None:
+        turns_of.report()
     if not any(len(part) for part in parts):
         raise ValueError(f"no examples are left of {len(examples)}")
     if truncated:
@@ -157,11 +170,12 @@ def tokenize_examples(
 def _tokenize_batch(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
+    turns_of: Turns | None,
     max_length: int,
     bad: BadRows,
 ) -> tuple[datasets.Dataset, int]:
     """The batch as a dataset, and how many of its rows were cut."""
-    rows = _tokens(examples, tokenizer, bad)
+    rows = _tokens(examples, tokenizer, turns_of, bad)
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
     truncated = 0
     for place, example in enumerate(examples):
