@@ -20,11 +20,11 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from sftmix.answering import Answerer, Decoding
-from sftmix.arguments import parse_alone
+from sftmix.arguments import CHAT_TEMPLATE_HELP, parse_alone
 from sftmix.checkpoints import checksum
 from sftmix.config import option
 from sftmix.loading import CONFIGS, base_model, load_tokenizer, load_trained_model
-from sftmix.manifest import start_manifest
+from sftmix.manifest import kept_date, start_manifest
 from sftmix.questions import (
     FORMATS,
     Answer,
@@ -35,7 +35,7 @@ from sftmix.questions import (
     write_answers,
 )
 from sftmix.ranks import opened_run
-from sftmix.templates import template_hash
+from sftmix.templates import set_template_date, template_date, template_hash
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class GenerateArguments:
     name: str | None = option(
         None, "Name of the model in the file, by default the last part of --model", "ours"
     )
+    chat_template: str | None = option(None, CHAT_TEMPLATE_HELP, "ours")
     resume: bool = option(False, "Go on with a killed run", "ours")
     batch_size: int = option(8, "Questions answered together; changes rounding only", "ours")
     max_new_tokens: int | None = option(
@@ -121,10 +122,12 @@ def generate(path: Path, run: Path, arguments: GenerateArguments) -> None:
         arguments.seed,
     )
     tokenizer = load_tokenizer(arguments)
+    set_template_date(tokenizer, kept_date(run))
     numbers = {
         "model": arguments.model,
         "model_hash": model_hash(arguments.model, arguments.trust_remote_code),
         "template_hash": template_hash(tokenizer),
+        "template_date": template_date(tokenizer),
         "dtype": arguments.dtype,
         "format": arguments.format,
         "questions_hash": questions_hash(questions),

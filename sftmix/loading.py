@@ -19,7 +19,10 @@ from sftmix.data import Example, load_examples
 from sftmix.model_card import FILE as CARD
 from sftmix.runs import sync_folder
 from sftmix.selection import columns_of, parse_selection, select
+from sftmix.template_files import use_template
+from sftmix.templates import adopt_template
 from sftmix.tokenizing import tokenize_examples
+from sftmix.turn_ends import TurnEnds
 
 CONFIGS = ("config.json", "adapter_config.json")
 
@@ -34,6 +37,10 @@ class ModelArguments(Protocol):
     @property
     def dtype(self) -> str:
         """Dtype of the weights, or auto."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """File or folder of the chat template; None: the model's own."""
 
     @property
     def trust_remote_code(self) -> bool:
@@ -111,10 +118,19 @@ def _from_safetensors(
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    """The model's tokenizer."""
+    """The model's tokenizer, with the chat template that is used: named, its own, or the plain one.
+
+    Raises:
+        ValueError: ``--chat_template`` names no template; or there is none, and no eos_token to
+            end a response of the plain one with.
+        OSError: there is no such model.
+    """
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         arguments.model, trust_remote_code=arguments.trust_remote_code
     )
+    if arguments.chat_template is not None:
+        use_template(tokenizer, arguments.chat_template)
+    adopt_template(tokenizer)
     return tokenizer
 
 
@@ -187,6 +203,7 @@ def save_final_model(
     What makes the folder a model comes last: ``config.json``, or an adapter's. ``state``: its
     weights, where the model has but shards of them.
     """
+    TurnEnds(tokenizer).align(model)
     staging = run / STAGING
     with writing(staging):
         model.save_pretrained(staging, state_dict=state)

@@ -186,16 +186,19 @@ def _keys(options: Any) -> list[str] | None:
     return list(pairs) if all(isinstance(text, str) for text in pairs.values()) else None
 
 
-def load(model: str, dtype: Dtype = "auto") -> tuple[Any, PreTrainedTokenizerBase]:
+def load(
+    model: str, dtype: Dtype = "auto", chat_template: str | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
     """A saved model in evaluation mode, on a GPU where there is one, and its tokenizer.
 
     From safetensors alone, running no code that comes with it. An adapter is put on its base model.
 
     Raises:
         OSError: there is no such model, or it has no safetensors, or they are cut off.
+        ValueError: ``chat_template`` names no template.
         ImportError: it is an adapter, and PEFT is not installed.
     """
-    arguments = RunArguments(model=model, data=[], output="", dtype=dtype)
+    arguments = RunArguments(model, [], "", dtype=dtype, chat_template=chat_template)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return load_trained_model(arguments).eval().to(device), load_tokenizer(arguments)
 

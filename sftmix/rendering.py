@@ -23,6 +23,8 @@ from jinja2.visitor import NodeTransformer
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from sftmix.failures import printable
+
 Span = tuple[int, int]
 
 # A loop's turn or a macro's call is a step. Templates that look ahead take the square of the number
@@ -279,14 +281,10 @@ def _reason(error: BaseException) -> str:
     text = error.message if isinstance(error, TemplateError) else str(error)
     if not isinstance(error, TemplateError) or isinstance(error, SecurityError):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    text = printable(text or type(error).__name__)
+    text = shown(text or type(error).__name__)
     return text if line is None else f"{text} (line {line} of the template)"
 
 
-def printable(text: str, longest: int = 500) -> str:
-    """The text with control characters escaped, so that a terminal obeys none; cut where long."""
-    escaped = "".join(
-        letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1]
-        for letter in text[:longest]
-    )
-    return escaped if len(text) <= longest else f"{escaped}..."
+def shown(text: str, longest: int = 500) -> str:
+    """The text as a terminal may show it, cut where it is long."""
+    return printable(text) if len(text) <= longest else f"{printable(text[:longest])}..."

@@ -11,11 +11,13 @@ from sftmix.arguments import RunArguments, ScoreConfig, parse
 from sftmix.checkpoints import remove_checkpoints
 from sftmix.loading import load_data, load_model, load_tokenizer
 from sftmix.lora import add_lora
-from sftmix.manifest import recipe, start_manifest
+from sftmix.manifest import kept_date, recipe, start_manifest
 from sftmix.pairing import PairedCollator
 from sftmix.partition import Partition, from_scores, read_partition, summary, write_partition
 from sftmix.ranks import is_main, on_main, opened_run, refuse_differences, together
+from sftmix.rendering import today
 from sftmix.scoring import ScoringCallback, score_examples, scoring_autocast, scoring_steps
+from sftmix.templates import set_template_date
 from sftmix.trainer import SFTMixMixin, SFTMixTrainer, make_collator
 from sftmix_kernels import StreamingPerplexity
 
@@ -42,8 +44,10 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
     Raises:
         ValueError: bad data, fewer steps than scorings, or a resumed run of another recipe.
     """
+    date = on_main(lambda: kept_date(run) or today())
     with together():
         tokenizer = load_tokenizer(arguments)
+        set_template_date(tokenizer, date)
         dataset = load_data(arguments, tokenizer, disable_progress=config.disable_tqdm)
         numbers = recipe(arguments, config, dataset, tokenizer)
     refuse_differences(numbers)

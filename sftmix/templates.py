@@ -31,10 +31,10 @@ from sftmix.rendering import (
     RenderError,
     Span,
     is_marked,
-    printable,
     reads_the_date,
     reasoning_of,
     render,
+    shown,
     today,
 )
 from sftmix.rows import BadRowError
@@ -226,7 +226,7 @@ class Turns:
     def _note(self, kind: str, example: Example, number: int = 1) -> None:
         if number:
             self.counts[kind] += number
-            self.first.setdefault(kind, printable(example.source))
+            self.first.setdefault(kind, shown(example.source))
 
     # Rule 1
 
@@ -434,7 +434,7 @@ def _unlike(before: str, text: str, i: int) -> str:
         (n for n, (a, b) in enumerate(zip(before, text, strict=False)) if a != b),
         min(len(before), len(text)),
     )
-    asked, written = (printable(one[same : same + 40], 40) for one in (before, text))
+    asked, written = (shown(one[same : same + 40]) for one in (before, text))
     return (
         f"the chat template is not prefix-consistent: it asks for message {i} with {asked!r} where "
         f"it writes {written!r} once the message is there, so the response cannot be found. Give "

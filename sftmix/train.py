@@ -18,11 +18,13 @@ from sftmix.loading import (
     save_final_model,
 )
 from sftmix.lora import add_lora
-from sftmix.manifest import recipe, start_manifest, versions
+from sftmix.manifest import kept_date, recipe, start_manifest, versions
 from sftmix.model_card import model_card
 from sftmix.partition import match, partition_hash, read_partition, subset_counts
 from sftmix.ranks import is_main, on_main, opened_run, refuse_differences, together
+from sftmix.rendering import today
 from sftmix.selection import naming_selections
+from sftmix.templates import set_template_date
 from sftmix.trainer import SFTMixTrainer, make_collator
 
 
@@ -46,8 +48,11 @@ def train(run: Path, arguments: TrainRunArguments, config: SFTMixConfig) -> SFTM
         ValueError: bad data, a partition of other data, or a resumed run of another recipe.
         FloatingPointError: the loss is not finite.
     """
+    scored = [Path(arguments.partition).parent] if arguments.partition is not None else []
+    date = on_main(lambda: kept_date(run, *scored) or today())
     with together():
         tokenizer = load_tokenizer(arguments)
+        set_template_date(tokenizer, date)
         quiet = config.disable_tqdm
         dataset = load_data(arguments, tokenizer, disable_progress=quiet)
         held_out = load_held_out(arguments, tokenizer, disable_progress=quiet)

@@ -46,7 +46,7 @@ TRAINING = (
     Measure("peak_memory_gib", "peak memory (GiB)", ".3f", tested=False),
 )
 # Of the recipe, but no options: what training found in its files.
-FOUND = ("data_hash", "num_examples", "template_hash", "partition", "world_size")
+FOUND = ("data_hash", "num_examples", "template_hash", "template_date", "partition", "world_size")
 
 # What the paper's rows of a method were mixed with.
 _PAIRS = {"alpha": 0.5, "pairing": "outer"}
