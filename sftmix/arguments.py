@@ -33,6 +33,10 @@ CALLED = {
     "--no_cuda": "--use_cpu true",
 }
 
+CHAT_TEMPLATE_HELP = (
+    "Jinja file of the chat template, or a folder with chat_template.jinja; by default the model's "
+    "own, or a plain one"
+)
 CONFIG_HELP = (
     "YAML file with the same names; flags override it. What a mapping named after a command holds "
     "is that command's own (score: {output: ...}, train: {output: ...}); include: names a file "
@@ -66,6 +70,7 @@ class RunArguments:
         "ours",
     )
     resume: bool = option(False, "Go on with the run in --output", "ours")
+    chat_template: str | None = option(None, CHAT_TEMPLATE_HELP, "ours")
     max_length: int = option(2048, "Longest sequence in tokens; the response's tail is cut", "ours")
     on_bad_row: Literal["error", "skip"] = option(
         "error", "A malformed row stops the run, or is left out and counted", "ours"

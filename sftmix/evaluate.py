@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from sftmix.arguments import parse_alone
+from sftmix.arguments import CHAT_TEMPLATE_HELP, parse_alone
 from sftmix.config import option
 from sftmix.manifest import versions
 from sftmix.medical import Questions, Score, load, read_questions, require_harness, score
@@ -62,9 +62,17 @@ class EvaluateArguments:
         "Ask in the model's chat template; without, as the harness does by default",
         "ours",
     )
+    chat_template: str | None = option(
+        None, f"With --apply_chat_template: {CHAT_TEMPLATE_HELP}", "ours"
+    )
     disable_tqdm: bool = option(False, "Show no bars of loading; the harness has its own", "ours")
 
     def __post_init__(self) -> None:
+        if self.chat_template is not None and not self.apply_chat_template:
+            raise ValueError(
+                "chat_template: expected --apply_chat_template with it; without, no template is "
+                "asked in"
+            )
         for name in self.tasks:
             if name not in PAPER_NAMES:
                 raise ValueError(f"tasks: expected some of {', '.join(PAPER_NAMES)}, got {name!r}")
@@ -88,7 +96,9 @@ def main(words: Sequence[str]) -> None:
         questions[name] = read_questions(name, getattr(arguments, f"{name}_data"), ids)
     require_harness()
     check_model(arguments.model, arguments.revision)
-    model, tokenizer = load(arguments.model, arguments.dtype)
+    model, tokenizer = load(
+        arguments.model, arguments.dtype, arguments.revision, arguments.chat_template
+    )
     scores = score(
         model,
         tokenizer,

@@ -18,10 +18,10 @@ import torch
 from tqdm import tqdm
 
 from sftmix.answering import Answerer, Decoding
-from sftmix.arguments import REVISION_HELP, parse_alone
+from sftmix.arguments import CHAT_TEMPLATE_HELP, REVISION_HELP, parse_alone
 from sftmix.config import option
 from sftmix.loading import load_tokenizer, load_trained_model
-from sftmix.manifest import start_manifest
+from sftmix.manifest import kept_date, start_manifest
 from sftmix.model_source import check_model
 from sftmix.provenance import provenance
 from sftmix.questions import (
@@ -34,7 +34,7 @@ from sftmix.questions import (
     write_answers,
 )
 from sftmix.ranks import opened_run
-from sftmix.templates import template_hash
+from sftmix.templates import set_template_date, template_date, template_hash
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class GenerateArguments:
     name: str | None = option(
         None, "Name of the model in the file, by default the last part of --model", "ours"
     )
+    chat_template: str | None = option(None, CHAT_TEMPLATE_HELP, "ours")
     resume: bool = option(False, "Go on with a killed run", "ours")
     batch_size: int = option(8, "Questions answered together; changes rounding only", "ours")
     max_new_tokens: int | None = option(
@@ -129,6 +130,7 @@ def generate(path: Path, run: Path, arguments: GenerateArguments) -> None:
         arguments.seed,
     )
     tokenizer = load_tokenizer(arguments)
+    set_template_date(tokenizer, kept_date(run))
     numbers = {
         "model": arguments.model,
         **provenance(
@@ -138,6 +140,7 @@ def generate(path: Path, run: Path, arguments: GenerateArguments) -> None:
             trust_remote_code=arguments.trust_remote_code,
         ),
         "template_hash": template_hash(tokenizer),
+        "template_date": template_date(tokenizer),
         "dtype": arguments.dtype,
         "format": arguments.format,
         "questions_hash": questions_hash(questions),

@@ -23,7 +23,10 @@ from sftmix.model_source import CONFIGS, ReadingModel
 from sftmix.provenance import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from sftmix.runs import sync_folder
 from sftmix.selection import columns_of, parse_selection, say, select
+from sftmix.template_files import use_template
+from sftmix.templates import adopt_template
 from sftmix.tokenizing import tokenize_examples
+from sftmix.turn_ends import TurnEnds
 from sftmix.weights import no_loading_report, refuse_not_finite, refuse_other_tensors
 
 
@@ -41,6 +44,10 @@ class ModelArguments(Protocol):
     @property
     def dtype(self) -> str:
         """Dtype of the weights, or auto."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """File or folder of the chat template; None: the model's own."""
 
     @property
     def trust_remote_code(self) -> bool:
@@ -179,10 +186,11 @@ def _from_safetensors(
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
+    """The model's tokenizer, with the chat template that is used: named, its own, or the plain one.
 
     Raises:
-        ValueError: there is a revision and the model is a folder.
+        ValueError: ``--chat_template`` names no template; there is none, and no eos_token to end a
+            response of the plain one with; or there is a revision and the model is a folder.
         OSError: there is no such model.
     """
     refuse_revision(arguments)
@@ -192,6 +200,9 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
             revision=arguments.revision or "main",
             trust_remote_code=arguments.trust_remote_code,
         )
+    if arguments.chat_template is not None:
+        use_template(tokenizer, arguments.chat_template)
+    adopt_template(tokenizer)
     return tokenizer
 
 
@@ -294,6 +305,7 @@ def save_final_model(
     Raises:
         RunFailure: the disk is full; the run folder is as it was.
     """
+    TurnEnds(tokenizer).align(model)
     staging = run / STAGING
     with writing(staging):
         model.save_pretrained(staging, state_dict=state)

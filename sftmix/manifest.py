@@ -25,7 +25,7 @@ from sftmix.lora import lora_options
 from sftmix.provenance import PARTS, provenance
 from sftmix.redaction import redacted
 from sftmix.runs import write_json
-from sftmix.templates import template_hash
+from sftmix.templates import template_date, template_hash
 
 logger = logging.getLogger(__name__)
 
@@ -125,10 +125,25 @@ def recipe(
             arguments.revision,
             trust_remote_code=arguments.trust_remote_code,
         ),
+        "template_date": template_date(tokenizer),
         **lora_options(arguments),
         **numbers,
         **more,
     }
+
+
+def kept_date(*runs: Path) -> str | None:
+    """The date that the chat template told in the first of these runs that has one.
+
+    A run that goes on another day reads the tokens that it began with; and one that trains on a
+    partition reads those that were scored.
+    """
+    for run in runs:
+        if (run / FILE).exists():
+            date = json.loads((run / FILE).read_text(encoding="utf-8")).get("template_date")
+            if date is not None:
+                return str(date)
+    return None
 
 
 def start_manifest(run: Path, recipe: dict[str, Any], **files: Any) -> None:

@@ -188,7 +188,10 @@ def _keys(options: Any) -> list[str] | None:
 
 
 def load(
-    model: str, dtype: Dtype = "auto", revision: str | None = None
+    model: str,
+    dtype: Dtype = "auto",
+    revision: str | None = None,
+    chat_template: str | None = None,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """A saved model in evaluation mode, on a GPU where there is one, and its tokenizer.
 
@@ -196,10 +199,12 @@ def load(
 
     Raises:
         OSError: there is no such model, it has no safetensors, or they are damaged.
-        ValueError: it is a folder, which has no revision.
+        ValueError: it is a folder, which has no revision; or ``chat_template`` names no template.
         ImportError: it is an adapter, and PEFT is not installed.
     """
-    arguments = RunArguments(model=model, data=[], output="", dtype=dtype, revision=revision)
+    arguments = RunArguments(
+        model, [], "", dtype=dtype, revision=revision, chat_template=chat_template
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return load_trained_model(arguments).eval().to(device), load_tokenizer(arguments)
 

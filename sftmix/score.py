@@ -16,12 +16,14 @@ from sftmix.checkpoints import remove_checkpoints
 from sftmix.failures import RunFailure
 from sftmix.loading import load_data, load_model, load_tokenizer, refuse_misfits
 from sftmix.lora import add_lora
-from sftmix.manifest import recipe, start_manifest
+from sftmix.manifest import kept_date, recipe, start_manifest
 from sftmix.model_source import check_model
 from sftmix.pairing import PairedCollator
 from sftmix.partition import Partition, from_scores, read_partition, summary, write_partition
 from sftmix.ranks import is_main, on_main, opened_run, refuse_differences, together
+from sftmix.rendering import today
 from sftmix.scoring import ScoringCallback, score_examples, scoring_autocast, scoring_steps
+from sftmix.templates import set_template_date
 from sftmix.trainer import SFTMixMixin, SFTMixTrainer, make_collator
 from sftmix_kernels import StreamingPerplexity
 
@@ -56,6 +58,7 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
         RunFailure: training ended before its last scoring.
         Interrupted: a signal asked for it; a checkpoint holds what was trained and scored.
     """
+    date = on_main(lambda: kept_date(run) or today())
     with together():
         check_model(
             arguments.model,
@@ -64,6 +67,7 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
         )
         tokenizer = load_tokenizer(arguments)
         refuse_misfits(arguments, tokenizer)
+        set_template_date(tokenizer, date)
         dataset = load_data(arguments, tokenizer, disable_progress=config.disable_tqdm)
         numbers = recipe(arguments, config, dataset, tokenizer)
     refuse_differences(numbers)

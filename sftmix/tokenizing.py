@@ -1,5 +1,7 @@
 """Examples to tokens: each conversation is rendered and tokenised once, as a whole.
 
+A token that would join a prompt with its response is parted (see `boundaries.py`).
+
 Labels are not shifted: `labels[i]` is `input_ids[i]` where token i belongs to a response (see
 `templates.py`), and -100 elsewhere.
 
@@ -22,10 +24,12 @@ from tokenizers import Encoding
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from sftmix.boundaries import parted_at_responses
 from sftmix.data import IGNORED_LABEL, Example
 from sftmix.examples_check import largest_id
+from sftmix.rendering import Span
 from sftmix.rows import BadRowError, BadRows, OnBadRow
-from sftmix.templates import Span, bad_row, chat_template, spans
+from sftmix.templates import Turns, adopt_template, bad_row
 
 logger = logging.getLogger(__name__)
 
@@ -102,16 +106,17 @@ def tokenize_examples(
 ) -> datasets.Dataset:
     """Tokenise examples into a dataset of `id`, `content_hash`, `input_ids` and `labels`.
 
-    A conversation is rendered with `chat_template(tokenizer)` and tokenised as a whole, as far as
+    A conversation is rendered with `chat_template(tokenizer)`, which a tokenizer without one is
+    given, and tokenised as a whole, as far as
     `max_length` needs; a token is a response token where it starts inside an assistant turn.
     Sequences longer than `max_length` are cut from the right, so a response loses its tail; one log
     line says how many were. Labels are not shifted and the first token is never predicted, so a row
     needs a label after it.
 
     Raises BadRowError (or leaves the row out, with `on_bad_row="skip"`) where no response token is
-    left within `max_length`, where the template refuses the conversation and where given
-    `input_ids` or `labels` lie outside the vocabulary; ValueError for a template that is not
-    prefix-consistent, for a wrong `max_length` or `on_bad_row` and where no example is left;
+    left within `max_length`, where the template refuses the conversation, leaves out what it says
+    or does not show where its response is, and where given `input_ids` or `labels` lie outside the
+    vocabulary; ValueError for a wrong `max_length` or `on_bad_row` and where no example is left;
     ValueError for a tokenizer that gives no offsets (a slow one).
     """
     if not getattr(tokenizer, "is_fast", False):
@@ -121,7 +126,11 @@ def tokenize_examples(
         )
     if type(max_length) is not int or max_length < 2:
         raise ValueError(f"max_length must be an integer of at least 2, got {max_length!r}")
-    making = _Dataset(tokenizer, max_length, BadRows(on_bad_row))
+    turns_of = None
+    if any(example.messages is not None for example in examples):
+        adopt_template(tokenizer)
+        turns_of = Turns(tokenizer)
+    making = _Dataset(tokenizer, turns_of, max_length, BadRows(on_bad_row))
     with tqdm(
         total=len(examples),
         desc="Tokenising",
@@ -134,6 +143,8 @@ def tokenize_examples(
             bar.update()
     made = making.finished()
     making.bad.report(len(examples))
+    if turns_of is not None:
+        turns_of.report()
     if not made:
         raise ValueError(f"no examples are left of {len(examples)}")
     if making.truncated:
@@ -149,8 +160,15 @@ def tokenize_examples(
 class _Dataset:
     """Takes examples one by one, tokenises them in batches, and puts the rows into tables."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, bad: BadRows) -> None:
-        self.tokenizer, self.max_length, self.bad = tokenizer, max_length, bad
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        turns_of: Turns | None,
+        max_length: int,
+        bad: BadRows,
+    ) -> None:
+        self.tokenizer, self.turns_of = tokenizer, turns_of
+        self.max_length, self.bad = max_length, bad
         self.vocab_size = largest_id(tokenizer) + 1
         self.waiting: list[_Row] = []
         self.characters = 0
@@ -161,8 +179,8 @@ class _Dataset:
     def add(self, example: Example) -> None:
         try:
             if example.messages is not None:
-                template = chat_template(self.tokenizer)
-                text, turns = spans(example, self.tokenizer, template)
+                assert self.turns_of is not None
+                text, turns = self.turns_of.spans(example)
                 self.waiting.append(_Row(example, text, turns))
                 self.characters += len(text)
             else:
@@ -185,7 +203,9 @@ class _Dataset:
         encoded = iter(_encoded(texts, self.tokenizer, self.max_length))
         for row in waiting:
             example = row.example
-            tokens = self._given(example) if row.text is None else _labelled(row, *next(encoded))
+            tokens = (
+                self._given(example) if row.text is None else self._labelled(row, *next(encoded))
+            )
             if all(label == IGNORED_LABEL for label in tokens.labels[1:]):
                 self.bad.add(bad_row(example, self._why_nothing_is_learnt(row, tokens)))
                 continue
@@ -201,6 +221,19 @@ class _Dataset:
         if self.columns["id"]:
             self.tables.append(datasets.Dataset.from_dict(self.columns, features=_COLUMNS))
         self.columns = {name: [] for name in _COLUMNS}
+
+    def _labelled(self, row: _Row, encoding: Encoding, truncated: bool) -> _Tokens:
+        text, n = row.text, self.max_length
+        assert text is not None
+        if truncated:
+            # Enough that where the text is cut changes none of the first tokens.
+            text = text[: encoding.offsets[-1][1] + SPARE_CHARACTERS]
+        turns = [turn for turn in row.turns if turn[0] < len(text)]
+        ids, offsets = parted_at_responses(
+            self.tokenizer, text, turns, encoding.ids, encoding.offsets
+        )
+        labels = _labels(ids, offsets, turns)
+        return _Tokens(ids[:n], labels[:n], truncated or len(ids) > n)
 
     def _given(self, example: Example) -> _Tokens:
         ids, labels = example.input_ids, example.labels
@@ -228,11 +261,6 @@ class _Dataset:
             f"{left}: the prompt has {'more than ' if more else ''}{len(encoding):,} tokens; raise "
             "--max_length, or leave such rows out"
         )
-
-
-def _labelled(row: _Row, encoding: Encoding, truncated: bool) -> _Tokens:
-    input_ids, offsets = encoding.ids, encoding.offsets
-    return _Tokens(input_ids, _labels(input_ids, offsets, row.turns), truncated)
 
 
 def _encoded(

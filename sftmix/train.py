@@ -26,14 +26,16 @@ from sftmix.loading import (
     save_final_model,
 )
 from sftmix.lora import add_lora
-from sftmix.manifest import recipe, start_manifest, versions
+from sftmix.manifest import kept_date, recipe, start_manifest, versions
 from sftmix.model_card import FILE as CARD
 from sftmix.model_card import model_card
 from sftmix.model_source import CONFIGS, check_model
 from sftmix.partition import match, partition_hash, read_partition, subset_counts
 from sftmix.ranks import RankError, is_main, on_main, opened_run, refuse_differences, together
+from sftmix.rendering import today
 from sftmix.runs import atomic_write
 from sftmix.selection import naming_selections
+from sftmix.templates import set_template_date
 from sftmix.trainer import SFTMixTrainer, make_collator
 
 ARGUMENTS = (TrainRunArguments, SFTMixConfig)
@@ -94,6 +96,8 @@ def train(
         RunFailure: what comes after saving the model failed, or the disk is full.
         Interrupted: a signal asked for it; what was trained is in a checkpoint.
     """
+    scored = [Path(arguments.partition).parent] if arguments.partition is not None else []
+    date = on_main(lambda: kept_date(run, *scored) or today())
     with together():
         check_model(
             arguments.model,
@@ -101,6 +105,7 @@ def train(
             trust_remote_code=arguments.trust_remote_code,
         )
         tokenizer = load_tokenizer(arguments)
+        set_template_date(tokenizer, date)
         refuse_misfits(arguments, tokenizer)
         quiet = config.disable_tqdm
         # What is short is read first, so that a wrong name in it is told at once.

@@ -54,6 +54,7 @@ from sftmix.ranks import (
 from sftmix.saving import DueEvaluation, Resumption, WholeCheckpoints
 from sftmix.scoring import score_examples
 from sftmix.tiled_mlp import refuse_router, tile_mlps
+from sftmix.turn_ends import TurnEnds
 from sftmix_kernels import StreamingPerplexity
 
 # Training arguments that do not decide a training's results, or that each rank has its own of.
@@ -111,6 +112,9 @@ class SFTMixMixin(WholeCheckpoints):
         check_examples(self.model, **{name: getattr(self, name) for name in data})
         if own_collator:
             self.data_collator = self._make_collator()
+        self.ends = TurnEnds(self.processing_class)
+        self.ends.warn()
+        self.ends.align(self.model)
         self.head = self._find_head()
         # The loss is divided by counts over the whole accumulation window, here and not by Trainer.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
@@ -138,6 +142,12 @@ class SFTMixMixin(WholeCheckpoints):
 
     def _make_collator(self) -> PairedCollator:
         return make_collator(self.processing_class, self.args)
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model, whose generation stops where training has taught it to end a turn."""
+        self.ends.check()
+        self.ends.align(self.model)
+        super()._save(*args, **kwargs)
 
     def _find_head(self) -> HeadAdapter:
         model = self.accelerator.unwrap_model(self.model)

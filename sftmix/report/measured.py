@@ -32,6 +32,7 @@ from sftmix.report.representations import places_of
 from sftmix.report.runs import Run
 from sftmix.runs import atomic_write, lock_run
 from sftmix.scoring import score_examples
+from sftmix.templates import set_template_date
 from sftmix.tokenizing import tokenize_examples
 from sftmix.trainer import make_collator
 from sftmix_kernels import StreamingPerplexity
@@ -125,6 +126,7 @@ def measured(
         "model": _fingerprint(run, when),
         "max_length": str(run.recipe["max_length"]),
         "template_hash": str(run.recipe.get("template_hash")),
+        "template_date": str(run.recipe.get("template_date")),
         "dtype": _arguments(run, "").dtype,
         "head": _head(run),
     }
@@ -152,9 +154,11 @@ def _fingerprint(run: Run, when: When) -> str:
 
 
 def _score(run: Run, when: When, examples: Sequence[Example]) -> Measured:
+    tokenizer = load_tokenizer(_arguments(run, str(run.folder) if run.finished else _base(run)))
+    set_template_date(tokenizer, run.recipe.get("template_date"))
     tokens = tokenize_examples(
         examples,
-        load_tokenizer(_arguments(run, str(run.folder) if run.finished else _base(run))),
+        tokenizer,
         max_length=run.recipe["max_length"],
         on_bad_row="skip",
     )

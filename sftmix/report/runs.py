@@ -103,7 +103,7 @@ class Run:
 
 
 # Of runs that compare: they begin from the same model, on the same tokens.
-SAME = ("tokenizer_hash", "data_hash", "template_hash", "max_length")
+SAME = ("tokenizer_hash", "data_hash", "template_hash", "template_date", "max_length")
 LAST = ("eval_loss", "loss", "ntp_loss", "mixup_loss")
 
 

@@ -47,7 +47,7 @@ TRAINING = (
 )
 # Of the recipe, but no options: what training found in its files.
 FOUND = (
-    *("data_hash", "num_examples", "template_hash", "partition", "world_size"),
+    *("data_hash", "num_examples", "template_hash", "template_date", "partition", "world_size"),
     *("model_hash", "commit", "tokenizer_hash", "eval_data_hash"),
 )
 

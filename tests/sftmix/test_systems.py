@@ -25,6 +25,7 @@ ALPHA = 0.8
 OWN_OPTIONS = set(SFTMixOptions.__annotations__)
 NOT_DECISIVE = {
     *("output", "resume", "trust_remote_code", "eval_data", "eval_split"),
+    "chat_template",  # its content is, as template_hash
     "remove_unused_columns",
     # What the first turns on is there by name; the second moves what it does not change.
     *("memory", "activation_offload"),
