@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from sftmix.arguments import CHAT_TEMPLATE_HELP, parse_alone
+from sftmix.arguments import CHAT_TEMPLATE_HELP, REVISION_HELP, RunArguments, parse_alone
 from sftmix.config import option
-from sftmix.manifest import versions
+from sftmix.loading import load_tokenizer
+from sftmix.manifest import versions, what_differs
 from sftmix.medical import Questions, Score, load, read_questions, require_harness, score
 from sftmix.model_source import check_model
+from sftmix.provenance import PARTS, provenance
+from sftmix.redaction import redacted
 from sftmix.runs import write_json
 from sftmix.tasks import PAPER_NAMES
+from sftmix.templates import template_hash
+
+logger = logging.getLogger(__name__)
 
 FILE = "evaluation.json"
 MEAN = "mean"
 # What two tasks must have in common for a mean over them.
 COMPARED = ("limit", "apply_chat_template", "dtype")
+# What a result must have been made with for --resume to keep it; batches change rounding alone.
+DECISIVE = ("task", "data_hash", "template_hash", *COMPARED)
 
 
 @dataclasses.dataclass
@@ -52,11 +61,15 @@ class EvaluateArguments:
     output: str | None = option(
         None, f"File to write or to add to; by default {FILE} in the model's folder", "ours"
     )
+    resume: bool = option(
+        False, "Ask only what has no result in the file yet: go on with a killed run", "ours"
+    )
     batch_size: int = option(8, "Prompts at once", "ours")
     limit: int | None = option(None, "Only the first questions of each task", "ours")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "Dtype of the weights; auto: as they were saved", "ours"
     )
+    revision: str | None = option(None, REVISION_HELP, "ours")
     apply_chat_template: bool = option(
         False,
         "Ask in the model's chat template; without, as the harness does by default",
@@ -86,20 +99,51 @@ ARGUMENTS = (EvaluateArguments,)
 
 
 def main(words: Sequence[str]) -> None:
-    """Run the command."""
+    """Run the command: each task's result is written as soon as it is there."""
     arguments = parse_alone(words, EvaluateArguments, "sftmix evaluate")
     output = output_file(arguments.model, arguments.output)
-    read_evaluation(output, arguments)
+    earlier = read_evaluation(output, arguments)
     questions = {}
     for name in dict.fromkeys(arguments.tasks):
         ids = arguments.pubmedqa_ids if name == "pubmedqa" else None
         questions[name] = read_questions(name, getattr(arguments, f"{name}_data"), ids)
     require_harness()
     check_model(arguments.model, arguments.revision)
+    asking = {"revision": arguments.revision, "chat_template": arguments.chat_template}
+    tokenizer = load_tokenizer(RunArguments(arguments.model, [], "", **asking))
+    found = provenance(arguments.model, tokenizer, arguments.revision)
+    came_from = {"model": arguments.model, **found}
+    refuse_another_model(output, earlier, came_from)
+    template = template_hash(tokenizer) if arguments.apply_chat_template else None
+    details = {name: describe(arguments, one, template) for name, one in questions.items()}
+    if arguments.resume:
+        questions = {
+            name: one
+            for name, one in questions.items()
+            if not done(output, earlier, name, details[name])
+        }
+    for name, one in ask(arguments, questions) if questions else ():
+        content = merge(read_evaluation(output, arguments), arguments.model, {name: one}, details)
+        write_json(output, redacted({**content, **came_from}))
+        if len(questions) > 1:
+            print(f"{PAPER_NAMES[name]}: {one.accuracy:.2f}, written to {output}", flush=True)
+    print(table(read_evaluation(output, arguments)))
+    print(f"wrote {output}" if questions else f"{output} was finished already")
+
+
+def ask(
+    arguments: EvaluateArguments, questions: Mapping[str, Questions]
+) -> Iterator[tuple[str, Score]]:
+    """Load the model and yield the score of each task.
+
+    Raises:
+        OSError: the model cannot be read.
+        FloatingPointError: its likelihoods are not numbers.
+    """
     model, tokenizer = load(
         arguments.model, arguments.dtype, arguments.revision, arguments.chat_template
     )
-    scores = score(
+    yield from score(
         model,
         tokenizer,
         questions,
@@ -107,11 +151,51 @@ def main(words: Sequence[str]) -> None:
         limit=arguments.limit,
         apply_chat_template=arguments.apply_chat_template,
     )
-    details = {name: describe(arguments, one) for name, one in questions.items()}
-    content = merge(read_evaluation(output, arguments), arguments.model, scores, details)
-    write_json(output, content)
-    print(table(content))
-    print(f"wrote {output}")
+
+
+def refuse_another_model(
+    path: Path, earlier: Mapping[str, Any], came_from: Mapping[str, Any]
+) -> None:
+    """Refuse to put results beside those of other weights, or of another tokenizer.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if not earlier.get("details"):
+        return
+    for name in came_from[PARTS]:
+        if name not in earlier:
+            logger.warning(
+                "%s was written by a version that kept no %s: whether its results are of this "
+                "model cannot be told",
+                path,
+                name,
+            )
+        elif earlier[name] != came_from[name]:
+            raise ValueError(
+                f"output: {path} was started with {name} = {earlier[name]!r}, now it is "
+                f"{came_from[name]!r}{what_differs(name, earlier, came_from)}; delete it, or name "
+                "another file as --output"
+            )
+
+
+def done(path: Path, earlier: Mapping[str, Any], name: str, wanted: Mapping[str, Any]) -> bool:
+    """Whether a task that is to be asked has its result already.
+
+    Raises:
+        ValueError: it has one of other questions or settings.
+    """
+    paper = PAPER_NAMES[name]
+    found = earlier.get("details", {}).get(paper)
+    if found is None or paper not in earlier["metrics"]:
+        return False
+    for key in DECISIVE:
+        if found.get(key) != wanted[key]:
+            raise ValueError(
+                f"resume: {path} has {paper} with {key} = {found.get(key)!r}, now it is "
+                f"{wanted[key]!r}; leave --resume out to ask it anew"
+            )
+    return True
 
 
 def output_file(model: str, output: str | None) -> Path:
@@ -143,7 +227,8 @@ def read_evaluation(path: Path, arguments: EvaluateArguments) -> dict[str, Any]:
     # A judge's figures may have been put in by hand, without details.
     if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
         raise ValueError(f"output: {path} is no evaluation")
-    if arguments.output is not None and content.get("model") != arguments.model:
+    named = arguments.output is not None and "model_hash" not in content
+    if named and content.get("model") != arguments.model:
         raise ValueError(
             f"output: {path} holds the evaluation of {content.get('model')!r}, not of "
             f"{arguments.model!r}"
@@ -151,11 +236,15 @@ def read_evaluation(path: Path, arguments: EvaluateArguments) -> dict[str, Any]:
     return content
 
 
-def describe(arguments: EvaluateArguments, questions: Questions) -> dict[str, Any]:
-    """What a score came from, besides the model."""
+def describe(
+    arguments: EvaluateArguments, questions: Questions, template: str | None
+) -> dict[str, Any]:
+    """What a score came from, besides the model; ``template`` is the hash of the one that asks."""
     return {
         "task": questions.config["task"],
         "data": questions.source,
+        "data_hash": questions.data_hash,
+        "template_hash": template,
         "batch_size": arguments.batch_size,
         "versions": {**versions(), "lm_eval": version("lm_eval")},
         **{name: getattr(arguments, name) for name in COMPARED},

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,7 @@ def start_manifest(run: Path, recipe: dict[str, Any], **files: Any) -> None:
         if recipe.get(name) != earlier.get(name):
             raise ValueError(
                 f"resume: {run} was started with {name} = {earlier.get(name)!r}, "
-                f"now it is {recipe.get(name)!r}{_what_differs(name, earlier, recipe)}; take what "
+                f"now it is {recipe.get(name)!r}{what_differs(name, earlier, recipe)}; take what "
                 "it was started with, or start anew with another --output"
             )
     if earlier.get("versions") != versions():
@@ -206,7 +207,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return content
 
 
-def _what_differs(name: str, earlier: dict[str, Any], recipe: dict[str, Any]) -> str:
+def what_differs(name: str, earlier: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     """Of a hash the parts, such as files, that are not the same; and where they were then."""
     parts, before = ((one.get(PARTS) or {}).get(name) or {} for one in (recipe, earlier))
     changed = [one for one in {**before, **parts} if before.get(one) != parts.get(one)]

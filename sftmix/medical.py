@@ -13,7 +13,8 @@ import hashlib
 import importlib.util
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,14 @@ class Questions:
     config: dict[str, Any]
     documents: datasets.Dataset
     source: str
+
+    @property
+    def data_hash(self) -> str:
+        """SHA-256 of the documents, in order."""
+        digest = hashlib.sha256()
+        for row in self.documents:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -217,8 +226,8 @@ def score(
     batch_size: int,
     limit: int | None = None,
     apply_chat_template: bool = False,
-) -> dict[str, Score]:
-    """Ask the model the first `limit` questions of each task, or all of them.
+) -> Iterator[tuple[str, Score]]:
+    """Ask the model the first `limit` questions of each task, or all; yield each task's score.
 
     A prompt that is longer than the model's context loses its beginning, as in the harness; their
     number is logged and counted.
@@ -226,6 +235,7 @@ def score(
     Raises:
         ValueError: a chat template is to be applied and the tokenizer has none.
         ImportError: the harness is not installed.
+        FloatingPointError: the model's likelihoods are not numbers.
     """
     require_harness()
     if apply_chat_template and tokenizer.chat_template is None:
@@ -236,15 +246,17 @@ def score(
     with _quiet():
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         tasks = make_tasks(questions)
-        found = evaluate(
-            wrapped,
-            {"tasks": {task.task_name: task for task in tasks.values()}},
-            limit=limit,
-            log_samples=False,
-            apply_chat_template=apply_chat_template,
-        )
-    scores = {name: _score(task, found["results"], wrapped) for name, task in tasks.items()}
-    for name, one in scores.items():
+    for name, task in tasks.items():
+        with _quiet():
+            found = evaluate(
+                wrapped,
+                {"tasks": {task.task_name: task}},
+                limit=limit,
+                log_samples=False,
+                apply_chat_template=apply_chat_template,
+            )
+        refuse_no_numbers(name, [response[0] for one in task.instances for response in one.resps])
+        one = _score(task, found["results"], wrapped)
         if one.num_cut:
             logger.warning(
                 "%s: %d of %d prompts exceed the model's context of %d tokens; their beginning is "
@@ -254,7 +266,21 @@ def score(
                 one.num_examples,
                 wrapped.max_length,
             )
-    return scores
+        yield name, one
+
+
+def refuse_no_numbers(name: str, likelihoods: Sequence[float]) -> None:
+    """Refuse answers of which one is NaN: the largest of them would be the first, right or wrong.
+
+    Raises:
+        FloatingPointError: saying how many.
+    """
+    wrong = sum(map(math.isnan, likelihoods))
+    if wrong:
+        raise FloatingPointError(
+            f"{PAPER_NAMES[name]}: {wrong} of {len(likelihoods)} log-likelihoods of the model are "
+            "not numbers (NaN): is it damaged? Nothing of this task is written"
+        )
 
 
 def make_tasks(questions: Mapping[str, Questions]) -> dict[str, Any]:

@@ -203,7 +203,7 @@ def test_adapters(tmp_path: Path, model: Path) -> None:
         assert not torch.allclose(found, load(str(model))[0](tokens).logits)
     if importlib.util.find_spec("lm_eval") is not None:
         questions = {"medqa": read_questions("medqa", **write(tmp_path, "medqa", [0, 1, 2]))}
-        (one,) = score(loaded, tokenizer, questions, batch_size=3).values()
+        ((_, one),) = score(loaded, tokenizer, questions, batch_size=3)
         assert one.num_examples == 3
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(OSError, match=r"has no adapter_model\.safetensors"):
@@ -245,7 +245,7 @@ def test_accuracy_is_that_of_likelihoods_by_hand(name: str, model: Path, tmp_pat
     wrong = [(one + (i % 3 == 2)) % len(choices) for i, one in enumerate(answers)]
     assert len(set(answers)) > 1
     questions = {name: read_questions(name, **write(tmp_path, name, wrong))}
-    (found,) = score(loaded, tokenizer, questions, batch_size=4).values()
+    ((_, found),) = score(loaded, tokenizer, questions, batch_size=4)
     rights = np.repeat([1.0, 0.0], [6, 3])
     assert found.accuracy == pytest.approx(100 * rights.mean())
     assert found.stderr == pytest.approx(100 * rights.std(ddof=1) / 3)

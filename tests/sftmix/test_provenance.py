@@ -108,7 +108,7 @@ def test_shards_in_the_order_of_their_index(model: Path) -> None:
         with pytest.raises(OSError, match=r"index\.json is damaged"):
             model_parts(str(model))
     index.unlink()
-    with pytest.raises(OSError, match="expected safetensors .* found none"):
+    with pytest.raises(OSError, match=r"expected safetensors .* found none"):
         model_parts(str(model))
 
 

@@ -165,7 +165,7 @@ def test_weights_are_looked_at_in_every_dtype() -> None:
     many = nn.ModuleList(nn.Linear(1, 1, bias=False) for _ in range(7))
     for one in many:
         nn.init.constant_(one.weight, NAN)
-    with pytest.raises(OSError, match="7 tensors of m .*: 0.weight, .*, 4.weight and 2 more;"):
+    with pytest.raises(OSError, match=r"7 tensors of m .*: 0.weight, .*, 4.weight and 2 more;"):
         refuse_not_finite("m", many)
 
 
