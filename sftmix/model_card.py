@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import re
 import statistics
+import unicodedata
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
+from transformers import PreTrainedTokenizerBase
 
 from sftmix.config import MIXED, OF_MIXUP
+from sftmix.provenance import PARTS
+from sftmix.redaction import redacted
+from sftmix.templates import chat_template, end_of_turn
 
 FILE = "README.md"
 PAPER = "https://arxiv.org/abs/2410.05248"
@@ -78,30 +83,35 @@ def model_card(
     seconds: float,
     subsets: Mapping[str, int] | None = None,
     adapter: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> str:
     """The card of a trained model as Markdown, with metadata in YAML before it.
 
     ``recipe`` is that of `sftmix.manifest.recipe`, ``log`` the trainer's log history, ``seconds``
     the time trained, ``subsets`` the numbers of examples in the partition's halves or levels;
-    ``adapter`` says that the folder holds a PEFT adapter and not a whole model.
+    ``adapter`` says that the folder holds a PEFT adapter and not a whole model; the chat template
+    and the end of a turn are those of ``tokenizer``. What others have named is shown as text: it is
+    neither Markdown nor HTML, and has no secret in it.
     """
-    method = recipe["method"]
-    hidden = ("method", "model", "data", *idle_options(method))
+    recipe = redacted(dict(recipe))
+    method = str(recipe["method"])
+    hidden = ("method", "model", "data", PARTS, *idle_options(method))
     options = {name: value for name, value in recipe.items() if name not in hidden}
     if selected := options.get("select"):
         options["select"] = ", ".join(map(_public_selection, selected))
     counts = {}
     if subsets:
         counts = {f"{', '.join(subsets)} examples": ", ".join(map(str, subsets.values()))}
-    by = METHODS.get(method, f"the method `{method}`")
     model, data = public_name(recipe["model"]), [public_name(name) for name in recipe["data"]]
+    words = METHODS.get(method, f"the method {code_span(method)}")
     return (
         "\n\n".join(
             [
                 f"---\n{_metadata(recipe, adapter=adapter).to_yaml()}\n---",
-                f"# {model}, fine-tuned with {NAMES.get(method, method)}",
-                f"{'An adapter of' if adapter else 'Made from'} `{model}` on "
-                f"{', '.join(f'`{name}`' for name in data)} by {by}.",
+                f"# {plain(model)}, fine-tuned with {NAMES.get(method, plain(method))}",
+                f"{'An adapter of' if adapter else 'Made from'} {code_span(model)} on "
+                f"{', '.join(map(code_span, data))} by {words}.",
+                *(() if tokenizer is None else _of_turns(tokenizer)),
                 "## Recipe",
                 _table(("option", "value"), {**options, **counts}),
                 "## Measured",
@@ -115,6 +125,17 @@ def model_card(
         )
         + "\n"
     )
+
+
+def _of_turns(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """How the model is asked, and what ends its answers."""
+    template = chat_template(tokenizer)
+    try:
+        end = end_of_turn(tokenizer)
+    except ValueError:  # the template wants more than a question and an answer
+        end = ""
+    says = f"It ends its turns with {code_span(end)}. " if end else ""
+    return ["## Turns", f"{says}It was trained with this chat template:", fenced(template)]
 
 
 def figures(log: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
@@ -156,10 +177,65 @@ def _metadata(recipe: Mapping[str, Any], *, adapter: bool) -> ModelCardData:
 
 def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> str:
     lines = [f"| {head[0]} | {head[1]} |", "| --- | --- |"]
-    return "\n".join(lines + [f"| {name} | {_shown(value)} |" for name, value in rows.items()])
+    return "\n".join(
+        lines + [f"| {plain(name)} | {_shown(value)} |" for name, value in rows.items()]
+    )
 
 
 def _shown(value: Any) -> str:
     value = value.value if isinstance(value, Enum) else value
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return "-" if value is None else text.replace("|", "\\|").replace("\n", " ")
+    if isinstance(value, list | tuple):
+        value = ", ".join(map(str, value))
+    return "-" if value is None else plain(f"{value:.6g}" if isinstance(value, float) else value)
+
+
+# What others have named, as text.
+
+# Of Markdown what begins a span, a link, a cell, a tag or an entity within a line.
+MARKUP = re.compile(r"[\\`*\[\]|<>&~$]")
+
+
+def plain(value: Any) -> str:
+    r"""Return text that Markdown shows as it is, in one line.
+
+    >>> plain("<b>[x](http://y)|")
+    '&lt;b&gt;\\[x\\](http://y)\\|'
+    """
+    entities = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+    return MARKUP.sub(lambda one: entities.get(one[0], f"\\{one[0]}"), _line(value))
+
+
+def code_span(value: Any) -> str:
+    r"""Return a code span of any text, in one line: its fence is longer than any in the text.
+
+    >>> code_span("a`b")
+    '``a`b``'
+    """
+    text = _line(value)
+    fence = "`" * (_longest_run(text) + 1)
+    # A space parts the fence from a tick, and is not shown; nothing else is a span of its own.
+    space = " " if not text.strip() or text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def fenced(text: str) -> str:
+    """Return a code block of any text; control characters are shown as �."""
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}jinja\n{_visible(text)}\n{fence}"
+
+
+def _longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
+def _line(value: Any) -> str:
+    return " ".join(_visible(str(value)).split("\n"))
+
+
+def _visible(text: str) -> str:
+    """The text without what a terminal or a browser would obey and nobody sees."""
+    text = re.sub("\r\n?|[\v\f\x1c-\x1e\x85\u2028\u2029]", "\n", text).replace("\t", "    ")
+    return "".join(
+        "\ufffd" if one != "\n" and unicodedata.category(one) in ("Cc", "Cf", "Cs") else one
+        for one in text
+    )

@@ -229,6 +229,7 @@ def write_card(
     subsets: dict[str, int] | None,
 ) -> None:
     """Write the model card, all of it or nothing."""
+    tokenizer: Any = trainer.processing_class
     card = model_card(
         numbers,
         versions(),
@@ -236,5 +237,6 @@ def write_card(
         seconds=trainer.window.seconds,
         subsets=subsets,
         adapter=hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"),
+        tokenizer=tokenizer,
     )
     atomic_write(run / CARD, lambda path: path.write_text(card, encoding="utf-8"))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import AutoTokenizer
 
 from sftmix.cli import main
 from sftmix.loading import save_final_model
@@ -93,6 +94,97 @@ def test_names_of_the_hub_stay_and_paths_go(tmp_path: Path) -> None:
         ("a/b/c", "c"),
     ):
         assert public_name(name) == shown
+
+
+# Names that others gave
+
+HOSTILE = (
+    "![x](https://host/pixel.png)",
+    "<img src=x onerror=alert(1)>",
+    "a | b | c",
+    "line\nbreak\r\n---\n# heading",
+    "```\nfence",
+    "tick ` and `` two",
+    "`",
+    "***",
+    "[link](javascript:alert(1))",
+    "&lt;script&gt;",
+    "\x1b[31mred\u202etxt\u2028x",
+    "\\`*[]<>|",
+)
+
+
+def rendered(card: str) -> str:
+    """The card's body as HTML."""
+    markdown_it = pytest.importorskip("markdown_it")
+    html: str = markdown_it.MarkdownIt("commonmark").enable("table").render(ModelCard(card).content)
+    return html
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_are_text(name: str) -> None:
+    recipe = {
+        **{
+            "model": name,
+            "data": [name, f"x{name}"],
+            "method": "sftmix",
+            "select": [f"keys:{name}"],
+        },
+        **{"attn_implementation": name, "lora_targets": [name], "revision": name},
+    }
+    plain_names = {key: "./name" for key in ("model", "attn_implementation", "revision")}
+    calm = {**recipe, **plain_names, "data": ["./a", "./b"], "select": ["c"], "lora_targets": ["d"]}
+    versions, subsets = {name: name}, {name: 3}
+    card = model_card(recipe, versions, [], seconds=1.5, subsets=subsets)
+    other = model_card(calm, {"torch": "2"}, [], seconds=1.5, subsets={"level 1": 3})
+    assert ModelCard(card).data.to_dict() == ModelCard(other).data.to_dict()
+    assert card.count("\n") == other.count("\n")
+    assert "\x1b" not in card
+    assert "\u202e" not in card
+    html = rendered(card)
+    tags = [re.findall(r"<(/?\w+)", text) for text in (html, rendered(other))]
+    assert tags[0] == tags[1]
+    assert "<img" not in html
+
+
+TEMPLATE = "{%- for m in messages -%}<|{{ m.role }}|>{{ m.content }}<|end|>{%- endfor -%}"
+
+
+@pytest.mark.parametrize("extra", ["", "{# ``` #}", "{# ````\n# heading #}", "{# \x1b[31m #}"])
+def test_the_chat_template_is_shown(extra: str, toy_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(toy_model)
+    tokenizer.chat_template = TEMPLATE + extra
+    card = model_card(RECIPE, {}, [], seconds=1.0, tokenizer=tokenizer)
+    assert "It ends its turns with `<|end|>`." in card
+    assert ("\x1b" in card) is False
+    html = rendered(card)
+    assert html.count("<pre>") == 1
+    assert html.count("<h2>") == 4
+    assert "&lt;|{{ m.role }}|&gt;" in html
+    assert "## Turns" not in model_card(RECIPE, {}, [], seconds=1.0)
+
+
+def test_a_template_that_wants_more_is_shown(toy_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(toy_model)
+    tokenizer.chat_template = "{{ raise_exception('tools, please') }}"
+    card = model_card(RECIPE, {}, [], seconds=1.0, tokenizer=tokenizer)
+    assert "raise_exception('tools, please')" in card
+    assert "ends its turns" not in card
+
+
+def test_any_method_has_words() -> None:
+    card = model_card({**RECIPE, "method": "a_new`one"}, {}, [], seconds=1.0)
+    assert "by the method ``a_new`one``." in card
+    assert "fine-tuned with a_new\\`one" in card
+
+
+def test_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    names = ["https://me:0123456789abcdef@host/rows.jsonl", "s3://k:word@bucket/x?token=abcd"]
+    recipe = {**RECIPE, "data": names, "run_name": "0123456789abcdef", "eval_data": names}
+    card = model_card(recipe, {}, [], seconds=1.0)
+    for secret in ("0123456789abcdef", "word", "abcd"):
+        assert secret not in card.replace("0123abcd", "")
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
