@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import NoReturn
 
+from sftmix.redaction import redacted
+
 REFUSED, FAILED = 2, 1
 
 
@@ -57,7 +59,7 @@ class OneMessage(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End with exit code 2, as argparse does."""
         # argparse names both spellings of an option, with underscores and with dashes.
-        message = re.sub(r"^argument (--\w+)(/\S+)?: ", r"\1: ", printable(message))
+        message = re.sub(r"^argument (--\w+)(/\S+)?: ", r"\1: ", printable(redacted(message)))
         self.exit(REFUSED, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
 
 

@@ -93,7 +93,7 @@ def load_trained_model(arguments: ModelArguments, base: str | None = None) -> An
 
     # Without this file PEFT opens adapter_model.bin, a pickle.
     if not (folder / ADAPTER_WEIGHTS).exists():
-        raise OSError(f"--model: {folder} has no {ADAPTER_WEIGHTS}")
+        raise OSError(f"model: {folder} has no {ADAPTER_WEIGHTS}")
     refuse_revision(arguments)
     found, revision = base_model(folder)
     if base is not None:
@@ -106,7 +106,7 @@ def load_trained_model(arguments: ModelArguments, base: str | None = None) -> An
             raise
         reason = " ".join(str(error).split())
         raise OSError(
-            f"--model: the adapter {folder} is damaged or not one of {found}: {reason:.300}"
+            f"model: the adapter {folder} is damaged or not one of {found}: {reason:.300}"
         ) from error
     refuse_other_tensors(str(folder), _adapter_info(adapted, folder))
     refuse_not_finite(str(folder), adapted)
@@ -124,9 +124,9 @@ def base_model(adapter: Path) -> tuple[str, str | None]:
         config = json.loads(path.read_text(encoding="utf-8"))
         base, revision = config.get("base_model_name_or_path"), config.get("revision")
     except (ValueError, AttributeError) as error:
-        raise OSError(f"--model: {path} is damaged: {error}") from error
+        raise OSError(f"model: {path} is damaged: {error}") from error
     if not base:
-        raise OSError(f"--model: {path} has no base_model_name_or_path")
+        raise OSError(f"model: {path} has no base_model_name_or_path")
     # PEFT writes a revision for folders, too.
     return str(base), None if Path(base).exists() else revision
 
@@ -139,7 +139,7 @@ def refuse_revision(arguments: ModelArguments) -> None:
     """
     if arguments.revision is not None and Path(arguments.model).exists():
         raise ValueError(
-            f"--revision: expected the name of a model on the hub with it, got the folder "
+            f"revision: expected the name of a model on the hub with it, got the folder "
             f"{arguments.model}; leave --revision out"
         )
 

@@ -141,7 +141,7 @@ def kept_date(*runs: Path) -> str | None:
     """
     for run in runs:
         if (run / FILE).exists():
-            date = json.loads((run / FILE).read_text(encoding="utf-8")).get("template_date")
+            date = read_manifest(run / FILE).get("template_date")
             if date is not None:
                 return str(date)
     return None

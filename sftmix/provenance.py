@@ -88,18 +88,18 @@ def model_parts(
     if config is not None:
         weights = find_file(model, ADAPTER_WEIGHTS, revision)
         if weights is None:
-            raise OSError(f"--model: {model} has no {ADAPTER_WEIGHTS}")
+            raise OSError(f"model: {model} has no {ADAPTER_WEIGHTS}")
         parts = {ADAPTER_WEIGHTS: checksum(weights), ADAPTER_CONFIG: _config_sum(config)}
         adapter = _json(config)
         base, base_revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
         if not base:
-            raise OSError(f"--model: {config} has no base_model_name_or_path")
+            raise OSError(f"model: {config} has no base_model_name_or_path")
         own = model_parts(str(base), base_revision, trust_remote_code=trust_remote_code)
         return parts | {f"base model's {name}": digest for name, digest in own.items()}
     for name in weight_files(model, revision):
         path = find_file(model, name, revision)
         if path is None:
-            raise OSError(f"--model: {model} has no {name}, which {INDEX} names")
+            raise OSError(f"model: {model} has no {name}, which {INDEX} names")
         parts[name] = checksum(path)
     for name in CONFIGS:
         path = find_file(model, name, revision)
@@ -121,12 +121,12 @@ def weight_files(model: str, revision: str | None = None) -> list[str]:
     index = find_file(model, INDEX, revision)
     if index is None:
         raise OSError(
-            f"--model: expected safetensors ({WEIGHTS} or {INDEX}) in {model}, found none; "
+            f"model: expected safetensors ({WEIGHTS} or {INDEX}) in {model}, found none; "
             "save_pretrained writes them"
         )
     shards = _json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(one, str) for one in shards.values()):
-        raise OSError(f"--model: {index} is damaged: expected a weight_map, a file for each tensor")
+        raise OSError(f"model: {index} is damaged: expected a weight_map, a file for each tensor")
     return list(dict.fromkeys(shards.values()))
 
 
@@ -184,7 +184,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise OSError(f"--model: {path} is damaged: {error}") from error
+        raise OSError(f"model: {path} is damaged: {error}") from error
     if not isinstance(content, dict):
-        raise OSError(f"--model: {path} is damaged: expected names and values")
+        raise OSError(f"model: {path} is damaged: expected names and values")
     return content

@@ -129,9 +129,10 @@ def train(
             confident=confident,
             processing_class=tokenizer,
         )
-        hashes = {"partition": scores_hash}
-        if held_out is not None:
-            hashes["eval_data_hash"] = data_hash(held_out["content_hash"][:])
+        hashes = {
+            "partition": scores_hash,
+            "eval_data_hash": None if held_out is None else data_hash(held_out["content_hash"][:]),
+        }
         numbers = recipe(arguments, config, dataset, tokenizer, **hashes)
     refuse_differences(numbers)
     files = {"partition": arguments.partition, "eval_data": arguments.eval_data}

@@ -36,7 +36,7 @@ def refuse_other_tensors(model: str, info: Mapping[str, Any]) -> None:
         if names:
             way_out = "give it weights that belong to its config, or save or download it anew"
             raise OSError(
-                f"--model: {len(names)} tensors {kind} in the weights of {model}: {_named(names)}; "
+                f"model: {len(names)} tensors {kind} in the weights of {model}: {_named(names)}; "
                 f"{way_out}"
             )
 
@@ -58,7 +58,7 @@ def refuse_not_finite(model: str, module: nn.Module) -> None:
             names.append(name)
     if names:
         raise OSError(
-            f"--model: {len(names)} tensors of {model} hold NaN or infinities: {_named(names)}; "
+            f"model: {len(names)} tensors of {model} hold NaN or infinities: {_named(names)}; "
             "the model is damaged: take one that was saved before"
         )
 

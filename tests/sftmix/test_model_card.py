@@ -197,9 +197,9 @@ def test_an_adapter_has_a_card_too(toy_model: Path, tmp_path: Path) -> None:
         def save_pretrained(self, folder: Any) -> None:
             """A tokenizer that has no files."""
 
-    save_final_model(
-        model, Tokenizer(), tmp_path, model_card(RECIPE, {}, [], seconds=1.0, adapter=True)
-    )
+    save_final_model(model, Tokenizer(), tmp_path)
+    assert not (tmp_path / "README.md").exists()
+    (tmp_path / "README.md").write_text(model_card(RECIPE, {}, [], seconds=1.0, adapter=True))
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "peft"
     assert card.content.count("An adapter of `org/base`") == 1

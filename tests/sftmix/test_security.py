@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sftmix.checkpoints import LIST, fault, seal
 from sftmix.cli import main
 from sftmix.pickles import refuse_code
+
+from .medical_data import write
 
 QUIET = ["--use_cpu", "true", "--disable_tqdm", "true"]
 
@@ -161,6 +163,67 @@ def test_pickled_adapters_are_never_opened(
     config = {"peft_type": "LORA", "base_model_name_or_path": str(model), "r": 4}
     (model / "adapter_config.json").write_text(json.dumps(config))
     assert "is an adapter" in refusal(model, toy_data, tmp_path / "run", capsys)
+
+
+def asking(command: str, model: Path, tmp_path: Path, toy_data: Path) -> list[str]:
+    """The words of a command that loads the model."""
+    words = [command, "--model", str(model)]
+    if command == "evaluate":
+        return [*words, "--tasks", "medqa", "--medqa_data", write(tmp_path, "medqa", [0])["file"]]
+    if command == "generate":
+        (tmp_path / "questions.json").write_text('[{"instruction": "one"}]')
+        words += ["--format", "alpaca_eval", "--questions", str(tmp_path / "questions.json")]
+        return [*words, "--output", str(tmp_path / "out.json"), "--use_cpu"]
+    method = ["--method", "ntp"] if command == "train" else []
+    return [*words, *method, "--data", str(toy_data), "--output", str(tmp_path / "run"), *QUIET]
+
+
+@pytest.mark.parametrize("kind", ["config", "tokenizer", "adapter", "base", "megatron"])
+@pytest.mark.parametrize("command", ["score", "train", "generate", "evaluate"])
+def test_no_command_runs_what_comes_with_a_model(
+    command: str,
+    kind: str,
+    model: Path,
+    toy_data: Path,
+    canary: Canary,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sftmix.evaluate.require_harness", lambda: None)
+    monkeypatch.setattr("sftmix.evaluate.version", lambda name: "0")
+    code = f"from pathlib import Path\nPath({str(canary.path)!r}).touch()\n"
+    (model / "own.py").write_text(code)
+    given = model
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(model), "r": 2}
+    if kind in ("config", "base"):
+        edited = json.loads((model / "config.json").read_text())
+        edited["auto_map"] = {"AutoModelForCausalLM": "own.Own", "AutoConfig": "own.Own"}
+        (model / "config.json").write_text(json.dumps({**edited, "model_type": "own"}))
+    if kind == "tokenizer":
+        edited = json.loads((model / "tokenizer_config.json").read_text())
+        edited |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+        (model / "tokenizer_config.json").write_text(json.dumps(edited))
+    if kind in ("adapter", "base", "megatron"):
+        given = tmp_path / "adapter"
+        given.mkdir()
+        for path in model.glob("tokenizer*"):
+            shutil.copy(path, given)
+        with_torch(canary, given / "adapter_model.bin")
+        if kind != "adapter":
+            save_file({"x": torch.ones(1)}, given / "adapter_model.safetensors")
+        if kind == "megatron":
+            monkeypatch.syspath_prepend(str(model))
+            config |= {
+                "megatron_config": {"x": 1},
+                "megatron_core": "own",
+                "target_modules": ["down_proj"],
+            }
+        (given / "adapter_config.json").write_text(json.dumps(config))
+    assert main(asking(command, given, tmp_path, toy_data)) == 2
+    error = capsys.readouterr().err
+    assert ": error: " in error
+    assert "Traceback" not in error
 
 
 def test_code_beside_a_tokenizer_is_not_run(
