@@ -39,8 +39,8 @@ CHAT_TEMPLATE_HELP = (
 )
 CONFIG_HELP = (
     "YAML file with the same names; flags override it. What a mapping named after a command holds "
-    "is that command's own (score: {output: ...}, train: {output: ...}); include: names a file "
-    "whose values come first"
+    "is that command's own (score: {output: ...}, train: {output: ...}); include: names a YAML "
+    "file in the same folder, whose values come first"
 )
 
 

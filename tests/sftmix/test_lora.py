@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from sftmix.arguments import RunArguments
 from sftmix.cli import main
-from sftmix.generate import model_hash
 from sftmix.lora import add_lora, lora_options
 from sftmix.partition import read_partition
+from sftmix.provenance import combined, model_parts
 
 peft = pytest.importorskip("peft")
 # PEFT asks for what transformers has renamed.
@@ -183,8 +183,9 @@ def test_answers_of_an_adapter_belong_to_its_base_too(toy_model: Path, tmp_path:
     adapter.mkdir()
     config = {"base_model_name_or_path": str(base)}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    found = {model_hash(str(adapter), False)}
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    found = {combined(model_parts(str(adapter)))}
     for file in (adapter / "adapter_model.safetensors", base / "model.safetensors"):
         file.write_bytes(b"other weights")
-        found.add(model_hash(str(adapter), False))
+        found.add(combined(model_parts(str(adapter))))
     assert len(found) == 3
