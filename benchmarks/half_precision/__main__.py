@@ -25,14 +25,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from sftmix import demo_data
-from sftmix.cli import main as sftmix
-from sftmix.toy import build_toy_model
-
 from benchmarks.measure import facts
 from benchmarks.readme import replace_block
 from benchmarks.report import table
 from benchmarks.targets import cpu_text
+from sftmix import demo_data
+from sftmix.cli import main as sftmix
+from sftmix.toy import build_toy_model
 
 FILE = "cpu.json"
 PROG = "python -m benchmarks.half_precision"

@@ -19,8 +19,8 @@ NOT_COUNTED = (
     "DDP's buffers; every sequence is taken as full"
 )
 ROUNDED = (
-    "--dtype bfloat16 without LoRA loses small updates unless --optim adamw_torch_8bit --optim_args\n"
-    "bf16_stochastic_round=True rounds them at random: docs/memory.md"
+    "--dtype bfloat16 without LoRA loses small updates unless they are rounded at random,\n"
+    "--optim adamw_torch_8bit --optim_args bf16_stochastic_round=True: docs/memory.md"
 )
 
 
