@@ -67,6 +67,8 @@ results: $(READY)
 	"$(PYTHON)" -m benchmarks.study report benchmarks/study/results --document docs/study.md
 	"$(PYTHON)" -m benchmarks.long_sequence plot benchmarks/long_sequence/results \
 		--document docs/memory.md
+	"$(PYTHON)" -m benchmarks.half_precision report benchmarks/half_precision/results \
+		--document docs/memory.md
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

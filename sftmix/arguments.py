@@ -76,7 +76,11 @@ class RunArguments:
         "error", "A malformed row stops the run, or is left out and counted", "ours"
     )
     dtype: Literal["float32", "bfloat16", "auto"] = option(
-        "float32", "Dtype of the weights; --bf16 true adds bfloat16 autocast", "ours"
+        "float32",
+        "Dtype of the weights; --bf16 true adds bfloat16 autocast to float32. Weights in bfloat16 "
+        "lose small updates but with --optim adamw_torch_8bit --optim_args "
+        "bf16_stochastic_round=True (torchao)",
+        "ours",
     )
     attn_implementation: str | None = option(
         None,

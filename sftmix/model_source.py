@@ -97,7 +97,9 @@ def check_model(
 
 
 def check_folder(folder: Path, *, weights: bool = True) -> None:
-    """Check that a folder has a config, weights without code, and JSON files that are JSON."""
+    """Check a folder's config and JSON files; with ``weights`` also its tokenizer, and that weights
+    are there without code.
+    """
     if not any((folder / name).exists() for name in CONFIGS):
         checkpoints = sorted(path.name for path in folder.glob("checkpoint-*"))
         hint = f"; did you mean {folder / checkpoints[-1]}?" if checkpoints else ""
@@ -115,7 +117,12 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
                 f"model: {path} is damaged: expected a mapping, got a {type(content).__name__}"
             )
     check_type(folder)
-    if not weights or any((folder / name).exists() for name in WEIGHTS):
+    if not weights:
+        return
+    has_tokenizer = any(any(folder.glob(pattern)) for pattern in TOKENIZERS)
+    if (folder / "config.json").exists() and not has_tokenizer:
+        raise ValueError(f"model: {folder} has no tokenizer: expected tokenizer.json")
+    if any((folder / name).exists() for name in WEIGHTS):
         return
     pickles = [name for name in PICKLES if (folder / name).exists()]
     why = f"; {pickles[0]} is a pickle, which could run code, and is not opened" if pickles else ""
@@ -123,7 +130,7 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
 
 
 def check_type(folder: Path) -> None:
-    """Check that transformers knows the type of a model in a folder, and that text can be read."""
+    """Check that transformers knows the type of a model in a folder."""
     path = folder / "config.json"
     if not path.exists():
         return
@@ -135,8 +142,6 @@ def check_type(folder: Path) -> None:
         raise ValueError(
             f"model: {path} is of type {kind!r}, which transformers does not know; a newer one may"
         )
-    if not any(any(folder.glob(pattern)) for pattern in TOKENIZERS):
-        raise ValueError(f"model: {folder} has no tokenizer: expected tokenizer.json")
 
 
 def check_name(model: str) -> None:

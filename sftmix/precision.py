@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 WAYS_OUT = (
     "Ways out: --dtype float32 --bf16 true (float32 weights, bfloat16 products); --dtype bfloat16 "
     "--optim adamw_torch_8bit --optim_args bf16_stochastic_round=True (rounded at random, which is "
-    "right on average; needs torchao); or --lora_rank 16 (the model stays, its updates are "
+    "right on average; pip install torchao); or --lora_rank 16 (the model stays, its updates are "
     "float32). docs/memory.md has bytes and losses of each"
 )
 

@@ -15,7 +15,7 @@ from sftmix.arguments import TrainRunArguments, parse
 from sftmix.config import CHECKPOINTING, LEAN_LOSS_BYTES, LEAN_TILE_TOKENS, SFTMixConfig, option
 from sftmix.model_source import check_model
 from sftmix.option_checks import check_schedule
-from sftmix.plan.optimizer import EIGHT_BIT
+from sftmix.plan.optimizer import FEW_BITS
 from sftmix.plan.search import GRID, largest_length
 from sftmix.plan.step import Plan, plan_step
 from sftmix.plan.table import Row, report
@@ -87,7 +87,7 @@ SWITCHES = (
     ),
     switch("lora_rank", "16", (None,), same=False),
     switch("dtype", "bfloat16", ("float32",), same=False),
-    switch("optim", EIGHT_BIT[0], ("adamw_torch", "adamw_torch_fused"), same=False),
+    switch("optim", FEW_BITS[0], ("adamw_torch", "adamw_torch_fused"), same=False),
 )
 
 

@@ -5,7 +5,8 @@ source allocates for each trained parameter of n numbers:
 
 - ``adamw_torch_8bit`` (torchao's ``AdamW8bit``): two states of n bytes, a float32 scale for each
   256 numbers and a table of 256 float32 each; below 4096 numbers, or where 256 does not divide n,
-  two states of the parameter's dtype. Its step is compiled and leaves no temporary.
+  two states of the parameter's dtype. Its step is compiled and leaves no temporary, rounding at
+  random included. ``adamw_torch_4bit``: half the bytes, and tables of 16.
 - ``adamw_bnb_8bit``, ``adamw_8bit``, ``paged_adamw_8bit`` (bitsandbytes' ``AdamW``): the same with
   any rest of 256, two tables for all, and float32 states below 4096 numbers and for embeddings,
   which `transformers.Trainer` asks for. Paged states may lie on the host; here they count.
@@ -24,11 +25,12 @@ from transformers.trainer_pt_utils import get_parameter_names
 BLOCK, SMALLEST = 256, 4096
 
 REAL = ("adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adagrad", "rmsprop")
-EIGHT_BIT = ("adamw_torch_8bit", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit")
+TORCHAO = {"adamw_torch_8bit": 8, "adamw_torch_4bit": 4}  # bits of a state's number
+FEW_BITS = (*TORCHAO, "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit")
 
 
-class EightBit:
-    """States of an 8-bit AdamW, as tensors that are held; a step of it allocates nothing."""
+class FewBits:
+    """States of an AdamW of few bits, as tensors that are held; a step of it allocates nothing."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         embeddings = {
@@ -37,23 +39,24 @@ class EightBit:
             if isinstance(module, nn.Embedding)
             for parameter in module.parameters()
         }
-        states = ao_states if name == "adamw_torch_8bit" else bnb_states
+        bits = TORCHAO.get(name)
         self.states = [
-            [state for _ in range(2) for state in states(p, id(p) in embeddings)]
+            bnb_states(p, id(p) in embeddings) if bits is None else ao_states(p, bits)
             for p in trained(model)
+            for _ in range(2)
         ]
 
     def step(self) -> None:
         """Update nothing."""
 
 
-def ao_states(parameter: Tensor, is_embedding: bool) -> list[Tensor]:
+def ao_states(parameter: Tensor, bits: int) -> list[Tensor]:
     """One of torchao's two states: codes, scales and their table."""
     count = parameter.numel()
     if count < SMALLEST or count % BLOCK:
         return [torch.empty_like(parameter)]
-    codes = torch.empty_like(parameter, dtype=torch.uint8)
-    return [codes, parameter.new_empty(count // BLOCK + 256, dtype=torch.float32)]
+    codes = parameter.new_empty(count * bits // 8, dtype=torch.uint8)
+    return [codes, parameter.new_empty(count // BLOCK + 2**bits, dtype=torch.float32)]
 
 
 def bnb_states(parameter: Tensor, is_embedding: bool) -> list[Tensor]:
@@ -77,10 +80,10 @@ def planned_optimizer(model: nn.Module, options: TrainingArguments, *, on_cpu: b
         ValueError: an optimizer that is none of those in this file.
     """
     name = str(getattr(options.optim, "value", options.optim))
-    if name in EIGHT_BIT:
-        return EightBit(model, name)
+    if name in FEW_BITS:
+        return FewBits(model, name)
     if name not in REAL:
-        known = ", ".join((*REAL, *EIGHT_BIT))
+        known = ", ".join((*REAL, *FEW_BITS))
         raise ValueError(f"optim: expected one that the plan knows, {known}; got {name!r}")
     cls, settings = Trainer.get_optimizer_cls_and_kwargs(options)
     if not on_cpu and name != "adafactor" and not settings.get("fused"):

@@ -18,6 +18,10 @@ NOT_COUNTED = (
     "not counted: the device's context, libraries' workspaces, the allocator's fragments, "
     "DDP's buffers; every sequence is taken as full"
 )
+ROUNDED = (
+    "--dtype bfloat16 without LoRA loses small updates unless they are rounded at random,\n"
+    "--optim adamw_torch_8bit --optim_args bf16_stochastic_round=True: docs/memory.md"
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,12 @@ def report(
     lines = [*what(planned, config, plan), "", *parts(planned, plan, longer), ""]
     if memory is not None:
         lines += [verdict(plan, memory, advice), *length_line(config, largest), ""]
-    lines += [*table(rows, memory), "", NOT_COUNTED]
+    lines += [*table(rows, memory), ""]
+    if planned.arguments.lora_rank is None and "bf16_stochastic_round" not in str(
+        planned.options.optim_args
+    ):
+        lines.append(ROUNDED)
+    lines.append(NOT_COUNTED)
     return "\n".join(lines)
 
 

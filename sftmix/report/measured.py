@@ -127,7 +127,7 @@ def measured(
         "max_length": str(run.recipe["max_length"]),
         "template_hash": str(run.recipe.get("template_hash")),
         "template_date": str(run.recipe.get("template_date")),
-        "dtype": _arguments(run, "").dtype,
+        "dtype": _dtype(run),
         "head": _head(run),
     }
     kept = (_read(one.folder / FOLDER, when, wanted) for one in (run, *others))
@@ -201,11 +201,14 @@ def _context(
     return contextlib.nullcontext
 
 
+def _dtype(run: Run) -> Any:
+    return run.recipe.get("dtype", "float32")
+
+
 def _arguments(run: Run, model: str) -> RunArguments:
-    dtype = run.recipe.get("dtype", "float32")
     at = run.recipe.get("commit") or run.recipe.get("revision")
     revision = None if Path(model).exists() else at
-    return RunArguments(model, run.recipe["data"], "", dtype=dtype, revision=revision)
+    return RunArguments(model, run.recipe["data"], "", dtype=_dtype(run), revision=revision)
 
 
 def _head(run: Run) -> str:

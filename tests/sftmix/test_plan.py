@@ -28,6 +28,7 @@ from sftmix.objective import batch_counts, batch_loss
 from sftmix.plan import plan_step
 from sftmix.plan import step as planning
 from sftmix.plan.command import DOES_NOT_FIT, Planned, advised, parse_bytes
+from sftmix.plan.optimizer import ao_states
 from sftmix.plan.search import GRID, largest_length, step_of
 from sftmix.plan.table import Row
 from sftmix.plan.trace import GRADIENTS, LOSS, OPTIMIZER, WEIGHTS
@@ -238,6 +239,20 @@ def test_the_largest_length_fits_and_a_step_more_does_not(memory: int) -> None:
     assert near == largest or peak_of(near) >= 0.99 * memory
 
 
+@pytest.mark.parametrize(
+    ("bits", "expected"), [(8, 4096 + (16 + 256) * 4), (4, 2048 + (16 + 16) * 4)]
+)
+def test_torchaos_states(bits: int, expected: int) -> None:
+    """Of 4096 numbers: codes, a scale for each 256, and a table of their values."""
+    weight = torch.nn.Parameter(torch.zeros(64, 64, dtype=torch.bfloat16))
+    assert sum(one.nbytes for one in ao_states(weight, bits)) == expected
+    assert [one.dtype for one in ao_states(weight[:3], bits)] == [torch.bfloat16]
+    optim = pytest.importorskip("torchao.optim", reason="torchao is not installed")
+    real = getattr(optim, f"AdamW{bits}bit")([weight], block_size=256)._new_buffer(weight, True)
+    found = [getattr(real, name) for name in real.tensor_attrs]
+    assert sum(one.nbytes for one in found) == expected
+
+
 # The command
 
 ALL_ON = [
@@ -276,6 +291,10 @@ def test_the_command_says_what_fits_and_what_helps(plan: Callable[..., tuple[int
     assert "fits: 0.0 GiB of 0.0" in said
     assert re.search(r"longest that fits: [1-9]\d+ tokens", said)
     assert "every switch that saves memory is on" in said
+    assert "loses small updates" not in said  # LoRA's are float32
+    assert "loses small updates" in plan("--dtype", "bfloat16")[1]
+    rounding = ["--optim", "adamw_torch_8bit", "--optim_args", "bf16_stochastic_round=True"]
+    assert "loses small updates" not in plan("--dtype", "bfloat16", *rounding)[1]
     code, said = plan("--gpu-memory", "1KB", "--max-length", "64", *ALL_ON[:-2])
     assert code == DOES_NOT_FIT
     assert re.search(r"does not fit: .*; too little help", said)
