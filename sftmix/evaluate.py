@@ -13,6 +13,7 @@ from sftmix.arguments import parse_alone
 from sftmix.config import option
 from sftmix.manifest import versions
 from sftmix.medical import Questions, Score, load, read_questions, require_harness, score
+from sftmix.out_of_memory import ANSWERING_WAYS, advising
 from sftmix.runs import write_json
 from sftmix.tasks import PAPER_NAMES
 
@@ -73,6 +74,7 @@ class EvaluateArguments:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
+@advising(*ANSWERING_WAYS)
 def main(words: Sequence[str]) -> None:
     """Run the command."""
     arguments = parse_alone(words, EvaluateArguments, "sftmix evaluate")

@@ -19,12 +19,14 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig
 
+from sftmix import interrupts
 from sftmix.answering import Answerer, Decoding
 from sftmix.arguments import parse_alone
 from sftmix.checkpoints import checksum
 from sftmix.config import option
 from sftmix.loading import CONFIGS, base_model, load_tokenizer, load_trained_model
 from sftmix.manifest import start_manifest
+from sftmix.out_of_memory import ANSWERING_WAYS, advising
 from sftmix.questions import (
     FORMATS,
     Answer,
@@ -90,6 +92,7 @@ class GenerateArguments:
             self.name = Path(self.model).resolve().name
 
 
+@advising(*ANSWERING_WAYS)
 def main(words: Sequence[str]) -> None:
     """Run the command."""
     arguments = parse_alone(words, GenerateArguments, "sftmix generate")
@@ -98,6 +101,7 @@ def main(words: Sequence[str]) -> None:
         raise ValueError(f"output: {path} exists; delete it or choose another")
     run = path.with_name(f"{path.name}.run")
     with opened_run(str(run), resume=arguments.resume):
+        interrupts.advise("before it was done: what is answered is kept; go on with --resume")
         finished = path.exists()
         generate(path, run, arguments)
         print(f"{path} was finished already" if finished else f"wrote {path}")

@@ -17,6 +17,7 @@ from sftmix.failures import RunFailure
 from sftmix.loading import load_data, load_model, load_tokenizer
 from sftmix.lora import add_lora
 from sftmix.manifest import recipe, start_manifest
+from sftmix.out_of_memory import MODEL_WAYS, advising
 from sftmix.pairing import PairedCollator
 from sftmix.partition import Partition, from_scores, read_partition, summary, write_partition
 from sftmix.ranks import is_main, on_main, opened_run, refuse_differences, together
@@ -27,6 +28,7 @@ from sftmix_kernels import StreamingPerplexity
 FILE = "confidence.parquet"
 
 
+@advising(*MODEL_WAYS)
 def main(words: Sequence[str]) -> None:
     """Run the command."""
     arguments, config = parse(words, RunArguments, ScoreConfig, "sftmix score")
@@ -38,6 +40,8 @@ def main(words: Sequence[str]) -> None:
         if is_main():
             print(summary(partition))
             print(f"{run / FILE} was finished already" if finished else f"wrote {run / FILE}")
+        interrupts.advise(f"when all was done: {run / FILE} is whole")
+        interrupts.end_if_requested()
 
 
 def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:

@@ -28,6 +28,7 @@ from sftmix.lora import add_lora
 from sftmix.manifest import recipe, start_manifest, versions
 from sftmix.model_card import FILE as CARD
 from sftmix.model_card import model_card
+from sftmix.out_of_memory import MODEL_WAYS, advising
 from sftmix.partition import match, partition_hash, read_partition, subset_counts
 from sftmix.ranks import RankError, is_main, on_main, opened_run, refuse_differences, together
 from sftmix.runs import atomic_write
@@ -61,6 +62,7 @@ class Saved:
             raise RunFailure(f"the model is in {self.run}; {self.lost}: {reason}") from error
 
 
+@advising(*MODEL_WAYS)
 def main(words: Sequence[str]) -> None:
     """Run the command."""
     arguments, config = parse(words, TrainRunArguments, SFTMixConfig, "sftmix train")
