@@ -16,6 +16,7 @@ from sftmix.loading import load_tokenizer
 from sftmix.manifest import versions, what_differs
 from sftmix.medical import Questions, Score, load, read_questions, require_harness, score
 from sftmix.model_source import check_model
+from sftmix.out_of_memory import ANSWERING_WAYS, advising
 from sftmix.provenance import PARTS, provenance
 from sftmix.redaction import redacted
 from sftmix.runs import write_json
@@ -98,6 +99,7 @@ class EvaluateArguments:
 ARGUMENTS = (EvaluateArguments,)
 
 
+@advising(*ANSWERING_WAYS)
 def main(words: Sequence[str]) -> None:
     """Run the command: each task's result is written as soon as it is there."""
     arguments = parse_alone(words, EvaluateArguments, "sftmix evaluate")
