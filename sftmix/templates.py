@@ -434,7 +434,7 @@ def _unlike(before: str, text: str, i: int) -> str:
         (n for n, (a, b) in enumerate(zip(before, text, strict=False)) if a != b),
         min(len(before), len(text)),
     )
-    asked, written = (shown(one[same : same + 40]) for one in (before, text))
+    asked, written = (one[same : same + 40] for one in (before, text))
     return (
         f"the chat template is not prefix-consistent: it asks for message {i} with {asked!r} where "
         f"it writes {written!r} once the message is there, so the response cannot be found. Give "

@@ -15,7 +15,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sftmix.ranks import is_main
-from sftmix.rendering import shown
 from sftmix.templates import chat_template, end_of_turn
 
 logger = logging.getLogger(__name__)
@@ -70,7 +69,7 @@ class TurnEnds:
                 "the chat template ends a turn with the text %r, of which no token stands for "
                 "itself: transformers' generate stops there only with stop_strings and tokenizer "
                 "given; sftmix generate does",
-                shown(self.marker),
+                self.marker,
             )
         else:
             logger.warning(
@@ -89,8 +88,8 @@ class TurnEnds:
             logger.warning(
                 "the tokenizer's chat template was changed since the trainer was made: what is "
                 "saved ends its turns with %r, training with %r",
-                shown(end_of_turn(self.tokenizer)),
-                shown(self.marker or ""),
+                end_of_turn(self.tokenizer),
+                self.marker or "",
             )
 
 
