@@ -137,10 +137,14 @@ def kept_date(*runs: Path) -> str | None:
 
     A run that goes on another day reads the tokens that it began with; and one that trains on a
     partition reads those that were scored.
+
+    Raises:
+        ValueError: a manifest is damaged.
+        OSError: it cannot be read.
     """
     for run in runs:
         if (run / FILE).exists():
-            date = json.loads((run / FILE).read_text(encoding="utf-8")).get("template_date")
+            date = read_manifest(run / FILE).get("template_date")
             if date is not None:
                 return str(date)
     return None

@@ -8,12 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from sftmix.reading import read_small
 from sftmix.rendering import RenderError, check_template, shown
 
 # Where a model's folder keeps its template, in the order in which transformers looks.
 IN_FOLDER = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
-# The longest that TRL ships has 20,000 characters.
-MAX_BYTES = 2**20
 
 
 def use_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -35,7 +34,7 @@ def read_template(name: str) -> str:
         OSError: the file cannot be read.
     """
     path = _file(name)
-    text = _text(path, name)
+    text = read_small(path, "chat_template")
     template = _of_json(text, path, name) if path.suffix == ".json" else text
     if not template.strip():
         raise ValueError(f"chat_template: expected a template, {shown(str(path))} is empty")
@@ -59,24 +58,7 @@ def _file(name: str) -> Path:
         return found[0]
     if not path.exists():
         raise ValueError(f"chat_template: there is no file or folder {shown(name)!r}")
-    if not path.is_file():
-        raise ValueError(f"chat_template: {shown(name)} is no file and no folder")
     return path
-
-
-def _text(path: Path, name: str) -> str:
-    with path.open("rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ValueError(
-            f"chat_template: expected at most {MAX_BYTES:,} bytes, {shown(name)} has more"
-        )
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"chat_template: {shown(str(path))} is not valid UTF-8 at byte {error.start}"
-        ) from None
 
 
 def _of_json(text: str, path: Path, name: str) -> str:

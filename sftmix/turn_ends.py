@@ -83,13 +83,13 @@ class TurnEnds:
 
         The model answers as it was trained under that one alone.
         """
-        now = None if self.template is None else chat_template(self.tokenizer)
-        if now != self.template and is_main():
+        now = TurnEnds(self.tokenizer)
+        if now.template != self.template and is_main():
             logger.warning(
                 "the tokenizer's chat template was changed since the trainer was made: what is "
                 "saved ends its turns with %r, training with %r",
-                end_of_turn(self.tokenizer),
-                self.marker or "",
+                now.marker,
+                self.marker,
             )
 
 
