@@ -26,6 +26,7 @@ from transformers import (
 
 from sftmix.questions import Answer, Question
 from sftmix.templates import end_of_turn, prompt_tokens
+from sftmix.turn_ends import end_token, stop_tokens
 
 # FastChat (gen_model_answer.py) takes the likeliest token below this.
 GREEDY_BELOW = 1e-4
@@ -241,14 +242,12 @@ class Answerer:
 
 
 def stops(tokenizer: PreTrainedTokenizerBase, of_model: Any) -> tuple[set[int], str]:
-    """The tokens that end an answer; and the text that does, where no token of it is special.
+    """The tokens that end an answer; and the text that does, where none of its tokens is special.
 
     `of_model`: the end-of-sequence token or tokens of the model's generation config, or None.
     """
-    tokens = {of_model} if isinstance(of_model, int) else set(of_model or ())
+    tokens = set(stop_tokens(of_model))
     if tokenizer.eos_token_id is not None:
         tokens.add(tokenizer.eos_token_id)
-    marker = end_of_turn(tokenizer)
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    found = [i for i in tokenizer(marker, add_special_tokens=False)["input_ids"] if i in special]
-    return tokens | set(found[:1]), "" if found else marker
+    token = end_token(tokenizer)
+    return (tokens, end_of_turn(tokenizer)) if token is None else (tokens | {token}, "")

@@ -28,6 +28,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sftmix.columns import FORMATS, digest, field, format_of, read_content
+from sftmix.failures import printable
 from sftmix.messages import BadField, Messages, kind
 from sftmix.rows import BadRowError, BadRows, OnBadRow, Row
 from sftmix.sources import open_sources
@@ -121,8 +122,8 @@ def load_examples(
     number = 0
     for name in data:
         for source, read in open_sources(name, split, argument):
-            rows = list(bar(read, desc=f"Reading {source}"))
-            checking = bar(rows, desc=f"Checking {source}")
+            rows = list(bar(read, desc=printable(f"Reading {source}")))
+            checking = bar(rows, desc=printable(f"Checking {source}"))
             examples += _examples(checking, rows, source, number, bad, numbers)
             number += len(rows)
     bad.report(number)
@@ -158,7 +159,7 @@ def _examples(
     if unused:
         names = [f"{name!r} ({count:,} rows)" for name, count in unused.most_common(NAMES_SHOWN)]
         more = f" and {len(unused) - NAMES_SHOWN} more" if len(unused) > NAMES_SHOWN else ""
-        logger.warning("%s: not used: %s%s", source, ", ".join(names), more)
+        logger.warning("%s", printable(f"{source}: not used: {', '.join(names)}{more}"))
 
 
 def _columns(rows: Sequence[Row], source: str) -> tuple[str, ...]:

@@ -138,6 +138,10 @@ def kept_date(*runs: Path) -> str | None:
 
     A run that goes on another day reads the tokens that it began with; and one that trains on a
     partition reads those that were scored.
+
+    Raises:
+        ValueError: a manifest is damaged.
+        OSError: it cannot be read.
     """
     for run in runs:
         if (run / FILE).exists():

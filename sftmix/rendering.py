@@ -63,7 +63,7 @@ class _BoundError(TemplateRuntimeError):
 @dataclass
 class _Budget:
     characters: int
-    steps: int = MAX_STEPS
+    steps: int = field(default_factory=lambda: MAX_STEPS)
     ends: float = field(default_factory=lambda: time.monotonic() + MAX_SECONDS)
 
 

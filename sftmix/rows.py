@@ -13,6 +13,8 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sftmix.failures import printable
+
 logger = logging.getLogger(__name__)
 
 OnBadRow = Literal["error", "skip"]
@@ -67,7 +69,10 @@ class BadRows:
         if self.count > len(reasons):
             reasons.append(f"and {self.count - len(reasons)} more")
         logger.warning(
-            "left out %d of %d rows as bad:\n  %s", self.count, total, "\n  ".join(reasons)
+            "left out %d of %d rows as bad:\n  %s",
+            self.count,
+            total,
+            printable("\n".join(reasons)),
         )
 
 

@@ -58,8 +58,6 @@ def _file(name: str) -> Path:
         return found[0]
     if not path.exists():
         raise ValueError(f"chat_template: there is no file or folder {shown(name)!r}")
-    if not path.is_file():
-        raise ValueError(f"chat_template: {shown(name)} is no file and no folder")
     return path
 
 

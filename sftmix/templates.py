@@ -14,6 +14,7 @@ template writes after it. It is found by the first of these rules that applies (
 
 from __future__ import annotations
 
+import datetime
 import functools
 import hashlib
 import json
@@ -128,8 +129,12 @@ def template_date(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def set_template_date(tokenizer: PreTrainedTokenizerBase, date: str | None) -> None:
-    """Have the template tell this date ("2026-11-29"); None changes nothing."""
+    """Have the template tell this date ("2026-11-29"); None changes nothing.
+
+    Raises ValueError where it is no date.
+    """
     if date is not None:
+        datetime.date.fromisoformat(date)
         vars(tokenizer)["template_date"] = date
 
 
@@ -368,7 +373,7 @@ class Turns:
             return False
         if messages[i]["role"] not in self._form.silent and content.strip() in text:
             return False
-        other = {**messages[i], "content": f"{content} {ANSWER}"}
+        other = {**messages[i], "content": ANSWER}
         return self._same((*messages[:i], other, *messages[i + 1 :]), tools, text)
 
     def _same(self, messages: Messages, tools: list[Any] | None, text: str) -> bool:
@@ -434,7 +439,7 @@ def _unlike(before: str, text: str, i: int) -> str:
         (n for n, (a, b) in enumerate(zip(before, text, strict=False)) if a != b),
         min(len(before), len(text)),
     )
-    asked, written = (shown(one[same : same + 40]) for one in (before, text))
+    asked, written = (one[same : same + 40] for one in (before, text))
     return (
         f"the chat template is not prefix-consistent: it asks for message {i} with {asked!r} where "
         f"it writes {written!r} once the message is there, so the response cannot be found. Give "

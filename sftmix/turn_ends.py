@@ -15,7 +15,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sftmix.ranks import is_main
-from sftmix.rendering import shown
 from sftmix.templates import chat_template, end_of_turn
 
 logger = logging.getLogger(__name__)
@@ -70,7 +69,7 @@ class TurnEnds:
                 "the chat template ends a turn with the text %r, of which no token stands for "
                 "itself: transformers' generate stops there only with stop_strings and tokenizer "
                 "given; sftmix generate does",
-                shown(self.marker),
+                self.marker,
             )
         else:
             logger.warning(
@@ -84,13 +83,13 @@ class TurnEnds:
 
         The model answers as it was trained under that one alone.
         """
-        now = None if self.template is None else chat_template(self.tokenizer)
-        if now != self.template and is_main():
+        now = TurnEnds(self.tokenizer)
+        if now.template != self.template and is_main():
             logger.warning(
                 "the tokenizer's chat template was changed since the trainer was made: what is "
                 "saved ends its turns with %r, training with %r",
-                shown(end_of_turn(self.tokenizer)),
-                shown(self.marker or ""),
+                now.marker,
+                self.marker,
             )
 
 

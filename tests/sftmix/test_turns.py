@@ -256,3 +256,31 @@ def test_two_line_breaks_before_a_word_are_those_of_the_prompt() -> None:
     prompt = prompt_tokens((user("one"),), tokenizer)
     assert row["input_ids"][: len(prompt)] == prompt
     assert row["labels"][len(prompt) - 1 : len(prompt) + 1] == [-100, row["input_ids"][len(prompt)]]
+
+
+# The templates that TRL ships, as models have them
+
+OF_PARTS = ("idefics3", "llava_next", "smolvlm")
+
+
+@pytest.mark.parametrize("kind", ["models", "training"])
+def test_the_templates_of_trl(kind: str) -> None:
+    """All that write text train one and two turns, the last of which is what was asked for."""
+    trl = pytest.importorskip("trl")
+    files = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+    files = [path for path in files if ("training" in path.stem) == (kind == "training")]
+    assert len(files) > 10
+    for path in files:
+        tokenizer = tokenizer_of(path.read_text())
+        if path.stem.startswith(OF_PARTS):
+            with pytest.raises(BadRowError, match=r"the chat template (writes nothing|refuses)"):
+                tokenize_examples([ONE], tokenizer)
+            continue
+        for asked, text in ((ONE, "the answer"), (TWO, "then here")):
+            (row,) = tokenize_examples([asked], tokenizer)
+            assert text in responses(row, tokenizer)[-1], path.stem
+            assert end_of_turn(tokenizer), path.stem
+            assert asked.messages is not None
+            prompt = tokenizer.decode(prompt_tokens(asked.messages[:-1], tokenizer))
+            if kind == "models":
+                assert tokenizer.decode(row["input_ids"]).startswith(prompt), path.stem
