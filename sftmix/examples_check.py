@@ -2,8 +2,9 @@
 
 A token beyond the model's embeddings, a label beyond its head or a sequence beyond its table of
 positions is an IndexError on the CPU and a device-side assert on a GPU, when its batch comes; a row
-without a target is a loss of NaN. A scan of a million rows of 500 tokens takes about 7 s of one core
-where they lie in Arrow's memory (`datasets.Dataset`), 30 s behind a shuffle, 80 s in lists of numbers.
+without a target is a loss of NaN. A scan of a million rows of 500 tokens takes about 7 s of one
+core where they lie in Arrow's memory (`datasets.Dataset`), 30 s behind a shuffle, and 80 s in lists
+of Python numbers.
 """
 
 from __future__ import annotations
@@ -81,14 +82,14 @@ def check_command(
     largest = largest_id(tokenizer)
     if limits.ids is not None and largest >= limits.ids:
         raise ValueError(
-            f"--model: expected a tokenizer with ids below {limits.ids:,}, the rows of the model's "
+            f"model: expected a tokenizer with ids below {limits.ids:,}, the rows of the model's "
             f"embeddings, got {tokenizer.convert_ids_to_tokens(largest)!r} with {largest:,}; "
             "call model.resize_token_embeddings and save the model, or take its own tokenizer"
         )
     if max_length is not None and limits.positions is not None and max_length > limits.positions:
         raise ValueError(
-            f"--max_length: expected at most {limits.positions:,}, the positions that the model of "
-            f"--model has a table for, got {max_length:,}; give --max_length {limits.positions}"
+            f"max_length: expected at most {limits.positions:,}, the positions that the model "
+            f"has a table for, got {max_length:,}; give --max_length {limits.positions}"
         )
 
 
