@@ -77,6 +77,15 @@ def test_all_files_of_a_folder_are_read_or_named(
     assert re.findall(r"'(\S+\.\w+)'", caplog.text) == left
 
 
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere/a.jsonl")
+    write(tmp_path / "data/b.jsonl")
+    (tmp_path / "data/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/loop").symlink_to(tmp_path / "data")
+    (tmp_path / "data/c.jsonl").symlink_to(write(tmp_path / "one/c.jsonl"))
+    assert answers(tmp_path / "data") == ["b", "c", "a"]
+
+
 def test_ids_and_places_run_over_a_folder(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.json"):
         write(tmp_path / name)
