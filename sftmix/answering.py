@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sftmix.examples_check import check_command
 from sftmix.questions import Answer, Question
 from sftmix.templates import end_of_turn, prompt_tokens
 from sftmix.turn_ends import end_token, stop_tokens
@@ -123,6 +124,7 @@ class Answerer:
     """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> None:
+        check_command(model, tokenizer)
         self.model, self.tokenizer, self.decoding = model.eval(), tokenizer, decoding
         self.stops, self.stop_text = stops(tokenizer, model.generation_config.eos_token_id)
         pad = tokenizer.pad_token_id

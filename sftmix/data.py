@@ -95,7 +95,6 @@ def load_examples(
     split: str = "train",
     numbers: Sequence[str] = (),
     disable_progress: bool | None = False,
-    argument: str = "data",
 ) -> list[Example]:
     """Read examples from JSON, JSONL and parquet files, folders of them, or `datasets` by name.
 
@@ -104,24 +103,21 @@ def load_examples(
     hold. The formats are those of this module's docstring. `on_bad_row="skip"` leaves bad rows out
     and logs one warning; another one for each file names columns and fields that are not used.
     `numbers`: columns besides whose numbers examples keep; a row where one is missing is bad.
-    `argument` is what messages call `data`.
 
     Raises BadRowError for a bad row, with its file, line and reason; FileNotFoundError for a
     missing file; ValueError for an unknown ending or unknown columns, for a file without rows and
     where no example is left; TypeError where `data` is a single name.
     """
     if isinstance(data, str | Path):
-        raise TypeError(
-            f"{argument} must be a list of files or names, got the single name {data!r}"
-        )
+        raise TypeError(f"data must be a list of files or names, got the single name {data!r}")
     if not data:
-        raise ValueError(f"{argument} must name at least one file, got none")
+        raise ValueError("data must name at least one file, got none")
     bad = BadRows(on_bad_row)
     bar = functools.partial(tqdm, unit="row", delay=2, disable=disable_progress)
     examples: list[Example] = []
     number = 0
     for name in data:
-        for source, read in open_sources(name, split, argument):
+        for source, read in open_sources(name, split):
             rows = list(bar(read, desc=printable(f"Reading {source}")))
             checking = bar(rows, desc=printable(f"Checking {source}"))
             examples += _examples(checking, rows, source, number, bad, numbers)

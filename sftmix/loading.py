@@ -217,11 +217,12 @@ def refuse_misfits(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) 
     if (Path(arguments.model) / "adapter_config.json").exists():
         return  # `load_model` says what to do
     remote = arguments.trust_remote_code
-    config = AutoConfig.from_pretrained(
-        arguments.model, revision=arguments.revision or "main", trust_remote_code=remote
-    )
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
+    with ReadingModel(arguments.model, "the config"):
+        config = AutoConfig.from_pretrained(
+            arguments.model, revision=arguments.revision or "main", trust_remote_code=remote
+        )
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
     check_command(empty, tokenizer, arguments.max_length)
 
 
@@ -244,7 +245,6 @@ def load_data(
             split=split,
             numbers=columns_of(selections),
             disable_progress=disable_progress,
-            argument="--data",
         )
     say(rows_by_file(examples))
     examples = select(examples, selections)
@@ -266,7 +266,6 @@ def load_held_out(
             on_bad_row=arguments.on_bad_row,
             split=arguments.eval_split,
             disable_progress=disable_progress,
-            argument="--eval_data",
         )
     say(rows_by_file(examples))
     return _tokenized(examples, arguments, tokenizer, disable_progress=disable_progress)

@@ -27,6 +27,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from sftmix.arguments import RunArguments
+from sftmix.examples_check import check_command
 from sftmix.loading import load_tokenizer, load_trained_model
 from sftmix.rows import BadRowError, Row
 from sftmix.sources import read_rows
@@ -210,12 +211,15 @@ def load(
         OSError: there is no such model, it has no safetensors, or they are damaged.
         ValueError: it is a folder, which has no revision; or ``chat_template`` names no template.
         ImportError: it is an adapter, and PEFT is not installed.
+        ValueError: its tokenizer has ids beyond its embeddings.
     """
     arguments = RunArguments(
         model, [], "", dtype=dtype, revision=revision, chat_template=chat_template
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_trained_model(arguments).eval().to(device), load_tokenizer(arguments)
+    found, tokenizer = load_trained_model(arguments), load_tokenizer(arguments)
+    check_command(found, tokenizer)
+    return found.eval().to(device), tokenizer
 
 
 def score(

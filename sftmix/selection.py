@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sftmix.data import IGNORED_LABEL, Example, load_examples
+from sftmix.failures import Naming
 from sftmix.manifest import read_manifest
 from sftmix.ranks import is_main
 from sftmix.rows import OnBadRow
@@ -93,7 +94,8 @@ class Keys:
             ValueError: none of the keys is found, or a line of a .txt is no key.
             OSError: the file cannot be read.
         """
-        keys = self.read()
+        with Naming("select", other="data"):
+            keys = self.read()
         found = keys & {key for one in examples for key in (one.id, one.content_hash)}
         if not found:
             raise ValueError(f"select: keys:{self.file}: none of {len(keys)} keys is in the data")
@@ -107,15 +109,11 @@ class Keys:
             try:
                 text = path.read_text(encoding="utf-8-sig")
             except UnicodeDecodeError as error:
-                raise ValueError(f"select: keys:{path}: not valid UTF-8: {error.reason}") from None
+                raise ValueError(f"{path}: not valid UTF-8: {error.reason}") from None
             lines = enumerate(text.splitlines(), start=1)
             return {_key(line.strip(), f"{path}:{n}") for n, line in lines if line.strip()}
         rows = load_examples(
-            [self.file],
-            on_bad_row=self.on_bad_row,
-            split=self.split,
-            disable_progress=True,
-            argument="select: keys",
+            [self.file], on_bad_row=self.on_bad_row, split=self.split, disable_progress=True
         )
         return {row.content_hash for row in rows}
 

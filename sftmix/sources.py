@@ -45,7 +45,7 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.+-]+)?")
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
-def open_sources(name: str | Path, split: str, argument: str = "data") -> Iterator[Source]:
+def open_sources(name: str | Path, split: str) -> Iterator[Source]:
     """The files behind a name, one after another, each with its rows.
 
     Raises:
@@ -56,17 +56,17 @@ def open_sources(name: str | Path, split: str, argument: str = "data") -> Iterat
     """
     path = Path(name)
     if not str(name).strip():
-        raise ValueError(f"{argument}: expected a file, a folder or a data set's name, got ''")
+        raise ValueError("data: expected a file, a folder or a data set's name, got ''")
     if path.is_dir():
-        yield from _of_folder(path, split, argument)
+        yield from _of_folder(path, split)
     elif path.is_file():
         yield str(name), read_file(path)
     elif path.suffix.lower() in ENDINGS:
-        raise FileNotFoundError(f"{argument}: no such data file: {name}")
+        raise FileNotFoundError(f"data: no such data file: {name}")
     elif path.exists():
-        raise ValueError(f"{argument}: expected a file or a folder, {name} is neither")
+        raise ValueError(f"data: expected a file or a folder, {name} is neither")
     else:
-        yield str(name), _of_name(str(name), split, argument)
+        yield str(name), _of_name(str(name), split)
 
 
 def read_rows(name: str | Path, split: str) -> Iterator[Row]:
@@ -74,22 +74,22 @@ def read_rows(name: str | Path, split: str) -> Iterator[Row]:
     return itertools.chain.from_iterable(rows for _, rows in open_sources(name, split))
 
 
-def _of_folder(folder: Path, split: str, argument: str) -> Iterator[Source]:
+def _of_folder(folder: Path, split: str) -> Iterator[Source]:
     if (folder / "dataset_dict.json").is_file() or all(
         (folder / name).is_file() for name in ("dataset_info.json", "state.json")
     ):
-        yield from _of_disk(folder, split, argument)
+        yield from _of_disk(folder, split)
         return
     if _has_configs(folder):
-        yield str(folder), _of_name(str(folder), split, argument)
+        yield str(folder), _of_name(str(folder), split)
         return
     if folder.resolve() == Path(folder.anchor or "/"):
-        raise ValueError(f"{argument}: expected a folder of data files, got {str(folder)!r}")
+        raise ValueError(f"data: expected a folder of data files, got {str(folder)!r}")
     files = sorted(_walk(folder))
     data = [file for file in files if file.suffix.lower() in ENDINGS and file.name not in _ABOUT]
     if not data:
         raise ValueError(
-            f"{argument}: the folder {str(folder)!r} holds no data file ({', '.join(ENDINGS)})"
+            f"data: the folder {str(folder)!r} holds no data file ({', '.join(ENDINGS)})"
             f"{'; it holds ' + _some(files, folder) if files else ''}"
         )
     wanted = SPLITS.get(split, split)
@@ -97,7 +97,7 @@ def _of_folder(folder: Path, split: str, argument: str) -> Iterator[Source]:
     chosen = [file for file in data if splits[file] == wanted]
     if not chosen:
         raise ValueError(
-            f"{argument}: no file of {str(folder)!r} is of the split {split!r}; it has "
+            f"data: no file of {str(folder)!r} is of the split {split!r}; it has "
             f"{', '.join(sorted(set(splits.values())))}; {WAY_OUT}"
         )
     left = sorted(set(files) - set(chosen))
@@ -114,8 +114,14 @@ def _walk(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
-    for place, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    seen = set()
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to a folder above it, or to one beside
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(place) / name for name in files if not name.startswith("."))
 
 
@@ -149,11 +155,11 @@ def _has_configs(folder: Path) -> bool:
     return header is not None and re.search(r"^configs:", header[1], re.M) is not None
 
 
-def _of_disk(folder: Path, split: str, argument: str) -> Iterator[Source]:
+def _of_disk(folder: Path, split: str) -> Iterator[Source]:
     try:
         found: Any = datasets.load_from_disk(str(folder))
     except (DatasetsError, OSError, ValueError, KeyError, TypeError) as error:
-        raise OSError(f"{argument}: the data set saved in {folder} is damaged: {error}") from error
+        raise OSError(f"data: the data set saved in {folder} is damaged: {error}") from error
     if isinstance(found, datasets.DatasetDict):
         names = sorted(found)
         chosen = [name for name in names if SPLITS.get(name, name) == SPLITS.get(split, split)]
@@ -161,7 +167,7 @@ def _of_disk(folder: Path, split: str, argument: str) -> Iterator[Source]:
             chosen = [split]
         if not chosen:
             raise ValueError(
-                f"{argument}: {str(folder)!r} has no split {split!r}; it has {', '.join(names)}; "
+                f"data: {str(folder)!r} has no split {split!r}; it has {', '.join(names)}; "
                 f"{WAY_OUT}"
             )
         left = [f"{name!r} ({len(found[name]):,} rows)" for name in names if name not in chosen]
@@ -171,12 +177,12 @@ def _of_disk(folder: Path, split: str, argument: str) -> Iterator[Source]:
     yield str(folder), _numbered(found)
 
 
-def _of_name(name: str, split: str, argument: str) -> Iterator[Row]:
+def _of_name(name: str, split: str) -> Iterator[Row]:
     """The rows of `datasets.load_dataset`; of a folder, or of a name with or without a config."""
     path, config = name, ""
     if not Path(name).is_dir():
         if not _HUB_NAME.fullmatch(name):
-            raise FileNotFoundError(f"{argument}: no file, folder or data set is named {name!r}")
+            raise FileNotFoundError(f"data: no file, folder or data set is named {name!r}")
         path, _, config = name.partition(":")
     try:
         rows = datasets.load_dataset(path, *([config] if config else []), split=split)
@@ -184,12 +190,12 @@ def _of_name(name: str, split: str, argument: str) -> Iterator[Row]:
         configs = re.search(r"available configs: (\[.*?\])", str(error))
         if configs:
             raise ValueError(
-                f"{argument}: {path} has the configs {configs[1]}; name one: {path}:CONFIG"
+                f"data: {path} has the configs {configs[1]}; name one: {path}:CONFIG"
             ) from error
         is_missing = isinstance(error, OSError) and not Path(name).is_dir()
         kind = FileNotFoundError if is_missing else ValueError
         raise kind(
-            f"{argument}: no file or folder {name!r}, and no data set of this name with the split "
+            f"data: no file or folder {name!r}, and no data set of this name with the split "
             f"{split!r} can be had: {error}"
         ) from error
     return _numbered(rows)

@@ -41,6 +41,8 @@ def read_tokens(row: dict[str, Any]) -> tuple[list[int], list[int]]:
             raise BadField(
                 f"'input_ids' and '{name}' must be of one length, got {len(ids)} and {len(values)}"
             )
+    if not lists.keys() & {"labels", *LOSS_MASKS}:
+        _integers(row, "labels")  # says what is wrong with it
     labels = lists.get("labels", ids)
     for name in LOSS_MASKS:
         if name in lists:

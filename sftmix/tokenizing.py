@@ -251,8 +251,6 @@ class _Dataset:
             if first is None:
                 return f"'labels' has nothing to learn: all are {IGNORED_LABEL} after the first"
             return f"{left}: the first label is of token {first + 1} of {len(labels)}"
-        if not row.turns:
-            return "no turn is learnt: the chat template marks none"
         if not tokens.truncated or all(begin >= end for begin, end in row.turns):
             return "the response is empty: the chat template writes no text of it"
         prompt = row.text[: row.turns[0][0]]

@@ -350,6 +350,7 @@ def test_masks_of_rows_of_tokens(
         ({"attention_mask": [1, 1, 2]}, "'attention_mask[2]' must be 0 or 1, got 2 (a packed row?"),
         ({"attention_mask": [1, 1]}, "of one length, got 3 and 2"),
         ({"attention_mask": [[1], [1], [1]]}, "'attention_mask[0]' must be an integer, got [1]"),
+        ({"labels": None}, "'labels' must be a list of integers, got null"),
         ({"position_ids": [0, 1, 0]}, "several examples are packed in the row; give every packed"),
         ({"position_ids": [4, 5, 6]}, "'position_ids[0]' must be 0, got 4; leave position_ids out"),
         ({"token_type_ids": [0, 0, 1]}, "'token_type_ids' are not all 0"),

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerCallback
 
 import sftmix.data
-import sftmix.templates
+import sftmix.tokenizing
 from sftmix.cli import main
 from sftmix.trainer import SFTMixTrainer
 
@@ -130,7 +130,7 @@ def test_speed_counts_the_time_of_the_killed_process(tmp_path: Path) -> None:
 @pytest.fixture
 def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bars that come after two seconds come at once."""
-    for module in (sftmix.data, sftmix.templates):
+    for module in (sftmix.data, sftmix.tokenizing):
         own = module.tqdm
 
         def at_once(*arguments: Any, own: Any = own, **keywords: Any) -> Any:

@@ -77,6 +77,15 @@ def test_all_files_of_a_folder_are_read_or_named(
     assert re.findall(r"'(\S+\.\w+)'", caplog.text) == left
 
 
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere/a.jsonl")
+    write(tmp_path / "data/b.jsonl")
+    (tmp_path / "data/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/loop").symlink_to(tmp_path / "data")
+    (tmp_path / "data/c.jsonl").symlink_to(write(tmp_path / "one/c.jsonl"))
+    assert answers(tmp_path / "data") == ["b", "c", "a"]
+
+
 def test_ids_and_places_run_over_a_folder(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.json"):
         write(tmp_path / name)
@@ -195,12 +204,13 @@ def test_what_is_no_data_is_one_message(
 def test_eval_data_is_named_by_its_own_flag(
     tmp_path: Path, toy_model: Path, toy_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["train", "--model", str(toy_model), "--data", str(toy_data), "--method", "ntp"]
-    words += ["--output", str(tmp_path / "run"), "--use_cpu", "true", "--eval_data", str(tmp_path)]
-    assert main(words) == 2
-    captured = capsys.readouterr()
-    assert f"--eval_data: the folder '{tmp_path}' holds no data file" in captured.err
-    assert f"read 31 rows: '{toy_data}' 31\n" in captured.out
+    words = ["train", "--model", str(toy_model), "--data", "./typo", "--method", "ntp"]
+    words += ["--output", str(tmp_path / "run"), "--use_cpu", "true", "--eval_data"]
+    assert main([*words, str(tmp_path)]) == 2
+    message = f"train: error: --eval_data: the folder '{tmp_path}' holds no data file"
+    assert message in capsys.readouterr().err
+    assert main([*words, str(toy_data)]) == 2
+    assert f"read 31 rows: '{toy_data}' 31\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ending", [".txt", ".jsonl", ".json"])
@@ -214,5 +224,10 @@ def test_keys_with_a_byte_order_mark(tmp_path: Path, ending: str) -> None:
 
 def test_keys_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "keys.txt").write_bytes(b"\xff\xfe1\x00")
-    with pytest.raises(ValueError, match=r"select: keys:.*keys\.txt: not valid UTF-8"):
-        Keys(str(tmp_path / "keys.txt")).read()
+    with pytest.raises(ValueError, match=r"^select: .*keys\.txt: not valid UTF-8"):
+        Keys(str(tmp_path / "keys.txt"))([])
+    with pytest.raises(FileNotFoundError, match=r"^select: .*absent\.txt"):
+        Keys(str(tmp_path / "absent.txt"))([])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"^select: the folder .* holds no data file"):
+        Keys(str(tmp_path / "empty"))([])
