@@ -16,9 +16,9 @@ import math
 import os
 import warnings
 from collections.abc import Collection, Iterable, Mapping
-from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 import transformers.integrations as integrations
 from torch import nn
@@ -217,10 +217,11 @@ def check_number(name: str, value: Any) -> None:
     Raises:
         ValueError: it is none, or is out of its range.
     """
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         raise ValueError(f"{name}: expected a number, got {value!r}")
     # An infinite limit is how the norm is logged without being cut.
-    if not math.isfinite(value) and (name, value) != ("max_grad_norm", math.inf):
+    unlimited = name == "max_grad_norm" and value == math.inf
+    if not math.isfinite(value) and not unlimited:
         raise ValueError(f"{name}: expected a finite number, got {value}")
     if name in WHOLE and value != int(value):
         raise ValueError(f"{name}: expected a whole number, got {value}")
@@ -356,7 +357,8 @@ def check_schedule(args: Any) -> None:
     """
     kwargs = dict(args.lr_scheduler_kwargs or {})
     name = args.lr_scheduler_type.value
-    parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[name]).parameters
+    make: Any = TYPE_TO_SCHEDULER_FUNCTION[name]
+    parameters = inspect.signature(make).parameters
     own = {key: one for key, one in parameters.items() if key not in OF_SCHEDULES}
     for key in kwargs:
         check_one_of("lr_scheduler_kwargs", key, own or ["none at all"])
@@ -409,7 +411,8 @@ def check_optimizer(args: Any) -> None:
 
 def optimizer_of(args: Any, optim_args: str | None = None) -> tuple[Any, dict[str, Any]]:
     """The optimizer's class and keywords, as transformers chooses them for a linear model."""
-    model, given = nn.Sequential(nn.Linear(2, 2)), (args.optim_args, args.optim_target_modules)
+    model: Any = nn.Sequential(nn.Linear(2, 2))
+    given = args.optim_args, args.optim_target_modules
     if args.optim_target_modules is not None:
         args.optim_target_modules = "all-linear"
     args.optim_args = given[0] if optim_args is None else optim_args

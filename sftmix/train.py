@@ -219,7 +219,8 @@ def save_model(trainer: SFTMixTrainer, run: Path) -> list[str]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     tokenizer: Any = trainer.processing_class
-    return on_main(lambda: save_final_model(model, tokenizer, run, state))
+    with trainer.saved_config():
+        return on_main(lambda: save_final_model(model, tokenizer, run, state))
 
 
 def write_card(
