@@ -178,8 +178,9 @@ class HeadAdapter:
     @property
     def tokens(self) -> Tensor:
         """A few tokens for the checks, (1, CHECKED)."""
-        vocab_size = self.model.config.get_text_config().vocab_size
-        return (torch.arange(CHECKED, device=self.weight.device) * 7919 % vocab_size).unsqueeze(0)
+        vocab_size: int = self.model.config.get_text_config().vocab_size
+        tokens = torch.arange(CHECKED, device=self.weight.device) * 7919 % vocab_size
+        return tokens.unsqueeze(0)
 
     @torch.no_grad()
     def check(self) -> None:

@@ -25,7 +25,7 @@ from sftmix.loading import (
     refuse_misfits,
     save_final_model,
 )
-from sftmix.lora import add_lora
+from sftmix.lora import add_lora, check_lora
 from sftmix.manifest import kept_date, recipe, start_manifest, versions
 from sftmix.model_card import FILE as CARD
 from sftmix.model_card import model_card
@@ -75,6 +75,7 @@ def main(words: Sequence[str]) -> None:
         raise ValueError(
             f"partition: --method {config.method} needs --partition RUN/confidence.parquet"
         )
+    check_lora(arguments)
     hub = repository(config)
     with opened_run(arguments.output, resume=arguments.resume) as run:
         interrupts.advise("before training began: nothing is lost; go on with --resume")
