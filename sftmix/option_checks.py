@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers.integrations as integrations
+from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 from transformers import SchedulerType, Trainer, get_scheduler
 from transformers.debug_utils import DebugOption
@@ -184,6 +185,7 @@ def check_settled(args: Any, defaults: Mapping[str, Any]) -> None:
         raise ValueError("loss_schedule: vocab_tiles needs a GPU, got the CPU; use row_chunks")
     if args.torch_compile:
         check_compile(args)
+    check_accumulation(args.accelerator_config.gradient_accumulation_kwargs or {})
     check_schedule(args)
     check_optimizer(args)
     for name, why in WITHOUT_EFFECT.items():
@@ -347,6 +349,21 @@ def check_compile(args: Any) -> None:
     if args.torch_compile_mode is not None:
         modes = torch._inductor.list_mode_options()
         check_one_of("torch_compile_mode", args.torch_compile_mode, modes)
+
+
+def check_accumulation(kwargs: Mapping[str, Any]) -> None:
+    """Check what accelerate is told of accumulation.
+
+    Raises:
+        ValueError: it has no such keyword, or the number of steps is given there.
+    """
+    if "num_steps" in kwargs:
+        raise ValueError(
+            "accelerator_config: expected the number as --gradient_accumulation_steps, got "
+            f"num_steps={kwargs['num_steps']} in gradient_accumulation_kwargs"
+        )
+    with Naming("accelerator_config"):
+        GradientAccumulationPlugin(num_steps=1, **kwargs)
 
 
 def check_schedule(args: Any) -> None:

@@ -169,11 +169,17 @@ def test_score_is_one_epoch_of_ntp(
     assert "num_scorings: expected 1 to 8" in refused(capsys, main([*words, "--num_scorings", "9"]))
 
 
-def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", "a folder\x1b[31m")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     for word in ("versions", "torch", torch.__version__, "device", "loss kernels", "extension"):
         assert word in text
+    for word in ("machine", "memory", "--traceback", r"HF_HOME          a folder\x1b[31m"):
+        assert word in text
+    assert "hf_secret" not in text
+    assert re.search(r"^  peft +\d+\.", text, re.MULTILINE)
     assert "expected no arguments" in refused(capsys, main(["doctor", "now"]))
 
 

@@ -59,6 +59,12 @@ def test_every_option_of_transformers_is_sorted() -> None:
     assert sum(map(len, groups)) == len(set().union(*groups))
 
 
+def test_the_documentation_names_what_is_refused() -> None:
+    text = (Path(__file__).parents[2] / "docs/command_line.md").read_text(encoding="utf-8")
+    for name in (*UNSUPPORTED, *WITHOUT_EFFECT, "save_on_each_node"):
+        assert f"`{name}`" in text
+
+
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")  # TRL's own
 def test_the_defaults_are_accepted() -> None:
     SFTMixConfig(use_cpu=True)
@@ -173,6 +179,14 @@ def test_unknown_names(name: str) -> None:
         ({"lr_scheduler_kwargs": "half"}, "lr_scheduler_kwargs: expected JSON such as {...}, got"),
         ({"accelerator_config": "no.json"}, "accelerator_config: expected JSON such as {...} or"),
         ({"accelerator_config": {"split": True}}, "accelerator_config: TypeError: Accelerator"),
+        (
+            {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}},
+            "accelerator_config: expected the number as --gradient_accumulation_steps",
+        ),
+        (
+            {"accelerator_config": {"gradient_accumulation_kwargs": {"steps": 2}}},
+            "accelerator_config: TypeError: ",
+        ),
         ({"fsdp": "nonsense"}, "fsdp: expected one of full_shard"),
         ({"fsdp_config": {"version": 2}}, "fsdp_config: expected --fsdp with it"),
         ({"fsdp": True, "fsdp_config": "no.json"}, "fsdp_config: expected JSON such as {...} or"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from sftmix.cli import main
+from sftmix.model_source import ReadingModel
 
 Train = Callable[..., int]
 Edit = Callable[[Path], object]
@@ -112,6 +115,27 @@ def test_a_near_folder_is_named(
     assert refused(capsys, [*words, "--model", near]) == (
         f"--model: no folder {near}; did you mean {toy_model}?"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (GatedRepoError, "its terms have to be accepted on the hub first, with `hf auth login`"),
+        (RepositoryNotFoundError, "no such name on the hub, or one that needs `hf auth login`"),
+        (RevisionNotFoundError, "no such revision on the hub"),
+    ],
+)
+def test_why_the_hub_gives_no_model(error: Any, message: str) -> None:
+    """As transformers tells it: an OSError of its own words, from the hub's."""
+    told = OSError("org/x is not a local folder")
+    told.__cause__ = error.__new__(error)
+    with pytest.raises(OSError, match=rf"^model: no folder \./org/x, and {re.escape(message)}$"):
+        raise_within(ReadingModel("org/x", "the config"), told)
+
+
+def raise_within(context: ReadingModel, error: Exception) -> None:
+    with context:
+        raise error
 
 
 def config(**changes: Any) -> Edit:
@@ -304,8 +328,8 @@ def test_other_commands(
     ("flags", "message"),
     [
         ("--model ./typo", "--model: no folder ./typo"),
-        ("--questions no.json", ""),
-        ("--questions .", ""),
+        ("--questions no.json", "--questions: "),
+        ("--questions .", "--questions: "),
         ("--batch_size 0", "--batch_size: expected at least 1, got 0"),
         ("--max_new_tokens 0", "--max_new_tokens: expected at least 1, got 0"),
         ("--temperature -1", "--temperature: expected at least 0, got -1.0"),
