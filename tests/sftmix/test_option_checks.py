@@ -94,6 +94,13 @@ def test_what_has_no_effect_is_said(name: str, caplog: pytest.LogCaptureFixture)
     assert [line.partition(":")[0] for line in caplog.messages] == [f"{name}=3 has no effect"]
 
 
+def test_options_of_fsdp_without_it_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    """A recipe may hold them for the runs on several GPUs."""
+    with caplog.at_level(logging.WARNING, logger="sftmix"):
+        SFTMixConfig(use_cpu=True, fsdp_config={"version": 2})
+    assert caplog.messages == ["fsdp_config has no effect without --fsdp"]
+
+
 NAN, INF = float("nan"), float("inf")
 
 
@@ -164,7 +171,6 @@ def test_unknown_names(name: str) -> None:
         ({"fp16": True}, "fp16: not supported on the CPU, where it would have no effect"),
         ({"fp16": True, "bf16": True}, "fp16: expected one of --fp16 and --bf16, got both"),
         ({"tf32": True}, "tf32: requires Ampere"),
-        ({"loss_schedule": "vocab_tiles"}, "loss_schedule: vocab_tiles needs a GPU"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end: True needs --eval_strategy"),
         ({"save_strategy": "best"}, "save_strategy: best needs --eval_strategy"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type: reduce_lr_on_plateau"),
@@ -188,7 +194,6 @@ def test_unknown_names(name: str) -> None:
             "accelerator_config: TypeError: ",
         ),
         ({"fsdp": "nonsense"}, "fsdp: expected one of full_shard"),
-        ({"fsdp_config": {"version": 2}}, "fsdp_config: expected --fsdp with it"),
         ({"fsdp": True, "fsdp_config": "no.json"}, "fsdp_config: expected JSON such as {...} or"),
         ({"deepspeed": "no.json"}, "deepspeed: expected JSON such as {...} or the path of a file"),
         ({"deepspeed": {"zero": 2}}, "deepspeed: not supported here"),

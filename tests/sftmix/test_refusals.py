@@ -74,6 +74,7 @@ def refused(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
         ("--eval_strategy epoch", "--eval_strategy: there is nothing to evaluate, got epoch; expe"),
         ("--eval_on_start true", "--eval_on_start: there is nothing to evaluate"),
         ("--max_length 1", "--max_length: expected at least 2"),
+        ("--loss_schedule vocab_tiles", "--loss_schedule: 'vocab_tiles' needs a CUDA device"),
         ("--lora_rank 0", "--lora_rank: expected at least 1, got 0"),
         ("--lora_targets q_proj", "--lora_targets: expected --lora_rank with it"),
         ("--lora_rank 2 --lora_targets nothing", "--lora_targets: Target modules {'nothing'} not"),
@@ -161,10 +162,13 @@ def both(*edits: Edit) -> Edit:
 
 DAMAGED: dict[str, tuple[Edit, str]] = {
     "no config": (file("config.json", None), "MODEL is no model: it has no config.json"),
-    "no weights": (file("model.safetensors", None), "MODEL has no weights: expected model.safeten"),
+    "no weights": (
+        file("model.safetensors", None),
+        "MODEL has no model.safetensors, nor its index",
+    ),
     "a pickle": (
         both(file("model.safetensors", None), file("pytorch_model.bin", "x")),
-        "MODEL has no weights: expected model.safetensors, or its index; pytorch_model.bin is a pi",
+        "MODEL has no model.safetensors, nor its index; pytorch_model.bin is a pickle, which",
     ),
     "a config that is cut off": (file("config.json", "{"), "MODEL/config.json is damaged: "),
     "an empty config": (file("config.json", ""), "MODEL/config.json is damaged: "),
