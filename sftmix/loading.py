@@ -220,7 +220,7 @@ def refuse_misfits(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) 
     config = AutoConfig.from_pretrained(
         arguments.model, revision=arguments.revision or "main", trust_remote_code=remote
     )
-    with torch.device("meta"):
+    with torch.device("meta"), ReadingModel(arguments.model, "the model"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
     check_command(empty, tokenizer, arguments.max_length)
 

@@ -119,7 +119,9 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
         return
     pickles = [name for name in PICKLES if (folder / name).exists()]
     why = f"; {pickles[0]} is a pickle, which could run code, and is not opened" if pickles else ""
-    raise OSError(f"model: {folder} has no weights: expected model.safetensors, or its index{why}")
+    own = (folder / "config.json").exists()
+    expected = "model.safetensors, nor its index" if own else "adapter_model.safetensors"
+    raise OSError(f"model: {folder} has no {expected}{why}")
 
 
 def check_type(folder: Path) -> None:
