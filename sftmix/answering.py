@@ -129,6 +129,7 @@ class Answerer:
         self.stops, self.stop_text = stops(tokenizer, model.generation_config.eos_token_id)
         pad = tokenizer.pad_token_id
         self.pad = min(self.stops, default=0) if pad is None else pad
+        self.batch_is_checked = False
         config = GenerationConfig(
             max_new_tokens=decoding.max_new_tokens,
             do_sample=False,
@@ -206,6 +207,8 @@ class Answerer:
         mask = [[0] * n + [1] * (longest - n) for n in padding]
         temperatures = [self.decoding.temperature_of(question) for question in questions]
         uniform = np.stack([self.decoding.draws(question, turn) for question in questions])
+        if len(ids) > 1 and not self.batch_is_checked:
+            self.check_batch(ids, mask, padding)
         draws = Draws(
             torch.tensor(temperatures, dtype=torch.float64),
             torch.from_numpy(uniform),
@@ -220,6 +223,47 @@ class Answerer:
         )
         new: list[list[int]] = output[:, longest:].tolist()
         return new
+
+    def check_batch(self, ids: list[list[int]], mask: list[list[int]], padding: list[int]) -> None:
+        """Compare the logits of two new tokens in a batch with those of the prompt alone.
+
+        That is the prompt with the most padding, and the second token comes from what the model
+        kept of the first. Half the digits are let go as rounding.
+
+        Raises:
+            ValueError: they differ: the model reads padding as text, or mixes its rows.
+        """
+        row = padding.index(max(padding))
+        alone = [ids[row][padding[row] :]]
+        together = self.first_logits(ids, mask, row)
+        for step, (found, own) in enumerate(
+            zip(together, self.first_logits(alone, [[1] * len(alone[0])], 0), strict=True)
+        ):
+            difference = (found - own).abs().max()
+            if difference > torch.finfo(self.model.dtype).eps ** 0.5 * own.abs().max():
+                raise ValueError(
+                    f"batch_size: the logits of {type(self.model).__name__} move by "
+                    f"{difference:.3g} at new token {step + 1} with the prompts beside it, whose "
+                    "padding or state it reads; use --batch_size 1"
+                )
+            if found.argmax() != own.argmax():
+                break  # a near tie: the next token follows another one
+        self.batch_is_checked = True
+
+    def first_logits(
+        self, ids: list[list[int]], mask: list[list[int]], row: int
+    ) -> tuple[Tensor, ...]:
+        """A row's logits of the first two new tokens, each (V,)."""
+        output = self.model.generate(
+            input_ids=torch.tensor(ids, device=self.model.device),
+            attention_mask=torch.tensor(mask, device=self.model.device),
+            max_new_tokens=2,
+            min_new_tokens=2,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **({"tokenizer": self.tokenizer} if self.stop_text else {}),
+        )
+        return tuple(logits[row].float() for logits in output.logits)
 
     def _append(self, answer: Answer, tokens: list[int]) -> None:
         """Add a turn: its text up to where it ends, without white space around it."""

@@ -108,9 +108,8 @@ class RunArguments:
     )
 
     def __post_init__(self) -> None:
-        for name in ("model", "data_split"):
-            if not getattr(self, name):
-                raise ValueError(f"{name}: expected a name, got an empty one")
+        if not self.data_split:
+            raise ValueError("data_split: expected a name, got an empty one")
         if self.max_length < 2:
             raise ValueError(
                 f"max_length: expected at least 2, a token of prompt and one of response, "

@@ -30,7 +30,12 @@ COMMANDS = {
 TRACEBACK = "--traceback"
 STOPPED = "before it was done"
 # What the options of the command line are called by the trainer that they go to.
-TYPED = {"train_dataset": "data", "eval_dataset": "eval_data", "confident": "partition"}
+TYPED = {
+    "train_dataset": "data",
+    "eval_dataset": "eval_data",
+    "confident": "partition",
+    "schedule": "loss_schedule",
+}
 # Time for the rank that failed to print its message and end.
 RANK_ERROR_SECONDS = 5.0
 

@@ -5,15 +5,29 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from sftmix.failures import printable
 from sftmix.manifest import versions
 from sftmix_kernels import RowChunks
 from sftmix_kernels.build import build_info
 
-OPTIONAL = ("triton", "peft", "trl", "lm_eval", "matplotlib", "sklearn", "tensorboard")
+# Packages by what they are imported as, and by what pip calls them.
+OPTIONAL = {
+    **{name: name for name in ("triton", "peft", "trl", "lm_eval", "matplotlib", "tensorboard")},
+    **{"sklearn": "scikit-learn", "wandb": "wandb", "bitsandbytes": "bitsandbytes"},
+    **{"torchao": "torchao", "deepspeed": "deepspeed", "flash_attn": "flash-attn"},
+}
+# What a run depends on beside its options; none of these holds a secret.
+SETTINGS = (
+    *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY", "PYTORCH_ALLOC_CONF"),
+    *("HF_HOME", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"),
+    *("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP", "NCCL_DEBUG", "TOKENIZERS_PARALLELISM"),
+)
 
 
 def main(words: Sequence[str]) -> None:
@@ -23,24 +37,45 @@ def main(words: Sequence[str]) -> None:
     for title, rows in report().items():
         print(title)
         for name, value in rows.items():
-            print(f"  {name:<16} {value}")
+            print(f"  {name:<16} {printable(value)}")
+    print("\nFor a bug report, add the command with --traceback and what it printed.")
 
 
 def report() -> dict[str, dict[str, str]]:
     """Sections of names and values, in the order they are printed."""
-    optional = {
-        name: "installed" if importlib.util.find_spec(name) else "not installed"
-        for name in OPTIONAL
-    }
+    optional = {name: installed(name, package) for name, package in OPTIONAL.items()}
+    settings = {name: os.environ[name] for name in SETTINGS if name in os.environ}
     built = build_info()
     extension = {"": "not built; perplexity runs on PyTorch operations"} if built is None else built
     return {
         "versions": versions(),
         "optional": optional,
+        "machine": {
+            "system": platform.platform(),
+            "python": sys.executable,
+            "memory": f"{memory() / 2**30:.1f} GiB",
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+        },
+        "environment": settings or {"": "nothing that matters is set"},
         "device": device(),
         "loss kernels": loss_kernels(),
         "extension": extension,
     }
+
+
+def installed(name: str, package: str) -> str:
+    """A package's version, or that it is not there."""
+    if importlib.util.find_spec(name) is None:
+        return "not installed"
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "installed"
+
+
+def memory() -> int:
+    """The host's memory in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def device() -> dict[str, str]:

@@ -117,9 +117,9 @@ class Naming:
             text = f"{self.what}{text}"
         kinds = (FileNotFoundError, OSError, ImportError)
         raised = next((one for one in kinds if isinstance(error, one)), ValueError)
-        text = text.removeprefix(f"--{self.name} ")
         mentioned = (name for name, pattern in self.among.items() if re.search(pattern, text))
-        raise raised(f"{next(mentioned, self.name)}: {text}") from error
+        name = next(mentioned, self.name)
+        raise raised(f"{name}: {text.removeprefix(f'--{name} ')}") from error
 
 
 def is_library_error(error: BaseException) -> bool:

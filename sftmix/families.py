@@ -57,7 +57,8 @@ logits, and compares. What it finds:
 auxiliary loss times the model's own coefficient is added, as a mean over the micro-batches of all
 ranks, and logged as `router_loss`, before the coefficient. Padding of packed rows is tokens to
 the router, that of padded batches is not. TRL switches the loss on by itself, and its
-`router_aux_loss_coef` is heeded.
+`router_aux_loss_coef` is heeded. Models and checkpoints are saved with it off: generation fails
+with it on padded prompts. Turn it on again to train such a model further.
 
 **PEFT.** LoRA and its like on the backbone: a frozen head's gradient is not computed.
 `modules_to_save=["lm_head"]` trains the copy of the head. An adapter on the head itself needs

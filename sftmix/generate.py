@@ -21,6 +21,7 @@ from sftmix import interrupts
 from sftmix.answering import Answerer, Decoding
 from sftmix.arguments import CHAT_TEMPLATE_HELP, REVISION_HELP, parse_alone
 from sftmix.config import option
+from sftmix.failures import Naming
 from sftmix.loading import load_tokenizer, load_trained_model
 from sftmix.manifest import kept_date, start_manifest
 from sftmix.model_source import check_model
@@ -126,7 +127,8 @@ def generate(path: Path, run: Path, arguments: GenerateArguments) -> None:
         trust_remote_code=arguments.trust_remote_code,
     )
     form = FORMATS[arguments.format]
-    questions = read_questions(arguments.questions, arguments.format)
+    with Naming("questions"):
+        questions = read_questions(arguments.questions, arguments.format)
     decoding = Decoding(
         form.max_new_tokens if arguments.max_new_tokens is None else arguments.max_new_tokens,
         arguments.temperature,

@@ -14,7 +14,7 @@ import inspect
 import math
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sftmix.backbone import Saving
-from sftmix.stand_in import linear_forward, model_forward, router_loss, standing_in
+from sftmix.stand_in import HeadOutput, linear_forward, model_forward, router_loss, standing_in
 
 # The fused ops' types.
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,6 +33,13 @@ TINY, HUGE = 2.0**-27, 2.0**100
 RAW_LOGITS = (TINY, HUGE, -300.0, -60.0, -3.0, -0.5, 0.0, 0.25, 2.0, 17.0)
 CERTAIN = 1e4
 OTHER_WAY = "; --head logits goes through the model's own logits"
+
+
+class Probe(NamedTuple):
+    """What a function gives in a check, of the form of a loss."""
+
+    total: Tensor
+    rows: Tensor
 
 
 class HeadAdapter:
@@ -67,6 +74,7 @@ class HeadAdapter:
                 ``cap * tanh(scale * (W h + b) / cap)``; the model's own loss has a term besides
                 next-token prediction and a router's auxiliary loss.
         """
+        outer: nn.Module = model
         model = without_peft(model)
         self.model, self.saving = model, saving
         self.fused = head == "fused"
@@ -79,6 +87,7 @@ class HeadAdapter:
             undo.callback(self.detach)
             self.attach()
             if checked:
+                self.check_hooks(outer)
                 self.check()
             undo.pop_all()
 
@@ -118,6 +127,61 @@ class HeadAdapter:
             if forward is not None:
                 module.__dict__["forward"] = forward
 
+    def check_hooks(self, outer: nn.Module) -> None:
+        """See that what a function gives comes out of the model as it is.
+
+        Hooks on the head, or on what the model is called through, would see the loss where they
+        expect logits. They run here as they do in training.
+
+        Raises:
+            ValueError: one changes what it sees or fails at it, or sees gradients of logits; or
+                ``outer`` does not call the model's forward.
+        """
+        modules = list(outer.modules())
+        through = [part for part in modules if self.model in part.modules()]
+        parts = [*self.head.modules(), *through] if self.fused else through
+        for part in parts:
+            if part._backward_hooks or part._backward_pre_hooks:
+                raise ValueError(self.hooked("backward hook", [part]))
+        hooking = [part for part in parts if part._forward_hooks or part._forward_pre_hooks]
+        seen = Probe(torch.zeros(()), torch.ones(3))
+        given = {"head_function": lambda *_: seen} if self.fused else {"head_input": lambda h: h}
+        with evaluating(outer), torch.no_grad():
+            # Some hooks, such as noise, are for training alone.
+            for part in parts:
+                part.training = True
+            try:
+                output = outer(input_ids=self.tokens, use_cache=False, **given)
+            except (TypeError, AttributeError, LookupError, RuntimeError) as error:
+                if not hooking:
+                    raise
+                raise ValueError(f"{self.hooked('hook', hooking)} ({error})") from error
+        kept = type(output) is HeadOutput and (not self.fused or output.value is seen)
+        if not kept or seen.total != 0 or (seen.rows != 1).any():
+            if hooking:
+                raise ValueError(self.hooked("forward hook", hooking))
+            raise ValueError(
+                f"model: {type(outer).__name__} does not call the forward of "
+                f"{type(self.model).__name__} in which the loss is made; pass the model itself"
+            )
+
+    def hooked(self, kind: str, parts: list[nn.Module]) -> str:
+        """Say that a hook stands where the loss is made."""
+        names = {module: name for name, module in self.model.named_modules()}
+        where = " or ".join(names.get(part) or type(part).__name__ for part in parts)
+        on_head = self.fused and any(part in self.head.modules() for part in parts)
+        return (
+            f"model: a {kind} on {where} would see the loss instead of the logits; remove it"
+            f"{OTHER_WAY if on_head else ''}"
+        )
+
+    @property
+    def tokens(self) -> Tensor:
+        """A few tokens for the checks, (1, CHECKED)."""
+        vocab_size: int = self.model.config.get_text_config().vocab_size
+        tokens = torch.arange(CHECKED, device=self.weight.device) * 7919 % vocab_size
+        return tokens.unsqueeze(0)
+
     @torch.no_grad()
     def check(self) -> None:
         """Find scale, softcap and the router's coefficient on a few tokens; compare the logits.
@@ -128,23 +192,20 @@ class HeadAdapter:
         Raises:
             ValueError: the logits differ, with the two values that differ most; see the class.
         """
-        vocab_size = self.model.config.get_text_config().vocab_size
-        device = self.weight.device
-        tokens = (torch.arange(CHECKED, device=device) * 7919 % vocab_size).unsqueeze(0)
-        inputs = {"input_ids": tokens, "use_cache": False}
+        inputs = {"input_ids": self.tokens, "use_cache": False}
+        # Backwards, to see that nothing hangs on where a row stands.
+        rows = torch.arange(CHECKED - 1, -1, -1, device=self.weight.device)
         with evaluating(self.model):
             own = self.model(**inputs).logits
             self.check_numbers(own)
             self.check_causal(inputs, own)
             if self.fused:
                 self.find_scale_and_softcap(inputs)
-                found = self.logits(self.model(**inputs, head_function=F.linear).value.float())
+                found = self.model(**inputs, rows=rows, head_function=F.linear).value
+                found = self.logits(found.float())
             else:
-                # Backwards, to see that nothing hangs on where a row stands.
-                rows = torch.arange(CHECKED - 1, -1, -1, device=device)
                 found = self.model(**inputs, rows=rows, head_input=lambda hidden: hidden).value
-                found = found.flip(0)
-            self.compare(own, found)
+            self.compare(own, found.flip(0))
             self.find_router_coefficient(inputs, own)
 
     def check_numbers(self, own: Tensor) -> None:
@@ -280,6 +341,12 @@ def without_peft(model: Any) -> PreTrainedModel:
     """The model that a PEFT wrapper adapts: the wrapper passes unknown keywords on to it."""
     inner: PreTrainedModel = model
     if hasattr(model, "get_base_model"):
+        kinds = {getattr(one.peft_type, "value", "") for one in model.peft_config.values()}
+        if "ADAPTION_PROMPT" in kinds:
+            raise ValueError(
+                "model: PEFT's AdaptionPrompt calls the model's forward as it was before, past the "
+                "loss; use another kind, such as LoRA"
+            )
         if model.active_peft_config.is_prompt_learning:
             raise ValueError(
                 "model: PEFT's virtual tokens shift the rows of the loss; use another kind"

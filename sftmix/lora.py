@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sftmix.arguments import RunArguments
+from sftmix.failures import Naming
 
 # PEFT's word for every linear layer but the head.
 ALL_LINEAR = "all-linear"
@@ -46,6 +47,17 @@ def lora_options(arguments: RunArguments) -> dict[str, Any]:
     return dict(zip(names, (rank, alpha, dropout, targets), strict=True))
 
 
+def check_lora(arguments: RunArguments) -> None:
+    """Check the options and that PEFT is there, before anything is loaded.
+
+    Raises:
+        ImportError: PEFT is not there.
+        ValueError: as `lora_options` does.
+    """
+    if lora_options(arguments):
+        require_peft()
+
+
 def add_lora(model: Any, arguments: RunArguments, seed: int) -> Any:
     """The model with fresh updates as the options say; itself where they ask for none.
 
@@ -69,7 +81,8 @@ def add_lora(model: Any, arguments: RunArguments, seed: int) -> Any:
     # The model is still on the CPU, and so are its updates.
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(seed)
-        return peft.get_peft_model(model, config)
+        with Naming("lora_targets"):
+            return peft.get_peft_model(model, config)
 
 
 def require_peft() -> ModuleType:

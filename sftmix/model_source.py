@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils._validators import validate_repo_id
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -126,7 +126,9 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
         return
     pickles = [name for name in PICKLES if (folder / name).exists()]
     why = f"; {pickles[0]} is a pickle, which could run code, and is not opened" if pickles else ""
-    raise OSError(f"model: {folder} has no weights: expected model.safetensors, or its index{why}")
+    own = (folder / "config.json").exists()
+    expected = "model.safetensors, nor its index" if own else "adapter_model.safetensors"
+    raise OSError(f"model: {folder} has no {expected}{why}")
 
 
 def check_type(folder: Path) -> None:

@@ -16,11 +16,12 @@ import math
 import os
 import warnings
 from collections.abc import Collection, Iterable, Mapping
-from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 import transformers.integrations as integrations
+from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 from transformers import SchedulerType, Trainer, get_scheduler
 from transformers.debug_utils import DebugOption
@@ -180,10 +181,9 @@ def check_settled(args: Any, defaults: Mapping[str, Any]) -> None:
         raise ValueError(
             "fp16: not supported on the CPU, where it would have no effect; use --bf16 true"
         )
-    if args.loss_schedule == "vocab_tiles" and args.device.type == "cpu":
-        raise ValueError("loss_schedule: vocab_tiles needs a GPU, got the CPU; use row_chunks")
     if args.torch_compile:
         check_compile(args)
+    check_accumulation(args.accelerator_config.gradient_accumulation_kwargs or {})
     check_schedule(args)
     check_optimizer(args)
     for name, why in WITHOUT_EFFECT.items():
@@ -217,10 +217,11 @@ def check_number(name: str, value: Any) -> None:
     Raises:
         ValueError: it is none, or is out of its range.
     """
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         raise ValueError(f"{name}: expected a number, got {value!r}")
     # An infinite limit is how the norm is logged without being cut.
-    if not math.isfinite(value) and (name, value) != ("max_grad_norm", math.inf):
+    unlimited = name == "max_grad_norm" and value == math.inf
+    if not math.isfinite(value) and not unlimited:
         raise ValueError(f"{name}: expected a finite number, got {value}")
     if name in WHOLE and value != int(value):
         raise ValueError(f"{name}: expected a whole number, got {value}")
@@ -313,7 +314,7 @@ def check_together(args: Any) -> None:
     if args.fp16 and args.bf16:
         raise ValueError("fp16: expected one of --fp16 and --bf16, got both")
     if args.fsdp_config and not args.fsdp:
-        raise ValueError(f"fsdp_config: expected --fsdp with it, got {args.fsdp_config!r} alone")
+        logger.warning("fsdp_config has no effect without --fsdp")
 
 
 def check_reporters(names: Any) -> None:
@@ -348,6 +349,21 @@ def check_compile(args: Any) -> None:
         check_one_of("torch_compile_mode", args.torch_compile_mode, modes)
 
 
+def check_accumulation(kwargs: Mapping[str, Any]) -> None:
+    """Check what accelerate is told of accumulation.
+
+    Raises:
+        ValueError: it has no such keyword, or the number of steps is given there.
+    """
+    if "num_steps" in kwargs:
+        raise ValueError(
+            "accelerator_config: expected the number as --gradient_accumulation_steps, got "
+            f"num_steps={kwargs['num_steps']} in gradient_accumulation_kwargs"
+        )
+    with Naming("accelerator_config"):
+        GradientAccumulationPlugin(num_steps=1, **kwargs)
+
+
 def check_schedule(args: Any) -> None:
     """Make the learning-rate schedule for a weight of its own and take a step.
 
@@ -356,7 +372,8 @@ def check_schedule(args: Any) -> None:
     """
     kwargs = dict(args.lr_scheduler_kwargs or {})
     name = args.lr_scheduler_type.value
-    parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[name]).parameters
+    make: Any = TYPE_TO_SCHEDULER_FUNCTION[name]
+    parameters = inspect.signature(make).parameters
     own = {key: one for key, one in parameters.items() if key not in OF_SCHEDULES}
     for key in kwargs:
         check_one_of("lr_scheduler_kwargs", key, own or ["none at all"])
@@ -409,7 +426,8 @@ def check_optimizer(args: Any) -> None:
 
 def optimizer_of(args: Any, optim_args: str | None = None) -> tuple[Any, dict[str, Any]]:
     """The optimizer's class and keywords, as transformers chooses them for a linear model."""
-    model, given = nn.Sequential(nn.Linear(2, 2)), (args.optim_args, args.optim_target_modules)
+    model: Any = nn.Sequential(nn.Linear(2, 2))
+    given = args.optim_args, args.optim_target_modules
     if args.optim_target_modules is not None:
         args.optim_target_modules = "all-linear"
     args.optim_args = given[0] if optim_args is None else optim_args

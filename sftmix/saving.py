@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from sftmix.metrics import LossWindow
 from sftmix.pickles import refuse_code
 from sftmix.ranks import is_main, num_ranks, on_main
 from sftmix.runs import atomic_write, publish_folder, write_json
+from sftmix.saved_config import config_to_save
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +81,7 @@ class WholeCheckpoints(GuardedSteps):
     """
 
     window: LossWindow
+    loaded_config: Mapping[str, Any]
     staging: Path | None = None
     checkpoint_extras: list[Any]
     evaluation: DueEvaluation
@@ -153,7 +157,8 @@ class WholeCheckpoints(GuardedSteps):
         """Trainer's own, without the token for the hub among the arguments that it pickles."""
         token, self.args.hub_token = self.args.hub_token, None
         try:
-            super()._save(output_dir, state_dict)
+            with self.saved_config():
+                super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
 
@@ -202,6 +207,10 @@ class WholeCheckpoints(GuardedSteps):
             self.args.save_total_limit,
             self.state.best_model_checkpoint,
         )
+
+    def saved_config(self) -> AbstractContextManager[None]:
+        """The model's config without what training turned on, for as long as it is written."""
+        return config_to_save(self.accelerator.unwrap_model(self.model), self.loaded_config)
 
     def save_state(self) -> None:
         """The log and the counters into ``RUN/trainer_state.json``, all of it or nothing."""

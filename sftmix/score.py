@@ -15,7 +15,7 @@ from sftmix.arguments import RunArguments, ScoreConfig, parse
 from sftmix.checkpoints import remove_checkpoints
 from sftmix.failures import RunFailure
 from sftmix.loading import load_data, load_model, load_tokenizer, refuse_misfits
-from sftmix.lora import add_lora
+from sftmix.lora import add_lora, check_lora
 from sftmix.manifest import kept_date, recipe, start_manifest
 from sftmix.model_source import check_model
 from sftmix.out_of_memory import MODEL_WAYS, advising
@@ -38,6 +38,7 @@ ARGUMENTS = (RunArguments, ScoreConfig)
 def main(words: Sequence[str]) -> None:
     """Run the command."""
     arguments, config = parse(words, RunArguments, ScoreConfig, "sftmix score")
+    check_lora(arguments)
     interrupts.advise("before training began: nothing is lost; start it again")
     with opened_run(arguments.output, resume=arguments.resume) as run:
         interrupts.advise("before training began: nothing is lost; go on with --resume")

@@ -25,7 +25,7 @@ from sftmix.loading import (
     refuse_misfits,
     save_final_model,
 )
-from sftmix.lora import add_lora
+from sftmix.lora import add_lora, check_lora
 from sftmix.manifest import kept_date, recipe, start_manifest, versions
 from sftmix.model_card import FILE as CARD
 from sftmix.model_card import model_card
@@ -77,6 +77,7 @@ def main(words: Sequence[str]) -> None:
         raise ValueError(
             f"partition: --method {config.method} needs --partition RUN/confidence.parquet"
         )
+    check_lora(arguments)
     hub = repository(config)
     with opened_run(arguments.output, resume=arguments.resume) as run:
         interrupts.advise("before training began: nothing is lost; go on with --resume")
@@ -222,7 +223,8 @@ def save_model(trainer: SFTMixTrainer, run: Path) -> list[str]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     tokenizer: Any = trainer.processing_class
-    return on_main(lambda: save_final_model(model, tokenizer, run, state))
+    with trainer.saved_config():
+        return on_main(lambda: save_final_model(model, tokenizer, run, state))
 
 
 def write_card(

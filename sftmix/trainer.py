@@ -51,6 +51,7 @@ from sftmix.ranks import (
     tokens_hash,
     weights_hash,
 )
+from sftmix.saved_config import as_loaded
 from sftmix.saving import DueEvaluation, Resumption, WholeCheckpoints
 from sftmix.scoring import score_examples
 from sftmix.tiled_mlp import refuse_router, tile_mlps
@@ -101,6 +102,7 @@ class SFTMixMixin(WholeCheckpoints):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: not supported here")
         own_collator = kwargs.get("data_collator") is None and len(args) < 3
+        self.loaded_config = as_loaded(args[0] if args else kwargs.get("model"))
         data = ("train_dataset", "eval_dataset")
         require_rows(**{name: kwargs.get(name) for name in data})
         options = args[1] if len(args) > 1 else kwargs.get("args")

@@ -9,8 +9,17 @@
 Nothing here imports torch or matplotlib before it is needed.
 """
 
-from sftmix.report.command import main, report_runs
+from sftmix.report.command import OPTIONS, main, report_runs
 from sftmix.report.drawing import require_plots
 from sftmix.report.page import Page, Section, Table, write_page
 
-__all__ = ["Page", "Section", "Table", "main", "report_runs", "require_plots", "write_page"]
+__all__ = [
+    "OPTIONS",
+    "Page",
+    "Section",
+    "Table",
+    "main",
+    "report_runs",
+    "require_plots",
+    "write_page",
+]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from sftmix.answering import Answerer, Decoding, Draws, draw, stops
@@ -224,3 +225,22 @@ def test_special_tokens_and_white_space_are_no_text(
     text = "\n one , two .  <s>five\n</s>owl"
     one._append(answer, tokenizer(text, add_special_tokens=False)["input_ids"])
     assert answer.turns == ["one , two .  five"]
+
+
+def test_a_model_whose_answers_change_with_the_batch_is_refused(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """RWKV reads padding as text, and its state mixes rows even of prompts of equal length."""
+    config = transformers.RwkvConfig(
+        vocab_size=300, hidden_size=16, num_hidden_layers=2, context_length=256
+    )
+    torch.manual_seed(0)
+    one = Answerer(transformers.RwkvForCausalLM(config), tokenizer, Decoding(4))
+    short, long = asked(2, turns=1)
+    with pytest.raises(ValueError, match=r"^batch_size: the logits of Rwkv.* at new token 1 "):
+        one.answer([short, long])
+    equal = dataclasses.replace(short, key=7, turns=("boat 0",))
+    assert len(one.prompt(short, [])) == len(one.prompt(equal, []))
+    with pytest.raises(ValueError, match=r"at new token 2 .*; use --batch_size 1"):
+        one.answer([short, equal])
+    assert one.answer([short])[0].turns

@@ -118,7 +118,7 @@ def test_a_config_file_that_is_not_there(
         (["--mu", "-1"], "mu: expected"),
         (["--alpha", "0"], "alpha: expected"),
         (["--method", "sftmix"], "needs --partition"),
-        (["--max_length", "1"], "max_length must be"),
+        (["--max_length", "1"], "--max_length: expected at least 2"),
         (["--per_device_train_batch_size", "64"], "at least one batch of 64 examples, got 31"),
         (["--learning_rat", "1"], "learning_rat"),
         (["--eval_data", "nowhere.jsonl"], "nowhere.jsonl"),
@@ -143,7 +143,7 @@ def test_flags_that_argparse_refuses(
     train: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for flags, message in (
-        (["--mu", "much"], "argument --mu: invalid float value"),
+        (["--mu", "much"], "--mu: invalid float value"),
         (["--method", "dro"], "invalid choice: 'dro'"),
         (["--on_bad_row", "ignore"], "invalid choice: 'ignore'"),
         (["--output_dir", "x"], "give the folder as --output"),
@@ -169,11 +169,17 @@ def test_score_is_one_epoch_of_ntp(
     assert "num_scorings: expected 1 to 8" in refused(capsys, main([*words, "--num_scorings", "9"]))
 
 
-def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", "a folder\x1b[31m")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     for word in ("versions", "torch", torch.__version__, "device", "loss kernels", "extension"):
         assert word in text
+    for word in ("machine", "memory", "--traceback", r"HF_HOME          a folder\x1b[31m"):
+        assert word in text
+    assert "hf_secret" not in text
+    assert re.search(r"^  peft +\d+\.", text, re.MULTILINE)
     assert "expected no arguments" in refused(capsys, main(["doctor", "now"]))
 
 
@@ -240,7 +246,9 @@ def test_split(scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["split", str(run)]) == 0
     assert (read_partition(path).subset == before.subset).all()
     assert "unconfident" in capsys.readouterr().out
-    assert "no run to resume" in refused(capsys, main(["split", str(tmp_path / "nothing")]))
+    assert "expected a folder that `sftmix score` wrote" in refused(
+        capsys, main(["split", str(tmp_path / "nothing")])
+    )
 
 
 # Folders

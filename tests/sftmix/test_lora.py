@@ -102,7 +102,7 @@ def test_a_broken_run_resumed_ends_like_an_unbroken_one(
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "training_step", failing)
-        assert train(*flags, "--output", str(broken)) == 1
+        assert train(*flags, "--output", str(broken)) == 2
     assert [path.name for path in broken.glob("checkpoint-*")] == ["checkpoint-2"]
     # What trained on from fresh updates would be another adapter.
     assert train(*flags, "--output", str(broken), "--resume") == 0
@@ -145,9 +145,9 @@ def test_options_that_are_refused(options: dict[str, Any], message: str) -> None
 def test_layers_that_are_not_there(
     train: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train("--lora_targets", "nowhere") == 1
+    assert train("--lora_targets", "nowhere") == 2
     assert "nowhere" in capsys.readouterr().err
-    assert train("--lora_targets", "q_proj", "lm_head") == 1
+    assert train("--lora_targets", "q_proj", "lm_head") == 2
     assert "leave lm_head out of PEFT's target_modules" in capsys.readouterr().err
 
 
@@ -157,7 +157,7 @@ def test_without_peft(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert train() == 1
+    assert train() == 2
     assert "lora_rank: needs PEFT: pip install 'sftmix[peft]'" in capsys.readouterr().err
 
 

@@ -1,0 +1,48 @@
+"""What training turns on in a model's config, and the config to save without it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+# On in training alone: with it `generate` adds the router's loss, which fails on padded prompts.
+TRAINING_ONLY = {"output_router_logits": False}
+# What transformers' trainer sets to an option of its own.
+SET_BY_TRAINER = ("use_cache",)
+
+
+def configs_of(model: Any) -> list[Any]:
+    """The model's config, and that of its text model where that is another."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        return []
+    text = config.get_text_config()
+    return [config] if text is config else [config, text]
+
+
+def as_loaded(model: Any) -> dict[str, Any]:
+    """The values that a trainer is about to replace in the model's config."""
+    found = {}
+    for config in configs_of(model)[:1]:
+        found = {name: getattr(config, name) for name in SET_BY_TRAINER if hasattr(config, name)}
+    return found
+
+
+@contextlib.contextmanager
+def config_to_save(model: Any, loaded: Mapping[str, Any]) -> Iterator[None]:
+    """The config without what training turned on, for as long as it is written.
+
+    ``loaded`` is what `as_loaded` found before the trainer was made.
+    """
+    before: list[tuple[Any, str, Any]] = []
+    for number, config in enumerate(configs_of(model)):
+        for name, value in {**TRAINING_ONLY, **(loaded if number == 0 else {})}.items():
+            if hasattr(config, name):
+                before.append((config, name, getattr(config, name)))
+                setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for config, name, value in reversed(before):
+            setattr(config, name, value)
