@@ -46,7 +46,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]]
         text=True,
     ) as launched:
         alone = {name: case(folder / f"alone, {name}") for name, case in CASES.items()}
-        output, _ = launched.communicate(timeout=1200)
+        output, _ = launched.communicate(timeout=1800)
     assert launched.returncode == 0, output
     return [torch.load(folder / f"rank{number}.pt") for number in range(RANKS)], alone
 
@@ -251,7 +251,7 @@ def launch(launcher: str, *words: str) -> subprocess.CompletedProcess[str]:
     launching = [sys.executable, "-m", *LAUNCHERS[launcher], *FREE_PORT[launcher], *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        launching, env=environment, capture_output=True, text=True, timeout=240, check=False
+        launching, env=environment, capture_output=True, text=True, timeout=1800, check=False
     )
 
 
