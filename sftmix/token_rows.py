@@ -34,15 +34,7 @@ def read_tokens(row: dict[str, Any]) -> tuple[list[int], list[int]]:
         BadField: lists of another length or of other values, padding in the midst, a packed row,
             token types, or nothing to learn.
     """
-    ids = _integers(row, "input_ids")
-    lists = {name: _integers(row, name) for name in COLUMNS[1:] if row.get(name) is not None}
-    for name, values in lists.items():
-        if len(values) != len(ids):
-            raise BadField(
-                f"'input_ids' and '{name}' must be of one length, got {len(ids)} and {len(values)}"
-            )
-    if not lists.keys() & {"labels", *LOSS_MASKS}:
-        _integers(row, "labels")  # says what is wrong with it
+    ids, lists = _lists(row)
     labels = lists.get("labels", ids)
     for name in LOSS_MASKS:
         if name in lists:
@@ -61,14 +53,25 @@ def read_tokens(row: dict[str, Any]) -> tuple[list[int], list[int]]:
     ids, labels = ids[begin:end], labels[begin:end]
     # The first token is never predicted, so a label there teaches nothing.
     if all(label == IGNORED_LABEL for label in labels[1:]):
-        masks = [name for name in LOSS_MASKS if name in lists]
-        if masks:
-            given = " and ".join(
-                repr(name) for name in (*(["labels"] * ("labels" in lists)), *masks)
-            )
-            raise BadField(f"nothing to learn: {given} leave no token after the first")
+        given = [repr(name) for name in ("labels", *LOSS_MASKS) if name in lists]
+        if given != ["'labels'"]:
+            raise BadField(f"nothing to learn: {' and '.join(given)} leave no token but the first")
         raise BadField(f"'labels' has nothing to learn: all are {IGNORED_LABEL} after the first")
     return ids, labels
+
+
+def _lists(row: dict[str, Any]) -> tuple[list[int], dict[str, list[int]]]:
+    """The ids, and the other lists that there are, all of one length."""
+    ids = _integers(row, "input_ids")
+    lists = {name: _integers(row, name) for name in COLUMNS[1:] if row.get(name) is not None}
+    if not lists.keys() & {"labels", *LOSS_MASKS}:
+        _integers(row, "labels")  # says what is wrong with it
+    for name, values in lists.items():
+        if len(values) != len(ids):
+            raise BadField(
+                f"'input_ids' and '{name}' must be of one length, got {len(ids)} and {len(values)}"
+            )
+    return ids, lists
 
 
 def _integers(row: dict[str, Any], name: str) -> list[int]:

@@ -6,8 +6,8 @@ Labels are not shifted: `labels[i]` is `input_ids[i]` where token i belongs to a
 `templates.py`), and -100 elsewhere.
 
 Of a text far longer than `max_length` only the beginning is tokenised. A tokenizer may look ahead,
-so its beginning is cut at two places, one half as long again as the other, until both agree on the
-first `max_length + 1` tokens and where each lies; else both are doubled, up to the whole text.
+so the beginning is cut at two places, until both agree on the first `max_length + 1` tokens and
+where each lies; else they are taken twice as far, up to the whole text.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ BATCH_CHARACTERS = 500_000
 # 4 to 5, and twice as many hold for most others.
 CHARACTERS_PER_TOKEN = 8
 SPARE_CHARACTERS = 1024
+# From one cut to the other. A prime: how a run of one letter is parted may depend on the remainder
+# of its length by the length of a token, which is another one then.
+BETWEEN_CUTS = 1009
 
 _COLUMNS = datasets.Features(
     {
@@ -280,7 +283,7 @@ def _head(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Enc
     """The first `max_length + 1` tokens of a long text; fewer where it has no more."""
     size = CHARACTERS_PER_TOKEN * max_length + SPARE_CHARACTERS
     while 2 * size < len(text):
-        heads = _tokenized([text[:size], text[: size + size // 2]], tokenizer)
+        heads = _tokenized([text[:size], text[: size + BETWEEN_CUTS]], tokenizer)
         lengths = [len(head) for head in heads]
         for head in heads:
             head.truncate(max_length + 1)

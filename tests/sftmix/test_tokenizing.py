@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from sftmix import tokenizing
-from sftmix.data import BadRowError, Example
+from sftmix.data import BadRowError, Example, load_examples
 from sftmix.tokenizing import BATCH_CHARACTERS, tokenize_examples
 
 SPECIAL = ["<s>", "</s>", "<unk>"]
@@ -46,7 +48,11 @@ def one_word() -> Tokenizer:
 
 
 def unigram() -> Tokenizer:
-    tokenizer = Tokenizer(models.Unigram())
+    """Its trainer is not deterministic: pieces by hand, a run of letters in fours."""
+    pieces = [("<unk>", 0.0), ("<s>", -1.0), ("</s>", -1.0), ("▁", -3.0), ("aaaa", -4.0)]
+    letters = sorted({*"".join(WORDS), *"### Instruction:Response"} - {"▁", " ", "\n"})
+    pieces += [(letter, -9.0) for letter in letters]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     return tokenizer
@@ -62,7 +68,7 @@ def word_piece() -> Tokenizer:
 KINDS: dict[str, tuple[Any, Any]] = {
     "byte_level": (byte_level, trainers.BpeTrainer),
     "one_word": (one_word, trainers.BpeTrainer),
-    "unigram": (unigram, trainers.UnigramTrainer),
+    "unigram": (unigram, None),
     "word_piece": (word_piece, trainers.WordPieceTrainer),
 }
 
@@ -75,10 +81,10 @@ def words(number: int, seed: int = 0) -> str:
 def build(kind: str) -> PreTrainedTokenizerFast:
     make, trainer = KINDS[kind]
     tokenizer = make()
-    options = {"unk_token": "<unk>"} if kind == "unigram" else {}
-    training = trainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False, **options)
-    # A text of one word teaches nothing: give it in pieces.
-    tokenizer.train_from_iterator([words(5, seed) for seed in range(200)], training)
+    if trainer is not None:
+        training = trainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False)
+        # A text of one word teaches nothing: give it in pieces.
+        tokenizer.train_from_iterator([words(5, seed) for seed in range(200)], training)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
@@ -94,7 +100,9 @@ def example(prompt: str, reply: str, number: int = 0) -> Example:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("text", [words(6000), "a" * 30_000, " " * 30_000 + "end", "snow " * 6000])
+@pytest.mark.parametrize(
+    "text", [words(6000), "a" * 30_000, "a" * 30_001, " " * 30_000 + "end", "snow " * 6000]
+)
 def test_the_beginning_of_a_long_text_is_that_of_the_whole(
     monkeypatch: pytest.MonkeyPatch, kind: str, text: str
 ) -> None:
@@ -109,13 +117,13 @@ def test_the_beginning_of_a_long_text_is_that_of_the_whole(
         return tokenized(texts, tokenizer)
 
     monkeypatch.setattr(tokenizing, "_tokenized", measured)
-    heads = tokenize_examples(rows, tokenizer, max_length=40)
+    heads = tokenize_examples(rows, tokenizer, max_length=150)
     shortened = longest
     monkeypatch.setattr(tokenizing, "CHARACTERS_PER_TOKEN", 10_000)
-    whole = tokenize_examples(rows, tokenizer, max_length=40)
+    whole = tokenize_examples(rows, tokenizer, max_length=150)
     assert heads[:] == whole[:]
-    # A run of one character is a token or one word, or cannot be told without its end.
-    assert shortened < longest or len(whole[0]["input_ids"]) < 40 or kind == "word_piece"
+    # How a run of one letter is parted may depend on its end: then the whole is tokenised.
+    assert shortened < longest or set(text[:9]) in ({"a"}, {" "})
 
 
 def test_what_is_tokenised_at_once_is_bounded(
@@ -161,6 +169,19 @@ def test_a_row_without_a_target_is_refused_for_the_true_reason(
 ) -> None:
     with pytest.raises(BadRowError, match=reason):
         tokenize_examples([row], bpe, max_length=50)
+
+
+def test_only_what_the_masks_leave_carries_loss(
+    bpe: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    turns = [("user", "hi", None), ("assistant", "hello", 0), ("user", "hi", None)]
+    turns.append(("assistant", "there don't", 1))
+    messages = [{"role": r, "content": c, "weight": w} for r, c, w in turns]
+    (tmp_path / "data.json").write_text(json.dumps([{"messages": messages, "system": "hello"}]))
+    [row] = tokenize_examples(load_examples([tmp_path / "data.json"]), bpe)
+    learnt = [label for label in row["labels"] if label != -100]
+    assert bpe.decode(learnt) == "there don't</s>"
+    assert bpe.decode(row["input_ids"]).startswith("<s>hello\n\n")
 
 
 def test_ids_are_held_against_the_largest_of_the_tokenizer(bpe: PreTrainedTokenizerFast) -> None:
