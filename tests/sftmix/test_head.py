@@ -240,13 +240,20 @@ class ScalesBefore(LlamaForCausalLM):
         return output
 
 
-@pytest.mark.parametrize("cls", [ShiftsOne, BreaksOne, Clamps, CutsOff, Learns])
+@pytest.mark.parametrize("cls", [ShiftsOne, Clamps, CutsOff, Learns])
 def test_other_logits_are_refused(cls: type[Changed]) -> None:
     model = cls(tiny.build("Llama").config)
     with pytest.raises(ValueError, match=f"^model: .*{cls.__name__} .*--head logits"):
         HeadAdapter(model)
     assert "forward" not in model.__dict__
     assert "forward" not in model.lm_head.__dict__
+
+
+def test_logits_that_are_no_numbers_are_refused_for_that() -> None:
+    model = BreaksOne(tiny.build("Llama").config)
+    with pytest.raises(ValueError, match=r"^model: 8 of 512 of its logits are not numbers"):
+        HeadAdapter(model)
+    assert "forward" not in model.__dict__
 
 
 @pytest.mark.parametrize("cls", [ShiftsOne, Clamps, CutsOff, Learns, Multiplies, Caps])

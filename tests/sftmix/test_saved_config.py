@@ -72,7 +72,9 @@ def test_the_command_saves_a_mixture_that_generates(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(toy_model)
     base, run = tmp_path / "base", tmp_path / "run"
-    families.build("mixtral", vocab_size=len(tokenizer)).save_pretrained(base)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: getattr(tokenizer, name) for name in names}
+    families.build("mixtral", vocab_size=len(tokenizer), **ids).save_pretrained(base)
     assert config_of(base)["output_router_logits"]
     for path in toy_model.glob("*token*"):
         shutil.copy(path, base)
