@@ -309,6 +309,9 @@ class SFTMixConfig(SFTMixOptions, TrainingArguments):
         "epoch", "When to write a checkpoint: no, steps, epoch, best", "ours"
     )
     save_total_limit: int | None = option(2, "Checkpoints kept, the newest", "ours")
+    hub_strategy: str = option(
+        "end", "When --push_to_hub pushes: end, the final model with tokenizer and card", "ours"
+    )
     seed: int = option(0, "Seed of pairs, lam, shuffling and initialisation", "ours")
     report_to: str | list[str] = field(
         default_factory=lambda: ["none"],

@@ -120,9 +120,7 @@ class GuardedSteps(TrainerBase):
         """Say what this step has done to the model, which an earlier one may have spoilt."""
         optimizer = str(getattr(self.args.optim, "value", self.args.optim))
         if any(kind in optimizer for kind in IN_BACKWARD):
-            return (
-                f"--optim {optimizer} updates weights during backward, so the model may be spoilt"
-            )
+            return f"--optim {optimizer} updates weights in backward: the model may be spoilt"
         if name := weight_not_finite(self.model):
             return f"the model was not updated, but {name} was not finite before this step"
         return "the model was not updated"

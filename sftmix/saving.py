@@ -227,13 +227,12 @@ class WholeCheckpoints(GuardedSteps):
             if newest is None and is_main():
                 logger.warning("%s has no checkpoint yet: training begins at step 1", run)
             resume_from_checkpoint = None if newest is None else str(newest)
-        elif isinstance(resume_from_checkpoint, str | os.PathLike):
-            named = Path(resume_from_checkpoint)
-            on_main(lambda: refuse_damaged(named))
         self.evaluation = DueEvaluation()
         if isinstance(resume_from_checkpoint, str | os.PathLike):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
-            refuse_code(Path(resume_from_checkpoint))
+            named = Path(resume_from_checkpoint)
+            refuse_code(named)
+            on_main(lambda: refuse_damaged(named))
             for extra in self._extras():
                 extra.load(Path(resume_from_checkpoint))
         else:

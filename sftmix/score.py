@@ -114,7 +114,10 @@ def read_finished(path: Path, dataset: Any, num_scorings: int) -> Partition:
     Raises:
         ValueError: it is damaged, or of other data or another number of scorings.
     """
-    partition = read_partition(path)
+    try:
+        partition = read_partition(path)
+    except ValueError as error:
+        raise ValueError(f"resume: {error}; delete the file to score again") from error
     found = (len(partition.id), partition.nll_sum.shape[1])
     if found != (len(dataset), num_scorings):
         raise ValueError(

@@ -323,10 +323,9 @@ class SFTMixMixin(WholeCheckpoints):
             shared=True,
         )
         loss = float(scores.nll_sum.sum() / scores.num_tokens.sum())
-        metrics = {
-            f"{metric_key_prefix}_loss": loss,
-            f"{metric_key_prefix}_perplexity": float(np.exp(loss)),
-        }
+        with np.errstate(over="ignore"):
+            perplexity = float(np.exp(loss))  # infinite from a loss of 710 on
+        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": perplexity}
         self.log(metrics)
         handler = self.callback_handler
         self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)

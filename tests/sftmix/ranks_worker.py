@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import signal
 import sys
 import traceback
 import warnings
@@ -30,7 +31,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import TrainerCallback
 
-from sftmix import families
+from sftmix import families, interrupts
+from sftmix.checkpoints import list_checkpoints
 from sftmix.head import HeadAdapter
 from sftmix.objective import batch_counts, batch_loss
 from sftmix.pairing import PairedCollator
@@ -45,7 +47,7 @@ from sftmix.ranks import (
     together,
 )
 from sftmix.scoring import ScoringCallback, score_examples
-from sftmix.train import save
+from sftmix.train import finish
 from sftmix.trainer import SFTMixTrainer
 from sftmix_kernels import StreamingPerplexity
 
@@ -232,9 +234,9 @@ def resumed(folder: Path, *, fsdp: bool) -> Found:
         if is_main() and not resume:
             shutil.rmtree(folder / "checkpoint-6")
         dist.barrier()
-    tokenizer: Any = SimpleNamespace(save_pretrained=lambda folder: None)
+    made.processing_class = SimpleNamespace(save_pretrained=lambda folder: None)
     recipe = {"model": "org/base", "data": ["org/rows"], "method": "sftmix"}
-    save(made, tokenizer, folder, recipe, None)
+    finish(made, folder, recipe, None, None)
     return {"trainings": found, "saved": load_file(folder / "model.safetensors")}
 
 
@@ -293,6 +295,56 @@ def stopped(folder: Path) -> Found:
     return told
 
 
+def each_step(folder: Path, *, fsdp: bool) -> SFTMixTrainer:
+    """A trainer that writes a checkpoint after each of four steps."""
+    data, options = tiny.examples(32), {"save_strategy": "steps", "save_steps": 1}
+    made = tiny.trainer(tiny.build("Llama"), folder, data, save_total_limit=1, **options)
+    if fsdp:
+        shard(made)
+    return made
+
+
+def spoilt(folder: Path, *, fsdp: bool) -> Found:
+    """What each rank is told of a gradient of the second that is not finite, at step 3."""
+    made, ids = each_step(folder, fsdp=fsdp), []
+    own = made.compute_loss
+
+    def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss: Any = own(model, inputs, *args, **kwargs)
+        if made.state.global_step == 2:
+            ids.extend(inputs["ids"].tolist())
+            if rank() == 1:
+                loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+    made.compute_loss = compute_loss  # type: ignore[method-assign]
+    told = message(made.train)
+    finite = all(whole(weight).isfinite().all() for weight in made.model.parameters())
+    names = [path.name for path in list_checkpoints(folder)]
+    return {"told": told, "ids": ids, "finite": finite, "checkpoints": names}
+
+
+def signalled(folder: Path) -> Found:
+    """What each rank ends with after a signal that the second alone gets, in its second step."""
+    made = tiny.trainer(tiny.build("Llama"), folder, tiny.examples(32))
+    own = made.compute_loss
+
+    def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if made.state.global_step == 1 and rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return own(model, inputs, *args, **kwargs)
+
+    made.compute_loss = compute_loss  # type: ignore[method-assign]
+    with interrupts.handled():
+        told = message(made.train)
+    resumed = tiny.trainer(tiny.build("Llama"), folder, tiny.examples(32))
+    resumed.train(resume_from_checkpoint=True)
+    unbroken = tiny.trainer(tiny.build("Llama"), folder / "unbroken", tiny.examples(32))
+    unbroken.train()
+    same = tiny.same(tiny.weights(resumed.model), tiny.weights(unbroken.model))
+    return {"told": told, "same": same}
+
+
 def agreed(folder: Path) -> Found:
     """What each rank is told of errors of both, of the second, and of the main process."""
     folder.mkdir(exist_ok=True)
@@ -321,7 +373,7 @@ def message(action: Callable[[], object]) -> str:
     """The error that an action ends with."""
     try:
         action()
-    except (ValueError, OSError, FloatingPointError, RankError) as error:
+    except (ValueError, OSError, FloatingPointError, RankError, interrupts.Interrupted) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
 
@@ -387,6 +439,9 @@ OF_RANKS: dict[str, Callable[[Path], Found]] = {
     "fsdp, resumed": functools.partial(resumed, fsdp=True),
     "best": best,
     "stopped": stopped,
+    "ddp, spoilt": functools.partial(spoilt, fsdp=False),
+    "fsdp, spoilt": functools.partial(spoilt, fsdp=True),
+    "signalled": signalled,
     "agreed": agreed,
     "sharded head": sharded_head,
     "evaluated early": evaluated_early,

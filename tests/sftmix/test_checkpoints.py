@@ -21,6 +21,7 @@ from sftmix.checkpoints import (
     list_checkpoints,
     rotate_checkpoints,
 )
+from sftmix.failures import RunFailure
 from sftmix.runs import remove_leftovers
 from sftmix.trainer import SFTMixTrainer
 
@@ -181,9 +182,13 @@ def test_resuming_from_a_named_checkpoint(unbroken: Any, tmp_path: Path) -> None
     assert tiny.losses(resumed, *LOGGED) == unbroken[1]
 
 
-def test_resuming_without_a_checkpoint_starts_anew(unbroken: Any, tmp_path: Path) -> None:
+def test_resuming_without_a_checkpoint_starts_anew(
+    unbroken: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     resumed = make(tmp_path)
-    resumed.train(resume_from_checkpoint=True)
+    with caplog.at_level(logging.WARNING, logger="sftmix.saving"):
+        resumed.train(resume_from_checkpoint=True)
+    assert f"{tmp_path} has no checkpoint yet: training begins at step 1" in caplog.text
     assert tiny.losses(resumed, *LOGGED) == unbroken[1]
 
 
@@ -237,7 +242,8 @@ def test_a_list_that_is_none_is_a_fault_too(text: str, unbroken: Any, tmp_path: 
     run = copy_of(unbroken[0], tmp_path, 9)
     (run / "checkpoint-9" / LIST).write_text(text)
     assert (fault(run / "checkpoint-9") or "").startswith(LIST)
-    assert latest_checkpoint(run) is None
+    with pytest.raises(ValueError, match=r"got damaged ones alone \(checkpoint-9: complete\.json"):
+        latest_checkpoint(run)
 
 
 def test_rotation_goes_by_steps_and_not_by_the_clock(tmp_path: Path) -> None:
@@ -313,6 +319,20 @@ def test_a_checkpoint_of_an_adapter(copied: list[str] | None, tmp_path: Path) ->
     assert torch.equal(head.weight, tiny.build("Llama").lm_head.weight) == (copied is None)
 
 
+def test_damaged_checkpoints_alone_are_refused(unbroken: Any, tmp_path: Path) -> None:
+    """Training would begin at step 1 and say nothing."""
+    run = copy_of(unbroken[0], tmp_path, 3, 6)
+    for step in (3, 6):
+        (run / f"checkpoint-{step}" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-6: optimizer\.pt.*; checkpoint-3: .*delete"):
+        make(run).train(resume_from_checkpoint=True)
+    named = str(run / "checkpoint-3")
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*-3 is damaged \(optimizer"):
+        make(run).train(resume_from_checkpoint=named)
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: expected a folder, got .*-99"):
+        make(run).train(resume_from_checkpoint=str(run / "checkpoint-99"))
+
+
 def test_training_goes_past_a_damaged_checkpoint(unbroken: Any, tmp_path: Path) -> None:
     """The run comes to the damaged one's step again and writes it anew."""
     run = copy_of(unbroken[0], tmp_path, 3, 6)
@@ -345,7 +365,7 @@ def test_a_full_disk_leaves_the_old_checkpoints(size: int, unbroken: Any, tmp_pa
     ]
     assert 1_000 < sizes[0] < 50_000 < sizes[1]
     made = make(run)
-    with small_disk(size), pytest.raises(OSError, match="is the disk full"):
+    with small_disk(size), pytest.raises(RunFailure, match="is the disk full"):
         made.train(resume_from_checkpoint=True)
     assert (run / STAGING).is_dir()
     assert [path.name for path in list_checkpoints(run)] == ["checkpoint-6", "checkpoint-3"]

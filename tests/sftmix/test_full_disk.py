@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import sftmix.manifest
 import sftmix.metrics
@@ -59,13 +59,14 @@ def full_inside(
     patched.setattr(owner, name, limited)
 
 
-def refused(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+def refused(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
     capsys.readouterr()
     assert main(words) == 1
     error = capsys.readouterr().err
     assert "Traceback" not in error
     (line,) = [line for line in error.splitlines() if ": error: " in line]
     assert "too large" in line or "is the disk full?" in line
+    return line
 
 
 def test_scoring(
@@ -108,23 +109,28 @@ def test_training(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """First a checkpoint does not fit, then the log, and the model."""
+    """First a checkpoint does not fit, then the model, its tokenizer, the log, and the card."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     assert main([*train, "--output", str(whole)]) == 0
     places: list[tuple[Any, str, int, int, list[int]]] = [
         (SFTMixTrainer, "_save_checkpoint", 1_000, 2, [3]),
-        (SFTMixTrainer, "save_state", 10, 1, [8, 6]),
         (sftmix.train, "save_final_model", 1_000, 1, [8, 6]),
+        # Of the last checkpoint's tokenizer, and of the final model's.
+        (PreTrainedTokenizerFast, "save_pretrained", 100, 1, [8, 6]),
+        (SFTMixTrainer, "save_state", 10, 1, [8, 6]),
+        (sftmix.train, "write_card", 10, 1, [8, 6]),
     ]
     words = train
     for owner, name, size, call, steps in places:
         with monkeypatch.context() as patched:
             full_inside(patched, owner, name, size, call)
-            refused(capsys, words)
+            error = refused(capsys, words)
         assert [path.name for path in list_checkpoints(run)] == [f"checkpoint-{n}" for n in steps]
         assert all(fault(path) is None for path in list_checkpoints(run))
-        assert not (run / "config.json").exists()
-        assert (run / "trainer_state.json").exists() == (name == "save_final_model")
+        is_saved = name in ("save_state", "write_card")
+        assert (run / "config.json").exists() == is_saved
+        assert (f"the model is in {run}; its" in error) == is_saved
+        assert (run / "trainer_state.json").exists() == (name == "write_card")
         words = [*train, "--resume"]
     assert main(words) == 0
     for name in ("config.json", "model.safetensors", "tokenizer.json"):

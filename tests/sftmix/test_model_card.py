@@ -6,6 +6,7 @@ import json
 import re
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,23 +97,23 @@ def test_names_of_the_hub_stay_and_paths_go(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_an_adapter_has_a_card_too(toy_model: Path, tmp_path: Path) -> None:
-    """PEFT writes a card of its own, with nothing in it; ours takes its place."""
+def test_the_card_that_peft_writes_is_left_out(tmp_path: Path) -> None:
+    """It has nothing in it; ours is written after the model."""
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny.build("Llama"), peft.LoraConfig(task_type="CAUSAL_LM"))
+    tokenizer: Any = SimpleNamespace(save_pretrained=lambda folder: None)
+    names = save_final_model(model, tokenizer, tmp_path)
+    assert names == ["adapter_model.safetensors", "adapter_config.json"]
+    assert {path.name for path in tmp_path.iterdir()} == set(names)
 
-    class Tokenizer:
-        def save_pretrained(self, folder: Any) -> None:
-            """A tokenizer that has no files."""
 
-    save_final_model(
-        model, Tokenizer(), tmp_path, model_card(RECIPE, {}, [], seconds=1.0, adapter=True)
-    )
-    card = ModelCard.load(tmp_path / "README.md")
+def test_an_adapter_has_a_card_too() -> None:
+    card = ModelCard(model_card(RECIPE, {}, [], seconds=1.0, adapter=True))
     assert card.data.library_name == "peft"
     assert card.content.count("An adapter of `org/base`") == 1
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
+
+
+def test_a_method_without_words_of_its_own_has_a_card() -> None:
+    card = model_card({**RECIPE, "method": "newest"}, {}, [], seconds=1.0)
+    assert "fine-tuned with newest" in card
+    assert "by the method `newest`." in card

@@ -168,7 +168,7 @@ def test_a_trained_adapter_is_saved_and_loads_again(
     )
     made.train()
     tokenizer: Any = SimpleNamespace(save_pretrained=lambda folder: None)
-    save_final_model(made.accelerator.unwrap_model(made.model), tokenizer, tmp_path, "a card")
+    save_final_model(made.accelerator.unwrap_model(made.model), tokenizer, tmp_path)
     assert (tmp_path / "adapter_model.safetensors").exists()
     assert not (tmp_path / "model.safetensors").exists()
     loaded = peft.PeftModel.from_pretrained(tiny.build(family), tmp_path).eval()

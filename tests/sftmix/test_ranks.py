@@ -46,7 +46,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]]
         text=True,
     ) as launched:
         alone = {name: case(folder / f"alone, {name}") for name, case in CASES.items()}
-        output, _ = launched.communicate(timeout=240)
+        output, _ = launched.communicate(timeout=1200)
     assert launched.returncode == 0, output
     return [torch.load(folder / f"rank{number}.pt") for number in range(RANKS)], alone
 
@@ -123,6 +123,30 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(both: Both) -> None:
     for told in (first, second):
         assert told["untouched"]
         assert told["steps"] == 1
+
+
+@pytest.mark.parametrize("name", ["ddp, spoilt", "fsdp, spoilt"])
+def test_a_gradient_that_is_not_finite_stops_all_ranks(name: str, both: Both) -> None:
+    """All have it by then: the first names the examples of all."""
+    first, second = (found[name] for found in both[0])
+    expected = r"FloatingPointError: the norm of the gradients is nan at step 3 \(losses [\d.]+\)"
+    found = re.search(expected + r", examples (\[.*\]); the model was not updated$", first["told"])
+    assert found, first["told"]
+    assert json.loads(found[1]) == first["ids"] + second["ids"]
+    assert second["told"] == (
+        "RankError: the gradients are not finite at step 3; the model was not updated"
+    )
+    for rank in (first, second):
+        assert rank["finite"]
+        assert rank["checkpoints"] == ["checkpoint-2"]
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(both: Both) -> None:
+    first, second = (found["signalled"] for found in both[0])
+    assert first["told"] == second["told"]
+    assert re.search(r"stopped by SIGTERM after step 2 of 4: .*/checkpoint-2 is s", first["told"])
+    assert first["same"]
+    assert second["same"]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ NOT_DECISIVE = {
     "remove_unused_columns",
     # What the first turns on is there by name; the second moves what it does not change.
     *("memory", "activation_offload"),
+    # A checkpoint changes nothing of a training.
+    "save_minutes",
 }
 
 Train = Callable[..., tuple[dict[str, Any], dict[str, Any]]]
