@@ -14,6 +14,7 @@ from sftmix.config import option
 from sftmix.manifest import versions
 from sftmix.medical import Questions, Score, load, read_questions, require_harness, score
 from sftmix.model_source import check_model
+from sftmix.out_of_memory import ANSWERING_WAYS, advising
 from sftmix.runs import write_json
 from sftmix.tasks import PAPER_NAMES
 
@@ -85,6 +86,7 @@ class EvaluateArguments:
 ARGUMENTS = (EvaluateArguments,)
 
 
+@advising(*ANSWERING_WAYS)
 def main(words: Sequence[str]) -> None:
     """Run the command."""
     arguments = parse_alone(words, EvaluateArguments, "sftmix evaluate")

@@ -17,12 +17,14 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+from sftmix import interrupts
 from sftmix.answering import Answerer, Decoding
 from sftmix.arguments import CHAT_TEMPLATE_HELP, REVISION_HELP, parse_alone
 from sftmix.config import option
 from sftmix.loading import load_tokenizer, load_trained_model
 from sftmix.manifest import kept_date, start_manifest
 from sftmix.model_source import check_model
+from sftmix.out_of_memory import ANSWERING_WAYS, advising
 from sftmix.provenance import provenance
 from sftmix.questions import (
     FORMATS,
@@ -94,6 +96,7 @@ class GenerateArguments:
 ARGUMENTS = (GenerateArguments,)
 
 
+@advising(*ANSWERING_WAYS)
 def main(words: Sequence[str]) -> None:
     """Run the command."""
     arguments = parse_alone(words, GenerateArguments, "sftmix generate")
@@ -102,6 +105,7 @@ def main(words: Sequence[str]) -> None:
         raise ValueError(f"output: {path} exists; delete it or choose another")
     run = path.with_name(f"{path.name}.run")
     with opened_run(str(run), resume=arguments.resume):
+        interrupts.advise("before it was done: what is answered is kept; go on with --resume")
         finished = path.exists()
         generate(path, run, arguments)
         print(f"{path} was finished already" if finished else f"wrote {path}")

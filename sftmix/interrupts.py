@@ -42,6 +42,7 @@ class _Watch:
     """What the handlers know: one for the process, as signals are."""
 
     def __init__(self) -> None:
+        self.installed = False
         self.requested: int | None = None
         self.waits = False
         self.advice = ""
@@ -56,15 +57,15 @@ _watch = _Watch()
 def handled(advice: str = "") -> Iterator[None]:
     """Handle signals inside, as the module says; ``advice`` is `advise`'s first.
 
-    Only the main thread can: in another one nothing is changed. A signal that the process was
+    Only the main thread can, and once: else nothing is changed. A signal that the process was
     started to ignore (``nohup``) stays ignored.
     """
     global _watch
-    if threading.current_thread() is not threading.main_thread():
+    if _watch.installed or threading.current_thread() is not threading.main_thread():
         yield
         return
     outer, _watch = _watch, _Watch()
-    _watch.advice = advice
+    _watch.advice, _watch.installed = advice, True
     own = {
         signum: signal.signal(signum, _handle)
         for signum in SIGNALS

@@ -8,21 +8,37 @@ from collections.abc import Iterator
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
+# Where not even the model finds room.
+MODEL_WAYS = (
+    "--dtype bfloat16",
+    "--lora_rank 16",
+    "more GPUs with --fsdp",
+    "`sftmix plan` says what fits",
+)
+# Where a model only answers.
+ANSWERING_WAYS = ("a smaller --batch_size", "--dtype bfloat16")
+
+
+class OutOfMemory(MemoryError):
+    """Memory did not suffice, and the message says what helps."""
+
 
 @contextlib.contextmanager
 def advising(*ways: str) -> Iterator[None]:
     """Turn what an allocator raises inside into one message that names ``ways`` out.
 
+    Also a decorator. Where one is inside another, the inner one's message stays.
+
     Raises:
-        MemoryError: memory did not suffice, of the device or of the host.
+        OutOfMemory: memory did not suffice, of the device or of the host.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
             raise
         reason = str(error).strip().partition("\n")[0] or "the host has no more"
-        raise MemoryError(f"out of memory: {reason}; what helps: {'; '.join(ways)}") from error
+        raise OutOfMemory(f"out of memory: {reason}; what helps: {'; '.join(ways)}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

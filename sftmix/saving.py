@@ -250,6 +250,6 @@ class WholeCheckpoints(GuardedSteps):
         self.checkpoint()
         run = Path(str(self.args.output_dir))
         newest = next(iter(list_checkpoints(run)), None)
-        kept = f"nothing was saved yet; {stop.text}" if newest is None else f"{newest} is saved"
+        kept = "nothing was saved yet" if newest is None else f"{newest} is saved"
         place = f"after step {self.state.global_step} of {self.state.max_steps}"
         return interrupts.Interrupted(stop.signum, f"{place}: {kept}; go on with --resume")

@@ -18,6 +18,7 @@ from sftmix.loading import load_data, load_model, load_tokenizer, refuse_misfits
 from sftmix.lora import add_lora
 from sftmix.manifest import kept_date, recipe, start_manifest
 from sftmix.model_source import check_model
+from sftmix.out_of_memory import MODEL_WAYS, advising
 from sftmix.pairing import PairedCollator
 from sftmix.partition import Partition, from_scores, read_partition, summary, write_partition
 from sftmix.ranks import is_main, on_main, opened_run, refuse_differences, together
@@ -33,6 +34,7 @@ FILE = "confidence.parquet"
 ARGUMENTS = (RunArguments, ScoreConfig)
 
 
+@advising(*MODEL_WAYS)
 def main(words: Sequence[str]) -> None:
     """Run the command."""
     arguments, config = parse(words, RunArguments, ScoreConfig, "sftmix score")
@@ -44,6 +46,8 @@ def main(words: Sequence[str]) -> None:
         if is_main():
             print(summary(partition))
             print(f"{run / FILE} was finished already" if finished else f"wrote {run / FILE}")
+        interrupts.advise(f"when all was done: {run / FILE} is whole")
+        interrupts.end_if_requested()
 
 
 def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:

@@ -30,6 +30,7 @@ from sftmix.manifest import kept_date, recipe, start_manifest, versions
 from sftmix.model_card import FILE as CARD
 from sftmix.model_card import model_card
 from sftmix.model_source import CONFIGS, check_model
+from sftmix.out_of_memory import MODEL_WAYS, advising
 from sftmix.partition import match, partition_hash, read_partition, subset_counts
 from sftmix.ranks import RankError, is_main, on_main, opened_run, refuse_differences, together
 from sftmix.rendering import today
@@ -67,6 +68,7 @@ class Saved:
             raise RunFailure(f"the model is in {self.run}; {self.lost}: {reason}") from error
 
 
+@advising(*MODEL_WAYS)
 def main(words: Sequence[str]) -> None:
     """Run the command."""
     arguments, config = parse(words, TrainRunArguments, SFTMixConfig, "sftmix train")

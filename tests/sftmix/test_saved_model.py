@@ -317,6 +317,17 @@ def test_out_of_memory(
     assert "`sftmix plan` says what fits" in line
 
 
+def test_out_of_memory_before_training(
+    train: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the model goes to the device."""
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    monkeypatch.setattr(sftmix.train, "SFTMixTrainer", failing(error))
+    assert main(train) == 1
+    assert "out of memory: CUDA out of memory. Tried" in (line := capsys.readouterr().err)
+    assert "--dtype bfloat16; --lora_rank 16; more GPUs" in line
+
+
 def test_other_errors_of_torch_are_not_taken_for_it(
     train: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
