@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-import time
+from functools import partial
 
 import pytest
 import torch
 
+import benchmarks.measure
 from benchmarks.measure import facts, interleaved_samples, peak_extra_bytes
+
+
+class Clock:
+    """Stands in for the module `time`: it goes on only where a test says so."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
 
 
 class HostEvent:
     """Stands in for a CUDA event."""
 
+    clock: Clock
+
     def __init__(self, enable_timing: bool) -> None:
         assert enable_timing
 
     def record(self) -> None:
-        self.at = time.perf_counter()
+        self.at = self.clock.now
 
     def synchronize(self) -> None:
         pass
@@ -30,19 +42,22 @@ class HostEvent:
 def test_times_are_of_the_step_and_not_of_what_prepares_it(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    clock = HostEvent.clock = Clock()
     monkeypatch.setattr(torch.cuda, "Event", HostEvent)
+    monkeypatch.setattr(benchmarks.measure, "time", clock)
     order = []
-    steps = {name: (lambda name=name: order.append(name)) for name in ("a", "b")}
 
-    def prepare() -> None:
-        order.append("prepare")
-        time.sleep(0.02)
+    def step(name: str, seconds: float) -> None:
+        order.append(name)
+        clock.now += seconds
+
+    steps = {"a": partial(step, "a", 1.0), "b": partial(step, "b", 2.0)}
+    prepare = partial(step, "prepare", 64.0)
 
     samples = interleaved_samples(steps, 2, device, prepare)
     # A round to warm up, then two in turns.
     assert order == ["prepare", "a", "prepare", "b"] * 3
-    assert [len(times) for times in samples.values()] == [2, 2]
-    assert max(samples["a"]) < 0.02
+    assert samples == {"a": [1.0, 1.0], "b": [2.0, 2.0]}
     order.clear()
     assert len(interleaved_samples(steps, 3, device, prepare, warm=True)["b"]) == 3
     assert len(order) == 12

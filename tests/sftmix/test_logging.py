@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerCallback
 
 import sftmix.data
+import sftmix.metrics
 import sftmix.templates
 from sftmix.cli import main
 from sftmix.trainer import SFTMixTrainer
@@ -108,20 +110,26 @@ def test_a_resumed_run_goes_on_in_the_same_folder(tmp_path: Path) -> None:
     assert files == {tmp_path / "run" / "tensorboard"}
 
 
-def test_speed_counts_the_time_of_the_killed_process(tmp_path: Path) -> None:
+def test_speed_counts_the_time_of_the_killed_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The window that a checkpoint cut in two: tokens and seconds of both its parts."""
+    now = [1000.0]
+    monkeypatch.setattr(sftmix.metrics, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     window = make(tmp_path).window
-    window.started -= 100
-    window.begun -= 300
+    now[0] += 200
+    window.reset(0)
+    now[0] += 100
     window.add({"input_tokens": 1000.0})
     window.save(tmp_path)
     resumed = make(tmp_path).window
     resumed.load(tmp_path)
     logged = resumed.report(resumed.sums, 1, paired=False, mixed=False)
-    assert logged["tokens_per_second"] == pytest.approx(10, rel=0.05)
-    assert resumed.seconds == window.seconds == pytest.approx(300, rel=0.05)
+    assert logged["tokens_per_second"] == 10
+    assert resumed.seconds == window.seconds == 300
+    now[0] += 7
     resumed.add({})
-    assert 300 < window.seconds < resumed.seconds < 350
+    assert (window.seconds, resumed.seconds) == (300, 307)
     resumed.begin()
     assert resumed.seconds == 0
     assert resumed.sums.sum() == 0

@@ -191,7 +191,7 @@ def test_kill_during_atomic_write_leaves_the_old_file(tmp_path):
         def write(temporary):
             temporary.write_text("half")
             print("ready", flush=True)
-            time.sleep(60)
+            time.sleep(1800)
 
         atomic_write(Path(sys.argv[1]), write)
     """
@@ -287,11 +287,11 @@ HOLD = """
         if len(sys.argv) > 2 and os.fork() == 0:  # a data worker, which outlives its parent
             Path(sys.argv[2]).write_text(str(os.getpid()))
             print("ready", flush=True)
-            time.sleep(60)
+            time.sleep(1800)
             os._exit(0)
         if len(sys.argv) == 2:
             print("ready", flush=True)
-        time.sleep(60)
+        time.sleep(1800)
 """
 
 

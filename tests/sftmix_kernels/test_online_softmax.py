@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -272,6 +273,32 @@ def test_kernels_are_registered_for_what_was_built() -> None:
         for key in keys:
             has = torch._C._dispatch_has_kernel_for_dispatch_key(f"sftmix_kernels::{op}", key)
             assert has, f"{op} on {key}"
+
+
+def test_the_loops_are_capped_as_pytorchs_kernels_are() -> None:
+    """``make test-isa`` caps both with ATEN_CPU_CAPABILITY, and so runs every version of them."""
+    info = build_info()
+    assert info is not None
+    capability = torch.backends.cpu.get_cpu_capability()
+    if platform.machine() == "x86_64":
+        assert info["vectors"] == {"AVX512": "avx512f", "AVX2": "avx2"}.get(capability, "sse2")
+    else:
+        assert info["vectors"] == ""
+
+
+@pytest.mark.parametrize("columns", [1003, 8192])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_thousand_terms_are_not_added_up_one_after_another(
+    dtype: torch.dtype, columns: int
+) -> None:
+    """As they would be in a loop that the compiler leaves scalar: 4.5e-7 of the sum, not 1.2e-7."""
+    logits, labels = torch.randn(256, columns).to(dtype), torch.zeros(256, dtype=torch.long)
+    compiled, plain = (
+        fold(op, logits, labels, new_state(256, logits))
+        for op in (OPS.fold_logits, online_softmax.fold_logits)
+    )
+    truth = (logits.double() - compiled[0].double().unsqueeze(-1)).exp().sum(-1)
+    check("sum of exponentials", compiled[1], truth, plain[1] - truth)
 
 
 RUN = """

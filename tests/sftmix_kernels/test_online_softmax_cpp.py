@@ -21,7 +21,7 @@ SANITIZERS = {"values": "address,undefined", "races": "thread"}
 
 def run(command: list[str | Path]) -> str:
     """What a command that fails has to say. One that a thread waits for without end fails too."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     return f"exit status {done.returncode}: {done.stderr}" if done.returncode else ""
 
 

@@ -171,7 +171,7 @@ def run_rank(rank: int, store: str, folder: str) -> None:
         init_method=f"file://{store}",
         rank=rank,
         world_size=2,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(minutes=30),
     )
     group = dist.group.WORLD
     assert group is not None

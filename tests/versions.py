@@ -1,0 +1,108 @@
+"""Run the tests that other libraries' versions can break, beside versions that are not pinned.
+
+    python tests/versions.py [--venvs FOLDER] [SET ...] [-- PYTEST OPTIONS]
+
+Each set gets a virtual environment of its own in FOLDER, with the pins of constraints.txt but for
+what the set names; it is kept, so that a second run installs nothing. The compiled extension in the
+checkout is used as it is: what is built beside one torch has to load beside another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+# What a set asks for instead of the pins. A name without a version is the newest that pip finds.
+SETS = {
+    "torch-2.11": ["torch==2.11.0", "setuptools<82"],  # which it asks for itself
+    "torch-2.14": ["torch==2.14.1"],
+    "newest": ["transformers", "trl", "peft", "datasets", "accelerate"],
+}
+# What touches torch's, transformers', trl's, peft's or datasets' own code.
+FILES = (
+    "backbone checkpoints data families head layouts lora memory_options methods peft scoring "
+    "tiled_mlp trainer trainer_options trl trl_options"
+)
+TESTS = ["tests/sftmix_kernels", *(f"tests/sftmix/test_{name}.py" for name in FILES.split(" "))]
+
+
+def requirements() -> list[str]:
+    """What the package and its tests need."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    return [*project["dependencies"], *extras["test"], *extras["trl"], *extras["peft"]]
+
+
+def installed(name: str, folder: Path) -> Path:
+    """The Python of a set's environment, made where it is not there yet.
+
+    Raises:
+        subprocess.CalledProcessError: pip refused; it has said why.
+    """
+    python, done = folder / name / "bin/python", folder / name / "installed"
+    if done.exists():
+        return python
+    wanted = SETS[name]
+    free = {re.split(r"[=<>]", one)[0] for one in wanted}
+    pins = folder / f"{name}.txt"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    # A CUDA build of torch brings a Triton of its own.
+    if "torch" in free:
+        free.add("triton")
+    pins.write_text("\n".join(line for line in lines if line.split("==")[0] not in free))
+    subprocess.run([sys.executable, "-m", "venv", str(folder / name)], check=True)
+    install = [python, "-m", "pip", "install", "--quiet", "-c", pins]
+    # torch first: a range that the pinned one satisfies brings no other.
+    torch = next((one for one in wanted if one.startswith("torch")), "torch==2.13.0")
+    subprocess.run([*install, torch], check=True)
+    subprocess.run([*install, torch, *wanted, *requirements()], check=True)
+    done.touch()
+    return python
+
+
+def run(name: str, folder: Path, options: list[str]) -> int:
+    """Install a set, say what it holds and run the tests; pytest's exit status."""
+    try:
+        python = installed(name, folder)
+    except subprocess.CalledProcessError as error:
+        print(f"{name}: refused by pip, exit status {error.returncode}")
+        return 1
+    libraries = "torch transformers trl peft datasets accelerate"
+    shown = "from importlib.metadata import version\n" + (
+        f"print(*(f'{{name}} {{version(name)}}' for name in {libraries.split()}), sep=', ')"
+    )
+    print(f"== {name}:", flush=True)
+    subprocess.run([python, "-c", shown], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [python, "-m", "pytest", "-q", *(options or TESTS)]
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--venvs", type=Path, default=ROOT / ".venvs")
+    parser.add_argument("sets", nargs="*", default=list(SETS), metavar="SET", help=str(list(SETS)))
+    arguments = parser.parse_args(words[:end])
+    unknown = [name for name in arguments.sets if name not in SETS]
+    if unknown:
+        parser.error(f"SET: expected some of {', '.join(SETS)}, got {' '.join(unknown)}")
+    statuses = {name: run(name, arguments.venvs, words[end + 1 :]) for name in arguments.sets}
+    print("failed:", ", ".join(name for name, status in statuses.items() if status) or "none")
+    return int(any(statuses.values()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
