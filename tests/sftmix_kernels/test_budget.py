@@ -21,7 +21,7 @@ EPS = torch.finfo(torch.float32).eps
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize(
-    ("factor", "holds"), [(2.0, True), (2.1, False), (float("nan"), False), (float("inf"), False)]
+    ("factor", "holds"), [(1.9, True), (2.1, False), (float("nan"), False), (float("inf"), False)]
 )
 def test_the_root_mean_square_is_at_most_twice_pytorchs(
     factor: float, holds: bool, sign: float
@@ -38,7 +38,7 @@ def test_the_root_mean_square_is_at_most_twice_pytorchs(
 def test_one_element_may_be_off_by_four_times_pytorchs_worst() -> None:
     truth, torch_error = torch.zeros(1000, dtype=torch.float64), torch.ones(1000)
     found = torch.zeros(1000)
-    for error, holds in ((4.0, True), (4.1, False)):
+    for error, holds in ((3.9, True), (4.1, False)):
         found[7] = error
         assert budget(found, truth, torch_error).holds == holds
 
