@@ -251,7 +251,7 @@ def launch(launcher: str, *words: str) -> subprocess.CompletedProcess[str]:
     launching = [sys.executable, "-m", *LAUNCHERS[launcher], *FREE_PORT[launcher], *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        launching, env=environment, capture_output=True, text=True, timeout=240, check=False
+        launching, env=environment, capture_output=True, text=True, timeout=1200, check=False
     )
 
 
