@@ -292,14 +292,18 @@ def test_the_command_says_what_fits_and_what_helps(plan: Callable[..., tuple[int
     assert re.search(r"longest that fits: [1-9]\d+ tokens", said)
     assert "every switch that saves memory is on" in said
     assert "loses small updates" not in said  # LoRA's are float32
-    assert "loses small updates" in plan("--dtype", "bfloat16")[1]
-    rounding = ["--optim", "adamw_torch_8bit", "--optim_args", "bf16_stochastic_round=True"]
-    assert "loses small updates" not in plan("--dtype", "bfloat16", *rounding)[1]
     code, said = plan("--gpu-memory", "1KB", "--max-length", "64", *ALL_ON[:-2])
     assert code == DOES_NOT_FIT
     assert re.search(r"does not fit: .*; too little help", said)
     assert "--optim adamw_torch_8bit *" in said
     assert "no length fits" in said
+
+
+def test_the_command_says_what_bfloat16_loses(plan: Callable[..., tuple[int, str]]) -> None:
+    without_lora = [*ALL_ON[:-8], "--max-length", "64", "--dtype", "bfloat16"]
+    rounding = ["--optim", "adamw_torch_8bit", "--optim_args", "bf16_stochastic_round=True"]
+    assert "loses small updates" in plan(*without_lora, "--optim", "sgd")[1]
+    assert "loses small updates" not in plan(*without_lora, *rounding)[1]
 
 
 def test_the_command_reads_what_train_reads(
