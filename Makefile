@@ -46,30 +46,6 @@ test: $(READY)
 		TRITON_INTERPRET=1 $(PYTEST) -m interpret tests/sftmix_kernels tests/benchmarks; fi
 	$(MAKE) --no-print-directory test-isa-default ISA_TESTS="$(ISA_FEW)"
 	$(PYTEST)
-	$(MAKE) --no-print-directory test-isa-default ISA_TESTS="$(ISA_FEW)"
-
-# Arithmetic differs by instruction set, and so may what holds by chance. PyTorch's own kernels, and
-# the extension's with them, are capped by the first variable, oneDNN and MKL by the others.
-CAP_default := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
-CAP_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
-CAP_own :=
-
-ISA_TESTS = tests/sftmix_kernels tests/benchmarks/test_bench_perplexity.py $(patsubst \
-	%,tests/sftmix/test_%.py,backbone families head layouts methods peft scoring stand_in \
-	tiled_mlp trainer trainer_options trl)
-# A few for the gate: the fold, an op and the trainer's gradients.
-ISA_FEW = tests/sftmix_kernels/test_online_softmax.py \
-	tests/sftmix_kernels/test_mixup_loss.py::test_every_dtype_and_option \
-	tests/sftmix/test_layouts.py::test_every_layout_gives_the_loss_and_gradients_of_examples_alone \
-	tests/sftmix/test_trainer.py::test_ntp_and_mu_0_are_the_same_training
-
-test-isa: test-isa-default $(if $(shell grep -m1 -o avx2 /proc/cpuinfo),test-isa-avx2) test-isa-own
-
-test-isa-%: $(READY)
-	$(CAP_$*) $(PYTEST) $(ISA_TESTS)
-
-test-versions: $(READY)
-	"$(PYTHON)" tests/versions.py
 
 # Arithmetic differs by instruction set, and so may what holds by chance. PyTorch's own kernels, and
 # the extension's with them, are capped by the first variable, oneDNN and MKL by the others.
