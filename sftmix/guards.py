@@ -78,8 +78,9 @@ class GuardedSteps(TrainerBase):
         asked = interrupts.requested()
         due = is_main() and time.monotonic() - self.saved_at >= self.args.save_seconds
         own = [*(asked == signum for signum in interrupts.SIGNALS), due]
-        wishes = torch.tensor(own, dtype=torch.float32, device=bad.device)
-        seen = torch.cat([torch.stack([bad.any(), bad_norm]).float(), wishes])
+        # By fills: a copy from the host would wait for the device once more.
+        wishes = [torch.full((), float(wish), device=bad.device) for wish in own]
+        seen = torch.stack([bad.any().float(), bad_norm.float(), *wishes])
         bad_losses, bad_norms, *asking, due_on_main = summed(seen).tolist()
         if bad_losses:
             self._refuse_losses(window, bad.tolist())
