@@ -13,6 +13,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from sftmix.answering import stops
 from sftmix.cli import main
 from sftmix.config import SFTMixConfig
+from sftmix.medical import load
+from sftmix.templates import PLAIN_TEMPLATE
 from sftmix.tokenizing import tokenize_examples
 from sftmix.trainer import SFTMixTrainer
 from sftmix.turn_ends import TurnEnds, end_token, turn_end_line
@@ -115,6 +117,8 @@ def test_the_pipeline_ends_its_turns(tmp_path: Path, rows: Path) -> None:
 def test_the_plain_template_is_saved(tmp_path: Path, rows: Path) -> None:
     base = saved_base(tmp_path / "base", None)
     assert AutoTokenizer.from_pretrained(base).chat_template is None
+    # Where nothing is tokenised that could have given it, too.
+    assert load(str(base))[1].chat_template == PLAIN_TEMPLATE
     run = trained(base, rows, tmp_path / "run")
     found = AutoTokenizer.from_pretrained(run)
     assert found.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == (
