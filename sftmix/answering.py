@@ -26,7 +26,7 @@ from transformers import (
 
 from sftmix.examples_check import check_command
 from sftmix.questions import Answer, Question
-from sftmix.templates import end_of_turn, prompt_tokens
+from sftmix.templates import Turns, end_of_turn, prompt_tokens, without_thought
 from sftmix.turn_ends import end_token, stop_tokens
 
 # FastChat (gen_model_answer.py) takes the likeliest token below this.
@@ -120,7 +120,8 @@ class Answerer:
     """A model, its tokenizer, and where its answers end.
 
     An answer ends at the tokenizer's or the model's end-of-sequence tokens, or at what the chat
-    template writes after a response. Nothing else of the model's `generation_config` is heeded.
+    template writes after a response, and begins behind a thought. Nothing else of the model's
+    `generation_config` is heeded.
     """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> None:
@@ -128,6 +129,7 @@ class Answerer:
         self.model, self.tokenizer, self.decoding = model.eval(), tokenizer, decoding
         self.stops, self.stop_text = stops(tokenizer, model.generation_config.eos_token_id)
         pad = tokenizer.pad_token_id
+        self.opens_thought = Turns(tokenizer).opens_thought
         self.pad = min(self.stops, default=0) if pad is None else pad
         self.batch_is_checked = False
         config = GenerationConfig(
@@ -266,7 +268,7 @@ class Answerer:
         return tuple(logits[row].float() for logits in output.logits)
 
     def _append(self, answer: Answer, tokens: list[int]) -> None:
-        """Add a turn: its text up to where it ends, without white space around it."""
+        """Add a turn: its text up to where it ends, without thought and white space around it."""
         length = next((i for i, token in enumerate(tokens) if token in self.stops), None)
         tokens = tokens[:length]
         while tokens and tokens[-1] == self.pad:
@@ -281,7 +283,7 @@ class Answerer:
         cut = bool(self.stop_text) and self.stop_text in text
         if cut:
             text = text.partition(self.stop_text)[0]
-        answer.turns.append(text.strip())
+        answer.turns.append(without_thought(text, opened=self.opens_thought).strip())
         answer.num_tokens.append(len(tokens))
         answer.ended.append(cut or length is not None)
         answer.time = time.time()

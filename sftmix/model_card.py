@@ -21,6 +21,7 @@ from sftmix.config import MIXED, OF_MIXUP
 from sftmix.provenance import PARTS
 from sftmix.redaction import redacted
 from sftmix.templates import chat_template, end_of_turn
+from sftmix.turn_ends import stop_advice
 
 FILE = "README.md"
 PAPER = "https://arxiv.org/abs/2410.05248"
@@ -132,9 +133,9 @@ def _of_turns(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     template = chat_template(tokenizer)
     try:
         end = end_of_turn(tokenizer)
+        says = f"It ends its turns with {code_span(end)}. {stop_advice(tokenizer)} " if end else ""
     except ValueError:  # the template wants more than a question and an answer
-        end = ""
-    says = f"It ends its turns with {code_span(end)}. " if end else ""
+        says = ""
     return ["## Turns", f"{says}It was trained with this chat template:", fenced(template)]
 
 

@@ -58,11 +58,11 @@ PLAIN_TEMPLATE = """\
 # Words that stand for a message's text where a template is tried.
 ANSWER, ASKED, THOUGHT = "sftmixanswer", "sftmixasked", "sftmixthought"
 
-# A tag that a prompt may end with: <think>, [THINK], <|thinking|>, <reasoning>.
-OPENED_THOUGHT = re.compile(
-    r"(?P<left>[<\[]\|?)(?P<name>[\w:]*(?:think|thought|reason)\w*)(?P<right>\|?[>\]])\s*$",
-    re.IGNORECASE,
-)
+# Tags around a thought: <think>, [THINK], <|thinking|>, <reasoning>.
+_TAG = r"(?P<left>[<\[]\|?){}(?P<name>[\w:]*(?:think|thought|reason)\w*)(?P<right>\|?[>\]])"
+OPENED_THOUGHT = re.compile(rf"{_TAG.format('')}\s*$", re.IGNORECASE)
+_WITH_THOUGHT = re.compile(rf"\s*{_TAG.format('')}", re.IGNORECASE)
+_THOUGHT_END = re.compile(_TAG.format("/"), re.IGNORECASE)
 
 NOTES = {
     "turns": "%d assistant turns carry no loss (the first in %s): the chat template writes them "
@@ -362,7 +362,7 @@ class Turns:
                     )
         if tools and self._same(messages, None, text):
             self._note("tools", example)
-        by_rule_3 = self._opens_thought and not is_marked(self._template(tools))
+        by_rule_3 = self.opens_thought and not is_marked(self._template(tools))
         if self._form.closing is None and not by_rule_3:
             unused = sum(bool(reasoning_of(messages[i])) for i in learnt)
             self._note("reasoning", example, unused)
@@ -387,7 +387,8 @@ class Turns:
             return None
 
     @functools.cached_property
-    def _opens_thought(self) -> bool:
+    def opens_thought(self) -> bool:
+        """Whether the prompt begins a thought, which the response then ends."""
         try:
             prompt = self.render(_PROBE[:1], None, prompt=True)
         except RenderError:
@@ -457,6 +458,17 @@ def prompt_tokens(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> lis
     except RenderError as error:
         raise ValueError(f"the chat template refuses the conversation: {error}") from None
     return cast(list[int], tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def without_thought(text: str, *, opened: bool) -> str:
+    """What a model answered, behind the thought that its text or its prompt (``opened``) begins.
+
+    The text as it is, where there is no thought or none that ended.
+    """
+    if not opened and _WITH_THOUGHT.match(text) is None:
+        return text
+    end = _THOUGHT_END.search(text)
+    return text if end is None else text[end.end() :]
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:

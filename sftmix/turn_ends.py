@@ -93,15 +93,15 @@ class TurnEnds:
             )
 
 
-def turn_end_line(tokenizer: PreTrainedTokenizerBase) -> str:
-    """One sentence of how the model ends its turns, for its card.
+def stop_advice(tokenizer: PreTrainedTokenizerBase) -> str:
+    """One sentence for a model's card: how `generate` is told where a turn ends.
 
     Raises ValueError as `end_of_turn` does.
     """
-    marker, token = end_of_turn(tokenizer), end_token(tokenizer)
+    token = end_token(tokenizer)
     if token is not None:
-        name = tokenizer.convert_ids_to_tokens(token)
-        return f"A turn ends with `{name}`, token {token}: pass it to `generate` as `eos_token_id`."
-    if marker:
-        return f"A turn ends with the text {marker!r}: pass it to `generate` in `stop_strings`."
-    return "The chat template ends no turn: bound the answers' length."
+        return (
+            f"That is token {token}: where the generation config has it not, as the base model's "
+            f"under an adapter, give `generate` the `eos_token_id`."
+        )
+    return "No token stands for it: give `generate` this text in `stop_strings`."

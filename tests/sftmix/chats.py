@@ -35,7 +35,7 @@ def _bpe() -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    text = "hello there, one two three\n\nASSISTANT: hello\n\nthe answer is four"
+    text = "hello there, one two three\n\nASSISTANT: hello\n\nthe answer is four\n\n"
     tokenizer.train_from_iterator([text] * 4, trainer)
     return tokenizer
 

@@ -244,3 +244,23 @@ def test_a_model_whose_answers_change_with_the_batch_is_refused(
     with pytest.raises(ValueError, match=r"at new token 2 .*; use --batch_size 1"):
         one.answer([short, equal])
     assert one.answer([short])[0].turns
+
+
+def test_an_answer_is_without_its_thought(
+    answering_model: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    opening = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    for template, text, kept in (
+        (CHATML, "<think>\none\n</think>\n\ntwo", "two"),
+        (CHATML, "two </think> three", "two </think> three"),
+        (CHATML, "<think>\none", "<think>\none"),
+        (opening, "\n</think>\n\ntwo", "two"),
+        (opening, "one\n</think>\n\ntwo </think>", "two </think>"),
+        (opening, "one", "one"),
+        (opening.replace("<think>", "[THINK]"), "one[/THINK]two", "two"),
+    ):
+        tokenizer.chat_template = template
+        answer = Answer(1, [], [], [], 0.0)
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        answerer(answering_model, tokenizer)._append(answer, tokens)
+        assert answer.turns == [kept]

@@ -13,9 +13,11 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from sftmix.answering import stops
 from sftmix.cli import main
 from sftmix.config import SFTMixConfig
+from sftmix.medical import load
+from sftmix.templates import PLAIN_TEMPLATE
 from sftmix.tokenizing import tokenize_examples
 from sftmix.trainer import SFTMixTrainer
-from sftmix.turn_ends import TurnEnds, end_token, turn_end_line
+from sftmix.turn_ends import TurnEnds, end_token, stop_advice
 from tests.sftmix import chats, tiny
 from tests.sftmix.chats import TWO, tokenizer_of
 
@@ -85,9 +87,7 @@ def test_generation_stops_where_training_ends_a_turn(name: str) -> None:
             kept = [*known, token] if token not in known else known
             assert (found if isinstance(found, list) else [found]) == kept
     assert token in stops(tokenizer, None)[0]
-    assert turn_end_line(tokenizer) == (
-        f"A turn ends with `{end}`, token {token}: pass it to `generate` as `eos_token_id`."
-    )
+    assert f"That is token {token}:" in stop_advice(tokenizer)
 
 
 def test_a_base_model_that_ends_otherwise(tmp_path: Path, rows: Path) -> None:
@@ -115,6 +115,8 @@ def test_the_pipeline_ends_its_turns(tmp_path: Path, rows: Path) -> None:
 def test_the_plain_template_is_saved(tmp_path: Path, rows: Path) -> None:
     base = saved_base(tmp_path / "base", None)
     assert AutoTokenizer.from_pretrained(base).chat_template is None
+    # Where nothing is tokenised that could have given it, too.
+    assert load(str(base))[1].chat_template == PLAIN_TEMPLATE
     run = trained(base, rows, tmp_path / "run")
     found = AutoTokenizer.from_pretrained(run)
     assert found.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == (
@@ -129,7 +131,12 @@ def test_an_adapter_has_the_template(tmp_path: Path, rows: Path) -> None:
     (tmp_path / "t.jinja").write_text(chats.CHATML)
     more = ["--lora_rank", "2", "--chat_template", str(tmp_path / "t.jinja")]
     run = trained(base, rows, tmp_path / "run", *more)
-    assert AutoTokenizer.from_pretrained(run).chat_template == chats.CHATML
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    assert tokenizer.chat_template == chats.CHATML
+    (token,) = tokens_of(tokenizer, "<|im_end|>")
+    card = (run / "README.md").read_text()
+    assert f"It ends its turns with `<|im_end|>`. That is token {token}:" in card
+    assert chats.CHATML in card
 
 
 # Warnings

@@ -252,6 +252,7 @@ def test_the_first_token_after_a_space_is_learnt() -> None:
 
 def test_two_line_breaks_before_a_word_are_those_of_the_prompt() -> None:
     tokenizer = tokenizer_of(chats.LLAMA3)
+    assert len(tokenizer("\n\n")["input_ids"]) == 1 < len(tokenizer("\n\none")["input_ids"]) - 1
     row = tokenize_examples([ONE], tokenizer)[0]
     prompt = prompt_tokens((user("one"),), tokenizer)
     assert row["input_ids"][: len(prompt)] == prompt
