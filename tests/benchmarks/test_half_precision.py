@@ -30,7 +30,7 @@ def test_the_figures_say_which_ways_keep_updates() -> None:
         kept = "float32" in options or half.RANDOM in options
         off = abs(record["eval_loss"] - exact["eval_loss"])
         assert (record["changed"] > 0.2) == kept, options
-        assert (off < 5e-4) == kept, options
+        assert (off < 1e-3) == kept, options
 
 
 def test_every_way_that_is_here_is_measured(
