@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from sftmix.head import HeadAdapter
+from sftmix.head import CHECKED, HeadAdapter, added
 from sftmix.pairing import PairedCollator
 
 from . import tiny
@@ -247,6 +248,19 @@ def test_other_logits_are_refused(cls: type[Changed]) -> None:
         HeadAdapter(model)
     assert "forward" not in model.__dict__
     assert "forward" not in model.lm_head.__dict__
+
+
+@pytest.mark.parametrize("vocabulary", [49_152, 262_144])
+def test_a_loss_over_a_large_vocabulary_adds_nothing(vocabulary: int) -> None:
+    """A confident model's float32 loss is off by 1e-5 to 1e-4 of itself: SmolLM2's was refused."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(1, CHECKED, vocabulary, generator=generator)
+    labels = torch.zeros(1, CHECKED, dtype=torch.int64)
+    logits[..., 0] = logits.max() - 1
+    for more in (0.0, 1e-3):
+        loss = nn.functional.cross_entropy(logits[0, :-1], labels[0, :-1]) + more
+        extra, allowed = added(SimpleNamespace(logits=logits, loss=loss), labels, 0.0)
+        assert (abs(extra) <= allowed) == (more == 0)
 
 
 def test_logits_that_are_no_numbers_are_refused_for_that() -> None:

@@ -137,14 +137,6 @@ def test_float32_weights_keep_every_update_under_bfloat16_products(
     assert made.model.dtype == torch.float32
 
 
-def test_an_option_that_the_optimizer_does_not_read_does_not_quiet_it(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Transformers drops ``optim_args`` of other optimizers in silence."""
-    train(tmp_path, torch.bfloat16, optim_args="bf16_stochastic_round=True", max_steps=1)
-    assert len(warnings_of(caplog)) == 1
-
-
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # PEFT's own
 @pytest.mark.parametrize("in_float32", [True, False])
 def test_lora_warns_where_its_updates_are_not_float32(
