@@ -168,11 +168,12 @@ class ScoreConfig(SFTMixConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.method != "ntp" or self.num_train_epochs != 1 or self.max_steps > 0:
-            raise ValueError(
-                "score: expected method 'ntp', 1 epoch and no max_steps, "
-                f"got {self.method!r}, {self.num_train_epochs} and {self.max_steps}"
-            )
+        for name, expected in (("method", "ntp"), ("num_train_epochs", 1), ("max_steps", -1)):
+            if getattr(self, name) != expected:
+                raise ValueError(
+                    f"{name}: score trains one epoch of next-token prediction, expected "
+                    f"{expected}, got {getattr(self, name)}; leave it out"
+                )
         if self.push_to_hub:
             raise ValueError("push_to_hub: score makes a partition, and no model to push")
         super().__post_init__()

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
+from sftmix import __version__
 from sftmix.interrupts import Interrupted, handled
 
 COMMANDS = {
@@ -44,7 +45,7 @@ def usage() -> str:
     """Help of `sftmix` itself."""
     rows = "\n".join(f"  {name:<8} {text}" for name, text in COMMANDS.items())
     return (
-        "usage: sftmix COMMAND ... [--traceback]\n\n"
+        "usage: sftmix COMMAND ... [--traceback]\n       sftmix --version\n\n"
         "Fine-tune language models with SFTMix (arXiv 2410.05248).\n\n"
         f"{rows}\n\n`sftmix COMMAND --help` shows a command's options."
     )
@@ -83,6 +84,9 @@ def _main(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0 if words else 2
+    if words[0] == "--version":
+        print(f"sftmix {__version__}")
+        return 0
     command = words[0]
     if command not in COMMANDS:
         print(f"sftmix: error: no command {command!r}\n\n{usage()}", file=sys.stderr)

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from sftmix.failures import printable
+from sftmix.failures import OneMessage, printable
 from sftmix.manifest import versions
 from sftmix_kernels import RowChunks
 from sftmix_kernels.build import build_info
@@ -32,8 +32,10 @@ SETTINGS = (
 
 def main(words: Sequence[str]) -> None:
     """Run the command."""
-    if words:
-        raise ValueError(f"doctor: expected no arguments, got {' '.join(words)}")
+    parser = OneMessage(prog="sftmix doctor", description="What is installed and what would run.")
+    _, others = parser.parse_known_args(words)
+    if others:
+        raise ValueError(f"doctor: expected no arguments, got {' '.join(others)}")
     for title, rows in report().items():
         print(title)
         for name, value in rows.items():

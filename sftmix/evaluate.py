@@ -15,7 +15,7 @@ from sftmix.config import option
 from sftmix.loading import load_tokenizer
 from sftmix.manifest import versions, what_differs
 from sftmix.medical import Questions, Score, load, read_questions, require_harness, score
-from sftmix.model_source import check_model
+from sftmix.model_source import check_model, check_name
 from sftmix.out_of_memory import ANSWERING_WAYS, advising
 from sftmix.provenance import PARTS, provenance
 from sftmix.redaction import redacted
@@ -205,9 +205,13 @@ def output_file(model: str, output: str | None) -> Path:
 
     Raises:
         ValueError: the model is no folder, and no file is named; or that file's folder is missing.
+        OSError: the model is neither a folder nor a name on the hub.
     """
     if output is None and not Path(model).is_dir():
-        raise ValueError(f"output: {model!r} is no folder to put {FILE} into; name a file")
+        check_name(model)
+        raise ValueError(
+            f"output: expected a file: there is no folder {model!r} to put {FILE} into"
+        )
     path = Path(model) / FILE if output is None else Path(output)
     if not path.parent.is_dir():
         raise ValueError(f"output: there is no folder {str(path.parent)!r}")

@@ -8,6 +8,7 @@ and without effect, so that a field that a newer version brings is noticed.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 import json
@@ -27,6 +28,7 @@ from transformers import SchedulerType, Trainer, get_scheduler
 from transformers.debug_utils import DebugOption
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import FSDPOption, HubStrategy, IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames, trainer_log_levels
 
@@ -114,15 +116,30 @@ NAMES: dict[str, Collection[str]] = {
     "ddp_backend": ("nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl", "hcxx"),
 }
 # Files or JSON, as transformers reads them.
-MAPPINGS = (
-    *("lr_scheduler_kwargs", "accelerator_config", "fsdp_config", "deepspeed"),
-    *("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
-)
-# What torch.utils.checkpoint takes, and transformers beside it.
-CHECKPOINTING_KWARGS = (
-    *("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug"),
-    *("early_stop", "every_n_layers"),
-)
+MAPPINGS = ("lr_scheduler_kwargs", "accelerator_config", "fsdp_config", "deepspeed")
+MAPPINGS += ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+# What is read of a mapping, by how its option's name ends.
+KEYS: dict[str, tuple[str, ...]] = {
+    # What torch.utils.checkpoint takes, and transformers beside it.
+    "checkpointing_kwargs": (
+        *("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug"),
+        *("early_stop", "every_n_layers"),
+    ),
+    "accelerator_config": tuple(field.name for field in dataclasses.fields(AcceleratorConfig)),
+    # FSDP2's, with or without fsdp_ before them, and what transformers itself puts beside them.
+    "fsdp_config": (
+        *("version", "reshard_after_forward", "cpu_offload", "auto_wrap_policy", "min_num_params"),
+        *("transformer_layer_cls_to_wrap", "cpu_ram_efficient_loading", "state_dict_type"),
+        *("activation_checkpointing", "xla", "xla_fsdp_v2", "xla_fsdp_grad_ckpt"),
+    ),
+}
+# Keys of mappings that are true or false.
+FLAGS = {
+    *("use_reentrant", "preserve_rng_state", "debug", "early_stop", "split_batches"),
+    *("dispatch_batches", "even_batches", "use_seedable_sampler", "non_blocking"),
+    *("use_configured_state", "adjust_scheduler", "sync_with_dataloader", "sync_each_batch"),
+}
+YES_OR_NO = ("yes", "no", "on", "off")
 
 # Each reporter's check in transformers, and what pip calls its package.
 REPORTERS = {
@@ -280,9 +297,30 @@ def check_mapping(name: str, value: Any) -> None:
             raise ValueError(f"{name}: expected JSON{where}, got {error}") from error
         if not isinstance(value, dict):
             raise ValueError(f"{name}: expected a mapping{where}, got {value!r}")
-    if name.endswith("checkpointing_kwargs") and isinstance(value, dict):
-        for key in value:
-            check_one_of(name, key, CHECKPOINTING_KWARGS)
+    if isinstance(value, dict):
+        known = next((keys for end, keys in KEYS.items() if name.endswith(end)), None)
+        for key in value if known else ():
+            check_one_of(name, key.removeprefix("fsdp_"), known or ())
+        check_values(name, value)
+
+
+def check_values(name: str, mapping: Mapping[str, Any]) -> None:
+    """Check the values of a mapping, and of those in it.
+
+    transformers takes any text but "false" for true, and YAML 1.1's "no" is text.
+
+    Raises:
+        ValueError: a number is NaN, or something else stands for true or false.
+    """
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            check_values(name, value)
+        elif isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"{name}: {key}: expected a number, got {value}")
+        elif value is not None and not isinstance(value, bool):
+            text = str(value).lower()
+            if text in YES_OR_NO or (key in FLAGS and text not in ("true", "false")):
+                raise ValueError(f"{name}: {key}: expected true or false, got {value!r}")
 
 
 def check_loading(args: Any) -> None:
@@ -382,7 +420,10 @@ def check_schedule(args: Any) -> None:
             raise ValueError(
                 f"lr_scheduler_type: {name} needs {key}: --lr_scheduler_kwargs '{{\"{key}\": ...}}'"
             )
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    # Some end at a rate of their own, which is held against the one that they begin with.
+    if name.startswith("cosine") and "min_lr" in kwargs and args.learning_rate == 0:
+        raise ValueError(f"learning_rate: expected above 0 with min_lr, got {args.learning_rate}")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     with warnings.catch_warnings(), Naming("lr_scheduler_kwargs", name):
         warnings.simplefilter("ignore")
         schedule = get_scheduler(
@@ -416,7 +457,12 @@ def check_optimizer(args: Any) -> None:
         raise ValueError(f"optim_target_modules: {name} has none; expected --optim galore_adamw")
     if low_rank and args.optim_target_modules is None:
         raise ValueError(f"optim: {name} needs --optim_target_modules, such as all-linear")
-    with Naming("optim_args" if args.optim_args else "optim"):
+    for pair in args.optim_args.split(",") if args.optim_args else ():
+        _, sign, value = pair.partition("=")
+        if not sign or value.strip().lower() in ("", "nan"):
+            raise ValueError(f"optim_args: expected NAME=VALUE,NAME=VALUE, got {pair!r}")
+    missing = {"optim": "You need to (have|install)|pip install"}
+    with Naming("optim_args" if args.optim_args else "optim", among=missing):
         chosen = optimizer_of(args)
         if isinstance(chosen[0], type) and "params" not in chosen[1]:
             chosen[0]([nn.Parameter(torch.zeros(1))], **chosen[1])

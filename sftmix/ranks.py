@@ -21,6 +21,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler
+from transformers.training_args import ParallelMode
 
 from sftmix.config import CHECKPOINTING
 from sftmix.failures import USER_ERRORS
@@ -229,6 +230,19 @@ class FilledExamples(Dataset[dict[str, Any]]):
 def filler() -> dict[str, Any]:
     """An example without loss, which `PairedCollator` takes because it says so."""
     return {"id": -1, "input_ids": [0, 0], "labels": [IGNORE_INDEX] * 2, "filler": True}
+
+
+def check_processes(args: Any) -> None:
+    """Refuse FSDP in a single process, before anything is loaded.
+
+    Raises:
+        ValueError: there is nothing to share the weights out to.
+    """
+    if getattr(args, "fsdp", None) and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise ValueError(
+            "fsdp: expected several processes, got one; start them with `accelerate launch` or "
+            "torchrun, or leave it out"
+        )
 
 
 def check_parallelism(args: Any, accelerator: Any, model: nn.Module) -> None:

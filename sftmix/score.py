@@ -21,7 +21,7 @@ from sftmix.model_source import check_model
 from sftmix.out_of_memory import MODEL_WAYS, advising
 from sftmix.pairing import PairedCollator
 from sftmix.partition import Partition, from_scores, read_partition, summary, write_partition
-from sftmix.ranks import is_main, on_main, opened_run, refuse_differences, together
+from sftmix.ranks import check_processes, is_main, on_main, opened_run, refuse_differences, together
 from sftmix.rendering import today
 from sftmix.scoring import ScoringCallback, score_examples, scoring_autocast, scoring_steps
 from sftmix.templates import set_template_date
@@ -39,6 +39,7 @@ def main(words: Sequence[str]) -> None:
     """Run the command."""
     arguments, config = parse(words, RunArguments, ScoreConfig, "sftmix score")
     check_lora(arguments)
+    check_processes(config)
     interrupts.advise("before training began: nothing is lost; start it again")
     with opened_run(arguments.output, resume=arguments.resume) as run:
         interrupts.advise("before training began: nothing is lost; go on with --resume")

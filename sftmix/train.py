@@ -32,7 +32,15 @@ from sftmix.model_card import model_card
 from sftmix.model_source import CONFIGS, check_model
 from sftmix.out_of_memory import MODEL_WAYS, advising
 from sftmix.partition import match, partition_hash, read_partition, subset_counts
-from sftmix.ranks import RankError, is_main, on_main, opened_run, refuse_differences, together
+from sftmix.ranks import (
+    RankError,
+    check_processes,
+    is_main,
+    on_main,
+    opened_run,
+    refuse_differences,
+    together,
+)
 from sftmix.rendering import today
 from sftmix.runs import atomic_write
 from sftmix.selection import naming_selections
@@ -78,6 +86,7 @@ def main(words: Sequence[str]) -> None:
             f"partition: --method {config.method} needs --partition RUN/confidence.parquet"
         )
     check_lora(arguments)
+    check_processes(config)
     hub = repository(config)
     with opened_run(arguments.output, resume=arguments.resume) as run:
         interrupts.advise("before training began: nothing is lost; go on with --resume")

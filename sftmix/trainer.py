@@ -43,6 +43,7 @@ from sftmix.ranks import (
     FilledSampler,
     array_hash,
     check_parallelism,
+    check_processes,
     is_main,
     loads_on_main_alone,
     on_main,
@@ -107,6 +108,7 @@ class SFTMixMixin(WholeCheckpoints):
         require_rows(**{name: kwargs.get(name) for name in data})
         options = args[1] if len(args) > 1 else kwargs.get("args")
         self.handles_signals = bool(getattr(options, "enable_jit_checkpoint", False))
+        check_processes(options)
         with _without_jit_checkpoint(options):
             super().__init__(*args, **kwargs)
         refuse_unknown(self.args.method)

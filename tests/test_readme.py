@@ -41,6 +41,35 @@ def test_every_file_of_the_tree_exists() -> None:
     assert found > 20
 
 
+@pytest.mark.parametrize("package", ["sftmix", "sftmix_kernels"])
+def test_the_tree_names_every_module(package: str) -> None:
+    tree = README.split("## Where things are")[1].split("## ")[0]
+    modules = [file.name for file in (ROOT / package).glob("[!_]*.py")]
+    assert len(modules) > 10
+    assert [name for name in modules if not re.search(rf"(?<!\w){name}", tree)] == []
+
+
+def test_every_page_of_the_documentation_is_linked() -> None:
+    """And every link leads to a page, and to a heading of it."""
+    pages = {file.name for file in (ROOT / "docs").glob("*.md")}
+    assert pages <= set(re.findall(r"\]\(docs/([\w.]+)", README))
+    for page in (
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "recipes").glob("*.md"),
+    ):
+        text = page.read_text(encoding="utf-8")
+        for path, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", text):
+            target = page.parent / path if path else page
+            assert target.exists(), (page.name, path)
+            if heading:
+                titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+                anchors = {
+                    re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles
+                }
+                assert heading in anchors, (page.name, path, heading)
+
+
 def test_every_command_is_shown() -> None:
     for command in COMMANDS:
         assert re.search(rf"(sftmix|make) {command}\b", README), command

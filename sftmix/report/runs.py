@@ -149,7 +149,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     last = [path.resolve().name for path in paths]
     for path in paths:
         if sum(path.resolve() == other.resolve() for other in paths) > 1:
-            raise ValueError(f"run: {path} was given more than once")
+            raise ValueError(f"RUN: {path} was given more than once")
     return [
         read_run(path, name if last.count(name) == 1 else str(path))
         for path, name in zip(paths, last, strict=True)
@@ -163,7 +163,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         ValueError: the folder is no run, or a file of it is damaged.
     """
     if not (folder / MANIFEST).is_file():
-        raise ValueError(f"run: {folder} is no run of sftmix: it has no {MANIFEST}")
+        raise ValueError(f"RUN: {folder} is no run of sftmix: it has no {MANIFEST}")
     manifest = _mapping(folder / MANIFEST)
     for key, kind in (("method", str), ("seed", int), ("model", str), ("data", list)):
         if not isinstance(manifest.get(key), kind):

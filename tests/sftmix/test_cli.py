@@ -163,9 +163,8 @@ def test_score_is_one_epoch_of_ntp(
 ) -> None:
     words = ["score", "--model", str(toy_model), "--data", str(toy_data), *QUIET]
     words += ["--output", str(tmp_path / "run")]
-    assert "expected method 'ntp', 1 epoch" in refused(
-        capsys, main([*words, "--num_train_epochs", "2"])
-    )
+    message = refused(capsys, main([*words, "--num_train_epochs", "2"]))
+    assert "--num_train_epochs: score trains one epoch of next-token prediction" in message
     assert "num_scorings: expected 1 to 8" in refused(capsys, main([*words, "--num_scorings", "9"]))
 
 

@@ -32,7 +32,11 @@ def test_errors_are_one_line(
         (["--tasks", "medqa", "usmle"], "expected some of medqa, medqa_5, pubmedqa, medmcqa, got"),
         ([*asked, str(tmp_path / "none.jsonl")], "no such data file: "),
         ([*asked, file, "--limit", "0"], "limit: expected at least 1, got 0"),
-        ([*asked, file, "--model", "a/name"], "'a/name' is no folder to put evaluation.json into"),
+        (
+            [*asked, file, "--model", "a/name"],
+            "--output: expected a file: there is no folder 'a/name'",
+        ),
+        ([*asked, file, "--model", "./typo"], "error: --model: no folder ./typo; a name on the"),
         ([*asked, file, "--output", str(tmp_path / "no" / "x.json")], "there is no folder"),
         ([*asked, file, "--output", str(other)], "holds the evaluation of 'another'"),
         ([*asked, file, "--output", str(tmp_path / "list.json")], "is no evaluation"),

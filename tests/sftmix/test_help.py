@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from importlib.metadata import version
 
 import pytest
 
@@ -42,6 +43,19 @@ def test_every_option_of_our_own_has_a_source() -> None:
     for name, field in own:
         required = field.default is dataclasses.MISSING
         assert required or re.search(r"\[(paper|ours)\]$", field.metadata["help"]), (name, field)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"usage: sftmix {command}" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"sftmix {version('sftmix')}\n"
 
 
 def test_the_list_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
