@@ -115,7 +115,10 @@ def peak_extra_bytes(step: Callable[[], object], device: str = "cpu") -> int:
     if device != "cpu":
         return peak_extra_cuda_bytes(step)
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    # There is one cycle: torch 2.11 warns of events that other cycles would lose.
+    with torch.profiler.profile(
+        activities=activities, profile_memory=True, acc_events=True
+    ) as profile:
         kept = step()
     del kept
     results = profile.profiler.kineto_results  # type: ignore[union-attr]
