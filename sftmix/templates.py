@@ -353,13 +353,13 @@ class Turns:
         assert messages is not None
         for i, message in enumerate(messages):
             if self._leaves_out(messages, tools, i, text):
-                what = f"message {i} ({message['role']}); it may want content in parts"
+                what = f"message {i} ({message['role']}), which may have to be in parts"
                 if message.get("tool_calls"):
                     what = f"message {i}'s content beside its tool_calls; leave the content empty"
                 raise bad_row(
                     example,
-                    f"the chat template writes nothing of {what}, or give --chat_template FILE "
-                    "with one that writes it",
+                    f"the chat template writes nothing of {what}: give --chat_template FILE with "
+                    "one that does",
                 )
         for i in learnt:
             if messages[i].get("tool_calls"):

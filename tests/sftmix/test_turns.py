@@ -263,7 +263,7 @@ def test_words_beside_calls_that_are_not_written() -> None:
         "{{ m.content }}{% for", "{{ '' if m.tool_calls else m.content }}{% for"
     )
     row = example(user("one"), said("the answer", tool_calls=[CALL]))
-    with pytest.raises(BadRowError, match="message 1's content beside its tool_calls; leave the"):
+    with pytest.raises(BadRowError, match="message 1's content beside its tool_calls; leave"):
         rows_of(silent, row)
 
 
@@ -289,7 +289,7 @@ def test_what_a_template_leaves_out(caplog: pytest.LogCaptureFixture) -> None:
     parts = chats.CHATML.replace(
         "{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}"
     )
-    with pytest.raises(BadRowError, match=r"writes nothing of message 0 \(user\); it may want"):
+    with pytest.raises(BadRowError, match=r"writes nothing of message 0 \(user\), which may"):
         rows_of(parts, example(user("o"), said("e")))
     no_system = chats.CHATML.replace("{% for m in messages %}", "{% for m in messages[-2:] %}")
     with pytest.raises(BadRowError, match=r"writes nothing of message 0 \(system\)"):
