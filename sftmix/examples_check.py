@@ -20,9 +20,12 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from sftmix.token_rows import IGNORED_LABEL
+from sftmix.token_rows import COLUMNS as TOKEN_COLUMNS
+from sftmix.token_rows import IGNORED_LABEL, LOSS_MASKS, REFUSED
 
 COLUMNS = ("input_ids", "labels")
+# Columns beside them, of which the collator reads none: they may say only what every row has.
+BESIDE = TOKEN_COLUMNS[2:]
 # Rows scanned together: some megabytes.
 SCAN_ROWS = 10_000
 # The last part of the name of a table that holds one row for each position: wpe, embed_positions,
@@ -130,6 +133,7 @@ def check_examples(model: Any, **data: Any) -> None:
                 raise ValueError(f"{name}: expected at least one row, got none")
             for start, columns in _scanned(part, name):
                 _check_rows(name, start, columns, limits)
+                _check_beside(name, start, columns)
 
 
 class _Column(NamedTuple):
@@ -157,18 +161,32 @@ def _scanned(dataset: Any, name: str) -> Iterator[tuple[int, dict[str, _Column]]
     # A transform, or another format, gives other rows than Arrow has.
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None:
         _require_columns(dataset.column_names, f"{name}: ")
-        tables = dataset.select_columns(list(COLUMNS)).with_format("arrow").iter(SCAN_ROWS)
+        keys = [key for key in (*COLUMNS, *BESIDE) if key in dataset.column_names]
+        tables = dataset.select_columns(keys).with_format("arrow").iter(SCAN_ROWS)
         for block, table in enumerate(tables):
             yield (
                 block * SCAN_ROWS,
-                {key: _arrow_column(table[key], f"{name}: {key}") for key in COLUMNS},
+                {key: _arrow_column(table[key], name, key) for key in keys},
             )
         return
     for start in range(0, len(dataset), SCAN_ROWS):
         rows = [dataset[i] for i in range(start, min(start + SCAN_ROWS, len(dataset)))]
         for i, row in enumerate(rows):
             _require_columns(row, f"{name}: row {start + i}: ")
-        yield start, {key: _column([row[key] for row in rows], start, name, key) for key in COLUMNS}
+        keys = [key for key in BESIDE if any(row.get(key) is not None for row in rows)]
+        for i, row in enumerate(rows):
+            missing = [key for key in keys if row.get(key) is None]
+            if missing:
+                raise ValueError(
+                    f"{name}: row {start + i}: expected {missing[0]}, which other rows have"
+                )
+        yield (
+            start,
+            {
+                key: _column([row[key] for row in rows], start, name, key)
+                for key in (*COLUMNS, *keys)
+            },
+        )
 
 
 def _require_columns(columns: Any, place: str) -> None:
@@ -179,9 +197,18 @@ def _require_columns(columns: Any, place: str) -> None:
             f"{sorted(columns)} without {' and '.join(missing)}; `tokenize_examples` makes them "
             "from text"
         )
+    for key, way in REFUSED.items():
+        if key in columns:
+            raise ValueError(f"{place}expected no column {key!r}, which is not read; {way}")
 
 
-def _arrow_column(column: Any, place: str) -> _Column:
+def _kinds(key: str) -> str:
+    """The kinds of NumPy's numbers that a column may have: integers, and bools in a mask."""
+    return "iu" if key in COLUMNS else "iub"
+
+
+def _arrow_column(column: Any, name: str, key: str) -> _Column:
+    place = f"{name}: {key}"
     joined = column.combine_chunks()
     if not hasattr(joined, "value_lengths"):
         raise ValueError(f"{place}: expected lists of integers, got values of {joined.type}")
@@ -191,7 +218,7 @@ def _arrow_column(column: Any, place: str) -> _Column:
         )
     lengths = np.asarray(joined.value_lengths()).astype(np.int64)
     values = np.asarray(joined.flatten())
-    if values.dtype.kind not in "iu" and len(values):
+    if values.dtype.kind not in _kinds(key) and len(values):
         raise ValueError(f"{place}: expected lists of integers, got values of {joined.type}")
     return _Column(values, lengths)
 
@@ -199,13 +226,40 @@ def _arrow_column(column: Any, place: str) -> _Column:
 def _column(rows: Sequence[Any], start: int, name: str, key: str) -> _Column:
     arrays = [np.asarray(row) for row in rows]
     for i, array in enumerate(arrays):
-        if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+        if array.ndim != 1 or (array.dtype.kind not in _kinds(key) and array.size):
             raise ValueError(
                 f"{name}: row {start + i}: expected {key} as one list of integers, got "
                 f"{rows[i]!r:.60}"
             )
     lengths = np.array([len(array) for array in arrays], dtype=np.int64)
     return _Column(np.concatenate(arrays).astype(np.int64), lengths)
+
+
+def _check_beside(name: str, start: int, columns: dict[str, _Column]) -> None:
+    labels = columns["labels"]
+    begins = np.cumsum(labels.lengths) - labels.lengths
+    for key in BESIDE:
+        if key not in columns:
+            continue
+        column = columns[key]
+        if len(unlike := np.flatnonzero(column.lengths != labels.lengths)):
+            row = start + int(unlike[0])
+            raise ValueError(f"{name}: row {row}: expected one of {key} for each of input_ids")
+        if key == "position_ids":
+            usual = np.arange(len(column.values)) - np.repeat(begins, labels.lengths)
+            wrong, way = column.values != usual, REFUSED["seq_lengths"]
+        elif key in LOSS_MASKS:
+            wrong = (column.values == 0) & (labels.values != IGNORED_LABEL)
+            way = f"set the label to {IGNORED_LABEL} there"
+        else:
+            wrong = column.values != (key == "attention_mask")
+            way = "cut padding off" if key == "attention_mask" else f"leave {key} out"
+        if wrong.any():
+            row, position = column.place(int(wrong.argmax()), start)
+            raise ValueError(
+                f"{name}: row {row}: {key}[{position}] is {int(column.values[wrong.argmax()])}, "
+                f"which is not read: input_ids and labels alone are; {way}"
+            )
 
 
 def _check_rows(name: str, start: int, columns: dict[str, _Column], limits: Limits) -> None:

@@ -17,8 +17,11 @@ Masks = list[bool | None]  # of each message: learnt, not learnt, or not said
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXTS = ("reasoning_content", "thinking", "tool_call_id", "name")
-# Names that OpenAI, Mistral and axolotl give to the same mask.
-MASKS = ("weight", "loss_weight", "loss", "train", "training", "trainable")
+# Names that OpenAI, Mistral, axolotl, ms-swift and slime give to the same mask.
+MASKS = (
+    *("weight", "loss_weight", "loss", "loss_mask", "step_loss_mask"),
+    *("train", "training", "trainable"),
+)
 # Fields that change what is said or learnt, and what to do instead.
 REFUSED = {
     "function_call": "give it as 'tool_calls'",

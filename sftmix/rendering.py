@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import json
 import re
 import time
 from collections.abc import Sequence
@@ -36,6 +37,25 @@ MAX_CHARACTERS = 2**24
 
 # Names that data sets have for a message's reasoning, in transformers' order.
 REASONING = ("reasoning_content", "thinking", "reasoning")
+
+# Templates that ask whether a message has a content: DeepSeek's write its calls where it has none.
+_ASKS_FOR_NULL = re.compile(r"content['\"]?\s*\]?\s+is\s+(not\s+)?none\b")
+
+# A call, to try a template with.
+CALL_PROBE: tuple[dict[str, Any], ...] = (
+    {"role": "user", "content": "q"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {
+                "id": "abcdefghi",  # Mistral's have nine letters
+                "type": "function",
+                "function": {"name": "f", "arguments": {"a": "b"}},
+            }
+        ],
+    },
+)
 
 # What code of a template can raise; `_compiled` and `render` make a RenderError of it.
 _RAISED = (
@@ -228,7 +248,24 @@ def render(
     Raises:
         RenderError: the template refuses the conversation, or fails, or does not end.
     """
+    calls = any(message.get("tool_calls") for message in messages)
+    if calls and _reads_text_arguments(template):
+        messages = [_with_text_arguments(message) for message in messages]
+    tokens = tokenizer.special_tokens_map
+    return _rendered(template, messages, tokens, date, prompt=prompt, tools=tools)
+
+
+def _rendered(
+    template: str,
+    messages: Sequence[dict[str, Any]],
+    tokens: dict[str, Any],
+    date: str,
+    *,
+    prompt: bool = False,
+    tools: list[Any] | None = None,
+) -> tuple[str, list[Span]]:
     compiled = _compiled(template)
+    with_null = _ASKS_FOR_NULL.search(template) is not None
     day = datetime.datetime.fromisoformat(date)
     length = sum(len(str(message)) for message in messages) + len(str(tools))
     token = _budget.set(_Budget(MAX_CHARACTERS + 100 * length))
@@ -238,8 +275,8 @@ def render(
     try:
         with compiled.environment.activate_tracker(blocks, marks):  # type: ignore[attr-defined]
             for block in compiled.generate(
-                **tokenizer.special_tokens_map,
-                messages=[_as_transformers_does(message) for message in messages],
+                **tokens,
+                messages=[_as_transformers_does(message, with_null) for message in messages],
                 tools=tools,
                 documents=None,
                 add_generation_prompt=prompt,
@@ -261,13 +298,44 @@ def reasoning_of(message: dict[str, Any]) -> str | None:
     return next((value for value in found if value is not None), None)
 
 
-def _as_transformers_does(message: dict[str, Any]) -> dict[str, Any]:
-    """The message without nulls, its reasoning under both names that templates read."""
+def _as_transformers_does(message: dict[str, Any], with_null: bool) -> dict[str, Any]:
+    """The message without nulls, its reasoning under both names that templates read.
+
+    Calls without words have an empty content, which null would be written as "None"; null itself
+    `with_null`, where the template asks for it.
+    """
     message = {key: value for key, value in message.items() if value is not None}
+    if message.get("tool_calls") and not message.get("content"):
+        message["content"] = None if with_null else ""
     reasoning = reasoning_of(message)
     if reasoning is None:
         return message
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+@functools.lru_cache(maxsize=16)
+def _reads_text_arguments(template: str) -> bool:
+    """Whether a template fails on a call's arguments but for their JSON text, as DeepSeek's do."""
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    for change in (dict, _with_text_arguments):
+        try:
+            _rendered(template, [change(message) for message in CALL_PROBE], tokens, today())
+        except RenderError:
+            continue
+        return change is not dict
+    return False
+
+
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    def as_text(function: dict[str, Any]) -> dict[str, Any]:
+        arguments = json.dumps(function.get("arguments", {}), ensure_ascii=False)
+        return {**function, "arguments": arguments}
+
+    calls = [
+        {**call, "function": as_text(call["function"])} if "function" in call else as_text(call)
+        for call in message.get("tool_calls") or ()
+    ]
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _reason(error: BaseException) -> str:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 # On in training alone: with it `generate` adds the router's loss, which fails on padded prompts.
 TRAINING_ONLY = {"output_router_logits": False}
@@ -46,3 +50,36 @@ def config_to_save(model: Any, loaded: Mapping[str, Any]) -> Iterator[None]:
     finally:
         for config, name, value in reversed(before):
             setattr(config, name, value)
+
+
+def make_savable(model: Any) -> None:
+    """Have the model's generation config be one that transformers saves, or refuse the model.
+
+    Some models come with a temperature or a top_p beside greedy search. transformers reads that and
+    does not write it, which would be found out when the trained model is saved.
+
+    Raises:
+        ValueError: it is none, and is so even where `do_sample` is true.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    try:
+        config.validate(strict=True)
+        return
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+    sampling = copy.deepcopy(config)
+    sampling.do_sample = True
+    try:
+        sampling.validate(strict=True)
+    except ValueError:
+        raise ValueError(
+            f"model: expected a generation_config.json that transformers can save, got: "
+            f"{reason:.500}; mend it in the model's folder, or delete it there"
+        ) from None
+    logger.warning(
+        "the model's generation_config.json has options of sampling without do_sample, which "
+        "transformers does not save: do_sample is set to true"
+    )
+    config.do_sample = True

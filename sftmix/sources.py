@@ -114,10 +114,10 @@ def _walk(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
-    seen = set()
+    seen = {str(above) for above in folder.resolve().parents}
     for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(place)
-        if real in seen:  # a link to a folder above it, or to one beside
+        if real in seen:  # a link to a folder above, or to one that was read
             folders.clear()
             continue
         seen.add(real)

@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sftmix.data import Example, Messages
 from sftmix.rendering import (
+    CALL_PROBE,
     RenderError,
     Span,
     is_marked,
@@ -69,6 +70,9 @@ NOTES = {
     "otherwise once later messages follow, so that no prompt is answered like that. Train them as "
     "rows of their own, or give --chat_template FILE with one that marks what the assistant writes "
     "({%% generation %%})",
+    "marks": "the marked responses of %d rows (the first in %s) do not follow the prompt that the "
+    "chat template asks with, so the model is asked later for what it has not learnt: give "
+    "--chat_template FILE with one whose generation prompt begins what it marks",
     "reasoning": "the reasoning of %d messages is not used (the first in %s): the chat template "
     "writes none",
     "tools": "the tools of %d rows are not used (the first in %s): the chat template writes none",
@@ -252,6 +256,9 @@ class Turns:
         marks = [(begin, end) for begin, end in marks if text[begin:end].strip()]
         if not marks:
             raise bad_row(example, "the chat template's {% generation %} marks hold no response")
+        asked = self._tried(example.messages[: learnt[-1]], example.tools, prompt=True)
+        if asked is not None and not text.startswith(asked):
+            self._note("marks", example)
         return marks
 
     # Rules 2 and 3
@@ -346,14 +353,18 @@ class Turns:
         assert messages is not None
         for i, message in enumerate(messages):
             if self._leaves_out(messages, tools, i, text):
+                what = f"message {i} ({message['role']}), which may have to be in parts"
+                if message.get("tool_calls"):
+                    what = f"message {i}'s content beside its tool_calls; leave the content empty"
                 raise bad_row(
                     example,
-                    f"the chat template writes nothing of message {i} ({message['role']}); it may "
-                    "want content in parts: give --chat_template FILE with one for text",
+                    f"the chat template writes nothing of {what}: give --chat_template FILE with "
+                    "one that does",
                 )
         for i in learnt:
             if messages[i].get("tool_calls"):
                 bare = {k: v for k, v in messages[i].items() if k != "tool_calls"}
+                bare["content"] = bare.get("content") or ""  # an answer without one is an error
                 if self._same((*messages[:i], bare, *messages[i + 1 :]), tools, text):
                     raise bad_row(
                         example,
@@ -364,7 +375,7 @@ class Turns:
             self._note("tools", example)
         by_rule_3 = self.opens_thought and not is_marked(self._template(tools))
         if self._form.closing is None and not by_rule_3:
-            unused = sum(bool(reasoning_of(messages[i])) for i in learnt)
+            unused = sum(bool(reasoning_of(message)) for message in messages)
             self._note("reasoning", example, unused)
 
     def _leaves_out(self, messages: Messages, tools: list[Any] | None, i: int, text: str) -> bool:
@@ -380,9 +391,11 @@ class Turns:
         """Whether the template writes the same of this; what it cannot render is not the same."""
         return self._tried(messages, tools) == text
 
-    def _tried(self, messages: Messages, tools: list[Any] | None = None) -> str | None:
+    def _tried(
+        self, messages: Messages, tools: list[Any] | None = None, *, prompt: bool = False
+    ) -> str | None:
         try:
-            return self.render(messages, tools)
+            return self.render(messages, tools, prompt=prompt)
         except RenderError:
             return None
 
@@ -406,9 +419,11 @@ class Turns:
             for message, asked in zip(_PROBE, (ASKED, ANSWER), strict=True)
             if text and asked not in text
         }
-        system = self._tried(({"role": "system", "content": THOUGHT}, *_PROBE))
-        if system is not None and THOUGHT not in system:
-            silent.add("system")
+        for role, before in (("system", ()), ("developer", ()), ("tool", CALL_PROBE)):
+            one = {**_TOLD, "role": role}
+            tried = self._tried((*before, one, *(_PROBE[1:] if before else _PROBE)))
+            if tried is not None and THOUGHT not in tried:
+                silent.add(role)
         if ANSWER not in text:
             return _Form(None, "", "", closing, frozenset(silent))
         end = text.partition(ANSWER)[2]
@@ -422,6 +437,7 @@ _PROBE: Messages = (
     {"role": "user", "content": ASKED},
     {"role": "assistant", "content": ANSWER},
 )
+_TOLD = {"content": THOUGHT, "name": "f", "tool_call_id": "abcdefghi"}
 
 
 def _kept(end: str, followed: str) -> str:

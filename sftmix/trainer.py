@@ -52,7 +52,7 @@ from sftmix.ranks import (
     tokens_hash,
     weights_hash,
 )
-from sftmix.saved_config import as_loaded
+from sftmix.saved_config import as_loaded, make_savable
 from sftmix.saving import DueEvaluation, Resumption, WholeCheckpoints
 from sftmix.scoring import score_examples
 from sftmix.tiled_mlp import refuse_router, tile_mlps
@@ -116,6 +116,7 @@ class SFTMixMixin(WholeCheckpoints):
         check_examples(self.model, **{name: getattr(self, name) for name in data})
         if own_collator:
             self.data_collator = self._make_collator()
+        make_savable(self.model)
         self.ends = TurnEnds(self.processing_class)
         self.ends.warn()
         self.ends.align(self.model)

@@ -122,6 +122,8 @@ def test_nulls_that_arrow_adds_carry_nothing(tmp_path: Path) -> None:
         ("training", False, True),
         ("trainable", False, True),
         ("loss", False, True),
+        ("loss_mask", 0, 1),
+        ("step_loss_mask", 0, 1),
     ],
 )
 def test_masks_say_what_is_learnt(tmp_path: Path, key: str, no: Any, yes: Any) -> None:

@@ -219,3 +219,29 @@ def test_max_length_beyond_the_positions_is_refused_first(
         assert main(["train", *words, "--save_strategy", "no"]) == code
         error = capsys.readouterr().err
         assert ("--max_length: expected at most 48, the positions that the" in error) == (code == 2)
+
+
+@pytest.mark.parametrize("kind", [list, datasets.Dataset.from_list], ids=["list", "dataset"])
+@pytest.mark.parametrize(
+    ("key", "usual", "other", "message"),
+    [
+        ("attention_mask", [1, 1, 1], [0, 1, 1], r"attention_mask\[0\] is 0, .*cut padding off"),
+        ("position_ids", [0, 1, 2], [0, 1, 0], r"position_ids\[2\] is 0, .*every packed example"),
+        ("token_type_ids", [0, 0, 0], [0, 0, 1], r"token_type_ids\[2\] is 1, .*leave"),
+        ("completion_mask", [0, 1, 1], [0, 0, 1], r"completion_mask\[1\] is 0, .*label to -100"),
+        ("loss_mask", [False, True, True], [False, True, False], r"loss_mask\[2\] is 0, .*label"),
+        ("assistant_masks", [0, 1, 1], [0, 1], "expected one of assistant_masks for each"),
+        ("seq_lengths", None, [2, 1], "expected no column 'seq_lengths', which is not read"),
+    ],
+)
+def test_columns_beside_say_what_every_row_has(
+    kind: Any, key: str, usual: Any, other: Any, message: str
+) -> None:
+    """Or are refused: the collator reads ids and labels alone."""
+    model = tiny.build("Llama")
+    row = tiny.named([5, 6, 7], [-100, 6, 7])
+    if usual is not None:
+        check_examples(model, train_dataset=kind([{**row, key: usual}] * 3))
+    rows = [{**row, key: one} for one in (usual or other, other)]
+    with pytest.raises(ValueError, match=rf"^train_dataset: (row \d: )?{message}"):
+        check_examples(model, train_dataset=kind(rows))

@@ -82,6 +82,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     write(tmp_path / "data/b.jsonl")
     (tmp_path / "data/linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data/loop").symlink_to(tmp_path / "data")
+    (tmp_path / "data/above").symlink_to(tmp_path)
     (tmp_path / "data/c.jsonl").symlink_to(write(tmp_path / "one/c.jsonl"))
     assert answers(tmp_path / "data") == ["b", "c", "a"]
 

@@ -180,7 +180,7 @@ def test_no_warning_where_turns_end(
 def script(tmp_path: Path, tokenizer: Any, **more: Any) -> SFTMixTrainer:
     data = tokenize_examples([TWO] * 4, tokenizer)
     return SFTMixTrainer(
-        model=tiny.build("Llama", vocab_size=len(tokenizer)),
+        model=more.pop("model", None) or tiny.build("Llama", vocab_size=len(tokenizer)),
         args=SFTMixConfig(
             output_dir=str(tmp_path / "run"),
             method="ntp",
@@ -204,6 +204,24 @@ def test_the_trainer_in_a_script(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert set(tokens_of(tokenizer, "<|im_end|>", "</s>")) <= set(eos_of(tmp_path / "model"))
     assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == chats.CHATML
     assert lines(caplog) == []
+
+
+def test_options_that_transformers_does_not_save(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Found out before training, not when the trained model is saved."""
+    tokenizer = tokenizer_of(chats.CHATML)
+    model = tiny.build("Llama", vocab_size=len(tokenizer))
+    model.generation_config.temperature, model.generation_config.top_p = 0.6, 0.9
+    made = script(tmp_path, tokenizer, model=model)
+    assert "do_sample is set to true" in caplog.text
+    made.train()
+    made.save_model(str(tmp_path / "model"))
+    saved = GenerationConfig.from_pretrained(tmp_path / "model")
+    assert (saved.do_sample, saved.temperature, saved.top_p) == (True, 0.6, 0.9)
+    model.generation_config.length_penalty = 0.5
+    with pytest.raises(ValueError, match=r"^model: expected a generation_config\.json that .*beam"):
+        script(tmp_path, tokenizer, model=model)
 
 
 def test_a_script_s_plain_template_is_saved(tmp_path: Path) -> None:

@@ -187,6 +187,17 @@ def test_marks_that_hold_nothing() -> None:
         rows_of(chats.MARKED.replace(inside, outside), ONE)
 
 
+def test_marks_that_the_prompt_does_not_ask_for(caplog: pytest.LogCaptureFixture) -> None:
+    """As TRL's training templates for reasoning models, whose prompts open a thought."""
+    asking = chats.MARKED.replace(
+        "{% if add_generation_prompt %}<|im_start|>assistant",
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>",
+    )
+    assert rows_of(asking, ONE, TWO) == rows_of(chats.MARKED, ONE, TWO)
+    (record,) = caplog.records
+    assert "the marked responses of 2 rows (the first in rows.jsonl:1)" in record.getMessage()
+
+
 # Tools
 
 
@@ -203,6 +214,57 @@ def test_calls_and_tools_go_through_the_template() -> None:
     call = '<|call|>{"name": "look", "arguments": {"a": 1}}<|end|>'
     assert responses(data[0], tokenizer) == [call, "the answer<|end|>"]
     assert '"description": "looks"' in tokenizer.decode(data[0]["input_ids"])
+
+
+# As DeepSeek's: calls are written where there is no content, their arguments as they are.
+OF_NULL = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' and m['content'] is none %}<|assistant|>"
+    "{% for c in m['tool_calls'] %}{{ '<|call|>' + c['function']['arguments'] }}{% endfor %}<|end|>"
+    "{% elif m['role'] == 'assistant' %}{{ '<|assistant|>' + m['content'] + '<|end|>' }}"
+    "{% else %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_template_that_asks_for_null_and_for_text(content: str | None) -> None:
+    told = {"role": "tool", "content": "42"}
+    row = example(user("one"), said(content, tool_calls=[CALL]), told, said("the answer"))
+    assert rows_of(OF_NULL, row) == [['<|call|>{"a": 1}<|end|>', "the answer<|end|>"]]
+    assert "None" not in str(rows_of(CALLING, row))
+
+
+@pytest.mark.parametrize("content", [None, ""])
+@pytest.mark.parametrize(
+    "written", ["{{ m.content + '<|end|>' }}", "{{ m.content | trim }}<|end|>"]
+)
+def test_calls_that_a_template_leaves_out(content: str | None, written: str) -> None:
+    """Also where it fails on a message without a content."""
+    template = chats.CHATML.replace("{{ m.content }}<|im_end|>", written)
+    with pytest.raises(BadRowError, match="writes nothing of message 1's tool_calls"):
+        rows_of(template, example(user("one"), said(content, tool_calls=[CALL])))
+
+
+@pytest.mark.parametrize("role", ["tool", "developer"])
+def test_what_is_told_and_not_written(role: str) -> None:
+    """Whatever else of the text has the same characters."""
+    silent = CALLING.replace("{% else %}", f"{{% elif m.role != '{role}' %}}")
+    told = {"role": role, "content": "4"}
+    row = example(user("4?"), said("4", tool_calls=[CALL]), told, said("it is 4"))
+    if role == "developer":
+        row = example(told, user("4?"), said("it is 4"))
+    with pytest.raises(BadRowError, match=rf"writes nothing of message \d \({role}\)"):
+        rows_of(silent, row)
+    assert len(rows_of(CALLING, row)) == 1
+
+
+def test_words_beside_calls_that_are_not_written() -> None:
+    silent = CALLING.replace(
+        "{{ m.content }}{% for", "{{ '' if m.tool_calls else m.content }}{% for"
+    )
+    row = example(user("one"), said("the answer", tool_calls=[CALL]))
+    with pytest.raises(BadRowError, match="message 1's content beside its tool_calls; leave"):
+        rows_of(silent, row)
 
 
 def test_a_template_for_tools_is_used_where_there_are_tools() -> None:
@@ -227,7 +289,7 @@ def test_what_a_template_leaves_out(caplog: pytest.LogCaptureFixture) -> None:
     parts = chats.CHATML.replace(
         "{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}"
     )
-    with pytest.raises(BadRowError, match=r"writes nothing of message 0 \(user\); it may want"):
+    with pytest.raises(BadRowError, match=r"writes nothing of message 0 \(user\), which may"):
         rows_of(parts, example(user("o"), said("e")))
     no_system = chats.CHATML.replace("{% for m in messages %}", "{% for m in messages[-2:] %}")
     with pytest.raises(BadRowError, match=r"writes nothing of message 0 \(system\)"):
