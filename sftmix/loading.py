@@ -27,7 +27,7 @@ from sftmix.template_files import use_template
 from sftmix.templates import adopt_template
 from sftmix.tokenizing import tokenize_examples
 from sftmix.turn_ends import TurnEnds
-from sftmix.weights import no_loading_report, refuse_not_finite, refuse_other_tensors
+from sftmix.weights import refuse_not_finite, refuse_other_tensors, without_message
 
 
 class ModelArguments(Protocol):
@@ -165,7 +165,9 @@ def _from_safetensors(
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     found: Any
     try:
-        with ReadingModel(model, "the model"), no_loading_report():
+        # transformers' table of tensors that do not fit: `refuse_other_tensors` says so.
+        silent = without_message("transformers.modeling_utils", "LOAD REPORT")
+        with ReadingModel(model, "the model"), silent:
             found = AutoModelForCausalLM.from_pretrained(
                 model,
                 revision=revision or "main",
