@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -313,8 +314,13 @@ def save_final_model(
         tokenizer.save_pretrained(staging)
         (staging / CARD).unlink(missing_ok=True)  # PEFT's, which knows nothing of the training
         sync_folder(staging)
-    names = sorted((path.name for path in staging.iterdir()), key=lambda name: name in CONFIGS)
+    files = [path for path in staging.rglob("*") if path.is_file()]
+    # A tokenizer with several chat templates has a folder of them.
+    names = sorted(
+        (str(path.relative_to(staging)) for path in files), key=lambda name: name in CONFIGS
+    )
     for name in names:
+        (run / name).parent.mkdir(exist_ok=True)
         os.replace(staging / name, run / name)
-    staging.rmdir()
+    shutil.rmtree(staging)
     return names
