@@ -109,7 +109,7 @@ class WholeCheckpoints(GuardedSteps):
             ValueError: the best model is to be loaded in the end, and its checkpoint is gone.
         """
         with without_message("transformers.trainer", "recorded in the resumed state"):
-            found = super()._init_training_state(  # type: ignore[no-untyped-call]
+            found = super()._init_training_state(
                 max_steps,
                 num_update_steps_per_epoch,
                 num_train_epochs,
