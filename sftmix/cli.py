@@ -95,7 +95,6 @@ def _main(words: list[str]) -> int:
     module = importlib.import_module(f"sftmix.{command}")
     from sftmix.failures import FAILED, USER_ERRORS, exit_code, printable
     from sftmix.ranks import RankError
-    from sftmix.redaction import redacted
 
     try:
         code: int | None = module.main(words[1:])
@@ -108,7 +107,7 @@ def _main(words: list[str]) -> int:
     except USER_ERRORS as error:
         if traceback:
             raise
-        text = as_typed(redacted(str(error)), options_of(module))
+        text = as_typed(str(error), options_of(module))
         print(f"sftmix {command}: error: {printable(text)}", file=sys.stderr)
         return exit_code(error)
     return code or 0

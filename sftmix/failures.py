@@ -35,7 +35,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def printable(text: str) -> str:
-    r"""Return the text with control characters spelled out, and further lines indented.
+    r"""Return the text without secrets, with control characters spelled out, lines indented.
 
     Names of files, columns and templates come from others: what a terminal would obey, such as an
     escape sequence or a change of the writing direction, is shown as Python would escape it.
@@ -43,7 +43,7 @@ def printable(text: str) -> str:
     >>> printable("no file \x1b[31mred\nsftmix: all is well")
     'no file \\x1b[31mred\n  sftmix: all is well'
     """
-    return "".join(map(_shown, text)).replace("\n", "\n  ")
+    return "".join(map(_shown, redacted(text))).replace("\n", "\n  ")
 
 
 def _shown(character: str) -> str:
@@ -59,7 +59,7 @@ class OneMessage(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End with exit code 2, as argparse does."""
         # argparse names both spellings of an option, with underscores and with dashes.
-        message = re.sub(r"^argument (--\w+)(/\S+)?: ", r"\1: ", printable(redacted(message)))
+        message = re.sub(r"^argument (--\w+)(/\S+)?: ", r"\1: ", printable(message))
         self.exit(REFUSED, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
 
 

@@ -23,6 +23,7 @@ from sftmix.arguments import CHAT_TEMPLATE_HELP, REVISION_HELP, parse_alone
 from sftmix.config import option
 from sftmix.failures import Naming
 from sftmix.loading import load_tokenizer, load_trained_model
+from sftmix.manifest import FILE as MANIFEST
 from sftmix.manifest import kept_date, start_manifest
 from sftmix.model_source import check_model
 from sftmix.out_of_memory import ANSWERING_WAYS, advising
@@ -153,7 +154,9 @@ def generate(path: Path, run: Path, arguments: GenerateArguments) -> None:
         "name": arguments.name,
         **dataclasses.asdict(decoding),
     }
-    start_manifest(run, numbers)
+    begun = path.exists() or (run / MANIFEST).exists()
+    if begun:
+        start_manifest(run, numbers)
     if path.exists():
         (run / PARTIAL).unlink(missing_ok=True)
         return
@@ -162,7 +165,11 @@ def generate(path: Path, run: Path, arguments: GenerateArguments) -> None:
         answerer = Answerer(
             load_trained_model(arguments).to(device(arguments)), tokenizer, decoding
         )
-        answers += answer_all(answerer, questions, answers, run / PARTIAL, arguments)
+        lengths = {question.key: answerer.check(question) for question in questions}
+        if not begun:  # what is refused before leaves no run that another would have to resume
+            start_manifest(run, numbers)
+        rest = sorted(questions, key=lambda question: -lengths[question.key])
+        answers += answer_all(answerer, rest, answers, run / PARTIAL, arguments)
     write_answers(path, arguments.format, str(arguments.name), questions, answers)
     (run / PARTIAL).unlink()
     report(answers, decoding.max_new_tokens)
@@ -198,15 +205,13 @@ def answer_all(
     path: Path,
     arguments: GenerateArguments,
 ) -> list[Answer]:
-    """Answer the other questions, those of the longest prompts first, and append each batch.
+    """Answer the other questions in their order, and append each batch.
 
     The batches of a run that was killed and goes on are those of one that was not: each is written
     as a line, so the first of them are there and no part of another.
     """
     done = {answer.key for answer in answered}
-    lengths = {question.key: answerer.check(question) for question in questions}
     rest = [question for question in questions if question.key not in done]
-    rest.sort(key=lambda question: -lengths[question.key])
     answers: list[Answer] = []
     with (
         path.open("a", encoding="ascii") as file,

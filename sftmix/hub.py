@@ -14,9 +14,15 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
 from sftmix.config import SFTMixOptions
+from sftmix.model_source import JSON_FILES, TOKENIZERS
 
 # The bases of the hub's own error are what its client raises without an answer.
 CLIENT_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, ValueError)
+# What is pushed of a run that an earlier process has finished.
+MODEL_FILES = (
+    *("*.safetensors", *JSON_FILES, *TOKENIZERS, "merges.txt", "*.py"),
+    *("chat_template.jinja", "additional_chat_templates/*"),
+)
 
 
 @dataclass(frozen=True)
@@ -81,3 +87,9 @@ def repository(config: SFTMixOptions) -> Repository | None:
             "HF_TOKEN"
         )
     return Repository(name, token, config.hub_private_repo, config.hub_revision)
+
+
+def model_files(run: Path) -> list[str]:
+    """The names of a final model's files, its tokenizer's among them, and of nothing else."""
+    found = {path for pattern in MODEL_FILES for path in run.glob(pattern) if path.is_file()}
+    return sorted(str(path.relative_to(run)) for path in found)

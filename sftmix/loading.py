@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +28,7 @@ from sftmix.template_files import use_template
 from sftmix.templates import adopt_template
 from sftmix.tokenizing import tokenize_examples
 from sftmix.turn_ends import TurnEnds
-from sftmix.weights import no_loading_report, refuse_not_finite, refuse_other_tensors
+from sftmix.weights import refuse_not_finite, refuse_other_tensors, without_message
 
 
 class ModelArguments(Protocol):
@@ -165,7 +166,9 @@ def _from_safetensors(
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     found: Any
     try:
-        with ReadingModel(model, "the model"), no_loading_report():
+        # transformers' table of tensors that do not fit: `refuse_other_tensors` says so.
+        silent = without_message("transformers.modeling_utils", "LOAD REPORT")
+        with ReadingModel(model, "the model"), silent:
             found = AutoModelForCausalLM.from_pretrained(
                 model,
                 revision=revision or "main",
@@ -311,8 +314,13 @@ def save_final_model(
         tokenizer.save_pretrained(staging)
         (staging / CARD).unlink(missing_ok=True)  # PEFT's, which knows nothing of the training
         sync_folder(staging)
-    names = sorted((path.name for path in staging.iterdir()), key=lambda name: name in CONFIGS)
+    files = [path for path in staging.rglob("*") if path.is_file()]
+    # A tokenizer with several chat templates has a folder of them.
+    names = sorted(
+        (str(path.relative_to(staging)) for path in files), key=lambda name: name in CONFIGS
+    )
     for name in names:
+        (run / name).parent.mkdir(exist_ok=True)
         os.replace(staging / name, run / name)
-    staging.rmdir()
+    shutil.rmtree(staging)
     return names

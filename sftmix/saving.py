@@ -31,6 +31,7 @@ from sftmix.pickles import refuse_code
 from sftmix.ranks import is_main, num_ranks, on_main
 from sftmix.runs import atomic_write, publish_folder, write_json
 from sftmix.saved_config import config_to_save
+from sftmix.weights import without_message
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,44 @@ class WholeCheckpoints(GuardedSteps):
     def _get_output_dir(self, trial: Any) -> str:
         """Where Trainer writes: the staging folder while a checkpoint is being made."""
         return str(self.staging or super()._get_output_dir(trial))
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> Any:
+        """Trainer's own; the best checkpoint is the one in this folder, wherever that lay before.
+
+        Raises:
+            ValueError: the best model is to be loaded in the end, and its checkpoint is gone.
+        """
+        with without_message("transformers.trainer", "recorded in the resumed state"):
+            found = super()._init_training_state(
+                max_steps,
+                num_update_steps_per_epoch,
+                num_train_epochs,
+                resume_from_checkpoint,
+                trial,
+            )
+        state = None if resume_from_checkpoint is None else Path(resume_from_checkpoint) / STATE
+        if state is not None and state.is_file():
+            self._find_best(TrainerState.load_from_json(str(state)).best_model_checkpoint)
+        return found
+
+    def _find_best(self, recorded: str | None) -> None:
+        if recorded is None:
+            return
+        own = Path(str(self.args.output_dir)) / Path(recorded).name
+        if own.is_dir():
+            self.state.best_model_checkpoint = str(own)
+        elif self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
+            raise ValueError(
+                f"load_best_model_at_end: expected the best checkpoint so far, {own}, which is "
+                "gone; leave the option out to keep the last model"
+            )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """One epoch, unless all steps are done: Trainer would make another one first."""

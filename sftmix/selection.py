@@ -26,6 +26,7 @@ from sftmix.data import IGNORED_LABEL, Example, load_examples
 from sftmix.failures import Naming
 from sftmix.manifest import read_manifest
 from sftmix.ranks import is_main
+from sftmix.redaction import redacted
 from sftmix.rows import OnBadRow
 
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {
@@ -192,9 +193,9 @@ def naming_selections(partition: Path, selected: list[str] | None) -> Iterator[N
 
 
 def say(line: str) -> None:
-    """Print a line, of several ranks on the main one."""
+    """Print a line without its secrets, of several ranks on the main one."""
     if is_main():
-        print(line, flush=True)
+        print(redacted(line), flush=True)
 
 
 def _shown(selected: list[str] | None) -> str:

@@ -16,7 +16,7 @@ from sftmix.checkpoints import STATE, list_checkpoints, step_of
 from sftmix.config import MIXED, SFTMixConfig
 from sftmix.data import data_hash
 from sftmix.failures import USER_ERRORS, Naming, RunFailure
-from sftmix.hub import Repository, repository
+from sftmix.hub import Repository, model_files, repository
 from sftmix.loading import (
     load_data,
     load_held_out,
@@ -48,6 +48,7 @@ from sftmix.templates import set_template_date
 from sftmix.trainer import SFTMixTrainer, make_collator
 
 ARGUMENTS = (TrainRunArguments, SFTMixConfig)
+NOT_PUSHED = "it could not be pushed to the hub"
 
 
 class Saved:
@@ -153,6 +154,8 @@ def train(
     on_main(lambda: start_manifest(run, numbers, **files))
     if arguments.resume and on_main(lambda: is_finished(run)):
         say(f"{run} is finished already: all steps are trained, and the model is saved")
+        with Saved(run, NOT_PUSHED):
+            push(run, model_files(run), hub)
         return trainer
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     if trainer.begun_at == trainer.state.global_step:
@@ -198,12 +201,17 @@ def finish(
     with Saved(run, "its card could not be written"):
         card = functools.partial(write_card, trainer, run, numbers, subsets)
         on_main(card)
-    with Saved(run, "it could not be pushed to the hub"), resumable(trainer):
-        # An upload may take long, and nothing is lost with it.
-        interrupts.wait(wait=False)
-        interrupts.end_if_requested()
-        if hub is not None:
-            say(f"pushed it to {on_main(lambda: hub.push(run, [*names, CARD]))}")
+    with Saved(run, NOT_PUSHED), resumable(trainer):
+        push(run, names, hub)
+
+
+def push(run: Path, names: list[str], hub: Repository | None) -> None:
+    """Push the model's files and its card where a repository is named; a signal ends it at once."""
+    # An upload may take long, and nothing is lost with it.
+    interrupts.wait(wait=False)
+    interrupts.end_if_requested()
+    if hub is not None:
+        say(f"pushed it to {on_main(lambda: hub.push(run, [*names, CARD]))}")
 
 
 @contextlib.contextmanager

@@ -64,18 +64,18 @@ def refuse_not_finite(model: str, module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def no_loading_report() -> Iterator[None]:
-    """Keep back transformers' table of tensors that do not fit: `refuse_other_tensors` says so."""
+def without_message(logger: str, part: str) -> Iterator[None]:
+    """Keep back what a library logs inside with ``part`` in it, where an error of ours says it."""
 
     def is_other(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
+        return part not in record.getMessage()
 
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(is_other)
+    named = logging.getLogger(logger)
+    named.addFilter(is_other)
     try:
         yield
     finally:
-        logger.removeFilter(is_other)
+        named.removeFilter(is_other)
 
 
 def _is_finite(tensor: Tensor) -> bool:

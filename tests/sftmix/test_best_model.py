@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,31 @@ def test_the_command_refuses_it_too(
     words += ["--eval_strategy", "epoch", "--metric_for_best_model", "accuracy"]
     assert main(words) == 2
     assert "expected one of eval_loss, eval_perplexity, got 'accuracy'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["moved", "copied", "gone"])
+def test_the_best_checkpoint_is_the_one_in_this_folder(
+    how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Wherever the run lay before; here the highest loss, after the second step, is the best."""
+    old, run = tmp_path / "old", tmp_path / "run"
+    options = {"load_best_model_at_end": True, "greater_is_better": True}
+    whole = make(old, metric_for_best_model="loss", **options)
+    whole.train()
+    best = Path(str(whole.state.best_model_checkpoint)).name
+    assert best != "checkpoint-5"
+    shutil.copytree(old, run)
+    shutil.rmtree(run / "checkpoint-5")
+    if how != "copied":
+        shutil.rmtree(old)
+    if how == "gone":
+        shutil.rmtree(run / best)
+        with pytest.raises(ValueError, match=f"^load_best_model_at_end: .*/run/{best}, which is g"):
+            make(run, metric_for_best_model="loss", **options).train(resume_from_checkpoint=True)
+        options["load_best_model_at_end"] = False
+    resumed = make(run, metric_for_best_model="loss", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert "does not exist anymore" not in caplog.text
+    if how != "gone":
+        assert resumed.state.best_model_checkpoint == str(run / best)
+        assert tiny.same(tiny.weights(resumed.model), tiny.weights(whole.model))

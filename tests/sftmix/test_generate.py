@@ -166,6 +166,18 @@ def test_a_killed_run_goes_on(
     assert not partial.exists()
 
 
+def test_what_is_refused_leaves_no_run(
+    run: Callable[..., int], answering_model: Path, alpaca: Path, tmp_path: Path
+) -> None:
+    """A model with no weights, and no room for the questions: the next try need not resume."""
+    model = tmp_path / "model"
+    shutil.copytree(answering_model, model)
+    (model / "model.safetensors").write_bytes(b"cut off")
+    assert run("alpaca_eval", alpaca, "out.json", model=model) == 2
+    assert run("alpaca_eval", alpaca, "out.json", "--max_new_tokens", "250") == 2
+    assert run("alpaca_eval", alpaca, "out.json") == 0
+
+
 def test_a_partial_run_of_something_else_is_refused(
     run: Callable[..., int],
     answering_model: Path,

@@ -440,6 +440,11 @@ def test_no_secret_reaches_a_file_or_the_screen(
     for path in files:
         if path.name != "training_args.bin":
             assert not {one for one in (TOKEN, key) if one.encode() in path.read_bytes()}, path
+    # Said of rows on the way: how many were read, and which of their fields are not used.
+    named = tmp_path / f"rows?key={key}.jsonl"
+    named.write_text("".join(f'{{"prompt": "a", "completion": "{n}", "b": 1}}\n' for n in range(4)))
+    assert main([*words, "--output", str(tmp_path / "named"), "--data", str(named)]) == 0
+    assert key not in (tmp_path / "named" / "README.md").read_text()
     url = f"https://me:{key}@host/rows.jsonl"
     for flag, value in (("--data", url), ("--model", f"https://{TOKEN}@host/x")):
         other = [*words, "--output", str(tmp_path / "other"), flag, value]

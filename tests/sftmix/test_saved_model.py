@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,46 @@ def test_a_push_that_fails_leaves_the_model(
     hub.fails = set()
     assert main([*train, *PUSH, "--resume"]) == 0
     assert hub.calls[-1][0] == "upload_folder"
+
+
+def test_a_finished_run_is_pushed_too(
+    hub: Hub, train: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where no checkpoint says that all is trained: after a push that failed, or had no option."""
+    run = tmp_path / "run"
+    hub.fails = {"upload_folder"}
+    train += ["--save_strategy", "no"]
+    assert main([*train, *PUSH]) == 1
+    (run / "notes.txt").write_text("mine")
+    wanted = hub.calls[-1][2]["allow_patterns"]
+    assert main([*train, *PUSH, "--resume"]) == 1
+    assert f"the model is in {run}; it could not be pushed to the hub" in capsys.readouterr().err
+    hub.fails = set()
+    assert main([*train, *PUSH, "--resume"]) == 0
+    assert "pushed it to" in capsys.readouterr().out
+    assert sorted(hub.calls[-1][2]["allow_patterns"]) == sorted(wanted)
+    number = len(hub.calls)
+    assert main([*train, "--resume"]) == 0
+    assert len(hub.calls) == number
+
+
+def test_a_tokenizer_of_several_templates_is_saved_again_and_pushed(
+    hub: Hub, train: list[str], toy_model: Path, tmp_path: Path
+) -> None:
+    """All but the first lie in a folder of their own."""
+    model, name = tmp_path / "model", "additional_chat_templates/tool_use.jinja"
+    shutil.copytree(toy_model, model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    own = tokenizer.chat_template
+    tokenizer.chat_template = {"default": own, "tool_use": own}
+    tokenizer.save_pretrained(model)
+    train += ["--model", str(model)]
+    assert main([*train, *PUSH]) == 0
+    assert name in hub.calls[-1][2]["allow_patterns"]
+    assert main([*train, *PUSH, "--resume"]) == 0
+    assert name in hub.calls[-1][2]["allow_patterns"]
+    assert (tmp_path / "run" / name).exists()
+    assert not list((tmp_path / "run").glob(".tmp-*"))
 
 
 @pytest.mark.parametrize("reason", ["forbidden", "no name", "no token", "offline", "strategy"])
