@@ -159,7 +159,7 @@ class SFTMixOptions(ConfigBase):
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: the trainer needs every column; leave it off")
         # transformers knows the flag without a value, while a YAML file says true.
-        words: dict[str, Any] = {"true": True, "false": None}
+        words: dict[str, Any] = {"true": True, "yes": True, "false": None, "no": None}
         self.fsdp = words.get(str(self.fsdp).lower(), self.fsdp)
         check_options(self)
         if self.push_to_hub and HubStrategy(self.hub_strategy) != HubStrategy.END:

@@ -100,11 +100,17 @@ def require_rows(**data: Any) -> None:
     """Refuse data sets that cannot be counted and looked up; a dict is of several.
 
     Raises:
-        TypeError: a stream, or another object without a length or without rows.
+        TypeError: a stream, or another object without a length or without rows; several data sets
+            to train on.
     """
     for argument, dataset in data.items():
         if dataset is None:
             continue
+        if argument == "train_dataset" and isinstance(dataset, dict):
+            raise TypeError(
+                f"{argument}: expected one data set, got {type(dataset).__name__} of "
+                f"{', '.join(map(str, dataset))}; pass one of them"
+            )
         for name, part in _parts(argument, dataset):
             streams = isinstance(part, datasets.IterableDataset | IterableDataset)
             if streams or not (hasattr(part, "__len__") and hasattr(part, "__getitem__")):

@@ -83,6 +83,7 @@ class HeadAdapter:
         self.logit_scale = 1.0
         self.softcap: float | None = None
         self.router_coefficient = 0.0
+        self.checked_hooks = self.hooks(outer)
         with contextlib.ExitStack() as undo:
             undo.callback(self.detach)
             self.attach()
@@ -127,6 +128,26 @@ class HeadAdapter:
             if forward is not None:
                 module.__dict__["forward"] = forward
 
+    def hooked_parts(self, outer: nn.Module) -> list[nn.Module]:
+        """Return the modules whose hooks would see what a function gives."""
+        through = [part for part in outer.modules() if self.model in part.modules()]
+        return [*self.head.modules(), *through] if self.fused else through
+
+    def hooks(self, outer: nn.Module) -> set[int]:
+        """Return the keys of the hooks that `check_hooks` looks at."""
+        kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+        parts = self.hooked_parts(outer)
+        return {key for part in parts for kind in kinds for key in getattr(part, f"_{kind}")}
+
+    def check_new_hooks(self, outer: nn.Module) -> None:
+        """Check hooks again if one has come since.
+
+        Raises:
+            ValueError: as `check_hooks`.
+        """
+        if not self.hooks(outer) <= self.checked_hooks:
+            self.check_hooks(outer)
+
     def check_hooks(self, outer: nn.Module) -> None:
         """See that what a function gives comes out of the model as it is.
 
@@ -137,9 +158,7 @@ class HeadAdapter:
             ValueError: one changes what it sees or fails at it, or sees gradients of logits; or
                 ``outer`` does not call the model's forward.
         """
-        modules = list(outer.modules())
-        through = [part for part in modules if self.model in part.modules()]
-        parts = [*self.head.modules(), *through] if self.fused else through
+        parts = self.hooked_parts(outer)
         for part in parts:
             if part._backward_hooks or part._backward_pre_hooks:
                 raise ValueError(self.hooked("backward hook", [part]))

@@ -340,8 +340,9 @@ def _changed(id: int, data_hash: str, scored_hash: str) -> ValueError:
     missing = "absent" in (data_hash, scored_hash)
     hint = "; with bad rows skipped, max_length and the tokenizer decide which rows are too long"
     return ValueError(
-        f"the data changed after scoring: example {id} has the content hash {data_hash} in the "
-        f"data and {scored_hash} in the partition; score the data again{hint if missing else ''}"
+        f"partition: the data changed after scoring: example {id} has the content hash {data_hash} "
+        f"in the data and {scored_hash} in the partition; score the data again"
+        f"{hint if missing else ''}"
     )
 
 

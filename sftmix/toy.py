@@ -5,7 +5,6 @@ python -m sftmix.toy --output toy-model [--data train.jsonl ...]
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sftmix import demo_data
+from sftmix.cli import as_typed
 from sftmix.data import OnBadRow, load_examples
+from sftmix.failures import OneMessage
 from sftmix.templates import PLAIN_TEMPLATE
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -103,21 +104,22 @@ def build_toy_model(
     """
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"output must be a new or empty folder, {folder} exists and is not empty")
+        raise ValueError(f"output: expected a new or empty folder, got {folder}, which is neither")
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 3
     if vocab_size < smallest:
         raise ValueError(
-            f"vocab_size must be at least {smallest} (all bytes and 3 special tokens), "
+            f"vocab_size: expected at least {smallest} (all bytes and 3 special tokens), "
             f"got {vocab_size}"
         )
     sizes = {"num_layers": num_layers, "num_heads": num_heads, "max_length": max_length}
     for name, size in sizes.items():
         if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+            raise ValueError(f"{name}: expected at least 1, got {size}")
     if hidden_size < 1 or hidden_size % (2 * num_heads):
         # Rotary embeddings turn pairs of numbers, so a head's size must be even.
         raise ValueError(
-            f"hidden_size must be a multiple of 2 * num_heads = {2 * num_heads}, got {hidden_size}"
+            f"hidden_size: expected a multiple of 2 * num_heads = {2 * num_heads}, "
+            f"got {hidden_size}"
         )
     tokenizer = _train_tokenizer(_texts(data, on_bad_row), vocab_size)
     tokenizer.model_max_length = max_length
@@ -131,9 +133,14 @@ def build_toy_model(
     )
 
 
+def spellings(name: str) -> list[str]:
+    """Return a flag in both forms, as the command line of sftmix takes them."""
+    return list(dict.fromkeys((f"--{name.replace('-', '_')}", f"--{name}")))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line of `build_toy_model`; exits with status 2 and a message on wrong input."""
-    parser = argparse.ArgumentParser(
+    parser = OneMessage(
         prog="python -m sftmix.toy", description="Build a small random Llama with its tokenizer."
     )
     parser.add_argument("--output", required=True, help="a new or empty folder")
@@ -153,10 +160,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     for name, (default, meaning) in numbers.items():
         parser.add_argument(
-            f"--{name}", type=int, default=default, help=f"{meaning} (default: {default})"
+            *spellings(name), type=int, default=default, help=f"{meaning} (default: {default})"
         )
     parser.add_argument(
-        "--on-bad-row",
+        *spellings("on-bad-row"),
         choices=("error", "skip"),
         default="error",
         help="a malformed row stops, or is left out and counted (default: error)",
@@ -165,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         build_toy_model(options.pop("output"), options.pop("data"), **options)
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        parser.error(as_typed(str(error), {*options, "output", "data"}))
 
 
 if __name__ == "__main__":

@@ -97,7 +97,8 @@ class SFTMixMixin(WholeCheckpoints):
                 head is not understood, examples too few for one batch, a row of ``train_dataset``
                 or ``eval_dataset`` that the model cannot read or learn from (`check_examples`), or
                 an option that would not be heeded.
-            TypeError: a data set that is a stream.
+            TypeError: a data set that is a stream or has several splits, or ``args`` without
+                SFTMix's options.
         """
         for name in ("model_init", "compute_metrics", "compute_loss_func"):
             if kwargs.get(name) is not None:
@@ -108,6 +109,11 @@ class SFTMixMixin(WholeCheckpoints):
         require_rows(**{name: kwargs.get(name) for name in data})
         options = args[1] if len(args) > 1 else kwargs.get("args")
         self.handles_signals = bool(getattr(options, "enable_jit_checkpoint", False))
+        if not isinstance(options, SFTMixOptions):
+            raise TypeError(
+                "args: expected SFTMixConfig, or a config derived from SFTMixOptions, got "
+                f"{type(options).__name__}"
+            )
         check_processes(options)
         with _without_jit_checkpoint(options):
             super().__init__(*args, **kwargs)
@@ -183,6 +189,11 @@ class SFTMixMixin(WholeCheckpoints):
             raise ValueError(
                 f"confident: expected one value for each of {len(dataset)} training examples, "
                 f"got shape {values.shape}"
+            )
+        if not isinstance(confident, Partition) and not np.isin(values, (0, 1)).all():
+            raise ValueError(
+                "confident: expected a boolean for each training example, got "
+                f"{next(one for one in values.tolist() if one not in (0, 1))!r}"
             )
         if self.args.train_batch_size % 2:
             raise ValueError(
@@ -364,6 +375,8 @@ class SFTMixMixin(WholeCheckpoints):
         resume_from_checkpoint = self._load_extras(resume_from_checkpoint)
         if self.args.world_size > 1:
             refuse_differences(self._decisive())
+        if not self.is_fsdp_enabled:
+            self.head.check_new_hooks(self.accelerator.unwrap_model(self.model))
         self.begin_steps()
         signals = interrupts.handled("") if self.handles_signals else contextlib.nullcontext()
         with signals, advising(*self._ways_to_save_memory()):
@@ -447,6 +460,19 @@ def _without_jit_checkpoint(options: Any) -> Iterator[None]:
 
 class SFTMixTrainer(SFTMixMixin, Trainer):
     """`transformers.Trainer` with the loss, the pairs and the checkpoints of `SFTMixMixin`."""
+
+    def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
+        """See `SFTMixMixin`.
+
+        Raises:
+            TypeError: the model is no module, such as its name.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model: expected a model, got {model!r}; AutoModelForCausalLM.from_pretrained "
+                "loads one by its name or folder"
+            )
+        super().__init__(model, *args, **kwargs)
 
 
 def make_collator(tokenizer: Any, options: SFTMixOptions | None = None) -> PairedCollator:

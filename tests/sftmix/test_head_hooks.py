@@ -71,6 +71,14 @@ def test_hooks_that_would_change_the_loss_are_refused(kind: str) -> None:
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize("kind", ["forward", "backward", "model"])
+def test_hooks_that_come_after_the_trainer_are_refused(kind: str, tmp_path: Path) -> None:
+    trainer = tiny.trainer(tiny.build("Llama"), tmp_path, tiny.examples(8), max_steps=1)
+    REFUSED[kind](trainer.model)
+    with pytest.raises(ValueError, match=r"^model: a .*hook on .* would see the loss instead"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("kind", ["forward", "backward", "before backward", "with keywords"])
 def test_the_models_own_logits_pass_by_the_heads_hooks(kind: str, tmp_path: Path) -> None:
     """With ``--head logits`` they see logits, as they do without this trainer."""

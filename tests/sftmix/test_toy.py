@@ -73,7 +73,7 @@ def test_wrong_input(tmp_path: Path, data: Path) -> None:
         ("num_heads", 0),
         ("max_length", 0),
     ):
-        with pytest.raises(ValueError, match=f"^{name} must be .*got {value}"):
+        with pytest.raises(ValueError, match=f"^{name}: expected .*got {value}"):
             build_toy_model(tmp_path / "toy", [data], **{**SMALL, name: value})
     tokens = tmp_path / "tokens.jsonl"
     tokens.write_text('{"input_ids": [1, 2], "labels": [1, 2]}\n')
@@ -85,12 +85,15 @@ def test_wrong_input(tmp_path: Path, data: Path) -> None:
 def test_a_folder_with_files_is_refused(
     tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ValueError, match="output must be a new or empty folder"):
+    with pytest.raises(ValueError, match=r"^output: expected a new or empty folder"):
         build_toy_model(data, [data], **SMALL)
     with pytest.raises(SystemExit) as caught:
         main(["--output", str(data.parent)])
     assert caught.value.code == 2
-    assert "exists and is not empty" in capsys.readouterr().err
+    message = (
+        f"python -m sftmix.toy: error: --output: expected a new or empty folder, got {data.parent}"
+    )
+    assert capsys.readouterr().err.startswith(message)
     assert [path.name for path in data.parent.iterdir()] == ["data.jsonl"]
 
 

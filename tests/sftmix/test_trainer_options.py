@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import transformers
 
@@ -45,7 +46,28 @@ def test_nothing_to_evaluate_is_refused(tmp_path: Path) -> None:
 def test_what_would_be_ignored_is_refused(name: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {name: lambda *_: None}
     with pytest.raises(ValueError, match=f"{name}: not supported"):
-        SFTMixTrainer(args=tiny.config(tmp_path), train_dataset=tiny.examples(8), **options)
+        SFTMixTrainer(tiny.build("Llama"), tiny.config(tmp_path), **options)
+
+
+def test_arguments_of_another_kind_are_refused(tmp_path: Path) -> None:
+    model, args, data = tiny.build("Llama"), tiny.config(tmp_path), tiny.examples(8)
+    with pytest.raises(TypeError, match=r"^model: expected a model, got 'toy'; AutoModelForCausal"):
+        SFTMixTrainer("toy", args, train_dataset=data)
+    with pytest.raises(TypeError, match=r"^args: expected SFTMixConfig, .* got NoneType"):
+        SFTMixTrainer(model, train_dataset=data)
+    with pytest.raises(TypeError, match=r"^args: expected SFTMixConfig, .* got TrainingArguments"):
+        SFTMixTrainer(model, transformers.TrainingArguments(str(tmp_path), use_cpu=True))
+    with pytest.raises(
+        TypeError, match=r"^train_dataset: expected one data set, got DatasetDict of"
+    ):
+        SFTMixTrainer(model, args, train_dataset=datasets.DatasetDict(train=data, test=data))
+
+
+@pytest.mark.parametrize("value", ["no", None, 0.5, float("nan")])
+def test_halves_that_are_no_booleans_are_refused(value: Any, tmp_path: Path) -> None:
+    """Anything but an empty text counts as true in Python."""
+    with pytest.raises(ValueError, match=r"^confident: expected a boolean for each training exa"):
+        tiny.trainer(tiny.build("Llama"), tmp_path, tiny.examples(8), confident=[value] * 8)
 
 
 def test_pairs_need_an_even_batch_for_the_baseline_too(tmp_path: Path) -> None:

@@ -337,7 +337,7 @@ def test_a_partition_of_the_command_line_fits_the_same_rows(
     changed = pairs.map(
         lambda row, i: {"completion": row["completion"] + "!" * (i == 3)}, with_indices=True
     )
-    with pytest.raises(ValueError, match="the data changed after scoring: example 3"):
+    with pytest.raises(ValueError, match=r"^partition: the data changed after scoring: example 3"):
         ours(toy_model, tmp_path, changed, {"confident": scored})
 
 
