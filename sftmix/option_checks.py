@@ -116,8 +116,10 @@ NAMES: dict[str, Collection[str]] = {
     "ddp_backend": ("nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl", "hcxx"),
 }
 # Files or JSON, as transformers reads them.
-MAPPINGS = ("lr_scheduler_kwargs", "accelerator_config", "fsdp_config", "deepspeed")
-MAPPINGS += ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+MAPPINGS: tuple[str, ...] = (
+    *("lr_scheduler_kwargs", "accelerator_config", "fsdp_config", "deepspeed"),
+    *("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+)
 # What is read of a mapping, by how its option's name ends.
 KEYS: dict[str, tuple[str, ...]] = {
     # What torch.utils.checkpoint takes, and transformers beside it.
