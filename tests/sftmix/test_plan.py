@@ -337,7 +337,7 @@ def test_the_command_reads_what_train_reads(
         (["--gpu-memory", "-1"], "gpu_memory"),
         (["--optim", "lion_32bit"], "optim: expected one that the plan knows"),
         (["--fsdp", "full_shard"], "expected one process"),
-        (["--use_liger_kernel", "true"], "use_liger_kernel: the plan knows the model's own code"),
+        (["--use_liger_kernel", "true"], "--use_liger_kernel: not supported here, got True"),
         (["--max-length", "1"], "max_length: expected at least 2"),
         (["--layout", "packed", "--row_length", "100"], "row_length"),
     ],
