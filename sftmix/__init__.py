@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["SFTMixConfig", "SFTMixMixin", "SFTMixTrainer", "__version__"]
+__all__ = ["SFTMixConfig", "SFTMixMixin", "SFTMixTrainer", "__version__", "make_collator"]
 
 
 def __getattr__(name: str) -> Any:
     # transformers takes seconds to import, which `sftmix --help` need not wait for.
-    if name in ("SFTMixConfig", "SFTMixMixin", "SFTMixTrainer"):
+    if name in ("SFTMixConfig", "SFTMixMixin", "SFTMixTrainer", "make_collator"):
         from sftmix import config, trainer
 
         return getattr(config if name == "SFTMixConfig" else trainer, name)

@@ -348,7 +348,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(method: str, tmp_path: 
         ({"auto_find_batch_size": True}, "auto_find_batch_size: not supported"),
         ({"bf16_full_eval": True}, "bf16_full_eval: not supported"),
         ({"average_tokens_across_devices": False}, "average_tokens_across_devices: not supported"),
-        ({"push_to_hub": True}, "hub_strategy: expected 'end'"),
+        ({"push_to_hub": True, "hub_strategy": "every_save"}, "hub_strategy: expected 'end'"),
     ],
 )
 def test_a_wrong_config_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
