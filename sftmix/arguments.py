@@ -131,6 +131,9 @@ class TrainRunArguments(RunArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_partition()
+
+    def _check_partition(self) -> None:
         if self.partition is not None and not Path(self.partition).is_file():
             is_folder = bool(self.partition) and Path(self.partition).is_dir()
             found = "the folder" if is_folder else "no such file:"
