@@ -275,9 +275,10 @@ class SFTMixOptions(ConfigBase):
                 f"{self.max_steps}, which trains nothing"
             )
         if self.max_steps == -1 and not 0 < self.num_train_epochs < math.inf:
+            trained = "without end" if self.num_train_epochs > 0 else "nothing"
             raise ValueError(
-                f"num_train_epochs: expected a number above 0, got {self.num_train_epochs}, which "
-                "trains nothing"
+                "num_train_epochs: expected a finite number above 0, got "
+                f"{self.num_train_epochs}, which trains {trained}"
             )
 
     def mixup_weight(self, progress: float) -> float:

@@ -37,7 +37,10 @@ def open_run(path: str | os.PathLike[str], *, resume: bool, name: str = "path") 
         raise ValueError(f"{name}: expected the folder of a run, got an empty name")
     folder = Path(path)
     if ".." in folder.parts:
-        raise ValueError(f"{name}: a run name cannot leave its folder, got {str(folder)!r}")
+        raise ValueError(
+            f"{name}: a run name cannot leave its folder, got {str(folder)!r}; give a path without "
+            "'..', such as an absolute one"
+        )
     if folder.is_symlink():
         raise ValueError(f"{name}: expected a folder, got the symbolic link {str(folder)!r}")
     if folder.exists() and not folder.is_dir():

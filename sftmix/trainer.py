@@ -367,11 +367,16 @@ class SFTMixMixin(WholeCheckpoints):
 
         Raises:
             ValueError: the checkpoint is damaged, or a file of it could run code when it is loaded;
-                or there was no step to make.
+                all weights are frozen; or there was no step to make.
             FloatingPointError: a loss, a gradient or a weight is not finite.
             MemoryError: memory does not suffice, with what helps.
             Interrupted: a signal asked for it, and the handlers of `sftmix.interrupts` are on.
         """
+        if not any(weight.requires_grad for weight in self.model.parameters()):
+            raise ValueError(
+                "model: expected weights to train, got a model whose weights are all frozen; set "
+                "requires_grad of some, or add an adapter"
+            )
         resume_from_checkpoint = self._load_extras(resume_from_checkpoint)
         if self.args.world_size > 1:
             refuse_differences(self._decisive())

@@ -197,8 +197,9 @@ def test_an_update_that_overflows_bfloat16(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_train_epochs": 0}, "num_train_epochs: expected a number above 0, got 0, which"),
+        ({"num_train_epochs": 0}, "num_train_epochs: expected a finite number above 0, got 0"),
         ({"num_train_epochs": -1}, "num_train_epochs: .*got -1, which trains nothing"),
+        ({"num_train_epochs": float("inf")}, "num_train_epochs: .*got inf, which trains without"),
         ({"num_train_epochs": float("nan")}, "num_train_epochs: .*got nan"),
         ({"max_steps": 0}, "max_steps: expected at least 1, or -1 .*got 0, which trains nothing"),
         ({"max_steps": -2}, "max_steps: .*got -2"),
@@ -213,6 +214,13 @@ def test_what_trains_nothing_is_refused(
         SFTMixConfig(output_dir=str(tmp_path), use_cpu=True, **changes)
     SFTMixConfig(output_dir=str(tmp_path), use_cpu=True, num_train_epochs=0, max_steps=1)
     SFTMixConfig(output_dir=str(tmp_path), use_cpu=True, num_train_epochs=0.01)
+
+
+def test_a_model_without_weights_to_train_is_refused(tmp_path: Path) -> None:
+    made = tiny.trainer(tiny.build("Llama"), tmp_path, tiny.examples(8), method="ntp")
+    made.model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"^model: .*all frozen"):
+        made.train()
 
 
 def test_a_method_without_a_loss_never_reaches_training(
