@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerState
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from sftmix import interrupts
 from sftmix.arguments import TrainRunArguments, parse
@@ -251,7 +251,7 @@ def write_card(
     subsets: dict[str, int] | None,
 ) -> None:
     """Write the model card, all of it or nothing."""
-    tokenizer: Any = trainer.processing_class
+    tokenizer = trainer.processing_class
     card = model_card(
         numbers,
         versions(),
@@ -259,6 +259,6 @@ def write_card(
         seconds=trainer.window.seconds,
         subsets=subsets,
         adapter=hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"),
-        tokenizer=tokenizer,
+        tokenizer=tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
     )
     atomic_write(run / CARD, lambda path: path.write_text(card, encoding="utf-8"))

@@ -106,7 +106,7 @@ def test_empty_lists_are_rows_without_a_target(model: PreTrainedModel) -> None:
         (arrow([GOOD, {"input_ids": None, "labels": None}]), ValueError, "s, got null in 1 rows"),
         ([tiny.named([1.5, 2], [1, 2])], ValueError, r"row 0: expected input_ids as"),  # type: ignore[list-item]
         ([{"input_ids": [[1, 2]], "labels": [1, 2]}], ValueError, "input_ids as one list"),
-        ({"a": [GOOD], "b": []}, ValueError, r"train_dataset\['b'\]: expected at least one row"),
+        ({"a": [GOOD], "b": []}, TypeError, "train_dataset: expected one data set, got dict"),
     ],
 )  # fmt: skip
 def test_what_is_no_data_set(

@@ -37,6 +37,14 @@ def _in_the_main_thread() -> None:
     assert threading.current_thread() is threading.main_thread()
 
 
+@pytest.fixture(autouse=True)
+def _listening() -> Iterator[None]:
+    """A job in the background begins with SIGINT ignored, and what it starts ignores it, too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def words(toy_model: Path, toy_data: Path) -> list[str]:
     return ["--model", str(toy_model), "--data", str(toy_data), *QUIET]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -163,7 +164,14 @@ def test_the_loss_workspace_is_what_the_loss_holds(tmp_path: Path) -> None:
             {"memory": "lean", "mlp_tile_tokens": 128},
             {"lora_rank": 4, "lora_targets": ["q_proj", "up_proj"]},
         ),
-        (llama(num_hidden_layers=5), {"optim": "adamw_torch_8bit", "bf16": True}, {}),
+        pytest.param(
+            llama(num_hidden_layers=5),
+            {"optim": "adamw_torch_8bit", "bf16": True},
+            {},
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec("torchao") is None, reason="needs torchao"
+            ),
+        ),
         (
             llama(num_hidden_layers=5),
             {"activation_checkpointing": True, "activation_offload": True},

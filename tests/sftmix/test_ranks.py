@@ -209,6 +209,7 @@ def test_what_is_not_supported_is_refused(where: str, name: str, value: Any, exp
         world_size=2,
         save_on_each_node=False,
         fsdp=False,
+        checkpoints_activations=False,
         device=torch.device("cpu"),
     )
     parts["accelerator"] = SimpleNamespace(

@@ -184,7 +184,10 @@ DAMAGED: dict[str, tuple[Edit, str]] = {
     "a type that is no text": (config(model_type=3), "MODEL/config.json is of type 3"),
     "text for a number": (config(hidden_size="eight"), "the config in MODEL cannot be loaded: "),
     "heads that do not divide": (config(num_attention_heads=3), "the config in MODEL cannot be"),
-    "an unknown function": (config(hidden_act="nonsense"), "the model in MODEL cannot be loaded: "),
+    "an unknown function": (
+        config(hidden_act="nonsense"),
+        "the config in MODEL cannot be loaded: ",
+    ),
     "an unknown dtype": (config(dtype="float99"), "the config in MODEL cannot be loaded: "),
     "an encoder and a decoder": (
         config(model_type="t5"),

@@ -92,7 +92,7 @@ def command(model: Path, partition: Path, toy_data: Path) -> list[str]:
     words = ["train", "--model", str(model), "--data", str(toy_data), "--partition", str(partition)]
     words += ["--use_cpu", "true", "--disable_tqdm", "true", "--learning_rate", "0.01"]
     words += ["--save_strategy", "steps", "--save_steps", "3", "--logging_steps", "2"]
-    return words
+    return [*words, "--max_length", "256"]
 
 
 def forked(plan: list[tuple[list[str], tuple[str, int] | None]]) -> list[tuple[int, list[str]]]:

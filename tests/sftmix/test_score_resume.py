@@ -107,7 +107,7 @@ def command(tmp_path_factory: pytest.TempPathFactory, toy_model: Path, toy_data:
     tokenizer.save_pretrained(folder)
     words = ["score", "--model", str(folder), "--data", str(toy_data), "--use_cpu", "true"]
     words += ["--disable_tqdm", "true", "--learning_rate", "0.01", "--num_scorings", "3"]
-    return words
+    return [*words, "--max_length", "256"]
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,6 @@ def test_a_row_that_changed_is_refused(
     lines[7] = json.dumps({**row, "answer": row["answer"].swapcase()})
     changed = tmp_path / "changed.jsonl"
     changed.write_text("\n".join(lines))
-    assert train(weak, changed, tmp_path / "run") == 1
+    assert train(weak, changed, tmp_path / "run") == 2
     assert "the data changed after scoring: example 7 " in capsys.readouterr().err
     assert not (tmp_path / "run" / "config.json").exists()
