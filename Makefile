@@ -19,11 +19,11 @@ bench: OUT ?= runs/bench-$(NOW)
 bench-quick: OUT ?= runs/bench-quick-$(NOW)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-isa test-versions lint types bench bench-quick results clean
+.PHONY: help demo test test-all test-isa test-versions lint types bench bench-quick results clean
 
 help:
 	@echo "make demo    SFTMix on a small model; results in runs/demo-DATE (OUT=... to choose)"
-	@echo "make test    all tests that this machine can run"
+	@echo "make test    the tests that this machine can run; make test-all   the slow ones, too"
 	@echo "make test-isa   what computes, capped to plain x86-64, to AVX2, and on the machine's own"
 	@echo "make test-versions   beside the oldest and newest torch, and the newest of Hugging Face"
 	@echo "make lint    ruff and clang-format"
@@ -45,7 +45,12 @@ test: $(READY)
 	if "$(PYTHON)" -c "import triton" 2>/dev/null; then \
 		TRITON_INTERPRET=1 $(PYTEST) -m interpret tests/sftmix_kernels tests/benchmarks; fi
 	$(MAKE) --no-print-directory test-isa-default ISA_TESTS="$(ISA_FEW)"
-	$(PYTEST)
+	$(PYTEST) $(NOT_SLOW)
+
+# What takes long beside what it tells: `make test-all` runs it, too.
+NOT_SLOW := -m "not slow"
+test-all: $(READY)
+	$(MAKE) --no-print-directory test NOT_SLOW=
 
 # Arithmetic differs by instruction set, and so may what holds by chance. PyTorch's own kernels, and
 # the extension's with them, are capped by the first variable, oneDNN and MKL by the others.

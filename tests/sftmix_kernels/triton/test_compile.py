@@ -84,7 +84,11 @@ def faults(program: Program) -> list[str]:
     return [fault for fault, holds in rules.items() if not holds]
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+# Two chips tell what all four do: the others' compilers are slow.
+@pytest.mark.parametrize(
+    "chip",
+    [pytest.param(chip, marks=[pytest.mark.slow] if chip > 90 else []) for chip in CHIPS],
+)
 @pytest.mark.parametrize(
     "case", [pytest.param(case, id=f"{case.launch.func.__name__}, {case.name}") for case in CASES]
 )
