@@ -123,7 +123,16 @@ def make_inputs(folder: Path) -> None:
 def commands(folder: Path) -> list[Command]:
     """`score`, and `train` on its partition."""
     common = ["--model", str(folder / "model"), "--data", str(folder / "rows.jsonl")]
-    common += ["--use_cpu", "true", "--disable_tqdm", "true", "--learning_rate", "0.01"]
+    common += [
+        "--max_length",
+        "256",
+        "--use_cpu",
+        "true",
+        "--disable_tqdm",
+        "true",
+        "--learning_rate",
+        "0.01",
+    ]
     saves = ["--save_strategy", "steps", "--save_steps", "3", "--logging_steps", "2"]
     partition = ["--partition", str(folder / "score" / "confidence.parquet")]
     held_out = ["--num_train_epochs", "2", "--eval_data", str(folder / "held-out.jsonl")]

@@ -165,7 +165,7 @@ def test_an_error_is_told_once_and_ends_all_ranks(both: Both) -> None:
     assert second["both"] == "RankError: rank 0: rank 0 cannot"
     assert first["second"] == "RankError: rank 1: rank 1 cannot"
     assert second["second"] == "OSError: rank 1 cannot"
-    assert first["folder"].startswith("ValueError: path: ")
+    assert first["folder"].startswith("ValueError: output: ")
     assert second["folder"] == f"RankError: rank 0: {first['folder'].removeprefix('ValueError: ')}"
     assert first["none"] == second["none"] == "no error"
     assert first["main"] == second["main"] == 0
