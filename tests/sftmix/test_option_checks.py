@@ -131,7 +131,7 @@ NAN, INF = float("nan"), float("inf")
         ("warmup_steps", -1, "at least 0"),
         ("warmup_steps", 2.5, "a whole number of steps"),
         ("warmup_steps", NAN, "a finite number"),
-        ("num_train_epochs", INF, "a number above 0"),
+        ("num_train_epochs", INF, "a finite number above 0"),
         ("neftune_noise_alpha", -3.0, "a number above 0"),
         ("seed", -1, "at least 0 and below 4294967296"),
         ("seed", 2**32, "at least 0 and below 4294967296"),
