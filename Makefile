@@ -59,15 +59,17 @@ CAP_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCT
 CAP_own :=
 
 ISA_TESTS = tests/sftmix_kernels tests/benchmarks/test_bench_perplexity.py $(patsubst \
-	%,tests/sftmix/test_%.py,backbone families head layouts methods peft scoring stand_in \
-	tiled_mlp trainer trainer_options trl)
+	%,tests/sftmix/%.py,model/test_one_by_one model/test_families model/test_head \
+	model/test_stand_in model/test_tiled_mlp pairs/test_layouts training/test_methods \
+	training/test_peft training/test_scoring training/test_trainer training/test_trainer_options \
+	integrations/test_trl)
 # A few for the gate: the fold, an op and the trainer's gradients.
 ISA_FEW = $(addprefix tests/sftmix_kernels/test_online_softmax.py::,\
 		test_two_chunks_give_the_loss test_the_loops_are_capped_as_pytorchs_kernels_are \
 		test_a_thousand_terms_are_not_added_up_one_after_another) \
 	tests/sftmix_kernels/test_mixup_loss.py::test_every_dtype_and_option \
-	tests/sftmix/test_layouts.py::test_every_layout_gives_the_loss_and_gradients_of_examples_alone \
-	tests/sftmix/test_trainer.py::test_ntp_and_mu_0_are_the_same_training
+	tests/sftmix/pairs/test_layouts.py::test_every_layout_gives_the_loss_and_gradients_of_examples_alone \
+	tests/sftmix/training/test_trainer.py::test_ntp_and_mu_0_are_the_same_training
 
 test-isa: test-isa-default $(if $(shell grep -m1 -o avx2 /proc/cpuinfo),test-isa-avx2) test-isa-own
 

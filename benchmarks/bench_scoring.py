@@ -41,7 +41,7 @@ class Task(NamedTuple):
     """A model in eval mode and what it is to score."""
 
     model: Any
-    head: Any  # sftmix.head.HeadAdapter
+    head: Any  # sftmix.model.head.HeadAdapter
     examples: Any  # datasets.Dataset
     collator: Callable[[list[Any]], dict[str, Tensor]]
     batches: list[Tensor]  # tokens of the batches that ours scores, collated beforehand
@@ -54,13 +54,13 @@ def make_task(data: Path, rows: int, folder: Path, device: str = "cpu") -> Task:
     A row that cannot be read is left out; the first rows come again where there are too few.
     """
     # Not at the top, here and in `ours`: the package needs what the other suites do without.
-    from sftmix.arguments import RunArguments
-    from sftmix.data import IGNORED_LABEL
-    from sftmix.head import HeadAdapter
-    from sftmix.loading import load_data, load_model, load_tokenizer
-    from sftmix.scoring import batches_by_length, score_examples, sequence_lengths
+    from sftmix.conventions import IGNORE_INDEX
+    from sftmix.model.head import HeadAdapter
+    from sftmix.recipe.arguments import RunArguments
+    from sftmix.recipe.loading import load_data, load_model, load_tokenizer
     from sftmix.toy import build_toy_model
-    from sftmix.trainer import make_collator
+    from sftmix.training.scoring import batches_by_length, score_examples, sequence_lengths
+    from sftmix.training.trainer import make_collator
 
     files = [str(data)]
     build_toy_model(folder, files, max_length=MAX_LENGTH, on_bad_row="skip")
@@ -79,13 +79,13 @@ def make_task(data: Path, rows: int, folder: Path, device: str = "cpu") -> Task:
         "examples": len(examples),
         "distinct_examples": len(set(examples["id"])),
         "tokens": sum(lengths),
-        "response_tokens": sum(label != IGNORED_LABEL for label in labels),
+        "response_tokens": sum(label != IGNORE_INDEX for label in labels),
     }
     return Task(model, HeadAdapter(model), examples, collator, batches, sizes)
 
 
 def ours(task: Task) -> Tensor:  # (S,) float64: sum of losses
-    from sftmix.scoring import score_examples
+    from sftmix.training.scoring import score_examples
 
     scores = score_examples(
         task.model, task.head, task.examples, collator=task.collator, disable_progress=True

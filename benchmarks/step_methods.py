@@ -27,8 +27,9 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.models.llama import modeling_llama
 
 from sftmix import SFTMixConfig, SFTMixTrainer
-from sftmix.head import without_peft
-from sftmix.pairing import IGNORE_INDEX, PairedCollator
+from sftmix.conventions import IGNORE_INDEX
+from sftmix.model.head import without_peft
+from sftmix.pairs.collator import PairedCollator
 
 from .group import Group
 

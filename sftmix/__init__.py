@@ -14,7 +14,7 @@ __all__ = ["SFTMixConfig", "SFTMixMixin", "SFTMixTrainer", "__version__", "make_
 def __getattr__(name: str) -> Any:
     # transformers takes seconds to import, which `sftmix --help` need not wait for.
     if name in ("SFTMixConfig", "SFTMixMixin", "SFTMixTrainer", "make_collator"):
-        from sftmix import config, trainer
+        from sftmix.training import config, trainer
 
         return getattr(config if name == "SFTMixConfig" else trainer, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

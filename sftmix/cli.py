@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from sftmix import __version__
-from sftmix.interrupts import Interrupted, handled
+from sftmix.runs.interrupts import Interrupted, handled
 
 COMMANDS = {
     "score": "score every example during one epoch and split at the median",
@@ -92,9 +92,9 @@ def _main(words: list[str]) -> int:
         print(f"sftmix: error: no command {command!r}\n\n{usage()}", file=sys.stderr)
         return 2
     # A command's module brings transformers with it, which takes seconds to import.
-    module = importlib.import_module(f"sftmix.{command}")
-    from sftmix.failures import FAILED, USER_ERRORS, exit_code, printable
-    from sftmix.ranks import RankError
+    module = importlib.import_module(f"sftmix.commands.{command}")
+    from sftmix.runs.failures import FAILED, USER_ERRORS, exit_code, printable
+    from sftmix.runs.ranks import RankError
 
     try:
         code: int | None = module.main(words[1:])

@@ -34,10 +34,10 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from sftmix.config import SFTMixConfig
-from sftmix.head import HeadAdapter
-from sftmix.objective import MODEL_INPUTS, BatchLoss, batch_counts, batch_loss
-from sftmix.pairing import PairedCollator
+from sftmix.model.head import HeadAdapter
+from sftmix.pairs.collator import PairedCollator
+from sftmix.training.config import SFTMixConfig
+from sftmix.training.objective import MODEL_INPUTS, BatchLoss, batch_counts, batch_loss
 
 HEADING = """# Models
 

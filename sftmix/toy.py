@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sftmix import demo_data
 from sftmix.cli import as_typed
-from sftmix.data import OnBadRow, load_examples
-from sftmix.failures import OneMessage
-from sftmix.templates import PLAIN_TEMPLATE
+from sftmix.data.examples import OnBadRow, load_examples
+from sftmix.runs.failures import OneMessage
+from sftmix.templates.chat import PLAIN_TEMPLATE
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 

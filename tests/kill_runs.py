@@ -30,12 +30,12 @@ from typing import Any
 
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-import sftmix.score
-import sftmix.scoring
-import sftmix.train
-from sftmix.checkpoints import fault, list_checkpoints
+import sftmix.commands.score
+import sftmix.commands.train
+import sftmix.training.scoring
 from sftmix.cli import main as sftmix_main
-from sftmix.runs import TEMPORARY_PREFIX
+from sftmix.runs.checkpoints import fault, list_checkpoints
+from sftmix.runs.folders import TEMPORARY_PREFIX
 from sftmix.toy import build_toy_model
 
 WORDS = ["one", "two", "three", "four", "five", "apple", "owl", "heron", "boat", "lantern"]
@@ -95,7 +95,7 @@ def run(command: Command, folder: Path, *, resume: bool) -> int:
     """Starts the command in a process of its own."""
 
     def action() -> int:
-        sftmix.scoring.SAVE_SECONDS = 0.0  # a saving of the progress after every batch
+        sftmix.training.scoring.SAVE_SECONDS = 0.0  # a saving of the progress after every batch
         more = ["--output", str(folder), *(["--resume"] if resume else [])]
         return sftmix_main([*command.words, *more])
 

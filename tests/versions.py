@@ -29,11 +29,23 @@ SETS = {
     "newest": ["transformers", "trl", "peft", "datasets", "accelerate"],
 }
 # What touches torch's, transformers', trl's, peft's or datasets' own code.
-FILES = (
-    "backbone checkpoints data families head layouts lora memory_options methods peft scoring "
-    "tiled_mlp trainer trainer_options trl trl_options"
-)
-TESTS = ["tests/sftmix_kernels", *(f"tests/sftmix/test_{name}.py" for name in FILES.split(" "))]
+FILES = {
+    "data": "examples",
+    "integrations": "trl trl_options",
+    "model": "families head one_by_one tiled_mlp",
+    "pairs": "layouts",
+    "recipe": "lora",
+    "runs": "checkpoints",
+    "training": "memory_options methods peft scoring trainer trainer_options",
+}
+TESTS = [
+    "tests/sftmix_kernels",
+    *(
+        f"tests/sftmix/{room}/test_{name}.py"
+        for room, names in FILES.items()
+        for name in names.split(" ")
+    ),
+]
 
 
 def requirements() -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import peak_extra_bytes
-from sftmix.config import SFTMixConfig
+from sftmix.training.config import SFTMixConfig
 from sftmix_kernels import RowChunks, fused_sftmix_loss
 from sftmix_kernels.peaks import BOTH, Shape, chunk_bytes, cpu_chunk_bytes, kept_bytes
 

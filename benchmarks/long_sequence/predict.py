@@ -8,8 +8,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig
 
 from sftmix import SFTMixConfig
-from sftmix.arguments import RunArguments
 from sftmix.plan import plan_step
+from sftmix.recipe.arguments import RunArguments
 
 from .runs import OF_BATCH, PREDICTION, Run
 from .settings import CPU, MODES

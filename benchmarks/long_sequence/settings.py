@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from benchmarks.step_methods import DENSE, DENSE_NTP, MODELS, OURS, QUICK, ModelSize
-from sftmix.config import CHECKPOINTING, LEAN_TILE_TOKENS
+from sftmix.training.config import CHECKPOINTING, LEAN_TILE_TOKENS
 
 
 class Subject(NamedTuple):

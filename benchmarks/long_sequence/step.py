@@ -18,9 +18,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from benchmarks.step_methods import DENSE, DENSE_NTP, MU, DenseSFTMixTrainer, make_model
 from sftmix import SFTMixConfig, SFTMixTrainer
-from sftmix.arguments import RunArguments
-from sftmix.lora import add_lora
-from sftmix.pairing import IGNORE_INDEX, PairedCollator
+from sftmix.conventions import IGNORE_INDEX
+from sftmix.pairs.collator import PairedCollator
+from sftmix.recipe.arguments import RunArguments
+from sftmix.recipe.lora import add_lora
 
 from .settings import MODES, Subject
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from sftmix.comparison import LEVEL, Comparison, compare
+from sftmix.report.comparison import LEVEL, Comparison, compare
 
 from .settings import BASELINE, SYSTEMS
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sftmix.head import HeadAdapter
-from sftmix.pairing import PairedCollator
-from sftmix.partition import from_scores
-from sftmix.scoring import batches_by_length, collated, score_examples, sequence_lengths
+from sftmix.model.head import HeadAdapter
+from sftmix.pairs.collator import PairedCollator
+from sftmix.pairs.partition import from_scores
+from sftmix.training.scoring import batches_by_length, collated, score_examples, sequence_lengths
 
 BINS = 15
 MAX_TOKENS = 4096  # of a batch: 4096 x V logits are held

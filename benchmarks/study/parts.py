@@ -17,8 +17,8 @@ import datasets
 import numpy as np
 
 from sftmix import demo_data
-from sftmix.data import Example, load_examples
-from sftmix.tokenizing import tokenize_examples
+from sftmix.data.examples import Example, load_examples
+from sftmix.templates.tokenizing import tokenize_examples
 
 from .settings import Sizes
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.readme import replace_block
 from benchmarks.report import table
-from sftmix.comparison import Comparison
+from sftmix.report.comparison import Comparison
 
 from .findings import (
     MEASURES,

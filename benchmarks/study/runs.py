@@ -14,15 +14,15 @@ import torch
 from transformers import PrinterCallback
 
 from benchmarks.measure import cpu_name, git_commit
-from sftmix.arguments import RunArguments, ScoreConfig
-from sftmix.config import SFTMixConfig
-from sftmix.loading import load_model, load_tokenizer
-from sftmix.manifest import versions
-from sftmix.partition import Partition, from_scores, split
-from sftmix.runs import write_json
-from sftmix.score import reference_trainer
+from sftmix.pairs.partition import Partition, from_scores, split
+from sftmix.recipe.arguments import RunArguments
+from sftmix.recipe.loading import load_model, load_tokenizer
+from sftmix.recipe.manifest import versions
+from sftmix.runs.folders import write_json
 from sftmix.toy import build_toy_model
-from sftmix.trainer import SFTMixTrainer, make_collator
+from sftmix.training.config import ScoreConfig, SFTMixConfig
+from sftmix.training.reference import reference_trainer
+from sftmix.training.trainer import SFTMixTrainer, make_collator
 
 from .measures import on_held_out, on_training_data
 from .parts import Parts, Source, as_tokens, draw, write_messages

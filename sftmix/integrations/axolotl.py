@@ -22,12 +22,12 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 from transformers import Trainer
 
-from sftmix.config import OF_MIXUP, SFTMixOptions
-from sftmix.data import content_hash
+from sftmix.data.examples import content_hash
 from sftmix.integrations.tokens import has_targets, named_rows
-from sftmix.pairing import PairedCollator
-from sftmix.partition import Partition, read_partition, take
-from sftmix.trainer import SFTMixMixin, make_collator
+from sftmix.pairs.collator import PairedCollator
+from sftmix.pairs.partition import Partition, read_partition, take
+from sftmix.training.config import OF_MIXUP, SFTMixOptions
+from sftmix.training.trainer import SFTMixMixin, make_collator
 
 HERE = "sftmix.integrations.axolotl"
 OF_MEMORY = ("memory", "mlp_tile_tokens", "activation_offload", "loss_max_bytes")

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from sftmix.pairing import IGNORE_INDEX
+from sftmix.conventions import IGNORE_INDEX
 
 
 def has_targets(prepared: datasets.Dataset) -> np.ndarray[Any, Any]:

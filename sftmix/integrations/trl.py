@@ -17,15 +17,15 @@ import numpy as np
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from sftmix.config import SFTMixOptions
-from sftmix.data import content_hash
-from sftmix.head import HeadAdapter, without_peft
+from sftmix.data.examples import content_hash
 from sftmix.integrations.tokens import has_targets, named_rows
-from sftmix.pairing import PairedCollator
-from sftmix.partition import Partition, from_scores, match, read_partition
-from sftmix.pools import Confident, chosen
-from sftmix.score import finished_scores, score_while_training
-from sftmix.trainer import SFTMixMixin
+from sftmix.model.head import HeadAdapter, without_peft
+from sftmix.pairs.collator import PairedCollator
+from sftmix.pairs.partition import Partition, from_scores, match, read_partition
+from sftmix.pairs.pools import Confident, chosen
+from sftmix.training.config import SFTMixOptions
+from sftmix.training.reference import finished_scores, score_while_training
+from sftmix.training.trainer import SFTMixMixin
 
 # Options of TRL that the loss, the pairs or the collator would not heed, and what they must be.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {

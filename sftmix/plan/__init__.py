@@ -4,10 +4,9 @@
 - `step`: the real step under such a trace; `attention`, `tiles` and `optimizer` stand for what is
   not PyTorch's own or would take long, `moments` tells where in the step the peak is
 - `search`: the largest length that fits
-- `command`: the options, the switches and the advice; `table` writes them
+- `planned`: the options, the switches and the advice; `table` writes them
 """
 
-from sftmix.plan.command import ARGUMENTS, main
 from sftmix.plan.step import Plan, plan_step
 
-__all__ = ["ARGUMENTS", "Plan", "main", "plan_step"]
+__all__ = ["Plan", "plan_step"]

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sftmix.head import HeadAdapter
+from sftmix.model.head import HeadAdapter
 from sftmix.plan.trace import LOSS, MemoryTrace
 
 FORWARD, OF_LOSS, BACKWARD, UPDATE = "forward", "loss", "backward", "optimizer"

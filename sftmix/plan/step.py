@@ -26,11 +26,7 @@ from torch._subclasses.fake_tensor import (
 )
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from sftmix.arguments import RunArguments
-from sftmix.config import CHECKPOINTING, MIXED, SFTMixConfig
-from sftmix.head import HeadAdapter
-from sftmix.lora import add_lora
-from sftmix.objective import batch_counts, batch_loss
+from sftmix.model.head import HeadAdapter
 from sftmix.plan.attention import planned_implementation
 from sftmix.plan.moments import BACKWARD, FORWARD, UPDATE, decoder_layers, name_moments
 from sftmix.plan.optimizer import planned_optimizer, trained
@@ -43,7 +39,11 @@ from sftmix.plan.trace import (
     MemoryTrace,
     saved_on_host,
 )
-from sftmix.trainer import make_collator
+from sftmix.recipe.arguments import RunArguments
+from sftmix.recipe.lora import add_lora
+from sftmix.training.config import CHECKPOINTING, MIXED, SFTMixConfig
+from sftmix.training.objective import batch_counts, batch_loss
+from sftmix.training.trainer import make_collator
 from sftmix_kernels import RowChunks, VocabTiles
 from sftmix_kernels.peaks import op_products, op_workspace
 

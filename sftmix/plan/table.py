@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 from transformers import PretrainedConfig
 
+from sftmix.plan.planned import Planned, Row
 from sftmix.plan.step import Plan
 from sftmix.plan.trace import PARTS
-
-if TYPE_CHECKING:
-    from sftmix.plan.command import Planned
 
 GIB, KIB = 2**30, 2**10
 NOT_COUNTED = (
@@ -22,21 +17,6 @@ ROUNDED = (
     "--dtype bfloat16 without LoRA loses small updates unless they are rounded at random,\n"
     "--optim adamw_torch_8bit --optim_args bf16_stochastic_round=True: docs/memory.md"
 )
-
-
-@dataclass(frozen=True)
-class Row:
-    """A switch that is off, and what it would do; an ``error`` where it cannot be turned on."""
-
-    says: str
-    same: bool  # results stay the same up to rounding
-    peak: int = 0
-    host: int = 0
-    per_token: float = 0.0
-    saved: float = 0.0  # bytes less for one more token
-    work: float = 0.0  # matrix products, as a share of those without it
-    largest: int | None = None
-    error: str = ""
 
 
 def report(

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sftmix.head import without_peft
+from sftmix.model.head import without_peft
+from sftmix.model.tiled_mlp import TiledMLP, circumstances, mlps, tile_gradients, tiled_forward
 from sftmix.plan.trace import active_trace
-from sftmix.tiled_mlp import TiledMLP, circumstances, mlps, tile_gradients, tiled_forward
 
 TILES = 2
 

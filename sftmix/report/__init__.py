@@ -4,21 +4,19 @@
 - `tables`: the comparison, the paper's figures, what differs, recipes
 - `curves`, `confidence`, `mixing`, `representations`: the pictures, drawn by `drawing`
 - `measured`: one scoring of the same examples under the model before and after training
-- `command`: puts them together; `page` writes the file
+- `assembly`: puts them together; `page` writes the file
 
 Nothing here imports torch or matplotlib before it is needed.
 """
 
-from sftmix.report.command import OPTIONS, main, report_runs
+from sftmix.report.assembly import report_runs
 from sftmix.report.drawing import require_plots
 from sftmix.report.page import Page, Section, Table, write_page
 
 __all__ = [
-    "OPTIONS",
     "Page",
     "Section",
     "Table",
-    "main",
     "report_runs",
     "require_plots",
     "write_page",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sftmix.partition import CONFIDENT, Partition
+from sftmix.pairs.partition import CONFIDENT, Partition
 from sftmix.report.drawing import (
     COLOURS,
     INK,

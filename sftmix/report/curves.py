@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sftmix.partition import CONFIDENT, UNCONFIDENT
+from sftmix.pairs.partition import CONFIDENT, UNCONFIDENT
 from sftmix.report.drawing import Picture, colour, draw, legend_above
 from sftmix.report.runs import Group
 

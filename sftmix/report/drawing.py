@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from markupsafe import Markup
 
-from sftmix.partition import CONFIDENT, UNCONFIDENT
+from sftmix.pairs.partition import CONFIDENT, UNCONFIDENT
 
 if TYPE_CHECKING:  # an optional extra
     from matplotlib.axes import Axes

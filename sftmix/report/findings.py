@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sftmix.partition import Partition
+from sftmix.pairs.partition import Partition
 from sftmix.report import confidence, tables
 from sftmix.report.drawing import LeftOut, attempt
 from sftmix.report.runs import Group, Run, find_partition, grouped

@@ -23,18 +23,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from sftmix.arguments import RunArguments
-from sftmix.data import Example, data_hash, load_examples
-from sftmix.head import HeadAdapter
-from sftmix.loading import load_model, load_tokenizer, load_trained_model
-from sftmix.partition import Partition, from_scores, read_partition, write_partition
+from sftmix.data.examples import Example, data_hash, load_examples
+from sftmix.model.head import HeadAdapter
+from sftmix.pairs.partition import Partition, from_scores, read_partition, write_partition
+from sftmix.recipe.arguments import RunArguments
+from sftmix.recipe.loading import load_model, load_tokenizer, load_trained_model
 from sftmix.report.representations import places_of
 from sftmix.report.runs import Run
-from sftmix.runs import atomic_write, lock_run
-from sftmix.scoring import score_examples
-from sftmix.templates import set_template_date
-from sftmix.tokenizing import tokenize_examples
-from sftmix.trainer import make_collator
+from sftmix.runs.folders import atomic_write, lock_run
+from sftmix.templates.chat import set_template_date
+from sftmix.templates.tokenizing import tokenize_examples
+from sftmix.training.scoring import score_examples
+from sftmix.training.trainer import make_collator
 from sftmix_kernels import StreamingPerplexity
 
 logger = logging.getLogger(__name__)

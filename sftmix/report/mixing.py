@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from sftmix.data import data_hash
-from sftmix.partition import Partition
+from sftmix.data.examples import data_hash
+from sftmix.pairs.partition import Partition
 from sftmix.report.drawing import COLOURS, INK, Picture, draw, legend_above, subset_colours
 from sftmix.report.runs import Run
 
 if TYPE_CHECKING:  # an optional extra
     from matplotlib.axes import Axes
 
-    from sftmix.pairing import PairedSampler
+    from sftmix.pairs.sampling import PairedSampler
 
 LENGTH_BINS = 8
 
@@ -54,8 +54,8 @@ class Drawn:
 
 def paired_sampler(run: Run, partition: Partition) -> PairedSampler:
     """What a run drew its pairs with; the partition is in the order of its data."""
-    from sftmix.pairing import PairedSampler  # brings torch
-    from sftmix.pools import pools_of
+    from sftmix.pairs.pools import pools_of
+    from sftmix.pairs.sampling import PairedSampler
 
     pools = pools_of(partition, run.recipe.get("pairing", "outer"))
     in_batch = run.recipe.get("lambda_scope") == "batch"

@@ -9,7 +9,7 @@ from pathlib import Path
 import jinja2
 
 from sftmix.report.drawing import LeftOut, Picture
-from sftmix.runs import atomic_write
+from sftmix.runs.folders import atomic_write
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sftmix.partition import Partition, partition_hash, read_partition
+from sftmix.conventions import EVALUATION, MANIFEST, PARTITION, TRAINER_STATE
+from sftmix.pairs.partition import Partition, partition_hash, read_partition
 
-MANIFEST, STATE, EVALUATION = "manifest.json", "trainer_state.json", "evaluation.json"
-PARTITION = "confidence.parquet"
 CONFIGS = ("config.json", "adapter_config.json")  # written last of a final model
 # Of a manifest, not of the recipe.
 NOT_RECIPE = ("versions", "files", "split", "parts")
@@ -173,7 +172,9 @@ def read_run(folder: Path, name: str | None = None) -> Run:
             )
     state = _state(folder)
     metrics, limits = _evaluation(folder / EVALUATION)
-    finished = (folder / STATE).exists() and any((folder / config).exists() for config in CONFIGS)
+    finished = (folder / TRAINER_STATE).exists() and any(
+        (folder / config).exists() for config in CONFIGS
+    )
     return Run(
         folder,
         name or folder.resolve().name,
@@ -191,11 +192,11 @@ def _state(folder: Path) -> Path | None:
     """The trainer's state: of a finished run, or in the newest checkpoint."""
     numbers = {
         int(found[1]): path
-        for path in folder.glob(f"checkpoint-*/{STATE}")
+        for path in folder.glob(f"checkpoint-*/{TRAINER_STATE}")
         if (found := re.fullmatch(r"checkpoint-(\d+)", path.parent.name))
     }
-    if (folder / STATE).exists():
-        return folder / STATE
+    if (folder / TRAINER_STATE).exists():
+        return folder / TRAINER_STATE
     return numbers[max(numbers)] if numbers else None
 
 

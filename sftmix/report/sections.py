@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sftmix.partition import Partition, partition_hash
+from sftmix.pairs.partition import Partition, partition_hash
 from sftmix.report import confidence, curves, mixing, representations, tables
 from sftmix.report.drawing import LeftOut, Picture, attempt, colour
 from sftmix.report.findings import Findings

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sftmix.comparison import LEVEL, Comparison, compare
-from sftmix.paper import ROWS, PaperRow
+from sftmix.report.comparison import LEVEL, Comparison, compare
 from sftmix.report.page import Table
+from sftmix.report.paper import ROWS, PaperRow
 from sftmix.report.runs import (
     METHODS,
     Group,

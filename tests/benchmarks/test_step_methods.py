@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama import modeling_llama
 
-import sftmix.objective
+import sftmix.training.objective
 from benchmarks.group import Group
 from benchmarks.step_methods import (
     DENSE,
@@ -75,7 +75,7 @@ def wrong_gradient(hidden: Tensor, *args: Any, **options: Any) -> Any:
 
 @pytest.mark.parametrize("wrong", [wrong_mu, wrong_gradient])
 def test_a_wrong_method_is_caught(monkeypatch: pytest.MonkeyPatch, wrong: Any) -> None:
-    monkeypatch.setattr(sftmix.objective, "fused_sftmix_loss", wrong)
+    monkeypatch.setattr(sftmix.training.objective, "fused_sftmix_loss", wrong)
     found = check(TINY, "cpu", Group())
     assert found[OURS] > limit(OURS, "cpu")
     assert found[DENSE] == 0

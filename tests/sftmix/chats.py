@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sftmix.data import Example
+from sftmix.data.examples import Example
 
 _TURN = "im_start im_end start_header_id end_header_id eot_id end endoftext user assistant system"
 _CHANNELS = "observation start message channel return call start_of_role end_of_role end_of_text"

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import Trainer
 
 from sftmix.cli import main
-from sftmix.ranks import rank
+from sftmix.runs.ranks import rank
 
 OWN = Trainer.training_step
 

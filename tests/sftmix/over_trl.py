@@ -14,8 +14,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, PrinterCallback
 
 from sftmix.integrations.trl import SFTMixSFTConfig, SFTMixSFTTrainer
-
-from . import tiny
+from tests.sftmix import tiny
 
 
 def options(folder: Path, size: int, **changes: Any) -> dict[str, Any]:

@@ -31,12 +31,13 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import TrainerCallback
 
-from sftmix import families, interrupts
-from sftmix.checkpoints import list_checkpoints
-from sftmix.head import HeadAdapter
-from sftmix.objective import batch_counts, batch_loss
-from sftmix.pairing import PairedCollator
-from sftmix.ranks import (
+from sftmix import families
+from sftmix.commands.train import finish
+from sftmix.model.head import HeadAdapter
+from sftmix.pairs.collator import PairedCollator
+from sftmix.runs import interrupts
+from sftmix.runs.checkpoints import list_checkpoints
+from sftmix.runs.ranks import (
     RankError,
     is_main,
     num_ranks,
@@ -46,12 +47,11 @@ from sftmix.ranks import (
     summed,
     together,
 )
-from sftmix.scoring import ScoringCallback, score_examples
-from sftmix.train import finish
-from sftmix.trainer import SFTMixTrainer
+from sftmix.training.objective import batch_counts, batch_loss
+from sftmix.training.scoring import ScoringCallback, score_examples
+from sftmix.training.trainer import SFTMixTrainer
 from sftmix_kernels import StreamingPerplexity
-
-from . import over_trl, tiny
+from tests.sftmix import over_trl, tiny
 
 RANKS = 2
 Found = dict[str, Any]

@@ -12,8 +12,8 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
-from sftmix.config import SFTMixConfig
-from sftmix.trainer import SFTMixTrainer, make_collator
+from sftmix.training.config import SFTMixConfig
+from sftmix.training.trainer import SFTMixTrainer, make_collator
 from sftmix_kernels.budget import budget, rms
 
 VOCABULARY = 64

@@ -1,0 +1,53 @@
+"""`sftmix plan`: the memory of a training step, before there is a GPU to run it on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from sftmix.plan.planned import (
+    SWITCHES,
+    PlanArguments,
+    PlanConfig,
+    Planned,
+    Row,
+    advised,
+    memory_of,
+    row_of,
+)
+from sftmix.plan.table import report
+
+# The exit code, another than that of a wrong option.
+DOES_NOT_FIT = 3
+
+
+ARGUMENTS = (PlanArguments, PlanConfig)
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command; `DOES_NOT_FIT` where the step does not.
+
+    Raises:
+        ValueError: what `plan_step` refuses, or a memory that is no number of bytes.
+        OSError: there is no such model.
+    """
+    planned = Planned(words)
+    memory = memory_of(planned)
+    config = planned.read_config()
+    others = [one for one in SWITCHES if planned.is_off(one)]
+    plan = planned.plan(config, planned.length)
+    rows: list[Row] = []
+    with tqdm(
+        total=1 + len(others), unit="plan", leave=False, disable=planned.options.disable_tqdm
+    ) as bar:
+        longer = planned.plan(config, planned.longer)
+        largest = None if memory is None else planned.largest(config, memory, proven=True)
+        bar.update()
+        for one in others:
+            rows.append(row_of(planned, one, config, memory))
+            bar.update()
+    fits = memory is None or plan.peak <= memory
+    advice = "" if memory is None or fits else advised(planned, config, memory, rows)
+    print(report(planned, config, plan, longer, memory, largest, rows, advice))
+    return 0 if fits else DOES_NOT_FIT

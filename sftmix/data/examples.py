@@ -1,0 +1,211 @@
+"""Examples from files: rows are read, checked and brought to one form.
+
+A file's format is found by its columns:
+
+    messages                          a list of {"role", "content", ...}
+    prompt, completion                two strings, or two lists of messages
+    instruction, [input,] output      three strings; `input` may be missing, null or empty
+    question, answer                  two strings; `context`, where there is one, comes first
+    input_ids, labels                 two lists of integers, -100 where nothing is learnt
+    input_ids, completion_mask        (or assistant_masks, loss_mask) 1 where a token is learnt
+
+The format is the one whose columns are all present in the most rows; on a tie the first in this
+list. What stands beside is read where it has a meaning (`tools`, `system`, `history`, masks),
+refused where that would be lost, and else named once for each file (docs/data.md).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sftmix.data.columns import FORMATS, digest, field, format_of, read_content
+from sftmix.data.messages import BadField, Messages, kind
+from sftmix.data.rows import BadRowError, BadRows, OnBadRow, Row
+from sftmix.data.sources import open_sources
+from sftmix.runs.failures import printable
+
+__all__ = [
+    "BadRowError",
+    "BadRows",
+    "Example",
+    "Messages",
+    "OnBadRow",
+    "content_hash",
+    "data_hash",
+    "load_examples",
+    "rows_by_file",
+]
+
+logger = logging.getLogger(__name__)
+
+NAMES_SHOWN = 20  # columns in a warning; files in a line
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row to learn from: a conversation, or a sequence that is already tokens.
+
+    `id` is the row's number over all files in order, from 0, bad rows counted. `source` is
+    "path:line". `content_hash` is the SHA-256 of what is learnt from, as canonical JSON, so it
+    depends neither on the tokenizer nor on the order of keys. Either `messages` is set, or
+    `input_ids` and `labels` are. Messages have the keys that chat templates read: `role`, `content`
+    and, where the row has them, `reasoning_content`, `thinking`, `tool_calls` and the like.
+    `tools` are the descriptions that a template writes for its tools. `learnt` says of each message
+    whether it carries loss; None: every assistant turn does. `numbers` are those of the columns
+    that were asked for.
+    """
+
+    id: int
+    source: str
+    content_hash: str
+    messages: Messages | None = None
+    tools: list[Any] | None = None
+    learnt: tuple[bool, ...] | None = None
+    input_ids: list[int] | None = None
+    labels: list[int] | None = None
+    numbers: dict[str, float] | None = None
+
+
+def content_hash(row: dict[str, Any]) -> str:
+    """The `Example.content_hash` of a row; of all its columns where it is of no known format."""
+    try:
+        for columns in FORMATS:
+            if all(column in row for column in columns):
+                return read_content(row, columns, Counter()).digest()
+    except BadField:
+        pass
+    return digest(row)
+
+
+def load_examples(
+    data: Sequence[str | Path],
+    *,
+    on_bad_row: OnBadRow = "error",
+    split: str = "train",
+    numbers: Sequence[str] = (),
+    disable_progress: bool | None = False,
+) -> list[Example]:
+    """Read examples from JSON, JSONL and parquet files, folders of them, or `datasets` by name.
+
+    A JSON file holds an array of rows or one row per line. `sources` says how a folder and a
+    name (`someone/name`, `someone/name:config`) are read, and how `split` chooses among what they
+    hold. The formats are those of this module's docstring. `on_bad_row="skip"` leaves bad rows out
+    and logs one warning; another one for each file names columns and fields that are not used.
+    `numbers`: columns besides whose numbers examples keep; a row where one is missing is bad.
+
+    Raises BadRowError for a bad row, with its file, line and reason; FileNotFoundError for a
+    missing file; ValueError for an unknown ending or unknown columns, for a file without rows and
+    where no example is left; TypeError where `data` is a single name.
+    """
+    if isinstance(data, str | Path):
+        raise TypeError(f"data must be a list of files or names, got the single name {data!r}")
+    if not data:
+        raise ValueError("data must name at least one file, got none")
+    bad = BadRows(on_bad_row)
+    bar = functools.partial(tqdm, unit="row", delay=2, disable=disable_progress)
+    examples: list[Example] = []
+    number = 0
+    for name in data:
+        for source, read in open_sources(name, split):
+            rows = list(bar(read, desc=printable(f"Reading {source}")))
+            checking = bar(rows, desc=printable(f"Checking {source}"))
+            examples += _examples(checking, rows, source, number, bad, numbers)
+            number += len(rows)
+    bad.report(number)
+    if not examples:
+        raise ValueError(f"no examples are left: all {number} rows are bad")
+    return examples
+
+
+def rows_by_file(examples: Iterable[Example]) -> str:
+    """One line with the number of examples, altogether and of each file."""
+    counts = Counter(example.source.rpartition(":")[0] for example in examples)
+    files = [f"{file!r} {count:,}" for file, count in counts.items()]
+    more = f", and {len(files) - NAMES_SHOWN} more files" if len(files) > NAMES_SHOWN else ""
+    return f"read {counts.total():,} rows: {', '.join(files[:NAMES_SHOWN])}{more}"
+
+
+def _examples(
+    checking: Iterable[Row],
+    rows: Sequence[Row],
+    source: str,
+    number: int,
+    bad: BadRows,
+    numbers: Sequence[str],
+) -> Iterator[Example]:
+    """The good ones of a file's rows, the first of which is row ``number``."""
+    columns = _columns(rows, source)
+    unused: Counter[str] = Counter()
+    for place, row in enumerate(checking, start=number):
+        try:
+            yield _example(row, columns, place, source, numbers, unused)
+        except BadRowError as error:
+            bad.add(error)
+    if unused:
+        names = [f"{name!r} ({count:,} rows)" for name, count in unused.most_common(NAMES_SHOWN)]
+        more = f" and {len(unused) - NAMES_SHOWN} more" if len(unused) > NAMES_SHOWN else ""
+        logger.warning("%s", printable(f"{source}: not used: {', '.join(names)}{more}"))
+
+
+def _columns(rows: Sequence[Row], source: str) -> tuple[str, ...]:
+    if not rows:
+        raise ValueError(f"{source}: holds no rows")
+    objects = [row.value for row in rows if isinstance(row.value, dict)]
+    if not objects:
+        first = rows[0]
+        reason = first.problem or f"a row must be an object, got {kind(first.value)}"
+        raise BadRowError(source, first.line, f"{reason}; no row of the file can be read")
+    try:
+        return format_of(objects)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def _example(
+    row: Row,
+    columns: tuple[str, ...],
+    number: int,
+    source: str,
+    numbers: Sequence[str],
+    unused: Counter[str],
+) -> Example:
+    try:
+        if row.problem is not None:
+            raise BadField(row.problem)
+        if not isinstance(row.value, dict):
+            raise BadField(f"a row must be an object, got {kind(row.value)}")
+        content = read_content(row.value, columns, unused, numbers)
+        found = {column: _number(row.value, column) for column in numbers}
+    except BadField as error:
+        raise BadRowError(source, row.line, str(error)) from None
+    return Example(
+        id=number,
+        source=f"{source}:{row.line}",
+        content_hash=content.digest(),
+        **vars(content),
+        numbers=found or None,
+    )
+
+
+def _number(row: dict[str, Any], name: str) -> float:
+    value = field(row, name)
+    if type(value) not in (int, float) or value != value:  # a bool is an int to isinstance
+        raise BadField(f"'{name}' must be a number, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise BadField(f"'{name}' is an integer beyond any float") from None
+
+
+def data_hash(content_hashes: Iterable[str]) -> str:
+    """SHA-256 over content hashes in order: equal for equal content in equal order."""
+    return hashlib.sha256("\n".join(content_hashes).encode("ascii")).hexdigest()

@@ -1,0 +1,211 @@
+"""Selections: which rows of the data are scored and learnt from.
+
+    score>=4.5:COLUMN   rows whose number in COLUMN is so (also > <= <): AlpaGasus (Chen et al.
+                        2024, arXiv 2307.08701) keeps what a judge scored at least 4.5
+    longest:1000        the rows with the longest responses (Zhao et al. 2024, arXiv 2402.04833)
+    keys:FILE           rows that FILE allows: data in a format that `examples` reads, matched by
+                        content; or a .txt with the id or the content hash of a row in each line
+
+Several are applied one after another. A row keeps its id, its number in the whole data, so that
+what is known by id stays so. A length is counted in characters of all responses of a row that are
+learnt, so that every tokenizer selects the same rows (ours); that of a row of tokens is its number
+of labels. Of equal lengths the smaller id comes first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sftmix.conventions import IGNORE_INDEX, MANIFEST
+from sftmix.data.examples import Example, load_examples
+from sftmix.data.rows import OnBadRow
+from sftmix.runs.failures import Naming
+from sftmix.runs.folders import read_manifest
+from sftmix.runs.ranks import is_main
+from sftmix.runs.redaction import redacted
+
+COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    ">": operator.gt,
+    "<=": operator.le,
+    "<": operator.lt,
+}
+EXPECTED = "expected score>=NUMBER:COLUMN (or > <= <), longest:NUMBER or keys:FILE"
+
+
+@dataclass(frozen=True)
+class Score:
+    """Keep rows by the number in a column."""
+
+    column: str
+    comparison: str
+    threshold: float
+
+    def __call__(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples whose ``numbers`` hold up."""
+        holds = COMPARISONS[self.comparison]
+        numbers = (one.numbers or {} for one in examples)
+        kept = (holds(number[self.column], self.threshold) for number in numbers)
+        return list(itertools.compress(examples, kept))
+
+
+@dataclass(frozen=True)
+class Longest:
+    """Keep the rows with the longest responses."""
+
+    number: int
+
+    def __call__(self, examples: Sequence[Example]) -> list[Example]:
+        """The ``number`` longest examples, in the order of the data.
+
+        Raises:
+            ValueError: there are fewer, or some are text and some tokens.
+        """
+        if len(examples) < self.number:
+            raise ValueError(
+                f"select: longest:{self.number} of {len(examples)} rows; ask for at most as many"
+            )
+        if len({one.messages is None for one in examples}) > 1:
+            raise ValueError(
+                "select: longest: expected rows of text or rows of tokens, got both, whose lengths "
+                "do not compare"
+            )
+        ranked = sorted(examples, key=lambda one: (-response_length(one), one.id))
+        kept = {one.id for one in ranked[: self.number]}
+        return [one for one in examples if one.id in kept]
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keep the rows on an allow-list."""
+
+    file: str
+    split: str = "train"
+    on_bad_row: OnBadRow = "error"
+
+    def __call__(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples whose id or content hash is on the list; says how many keys were found.
+
+        Raises:
+            ValueError: none of the keys is found, or a line of a .txt is no key.
+            OSError: the file cannot be read.
+        """
+        with Naming("select", other="data"):
+            keys = self.read()
+        found = keys & {key for one in examples for key in (one.id, one.content_hash)}
+        if not found:
+            raise ValueError(f"select: keys:{self.file}: none of {len(keys)} keys is in the data")
+        say(f"found {len(found):,} of {len(keys):,} keys of {self.file}")
+        return [one for one in examples if one.id in found or one.content_hash in found]
+
+    def read(self) -> set[int | str]:
+        """Ids and content hashes."""
+        path = Path(self.file)
+        if path.suffix.lower() == ".txt":
+            try:
+                text = path.read_text(encoding="utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: not valid UTF-8: {error.reason}") from None
+            lines = enumerate(text.splitlines(), start=1)
+            return {_key(line.strip(), f"{path}:{n}") for n, line in lines if line.strip()}
+        rows = load_examples(
+            [self.file], on_bad_row=self.on_bad_row, split=self.split, disable_progress=True
+        )
+        return {row.content_hash for row in rows}
+
+
+Selection = Score | Longest | Keys
+
+
+def parse_selection(
+    text: str, *, split: str = "train", on_bad_row: OnBadRow = "error"
+) -> Selection:
+    """What ``text`` says; ``split`` and ``on_bad_row`` are for reading a file of keys.
+
+    Raises:
+        ValueError: it is none of the forms of this module's docstring.
+    """
+    kind, _, rest = text.partition(":")
+    if match := re.fullmatch(r"score(>=|>|<=|<)(-?\d+(?:\.\d+)?)", kind):
+        if rest:
+            return Score(rest, match[1], float(match[2]))
+    elif kind == "longest" and re.fullmatch(r"[1-9]\d*", rest):
+        return Longest(int(rest))
+    elif kind == "keys" and rest:
+        return Keys(rest, split, on_bad_row)
+    raise ValueError(f"select: {EXPECTED}; got {text!r}")
+
+
+def columns_of(selections: Mapping[str, Selection]) -> list[str]:
+    """The columns whose numbers decide."""
+    return [one.column for one in selections.values() if isinstance(one, Score)]
+
+
+def select(examples: Sequence[Example], selections: Mapping[str, Selection]) -> list[Example]:
+    """What is left of the examples after all selections, by their texts; says how many.
+
+    Raises:
+        ValueError: nothing is left, or a selection does not fit the data.
+    """
+    kept = list(examples)
+    for text, selection in selections.items():
+        before, kept = len(kept), selection(kept)
+        if not kept:
+            raise ValueError(f"select: {text} leaves none of {before} rows")
+        say(f"selected {len(kept):,} of {before:,} rows ({text})")
+    return kept
+
+
+def response_length(example: Example) -> int:
+    """Characters of all responses that are learnt; labels where the row is tokens."""
+    if example.messages is None:
+        assert example.labels is not None
+        return sum(label != IGNORE_INDEX for label in example.labels[1:])
+    learnt = example.learnt or [one["role"] == "assistant" for one in example.messages]
+    replies = itertools.compress(example.messages, learnt)
+    return sum(len(one["content"] or "") for one in replies)
+
+
+@contextlib.contextmanager
+def naming_selections(partition: Path, selected: list[str] | None) -> Iterator[None]:
+    """Has a refused partition's message say so where it was scored under another selection.
+
+    That is what the ``manifest.json`` beside the partition says; without one nothing is added.
+    """
+    try:
+        yield
+    except ValueError as error:
+        manifest = partition.with_name(MANIFEST)
+        if not manifest.exists():
+            raise
+        scored = read_manifest(manifest).get("select")
+        if scored == selected:
+            raise
+        raise ValueError(
+            f"{error}; it was scored with --select {_shown(scored)}, "
+            f"this run has --select {_shown(selected)}"
+        ) from error
+
+
+def say(line: str) -> None:
+    """Print a line without its secrets, of several ranks on the main one."""
+    if is_main():
+        print(redacted(line), flush=True)
+
+
+def _shown(selected: list[str] | None) -> str:
+    return " ".join(map(repr, selected)) if selected else "not given"
+
+
+def _key(line: str, place: str) -> int | str:
+    if re.fullmatch(r"[0-9a-f]{64}", line):
+        return line
+    if re.fullmatch(r"\d{1,18}", line):
+        return int(line)
+    raise ValueError(f"{place}: expected a row's id or its content hash, got {line!r}")

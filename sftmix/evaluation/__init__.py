@@ -1,0 +1,1 @@
+"""Evaluation: answers for judges, and accuracy in the paper's medical tasks."""

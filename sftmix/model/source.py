@@ -1,0 +1,190 @@
+"""What ``--model`` may name, checked before anything is loaded: a folder or a name on the hub."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils._validators import validate_repo_id
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from sftmix.runs.failures import Naming
+
+CONFIGS = ("config.json", "adapter_config.json")
+JSON_FILES = (
+    *CONFIGS,
+    *("model.safetensors.index.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "*.bpe", "*.spm")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
+ATTENTION = r"attn_implementation|(?i:flash.?attention|sdpa|flex_attention)"
+
+
+class ReadingModel(Naming):
+    """A context that turns what loading a model or tokenizer raises into one message.
+
+    ``model`` is what was given; ``what`` says what is loaded, such as "the tokenizer".
+    """
+
+    def __init__(self, model: str, what: str) -> None:
+        text = f"{what} in {model} cannot be loaded"
+        super().__init__("model", text, among={"attn_implementation": ATTENTION})
+        self.model = model
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        """Name the model; of a name that cannot be had from the hub, say why."""
+        if isinstance(error, OSError) and not Path(self.model).exists():
+            why = hub_fault(error)
+            if why is not None:
+                raise OSError(f"model: no folder ./{self.model}, and {why}") from error
+        super().__exit__(kind, error, traceback)
+
+
+def hub_fault(error: BaseException) -> str | None:
+    """Why the hub did not give a model, from the errors behind the one that was raised."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, GatedRepoError):
+            return "its terms have to be accepted on the hub first, with `hf auth login`"
+        if isinstance(found, RevisionNotFoundError):
+            return "no such revision on the hub"
+        if isinstance(found, RepositoryNotFoundError):
+            return "no such name on the hub, or one that needs `hf auth login`"
+        if type(found).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled"):
+            return (
+                "no such name in the hub's cache; the hub itself is not reached (offline): "
+                "give a folder, or download the model first"
+            )
+        found = found.__cause__ or found.__context__
+    return None
+
+
+def check_model(
+    model: str,
+    revision: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    weights: bool = True,
+) -> None:
+    """Check that a folder holds a causal language model, or that a name could be on the hub.
+
+    Raises:
+        ValueError: it is a file, holds no model, a damaged one or one of another kind.
+        OSError: there is no such folder, and no such name on the hub.
+    """
+    if not model:
+        raise ValueError("model: expected a folder or a hub name, got an empty name")
+    folder = Path(model)
+    if folder.is_file():
+        raise ValueError(f"model: expected a folder or a hub name, got the file {model}")
+    if folder.is_dir():
+        check_folder(folder, weights=weights)
+        if not (folder / "config.json").exists():
+            return  # an adapter, whose base is checked when it is loaded
+    else:
+        check_name(model)
+    with ReadingModel(model, "the config"):
+        config = AutoConfig.from_pretrained(
+            model, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    check_kind(model, config, trust_remote_code=trust_remote_code)
+
+
+def check_folder(folder: Path, *, weights: bool = True) -> None:
+    """Check a folder's config and JSON files; with ``weights`` also its tokenizer, and that weights
+    are there without code.
+    """
+    if not any((folder / name).exists() for name in CONFIGS):
+        checkpoints = sorted(path.name for path in folder.glob("checkpoint-*"))
+        hint = f"; did you mean {folder / checkpoints[-1]}?" if checkpoints else ""
+        raise ValueError(f"model: {folder} is no model: it has no config.json{hint}")
+    for name in JSON_FILES:
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"model: {path} is damaged: {error}; fetch it again") from error
+        if not isinstance(content, dict):
+            raise ValueError(
+                f"model: {path} is damaged: expected a mapping, got a {type(content).__name__}"
+            )
+    check_type(folder)
+    if not weights:
+        return
+    has_tokenizer = any(any(folder.glob(pattern)) for pattern in TOKENIZERS)
+    if (folder / "config.json").exists() and not has_tokenizer:
+        raise ValueError(f"model: {folder} has no tokenizer: expected tokenizer.json")
+    if any((folder / name).exists() for name in WEIGHTS):
+        return
+    pickles = [name for name in PICKLES if (folder / name).exists()]
+    why = f"; {pickles[0]} is a pickle, which could run code, and is not opened" if pickles else ""
+    own = (folder / "config.json").exists()
+    expected = "model.safetensors, nor its index" if own else "adapter_model.safetensors"
+    raise OSError(f"model: {folder} has no {expected}{why}")
+
+
+def check_type(folder: Path) -> None:
+    """Check that transformers knows the type of a model in a folder."""
+    path = folder / "config.json"
+    if not path.exists():
+        return
+    content = json.loads(path.read_text(encoding="utf-8"))
+    kind = content.get("model_type")
+    if kind not in CONFIG_MAPPING and "auto_map" not in content:
+        if kind is None:
+            raise ValueError(f"model: {path} has no model_type; expected that of a saved model")
+        raise ValueError(
+            f"model: {path} is of type {kind!r}, which transformers does not know; a newer one may"
+        )
+
+
+def check_name(model: str) -> None:
+    """Check what is no folder: could it be the name of a model on the hub?
+
+    Raises:
+        OSError: it could not, saying which folder is nearest.
+    """
+    path = Path(model)
+    try:
+        validate_repo_id(model)
+    except ValueError as error:
+        parent = path.parent if path.parent.is_dir() else None
+        beside = [one.name for one in parent.iterdir() if one.is_dir()] if parent else []
+        near = difflib.get_close_matches(path.name, beside, n=1)
+        if near:
+            hint = f"; did you mean {path.parent / near[0]}?"
+        elif model.startswith("~"):
+            hint = "; the shell expands ~ only without quotes"
+        else:
+            hint = "; a name on the hub would be such as org/name"
+        raise OSError(f"model: no folder {model}{hint}") from error
+
+
+def check_kind(model: str, config: Any, *, trust_remote_code: bool) -> None:
+    """Check that a config is one of a causal language model, of a quantisation that is known.
+
+    Raises:
+        ValueError: it is not.
+    """
+    own_code = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if not own_code and type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(
+            f"model: expected a causal language model, got {model} of type "
+            f"{config.model_type!r}, which AutoModelForCausalLM does not know"
+        )
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        values = quantised if isinstance(quantised, dict) else quantised.to_dict()
+        if not AutoHfQuantizer.supports_quant_method(values):
+            raise ValueError(
+                f"model: {model} is quantised by {values.get('quant_method')!r}, which "
+                "transformers does not know"
+            )

@@ -1,0 +1,144 @@
+"""Which examples sit in a batch together, and which of their tokens are mixed.
+
+A confident and an unconfident example form a pair with one ``lam ~ Beta(alpha, alpha)``
+(arXiv 2410.05248); the n-th response token of one is mixed with the n-th of the other, up to the
+shorter response. Pairs and lam depend on (seed, epoch) alone, so that neither a resumed run nor
+another number of processes changes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sftmix.conventions import IGNORE_INDEX
+from sftmix.pairs.layouts import Integers, Layout, Slots, spans
+
+
+class PairedCollator:
+    """Lays examples out and says which rows carry loss and which are mixed.
+
+    Legend: B examples, R rows of L slots, N tokens with loss, P mixed pairs of tokens.
+
+    The batch holds ``input_ids`` and ``labels`` (R, L), labels unshifted as models take them, with
+    ``attention_mask`` (padded) or ``position_ids`` (padding_free, packed; see `Layout`); ``ids``
+    and ``lengths`` (B,) in tokens; ``rows`` (N,) of ``hidden.reshape(R * L, D)`` that predict a
+    response token, example by example, ``targets`` (N,) what they predict, ``owner`` (N,) whose row
+    it is within the batch; and where examples carry ``lam``, taken as pairs (c, u) in order,
+    ``mix_c``, ``mix_u`` (P,) places in ``rows``, ``pair_c``, ``pair_u`` (P,) the rows there, and
+    ``lam`` (P,) float32. In the order of ``rows`` all of it is the same in every layout. Examples
+    marked as ``filler`` alone may be without loss; their ``lengths`` are 0.
+    """
+
+    def __init__(
+        self,
+        pad_token_id: int,
+        pad_to_multiple_of: int = 1,
+        *,
+        layout: str = "padded",
+        row_length: int | None = None,
+    ) -> None:
+        """See `Layout` for the options and their errors; ``row_length`` is for packed rows."""
+        self.pad_token_id = pad_token_id
+        self.layout = Layout(layout, pad_to_multiple_of, row_length)
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Build a batch.
+
+        Raises:
+            ValueError: an odd number of paired examples, or an example without a response token,
+                longer than a row, or with another number of labels than of tokens.
+        """
+        # In NumPy, which takes lists of numbers eight times as fast as torch does.
+        lengths = np.array([len(example["input_ids"]) for example in examples])
+        tokens, labels = (joined(examples, name, lengths) for name in ("input_ids", "labels"))
+        slots = self.layout.place(lengths)
+        batch = {
+            **self.layout.inputs(tokens, slots, self.pad_token_id),
+            "labels": unshifted(labels, slots),
+        }
+        # No token comes before an example's first one, whatever lies before it in the row.
+        learned = ((labels != IGNORE_INDEX) & (slots.positions > 0)).nonzero()[0]
+        owner = np.repeat(np.arange(len(examples)), lengths)[learned]
+        counts = np.bincount(owner, minlength=len(examples))
+        fillers = np.array(["filler" in example for example in examples])
+        if (empty_ones := (counts == 0) & ~fillers).any():
+            empty = examples[int(empty_ones.argmax())]
+            raise ValueError(f"example {empty.get('id')}: no response token to learn")
+        rows = slots.flat[learned] - 1
+        batch.update(rows=rows, targets=labels[learned], owner=owner, lengths=lengths * ~fillers)
+        if "lam" in examples[0]:
+            batch.update(pair(rows, counts, [example["lam"] for example in examples]))
+        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in batch.items()}
+        if self.layout.name == "sequential":
+            tensors["parts"] = tuple(lengths.tolist())
+        return {**tensors, "ids": torch.tensor([example.get("id", -1) for example in examples])}
+
+    def padded(self) -> PairedCollator:
+        """The same with an example a row, as scoring takes them."""
+        return PairedCollator(self.pad_token_id, self.layout.pad_to_multiple_of)
+
+
+def check_collator(collator: Any, layout: str, row_length: int | None) -> None:
+    """See that a trainer's collator lays batches out as its options say.
+
+    Raises:
+        TypeError: it is none of ours.
+        ValueError: it does not.
+    """
+    if not isinstance(collator, PairedCollator):
+        raise TypeError(f"data_collator: expected a PairedCollator, got {type(collator).__name__}")
+    found = collator.layout
+    for name, given, wanted in (
+        ("layout", found.name, layout),
+        ("row_length", found.row_length, row_length),
+    ):
+        if given != wanted:
+            raise ValueError(f"data_collator: expected {name}={wanted!r} as in args, got {given!r}")
+
+
+def joined(examples: Sequence[dict[str, Any]], name: str, lengths: Integers) -> Integers:
+    """One column of all examples, one after another: (T,)."""
+    values = [np.asarray(example[name], dtype=np.int64) for example in examples]
+    for example, value, length in zip(examples, values, lengths, strict=True):
+        if value.shape != (length,):
+            raise ValueError(
+                f"example {example.get('id')}: expected {length} {name}, one for each of its "
+                f"tokens, got {value.size}"
+            )
+    return np.concatenate(values)
+
+
+def unshifted(labels: Integers, slots: Slots) -> Integers:
+    """The labels in their slots: none where a model would predict it from another example."""
+    grid = slots.fill(labels, IGNORE_INDEX)
+    follows = (slots.positions == 0) & (slots.flat % slots.shape[1] > 0)
+    grid.reshape(-1)[slots.flat[follows]] = IGNORE_INDEX
+    return grid
+
+
+def pair(rows: Integers, counts: Integers, lam: Sequence[float]) -> dict[str, NDArray[Any]]:
+    """The mixed rows of examples (0, 1), (2, 3), ...: the first ``min`` of both responses.
+
+    A pair whose lam is NaN is not mixed.
+    """
+    if len(counts) % 2:
+        raise ValueError(
+            f"batch: expected pairs of examples, an even number, got {len(counts)}; "
+            "use an even per-device batch size"
+        )
+    firsts = np.cumsum(counts) - counts
+    share = np.asarray(lam[::2], dtype=np.float32)
+    mixed = np.minimum(counts[::2], counts[1::2]) * ~np.isnan(share)
+    mix_c, mix_u = spans(firsts[::2], mixed), spans(firsts[1::2], mixed)
+    return {
+        "mix_c": mix_c,
+        "mix_u": mix_u,
+        "pair_c": rows[mix_c],
+        "pair_u": rows[mix_u],
+        "lam": np.repeat(share, mixed),
+    }

@@ -1,0 +1,233 @@
+"""What `sftmix plan` is asked: its options, the switches that save memory, and its advice."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from sftmix.model.source import check_model
+from sftmix.plan.optimizer import FEW_BITS
+from sftmix.plan.search import GRID, largest_length
+from sftmix.plan.step import Plan, plan_step
+from sftmix.recipe.arguments import TrainRunArguments, parse
+from sftmix.training.config import (
+    CHECKPOINTING,
+    LEAN_LOSS_BYTES,
+    LEAN_TILE_TOKENS,
+    SFTMixConfig,
+    option,
+)
+from sftmix.training.option_checks import check_schedule
+
+UNITS = {"": 0, "B": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A switch that is off, and what it would do; an ``error`` where it cannot be turned on."""
+
+    says: str
+    same: bool  # results stay the same up to rounding
+    peak: int = 0
+    host: int = 0
+    per_token: float = 0.0
+    saved: float = 0.0  # bytes less for one more token
+    work: float = 0.0  # matrix products, as a share of those without it
+    largest: int | None = None
+    error: str = ""
+
+
+@dataclasses.dataclass
+class PlanArguments(TrainRunArguments):
+    """`sftmix train`'s own, of which data, output and partition are not needed."""
+
+    data: list[str] = dataclasses.field(default_factory=list, metadata={"help": "Not read [ours]"})
+    output: str = option("", "Not written", "ours")
+    gpu_memory: str | None = option(
+        None, "Bytes to fit into, such as 80GiB, 80GB or 80e9; by default those of the GPU", "ours"
+    )
+
+    def _check_partition(self) -> None:
+        # A recipe names the one that scoring will write.
+        pass
+
+
+@dataclasses.dataclass
+class PlanConfig(SFTMixConfig):
+    """`sftmix train`'s training options; ``use_cpu`` plans for the CPU, else for a GPU."""
+
+    def __post_init__(self) -> None:
+        self.on_cpu = bool(self.use_cpu)
+        # Without a GPU transformers would refuse what only a GPU can do.
+        self.use_cpu = self.on_cpu or not torch.cuda.is_available()
+        super().__post_init__()
+
+    def _check_settled(self) -> None:
+        # The device is not the one that is planned for, nor do the optimizer's packages matter.
+        check_schedule(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Switch:
+    """An option that saves memory, and the words that turn it on."""
+
+    name: str
+    words: tuple[str, ...]
+    off: tuple[Any, ...]  # values of the option that it would change
+    same: bool = True  # whether results stay the same up to rounding
+    on_gpu: bool = False  # whether the CPU has none
+
+    @property
+    def says(self) -> str:
+        """As a user types it."""
+        return " ".join(self.words)
+
+
+def switch(name: str, value: str, off: tuple[Any, ...], **facts: bool) -> Switch:
+    """``--name value``."""
+    return Switch(name, (f"--{name}", value), off, **facts)
+
+
+SWITCHES = (
+    switch("memory", "lean", ("plain",)),
+    switch(CHECKPOINTING, "true", (False, None)),
+    switch("layout", "sequential", ("padded", "padding_free", "packed")),
+    switch("mlp_tile_tokens", str(LEAN_TILE_TOKENS), (None,)),
+    switch("loss_max_bytes", str(LEAN_LOSS_BYTES), (None,)),
+    switch("loss_schedule", "vocab_tiles", ("auto", "row_chunks"), on_gpu=True),
+    Switch(
+        "activation_offload",
+        ("--activation_offload", "true", f"--{CHECKPOINTING}", "true"),
+        (False,),
+        on_gpu=True,
+    ),
+    switch("lora_rank", "16", (None,), same=False),
+    switch("dtype", "bfloat16", ("float32",), same=False),
+    switch("optim", FEW_BITS[0], ("adamw_torch", "adamw_torch_fused"), same=False),
+)
+
+
+class Planned:
+    """Plans of one set of words, by length."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = list(words)
+        self.arguments, self.options = parse(words, PlanArguments, PlanConfig, "sftmix plan")
+        self.length: int = self.arguments.max_length
+        self.plans: dict[int, Plan] = {}
+
+    def read_config(self) -> PretrainedConfig:
+        """The model's config."""
+        model, trust_remote_code = self.arguments.model, self.arguments.trust_remote_code
+        revision = self.arguments.revision
+        check_model(model, revision, trust_remote_code=trust_remote_code, weights=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            model,
+            revision=revision or "main",
+            trust_remote_code=trust_remote_code,
+        )
+        return config
+
+    def plan(self, config: PretrainedConfig, length: int) -> Plan:
+        """The step at this length."""
+        if length not in self.plans:
+            self.plans[length] = plan_step(
+                config, self.arguments, self.options, length, on_cpu=self.options.on_cpu
+            )
+        return self.plans[length]
+
+    @property
+    def longer(self) -> int:
+        """A second length, from which follows what a token takes."""
+        return self.length + max(GRID, self.length // 4)
+
+    def bytes_of_token(self, config: PretrainedConfig) -> float:
+        """More at the peak for one more token of the batch."""
+        more = self.plan(config, self.longer).peak - self.plan(config, self.length).peak
+        batch: int = self.options.per_device_train_batch_size
+        return more / ((self.longer - self.length) * batch)
+
+    def largest(self, config: PretrainedConfig, memory: int, *, proven: bool) -> int:
+        """The largest length that fits."""
+        known = {n: self.plan(config, n).peak for n in (self.length, self.longer)}
+        return largest_length(lambda n: self.plan(config, n).peak, memory, known, proven=proven)
+
+    def is_off(self, one: Switch) -> bool:
+        """Whether a switch would change something."""
+        if one.on_gpu and self.options.on_cpu:
+            return False
+        if one.name == "loss_max_bytes" and self.options.loss_schedule == "vocab_tiles":
+            return False  # whose own cap is lower
+        holder = self.arguments if hasattr(self.arguments, one.name) else self.options
+        value = getattr(holder, one.name)
+        return getattr(value, "value", value) in one.off
+
+
+def memory_of(planned: Planned) -> int | None:
+    """Bytes to fit into; None where nobody says."""
+    if planned.arguments.gpu_memory is not None:
+        return parse_bytes(planned.arguments.gpu_memory)
+    if torch.cuda.is_available() and not planned.options.on_cpu:
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return None
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of ``80GiB``, ``80GB``, ``80e9``.
+
+    Raises:
+        ValueError: it is none of these, or not above 0.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d*)?(?:[eE]\d+)?) ?([KMGT]?)(i?)B?", text.strip())
+    if not found or float(found[1]) <= 0 or (found[3] and not found[2]):
+        raise ValueError(f"gpu_memory: expected bytes such as 80GiB, 80GB or 80e9, got {text!r}")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** UNITS[found[2]])
+
+
+def row_of(planned: Planned, one: Switch, config: PretrainedConfig, memory: int | None) -> Row:
+    """What a switch would change, or why it cannot be turned on."""
+    try:
+        other = Planned([*planned.words, *one.words])
+        plan = other.plan(config, planned.length)
+    except (ValueError, ImportError) as error:
+        return Row(one.says, same=one.same, error=str(error).splitlines()[0])
+    return Row(
+        one.says,
+        same=one.same,
+        peak=plan.peak,
+        host=plan.host,
+        per_token=other.bytes_of_token(config),
+        saved=planned.bytes_of_token(config) - other.bytes_of_token(config),
+        work=plan.matrix_products / planned.plan(config, planned.length).matrix_products,
+        largest=None if memory is None else other.largest(config, memory, proven=False),
+    )
+
+
+def advised(planned: Planned, config: PretrainedConfig, memory: int, rows: list[Row]) -> str:
+    """The switch that would help most, or the few that together would do.
+
+    What leaves results alone goes first.
+    """
+    possible = [row for row in rows if not row.error]
+    fitting = [row for row in possible if row.peak <= memory]
+    for choice in ([row for row in fitting if row.same], fitting):
+        if choice:
+            best = min(choice, key=lambda row: row.peak)
+            return f"most helps {best.says} ({best.peak / 2**30:.1f} GiB)"
+    words, says, peak = list(planned.words), [], planned.plan(config, planned.length).peak
+    for row in sorted(possible, key=lambda row: (not row.same, row.peak)):
+        other = Planned([*words, *row.says.split()])
+        with_it = other.plan(config, planned.length).peak
+        # What hardly helps beside the others is not worth a word.
+        if with_it < 0.99 * peak:
+            words, peak = other.words, with_it
+            says.append(row.says)
+        if peak <= memory:
+            return f"together help {', '.join(says)} ({peak / 2**30:.1f} GiB)"
+    together = f": {', '.join(says)}" if says else " from any switch"
+    return f"too little help{together} ({peak / 2**30:.1f} GiB)"

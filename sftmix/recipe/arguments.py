@@ -1,0 +1,278 @@
+"""Command-line arguments: dataclasses, YAML files and help.
+
+A YAML file (``--config``, see `config_file.py`) is read as if it had been typed before the flags,
+so that flags override it and both are checked alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
+
+from sftmix.recipe.config_file import config_words
+from sftmix.runs.failures import Naming, OneMessage
+from sftmix.training.config import OF_MIXUP, ScoreConfig, SFTMixConfig, SFTMixOptions, option
+
+# Flags of transformers that the commands have flags of their own for.
+ELSEWHERE = {"output_dir": "the folder as --output", "resume_from_checkpoint": "--resume"}
+
+# What options are called in other tools, or were in older versions of transformers.
+CALLED = {
+    "--warmup_ratio": "--warmup_steps, a share of all steps where below 1",
+    "--batch_size": "--per_device_train_batch_size",
+    "--epochs": "--num_train_epochs",
+    "--lr": "--learning_rate",
+    "--max_seq_length": "--max_length",
+    "--no_cuda": "--use_cpu true",
+}
+
+CHAT_TEMPLATE_HELP = (
+    "Jinja file of the chat template, or a folder with chat_template.jinja; by default the model's "
+    "own, or a plain one"
+)
+CONFIG_HELP = (
+    "YAML file with the same names; flags override it. What a mapping named after a command holds "
+    "is that command's own (score: {output: ...}, train: {output: ...}); include: names a YAML "
+    "file in the same folder, whose values come first"
+)
+
+
+REVISION_HELP = "Branch, tag or commit of a model on the hub; the manifest keeps the commit"
+
+
+@dataclasses.dataclass
+class RunArguments:
+    """What every command that runs a model needs."""
+
+    model: str = dataclasses.field(metadata={"help": "Folder or hub name of the model"})
+    data: list[str] = dataclasses.field(
+        metadata={
+            "help": "Data files (.json, .jsonl, .parquet), folders of them, or names of data sets: "
+            "NAME, or NAME:CONFIG where there are several"
+        }
+    )
+    output: str = dataclasses.field(metadata={"help": "Folder of the run; must be new or empty"})
+    data_split: str = option(
+        "train", "Split of what --data names, where it is a folder or a data set", "ours"
+    )
+    select: list[str] | None = option(
+        None,
+        "Rows to keep, one selection after another: score>=NUMBER:COLUMN (or > <= <), "
+        "longest:NUMBER (responses, in characters), keys:FILE (data, or a .txt of ids or content "
+        "hashes)",
+        "ours",
+    )
+    resume: bool = option(False, "Go on with the run in --output", "ours")
+    chat_template: str | None = option(None, CHAT_TEMPLATE_HELP, "ours")
+    max_length: int = option(2048, "Longest sequence in tokens; the response's tail is cut", "ours")
+    on_bad_row: Literal["error", "skip"] = option(
+        "error", "A malformed row stops the run, or is left out and counted", "ours"
+    )
+    dtype: Literal["float32", "bfloat16", "auto"] = option(
+        "float32",
+        "Dtype of the weights; --bf16 true adds bfloat16 autocast to float32. Weights in bfloat16 "
+        "lose small updates but with --optim adamw_torch_8bit --optim_args "
+        "bf16_stochastic_round=True (torchao)",
+        "ours",
+    )
+    attn_implementation: str | None = option(
+        None,
+        "How attention is computed, as in from_pretrained: sdpa, flash_attention_2, eager, ...; "
+        "by default transformers' choice",
+        "ours",
+    )
+    lora_rank: int | None = option(
+        None,
+        "Train LoRA's updates of this rank, the model stays as it is; saves an adapter",
+        "ours",
+    )
+    lora_alpha: float | None = option(
+        None, "LoRA's updates are scaled by alpha / rank; by default alpha = 2 * rank", "ours"
+    )
+    lora_dropout: float = option(0.0, "Dropout before LoRA's updates", "ours")
+    lora_targets: list[str] | None = option(
+        None,
+        "Names of the layers that get updates; by default all linear ones but the head",
+        "ours",
+    )
+    revision: str | None = option(None, REVISION_HELP, "ours")
+    trust_remote_code: bool = option(
+        False, "Run Python code that comes with the model; only a flag can say so", "ours"
+    )
+
+    def __post_init__(self) -> None:
+        if not self.data_split:
+            raise ValueError("data_split: expected a name, got an empty one")
+        if self.max_length < 2:
+            raise ValueError(
+                f"max_length: expected at least 2, a token of prompt and one of response, "
+                f"got {self.max_length}"
+            )
+
+
+@dataclasses.dataclass
+class TrainRunArguments(RunArguments):
+    """`sftmix train` besides `SFTMixConfig`."""
+
+    partition: str | None = option(
+        None, "confidence.parquet of `sftmix score`; needed for a method with Mixup", "ours"
+    )
+    eval_data: list[str] | None = option(
+        None, "Held-out data as --data names it, scored at the end", "ours"
+    )
+    eval_split: str = option("train", "Split of what --eval_data names", "ours")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_partition()
+
+    def _check_partition(self) -> None:
+        if self.partition is not None and not Path(self.partition).is_file():
+            is_folder = bool(self.partition) and Path(self.partition).is_dir()
+            found = "the folder" if is_folder else "no such file:"
+            raise ValueError(
+                "partition: expected the confidence.parquet of a run of `sftmix score`, got "
+                f"{found} {self.partition!r}"
+            )
+
+
+def parse(
+    words: Sequence[str], run_type: type[RunArguments], config_type: type[SFTMixConfig], prog: str
+) -> tuple[Any, Any]:
+    """Run arguments and training config of a command.
+
+    ``--help`` shows the options that this project defines or gives another default; ``--help-all``
+    adds the rest of `transformers.TrainingArguments`.
+
+    Raises:
+        ValueError: a value that the config refuses.
+        SystemExit: unknown or missing flags, or help was asked for.
+    """
+    parser = _parser([run_type, config_type], prog)
+    words = with_config(words, parser)
+    parser.add_argument("--help-all", action="help", help="also show transformers' own options")
+    if "--help-all" not in words:
+        _hide_inherited(parser, config_type)
+    given = {word.split("=")[0].replace("-", "_") for word in words}
+    for name, instead in ELSEWHERE.items():
+        if f"__{name}" in given:
+            parser.error(f"--{name}: give {instead}")
+    output = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    output.add_argument("--output", default="")
+    folder = output.parse_known_args(words)[0].output
+    run, config = parsed(parser, [*words, "--output_dir", folder])
+    for name in ("eval_strategy", "eval_on_start"):
+        value = getattr(config, name)
+        if value not in ("no", False) and not getattr(run, "eval_data", None):
+            way_out = "expected --eval_data with it" if "eval_data" in vars(run) else "leave it out"
+            value = getattr(value, "value", value)
+            raise ValueError(f"{name}: there is nothing to evaluate, got {value}; {way_out}")
+    _show_bars(not config.disable_tqdm)
+    return run, config
+
+
+def parse_alone(words: Sequence[str], arguments_type: type[Any], prog: str) -> Any:
+    """The arguments of a command that trains nothing: one dataclass, with ``disable_tqdm`` in it.
+
+    Raises:
+        ValueError: a value that the dataclass refuses.
+        SystemExit: unknown or missing flags, or help was asked for.
+    """
+    parser = _parser([arguments_type], prog)
+    words = with_config(words, parser)
+    (arguments,) = parsed(parser, words)
+    _show_bars(not arguments.disable_tqdm)
+    return arguments
+
+
+def parsed(parser: HfArgumentParser, words: Sequence[str]) -> list[Any]:
+    """The parser's dataclasses, filled in.
+
+    Raises:
+        ValueError: a word is no option, or a dataclass refuses a value.
+    """
+    *filled, rest = parser.parse_args_into_dataclasses(
+        words, look_for_args_file=False, return_remaining_strings=True
+    )
+    unknown = [word.partition("=")[0] for word in rest if word.startswith("--")]
+    for word in [*unknown, *rest]:
+        known = parser._option_string_actions
+        near = [CALLED[word]] if word in CALLED else difflib.get_close_matches(word, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; `{parser.prog} --help` lists them"
+        raise ValueError(f"{word}: {parser.prog} has no such option{hint}")
+    # What is left is the namespace of --config, which has been read.
+    return [one for one in filled if dataclasses.is_dataclass(one)]
+
+
+def with_config(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The words, those of the ``--config`` file before the others.
+
+    Raises:
+        ValueError: as `config_words` does.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    given, rest = first.parse_known_args(words)
+    if given.config is None:
+        return rest
+    takes = {
+        flag.lstrip("-"): action.nargs
+        for flag, action in parser._option_string_actions.items()
+        # Neither --help nor --no_X, which take no value, nor another file, which nobody reads.
+        if action.nargs != 0 and action.dest != "config"
+    }
+    single = [name for name, nargs in takes.items() if nargs not in ("+", "*")]
+    training = {
+        field.name for cls in (TrainRunArguments, ScoreConfig) for field in dataclasses.fields(cls)
+    }
+    command = parser.prog.split()[-1]
+    # A plan is of a training.
+    command = "train" if command == "plan" else command
+    with Naming("config"):
+        typed = config_words(given.config, command, takes, training, single=single)
+    return [*typed, *rest]
+
+
+class _Parser(OneMessage, HfArgumentParser):
+    pass
+
+
+def _parser(types: list[type[Any]], prog: str) -> HfArgumentParser:
+    parser = _Parser(cast(Any, types), prog=prog, allow_abbrev=False)
+    parser.add_argument("--config", help=CONFIG_HELP)
+    for action in parser._actions:
+        if action.required:
+            action.default = argparse.SUPPRESS
+    return parser
+
+
+def _show_bars(show: bool) -> None:
+    # Reading and writing weights has bars of its own.
+    if show:
+        enable_progress_bar()
+    else:
+        disable_progress_bar()
+
+
+def _hide_inherited(parser: argparse.ArgumentParser, config_type: type[SFTMixConfig]) -> None:
+    ours = {
+        name
+        for base in config_type.__mro__
+        if issubclass(base, SFTMixOptions)
+        for name in base.__annotations__
+    }
+    # A reference model is trained with NTP.
+    idle = {*OF_MIXUP, "kl_reg"} if issubclass(config_type, ScoreConfig) else set()
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)} - ours
+    for action in parser._actions:
+        # `--no_X` comes with the help text of `--X`, whose opposite it is.
+        negated = action.const is False
+        if negated or action.dest in inherited | idle | {"remove_unused_columns"}:
+            action.help = argparse.SUPPRESS

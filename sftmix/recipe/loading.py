@@ -1,0 +1,284 @@
+"""Model, tokenizer and data of a command, and its final model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from sftmix.data.examples import Example, load_examples, rows_by_file
+from sftmix.data.examples_check import check_command
+from sftmix.data.selection import columns_of, parse_selection, say, select
+from sftmix.model.source import ReadingModel
+from sftmix.model.weights import refuse_not_finite, refuse_other_tensors, without_message
+from sftmix.recipe.arguments import RunArguments, TrainRunArguments
+from sftmix.runs.failures import Naming
+from sftmix.runs.provenance import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from sftmix.templates.chat import adopt_template
+from sftmix.templates.files import use_template
+from sftmix.templates.tokenizing import tokenize_examples
+
+
+class ModelArguments(Protocol):
+    """What loading a model takes of a command's arguments."""
+
+    @property
+    def model(self) -> str:
+        """Folder or hub name."""
+
+    @property
+    def revision(self) -> str | None:
+        """Branch, tag or commit of a model on the hub."""
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the weights, or auto."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """File or folder of the chat template; None: the model's own."""
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether code that comes with the model is run."""
+
+
+def load_model(arguments: ModelArguments, attn_implementation: str | None = None) -> Any:
+    """The model, from safetensors alone: a pickle would run code on loading.
+
+    ``attn_implementation``: as in `from_pretrained`.
+
+    Raises:
+        OSError: there is no such model; it has no safetensors, or they are cut off, lack tensors,
+            hold others, or hold NaN or infinities.
+        ValueError: it is an adapter, or a folder with a revision, or transformers does not know the
+            attention.
+        ImportError: the attention's package is not installed.
+    """
+    if (Path(arguments.model) / ADAPTER_CONFIG).exists():
+        raise ValueError(
+            f"model: {arguments.model} is an adapter of a model; merge the two, or train it with "
+            "SFTMixTrainer in a script of your own"
+        )
+    refuse_revision(arguments)
+    return _from_safetensors(arguments.model, arguments, arguments.revision, attn_implementation)
+
+
+def load_trained_model(arguments: ModelArguments, base: str | None = None) -> Any:
+    """The model as `load_model` reads it, or an adapter's folder on top of its base model.
+
+    ``base``: folder or hub name of that, where it is not what the adapter says.
+
+    Raises:
+        ImportError: it is an adapter and PEFT is not installed.
+        OSError: as `load_model`; or the adapter has no safetensors, or does not say of which model.
+    """
+    folder = Path(arguments.model)
+    if not (folder / ADAPTER_CONFIG).exists():
+        return load_model(arguments)
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError(f"{folder} is an adapter, which needs PEFT: pip install 'sftmix[peft]'")
+    from peft import PeftModel
+
+    # Without this file PEFT opens adapter_model.bin, a pickle.
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        raise OSError(f"model: {folder} has no {ADAPTER_WEIGHTS}")
+    refuse_revision(arguments)
+    found, revision = base_model(folder)
+    if base is not None:
+        found, revision = base, None if Path(base).exists() else revision
+    model = _from_safetensors(found, arguments, revision)
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder))
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())
+        raise OSError(
+            f"model: the adapter {folder} is damaged or not one of {found}: {reason:.300}"
+        ) from error
+    refuse_other_tensors(str(folder), _adapter_info(adapted, folder))
+    refuse_not_finite(str(folder), adapted)
+    return adapted
+
+
+def base_model(adapter: Path) -> tuple[str, str | None]:
+    """Folder or hub name of the model that an adapter belongs to, and its revision.
+
+    Raises:
+        OSError: its config does not say, or is damaged.
+    """
+    path = adapter / ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    except (ValueError, AttributeError) as error:
+        raise OSError(f"model: {path} is damaged: {error}") from error
+    if not base:
+        raise OSError(f"model: {path} has no base_model_name_or_path")
+    # PEFT writes a revision for folders, too.
+    return str(base), None if Path(base).exists() else revision
+
+
+def refuse_revision(arguments: ModelArguments) -> None:
+    """Refuse a revision of what has none.
+
+    Raises:
+        ValueError: the model is a folder.
+    """
+    if arguments.revision is not None and Path(arguments.model).exists():
+        raise ValueError(
+            f"revision: expected the name of a model on the hub with it, got the folder "
+            f"{arguments.model}; leave --revision out"
+        )
+
+
+def _adapter_info(model: Any, folder: Path) -> dict[str, set[str]]:
+    """The tensors that an adapter's file lacks or has besides, as of `from_pretrained`."""
+    from peft import get_peft_model_state_dict
+
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        found = set(file.keys())
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    # Embeddings of a changed vocabulary are saved with the adapter, under the model's own names.
+    whole = {f"base_model.model.{name}" for name in model.get_base_model().state_dict()}
+    return {"missing_keys": expected - found, "unexpected_keys": found - expected - whole}
+
+
+def _from_safetensors(
+    model: str,
+    arguments: ModelArguments,
+    revision: str | None,
+    attn_implementation: str | None = None,
+) -> Any:
+    dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    found: Any
+    try:
+        # transformers' table of tensors that do not fit: `refuse_other_tensors` says so.
+        silent = without_message("transformers.modeling_utils", "LOAD REPORT")
+        with ReadingModel(model, "the model"), silent:
+            found = AutoModelForCausalLM.from_pretrained(
+                model,
+                revision=revision or "main",
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                use_safetensors=True,
+                trust_remote_code=arguments.trust_remote_code,
+                output_loading_info=True,
+                # Refused below, naming them.
+                ignore_mismatched_sizes=True,
+            )
+    except SafetensorError as error:
+        raise OSError(f"model: the weights of {model} are damaged: {error}") from error
+    loaded, info = found
+    refuse_other_tensors(model, info)
+    refuse_not_finite(model, loaded)
+    return loaded
+
+
+def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with the chat template that is used: named, its own, or the plain one.
+
+    Raises:
+        ValueError: ``--chat_template`` names no template; there is none, and no eos_token to end a
+            response of the plain one with; or there is a revision and the model is a folder.
+        OSError: there is no such model.
+    """
+    refuse_revision(arguments)
+    with ReadingModel(arguments.model, "the tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            arguments.model,
+            revision=arguments.revision or "main",
+            trust_remote_code=arguments.trust_remote_code,
+        )
+    if arguments.chat_template is not None:
+        use_template(tokenizer, arguments.chat_template)
+    adopt_template(tokenizer)
+    return tokenizer
+
+
+def refuse_misfits(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check the model's sizes before any data is read, on an empty model made from its config.
+
+    Raises:
+        ValueError: the tokenizer has ids beyond the model's embeddings, or ``max_length`` is more
+            than the model has positions for.
+        OSError: the model's config is not found.
+    """
+    if (Path(arguments.model) / "adapter_config.json").exists():
+        return  # `load_model` says what to do
+    remote = arguments.trust_remote_code
+    with ReadingModel(arguments.model, "the config"):
+        config = AutoConfig.from_pretrained(
+            arguments.model, revision=arguments.revision or "main", trust_remote_code=remote
+        )
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
+    check_command(empty, tokenizer, arguments.max_length)
+
+
+def load_data(
+    arguments: RunArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    disable_progress: bool | None = False,
+) -> datasets.Dataset:
+    """The examples of ``--data`` that ``--select`` keeps, as tokens."""
+    split, on_bad_row = arguments.data_split, arguments.on_bad_row
+    selections = {
+        text: parse_selection(text, split=split, on_bad_row=on_bad_row)
+        for text in arguments.select or ()
+    }
+    with Naming("data"):
+        examples = load_examples(
+            arguments.data,
+            on_bad_row=on_bad_row,
+            split=split,
+            numbers=columns_of(selections),
+            disable_progress=disable_progress,
+        )
+    say(rows_by_file(examples))
+    examples = select(examples, selections)
+    return _tokenized(examples, arguments, tokenizer, disable_progress=disable_progress)
+
+
+def load_held_out(
+    arguments: TrainRunArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    disable_progress: bool | None = False,
+) -> datasets.Dataset | None:
+    """The examples of ``--eval_data``, all of them, as tokens; None where none are given."""
+    if not arguments.eval_data:
+        return None
+    with Naming("eval_data", other="data"):
+        examples = load_examples(
+            arguments.eval_data,
+            on_bad_row=arguments.on_bad_row,
+            split=arguments.eval_split,
+            disable_progress=disable_progress,
+        )
+    say(rows_by_file(examples))
+    return _tokenized(examples, arguments, tokenizer, disable_progress=disable_progress)
+
+
+def _tokenized(
+    examples: list[Example],
+    arguments: RunArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    disable_progress: bool | None,
+) -> datasets.Dataset:
+    return tokenize_examples(
+        examples,
+        tokenizer,
+        max_length=arguments.max_length,
+        on_bad_row=arguments.on_bad_row,
+        disable_progress=disable_progress,
+    )

@@ -1,0 +1,98 @@
+"""LoRA from the command line: a frozen model with trained low-rank updates, through PEFT.
+
+``W + alpha / rank * B A`` (Hu et al. 2022, arXiv 2106.09685) of every linear layer besides the LM
+head, which the loss reads as it is; ``A`` is random, drawn by the run's seed, ``B`` begins at 0.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from sftmix.recipe.arguments import RunArguments
+from sftmix.runs.failures import Naming
+
+# PEFT's word for every linear layer but the head.
+ALL_LINEAR = "all-linear"
+
+
+def lora_options(arguments: RunArguments) -> dict[str, Any]:
+    """The options as the manifest has them, all filled in; none without ``--lora_rank``.
+
+    Raises:
+        ValueError: an option is out of range, or one is given without ``--lora_rank``.
+    """
+    rank, alpha, dropout, targets = (
+        getattr(arguments, f"lora_{name}") for name in ("rank", "alpha", "dropout", "targets")
+    )
+    if rank is None:
+        given = {"alpha": alpha, "dropout": dropout or None, "targets": targets}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"lora_{name}: expected --lora_rank with it, got {value!r} alone")
+        return {}
+    if rank < 1:
+        raise ValueError(f"lora_rank: expected at least 1, got {rank}")
+    alpha = 2.0 * rank if alpha is None else alpha
+    if not 0 < alpha < float("inf"):
+        raise ValueError(f"lora_alpha: expected a finite number above 0, got {alpha}")
+    if not 0 <= dropout < 1:
+        raise ValueError(
+            f"lora_dropout: expected a number of at least 0 and below 1, got {dropout}"
+        )
+    targets = targets or [ALL_LINEAR]
+    names = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
+    return dict(zip(names, (rank, alpha, dropout, targets), strict=True))
+
+
+def check_lora(arguments: RunArguments) -> None:
+    """Check the options and that PEFT is there, before anything is loaded.
+
+    Raises:
+        ImportError: PEFT is not there.
+        ValueError: as `lora_options` does.
+    """
+    if lora_options(arguments):
+        require_peft()
+
+
+def add_lora(model: Any, arguments: RunArguments, seed: int) -> Any:
+    """The model with fresh updates as the options say; itself where they ask for none.
+
+    Raises:
+        ImportError: PEFT is not there.
+        ValueError: as `lora_options` does, or no layer of the model has a name of the targets.
+    """
+    options = lora_options(arguments)
+    if not options:
+        return model
+    peft = require_peft()
+    targets = options["lora_targets"]
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options["lora_rank"],
+        lora_alpha=options["lora_alpha"],
+        lora_dropout=options["lora_dropout"],
+        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
+        revision=arguments.revision,
+    )
+    # The model is still on the CPU, and so are its updates.
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(seed)
+        with Naming("lora_targets"):
+            return peft.get_peft_model(model, config)
+
+
+def require_peft() -> ModuleType:
+    """PEFT.
+
+    Raises:
+        ImportError: it is not there.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("lora_rank: needs PEFT: pip install 'sftmix[peft]'") from error
+    return peft

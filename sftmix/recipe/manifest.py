@@ -1,0 +1,203 @@
+"""What a run was made from, written when it starts and compared when it is resumed.
+
+Model, tokenizer and data are compared by content: names and paths are kept for people.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from sftmix import __version__
+from sftmix.conventions import MANIFEST
+from sftmix.data.examples import data_hash
+from sftmix.recipe.arguments import RunArguments
+from sftmix.recipe.lora import lora_options
+from sftmix.runs.folders import read_manifest, write_json
+from sftmix.runs.provenance import PARTS, provenance
+from sftmix.runs.redaction import redacted
+from sftmix.templates.chat import template_date, template_hash
+from sftmix.training.config import SFTMixConfig
+
+logger = logging.getLogger(__name__)
+
+# What tells hashes' differences apart, and what `sftmix split` noted since, besides the facts.
+NOT_RECIPE = ("versions", "files", "split", PARTS)
+# Names of what has a hash: equal content elsewhere, or chosen otherwise, is the same.
+BY_CONTENT = {
+    "model": "model_hash",
+    "revision": "model_hash",
+    "commit": "model_hash",
+    "data": "data_hash",
+    "data_split": "data_hash",
+    "select": "data_hash",
+    "on_bad_row": "data_hash",
+}
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages, and the threads: they decide a run's last bits."""
+    found = {name: version(name) for name in PACKAGES}
+    return {
+        "sftmix": __version__,
+        "python": platform.python_version(),
+        **found,
+        # Sums over threads round differently with another number of them.
+        "torch_threads": str(torch.get_num_threads()),
+    }
+
+
+# Fields of the training config that decide a run's results.
+RECIPE_FIELDS = (
+    "method",
+    "head",
+    "loss_schedule",
+    "layout",
+    "row_length",
+    "mlp_tile_tokens",
+    "loss_max_bytes",
+    "mu",
+    "mu_schedule",
+    "mu_warmup_ratio",
+    "alpha",
+    "lambda_scope",
+    "pairing",
+    "kl_reg",
+    "num_scorings",
+    "seed",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "learning_rate",
+    "weight_decay",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "max_grad_norm",
+    "optim",
+    "optim_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "neftune_noise_alpha",
+    "dataloader_drop_last",
+    "bf16",
+    "fp16",
+)
+
+
+def recipe(
+    arguments: RunArguments,
+    config: SFTMixConfig,
+    dataset: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    **more: Any,
+) -> dict[str, Any]:
+    """What decides the results of a run: model, data, template, and every number."""
+    numbers = {name: getattr(config, name) for name in RECIPE_FIELDS if hasattr(config, name)}
+    return {
+        "model": arguments.model,
+        "dtype": arguments.dtype,
+        "attn_implementation": arguments.attn_implementation,
+        "data": arguments.data,
+        "data_split": arguments.data_split,
+        "select": arguments.select,
+        "on_bad_row": arguments.on_bad_row,
+        "data_hash": data_hash(dataset["content_hash"][:]),
+        "num_examples": len(dataset),
+        "max_length": arguments.max_length,
+        "template_hash": template_hash(tokenizer),
+        **provenance(
+            arguments.model,
+            tokenizer,
+            arguments.revision,
+            trust_remote_code=arguments.trust_remote_code,
+        ),
+        "template_date": template_date(tokenizer),
+        **lora_options(arguments),
+        **numbers,
+        **more,
+    }
+
+
+def kept_date(*runs: Path) -> str | None:
+    """The date that the chat template told in the first of these runs that has one.
+
+    A run that goes on another day reads the tokens that it began with; and one that trains on a
+    partition reads those that were scored.
+
+    Raises:
+        ValueError: a manifest is damaged.
+        OSError: it cannot be read.
+    """
+    for run in runs:
+        if (run / MANIFEST).exists():
+            date = read_manifest(run / MANIFEST).get("template_date")
+            if date is not None:
+                return str(date)
+    return None
+
+
+def start_manifest(run: Path, recipe: dict[str, Any], **files: Any) -> None:
+    """Write ``RUN/manifest.json``, or compare with the one that a resumed run has.
+
+    ``files`` are kept for reports and not compared, as they may have been moved; so is the folder
+    that relative ones, and those of the recipe, are relative to.
+
+    Raises:
+        ValueError: the run was started from another recipe, naming what differs; or its manifest
+            is damaged.
+    """
+    path = run / MANIFEST
+    recipe = redacted(json.loads(json.dumps(recipe)))
+    if not path.exists():
+        places = {"folder": os.getcwd(), **files}
+        write_json(path, {**recipe, "versions": versions(), "files": redacted(places)})
+        return
+    earlier = read_manifest(path)
+    # Versions before this one kept names alone.
+    unknown = [
+        name for name in recipe if name.endswith("_hash") and recipe[name] and name not in earlier
+    ]
+    if unknown:
+        logger.warning(
+            "%s was started by a version that kept no %s: whether they are the same cannot be "
+            "told, their names are compared",
+            run,
+            ", ".join(unknown),
+        )
+    for name in sorted(recipe.keys() | earlier.keys()):
+        if name in (*NOT_RECIPE, *unknown) or (BY_CONTENT.get(name, "") in earlier.keys() & recipe):
+            continue
+        if recipe.get(name) != earlier.get(name):
+            raise ValueError(
+                f"resume: {run} was started with {name} = {earlier.get(name)!r}, "
+                f"now it is {recipe.get(name)!r}{what_differs(name, earlier, recipe)}; take what "
+                "it was started with, or start anew with another --output"
+            )
+    if earlier.get("versions") != versions():
+        logger.warning("%s was started with other versions: %s", run, earlier.get("versions"))
+
+
+def what_differs(name: str, earlier: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+    """Of a hash the parts, such as files, that are not the same; and where they were then."""
+    parts, before = ((one.get(PARTS) or {}).get(name) or {} for one in (recipe, earlier))
+    changed = [one for one in {**before, **parts} if before.get(one) != parts.get(one)]
+    told = [f"{', '.join(changed[:5])} differ{'' if len(changed) > 1 else 's'}"] if changed else []
+    for place, owner in BY_CONTENT.items():
+        if owner == name and recipe.get(place) != earlier.get(place):
+            told.append(f"{place} was {earlier.get(place)!r}, now {recipe.get(place)!r}")
+    return f" ({'; '.join(told)})" if told else ""

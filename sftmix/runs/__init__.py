@@ -1,0 +1,1 @@
+"""A run: its folder, ranks, checkpoints and provenance, and how it ends."""

@@ -1,0 +1,133 @@
+"""How a command that fails ends: an exit code and one message that is safe to print."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import re
+import unicodedata
+from collections.abc import Mapping
+from types import TracebackType
+from typing import NoReturn
+
+from sftmix.runs.redaction import redacted
+
+REFUSED, FAILED = 2, 1
+
+
+class RunFailure(RuntimeError):
+    """A run failed on its way; the message says why, and what is kept."""
+
+
+# Mended by another option, file, model or package; the message says which.
+REFUSALS = (ValueError, TypeError, OSError, ImportError)
+# The run itself failed: the same command may well succeed next time.
+RUN_FAILURES = (RunFailure, FloatingPointError, MemoryError, ChildProcessError)
+USER_ERRORS = (*REFUSALS, *RUN_FAILURES)
+# A disk that is full or broken, whatever was being written.
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def exit_code(error: BaseException) -> int:
+    """Return 1 where a run failed on its way, 2 where something that was asked for is refused."""
+    failed = isinstance(error, RUN_FAILURES) or getattr(error, "errno", None) in DISK_FAULTS
+    return FAILED if failed else REFUSED
+
+
+def printable(text: str) -> str:
+    r"""Return the text without secrets, with control characters spelled out, lines indented.
+
+    Names of files, columns and templates come from others: what a terminal would obey, such as an
+    escape sequence or a change of the writing direction, is shown as Python would escape it.
+
+    >>> printable("no file \x1b[31mred\nsftmix: all is well")
+    'no file \\x1b[31mred\n  sftmix: all is well'
+    """
+    return "".join(map(_shown, redacted(text))).replace("\n", "\n  ")
+
+
+def _shown(character: str) -> str:
+    # Cc: control characters; Cf: invisible ones, which reorder text; Cs: no text at all.
+    if character not in "\n\t" and unicodedata.category(character) in ("Cc", "Cf", "Cs"):
+        return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+    return character
+
+
+class OneMessage(argparse.ArgumentParser):
+    """A parser whose refusal is one message, without the usage of a hundred options."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2, as argparse does."""
+        # argparse names both spellings of an option, with underscores and with dashes.
+        message = re.sub(r"^argument (--\w+)(/\S+)?: ", r"\1: ", printable(message))
+        self.exit(REFUSED, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
+
+
+class Naming:
+    """A context that turns what a library raises for a wrong value into a message that names it.
+
+    ``ValueError``, ``OSError`` and ``ImportError`` keep their kind. Others that libraries raise
+    become a ``ValueError``: wrong keywords, keys and attributes, and the plain ``Exception`` of the
+    tokenizers library. A message that begins with the name, or with ``other``, is not named twice.
+
+    >>> with Naming("seed"):
+    ...     int("three")
+    Traceback (most recent call last):
+    ValueError: seed: invalid literal for int() with base 10: 'three'
+    """
+
+    def __init__(
+        self,
+        name: str,
+        what: str = "",
+        *,
+        other: str | None = None,
+        among: Mapping[str, str] | None = None,
+    ) -> None:
+        """See the class.
+
+        Args:
+            name: what the value is called, an option or an argument.
+            what: what was being done, for the message.
+            other: another name that a message may begin with, which is replaced.
+            among: names that come before ``name`` where a message matches their pattern.
+        """
+        self.name, self.what, self.other = name, f"{what}: " if what else "", other
+        self.among = among or {}
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None or exit_code(error) != REFUSED or not is_library_error(error):
+            return
+        text = str(error)
+        if text.startswith(f"{self.name}: "):
+            return
+        if self.other and text.startswith(f"{self.other}: "):
+            text = text.removeprefix(f"{self.other}: ")
+        elif not isinstance(error, ValueError | OSError | ImportError):
+            text = f"{self.what}{type(error).__name__}: {text}"
+        else:
+            text = f"{self.what}{text}"
+        kinds = (FileNotFoundError, OSError, ImportError)
+        raised = next((one for one in kinds if isinstance(error, one)), ValueError)
+        mentioned = (name for name, pattern in self.among.items() if re.search(pattern, text))
+        name = next(mentioned, self.name)
+        raise raised(f"{name}: {text.removeprefix(f'--{name} ')}") from error
+
+
+def is_library_error(error: BaseException) -> bool:
+    """Whether a library may raise this for a wrong value or file."""
+    # tokenizers raises Exception itself, huggingface_hub and datasets have bases of their own.
+    own = {base.__name__ for base in type(error).__mro__}
+    return (
+        isinstance(error, (*REFUSALS, LookupError, AttributeError, RuntimeError, AssertionError))
+        or type(error) is Exception
+        or bool(own & {"StrictDataclassError", "DatasetsError", "HTTPError"})
+    ) and not own & {"OutOfMemoryError", "DistError", "RankError"}

@@ -1,0 +1,1 @@
+"""Chat templates: examples written as the model reads them, and cut into tokens."""

@@ -1,0 +1,107 @@
+"""Where a trained model ends its turns: what training teaches, and what generation stops at.
+
+The chat template decides what follows a response in training; `model.generate` stops at
+`generation_config.eos_token_id`. Where they differ, as for ChatML on a base model that ends texts
+with <|endoftext|>, a well trained model answers on to its limit. So the token that ends a turn is
+put among those that generation stops at, before training and again when the model is saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from sftmix.runs.ranks import is_main
+from sftmix.templates.chat import chat_template, end_of_turn
+
+logger = logging.getLogger(__name__)
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends a turn: the first special or added one of `end_of_turn`.
+
+    None where the template ends no turn, or with words. Raises ValueError as `end_of_turn` does.
+    """
+    added = tokenizer.added_tokens_decoder
+    marker = tokenizer(end_of_turn(tokenizer), add_special_tokens=False, verbose=False)
+    return next((token for token in marker["input_ids"] if token in added), None)
+
+
+def stop_tokens(of_model: Any) -> list[int]:
+    """The end-of-sequence tokens of a model's generation config, in order."""
+    return [of_model] if isinstance(of_model, int) else list(of_model or ())
+
+
+class TurnEnds:
+    """How turns end in training, held against where the model's generation stops.
+
+    For a tokenizer whose template cannot be tried on a question and its answer, and for one that is
+    none (a trainer without ``processing_class``), nothing is known and nothing done.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.marker, self.token, self.template = None, None, None
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            # What is wrong with a template is said of the rows that it refuses.
+            with contextlib.suppress(ValueError):
+                self.template = chat_template(tokenizer)
+                self.marker, self.token = end_of_turn(tokenizer), end_token(tokenizer)
+
+    def align(self, model: Any) -> None:
+        """Have generation stop at the end of turn that training teaches, beside the model's own."""
+        config = getattr(model, "generation_config", None)
+        if config is None or self.token is None:
+            return
+        known = stop_tokens(config.eos_token_id)
+        if self.token not in known:
+            config.eos_token_id = [*known, self.token] if known else self.token
+
+    def warn(self) -> None:
+        """Log one warning where a trained model would not end its turns by a token."""
+        if self.marker is None or self.token is not None or not is_main():
+            return
+        if self.marker:
+            logger.warning(
+                "the chat template ends a turn with the text %r, of which no token stands for "
+                "itself: transformers' generate stops there only with stop_strings and tokenizer "
+                "given; sftmix generate does",
+                self.marker,
+            )
+        else:
+            logger.warning(
+                "the chat template ends no turn: the model does not learn where to stop, and goes "
+                "on to the limit when it is asked. Give --chat_template FILE with one that writes "
+                "an end after each response, such as eos_token"
+            )
+
+    def check(self) -> None:
+        """Log a warning where the template that is saved is not the one that training began with.
+
+        The model answers as it was trained under that one alone.
+        """
+        now = TurnEnds(self.tokenizer)
+        if now.template != self.template and is_main():
+            logger.warning(
+                "the tokenizer's chat template was changed since the trainer was made: what is "
+                "saved ends its turns with %r, training with %r",
+                now.marker,
+                self.marker,
+            )
+
+
+def stop_advice(tokenizer: PreTrainedTokenizerBase) -> str:
+    """One sentence for a model's card: how `generate` is told where a turn ends.
+
+    Raises ValueError as `end_of_turn` does.
+    """
+    token = end_token(tokenizer)
+    if token is not None:
+        return (
+            f"That is token {token}: where the generation config has it not, as the base model's "
+            f"under an adapter, give `generate` the `eos_token_id`."
+        )
+    return "No token stands for it: give `generate` this text in `stop_strings`."

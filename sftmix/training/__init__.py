@@ -1,0 +1,1 @@
+"""Training: options, objective, trainer, scoring, and what is saved."""

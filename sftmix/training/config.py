@@ -1,0 +1,366 @@
+"""The options of training: SFTMix's own, and `transformers.TrainingArguments` with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
+
+from sftmix.runs.failures import Naming
+from sftmix.training.option_checks import check_options, check_settled
+from sftmix_kernels import RowChunks, VocabTiles
+from sftmix_kernels.schedules import Schedule
+
+CHOICES = {
+    "method": ("sftmix", "ntp", "equal", "mixup", "ir_dro"),
+    "lambda_scope": ("pair", "batch"),
+    "mu_schedule": ("constant", "linear_warmup", "cosine"),
+    "pairing": ("outer", "neighbours", "rank"),
+    "loss_schedule": ("auto", "row_chunks", "vocab_tiles"),
+    "head": ("fused", "logits"),
+    "layout": ("padded", "padding_free", "packed", "sequential"),
+    "memory": ("plain", "lean"),
+}
+
+# The methods that have a Mixup term, and so need pairs.
+MIXED = ("sftmix", "equal", "mixup")
+
+# What an evaluation gives, of each of its data sets; the lower the better.
+EVALUATED = ("loss", "perplexity")
+# Minutes between two checkpoints: one of an 8B model with AdamW, 100 GB, takes one or two.
+SAVE_MINUTES = 30.0
+
+# Options of Mixup, with pairs or in its weight, and of one method each.
+OF_MIXUP = ("mu", "mu_schedule", "mu_warmup_ratio", "alpha", "lambda_scope", "pairing")
+
+# transformers' name for it; older versions know the other alone.
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(TrainingArguments, "activation_checkpointing")
+    else "gradient_checkpointing"
+)
+# What --memory lean chooses; tiles as long as an 8B model's hidden states are wide.
+LEAN_TILE_TOKENS = 4096
+LEAN_LOSS_BYTES = 2**28
+
+
+def option(default: Any, help_text: str, source: str) -> Any:
+    """A config field whose help names where the default comes from."""
+    return field(default=default, metadata={"help": f"{help_text} [{source}]"})
+
+
+# The options go over any config derived from TrainingArguments; type checkers read them as one.
+if TYPE_CHECKING:
+    ConfigBase = TrainingArguments
+else:
+    ConfigBase = object
+
+
+@dataclass
+class SFTMixOptions(ConfigBase):
+    """SFTMix's own options, for any config derived from `transformers.TrainingArguments`.
+
+    Every help text ends in "paper" (arXiv 2410.05248) or "ours" (the paper does not say).
+    """
+
+    method: Literal["sftmix", "ntp", "equal", "mixup", "ir_dro"] = option(
+        "sftmix",
+        "sftmix: NTP + mu * Mixup; ntp: next-token prediction alone; equal: NTP + Mixup; mixup: "
+        "Mixup alone; ir_dro: NTP, examples weighted by the softmax of their mean token loss",
+        "paper",
+    )
+    mu: float = option(0.2, "Weight of the Mixup term in sftmix", "paper")
+    mu_schedule: Literal["constant", "linear_warmup", "cosine"] = option(
+        "constant",
+        "constant: mu throughout [paper]; linear_warmup: from 0 to mu over mu_warmup_ratio of the "
+        "steps; cosine: from mu to 0 over all steps",
+        "ours",
+    )
+    mu_warmup_ratio: float = option(0.1, "Share of the steps in which mu rises", "ours")
+    alpha: float = option(0.5, "lam ~ Beta(alpha, alpha)", "paper")
+    lambda_scope: Literal["pair", "batch"] = option(
+        "pair", "One lam for each pair of examples, or for all pairs of an optimizer step", "ours"
+    )
+    pairing: Literal["outer", "neighbours", "rank"] = option(
+        "outer",
+        "outer: the confident half with the other, of K levels the first with the last and so on "
+        "inwards; neighbours: level 1 with 2, 3 with 4; rank: halves, each example with one of "
+        "about the same rank in the other",
+        "ours",
+    )
+    kl_reg: float = option(1.0, "ir_dro: weights are the softmax of loss / kl_reg", "paper")
+    loss_schedule: Literal["auto", "row_chunks", "vocab_tiles"] = option(
+        "auto", "How the loss avoids full logits; vocab_tiles: least memory, CUDA only", "ours"
+    )
+    head: Literal["fused", "logits"] = option(
+        "fused",
+        "fused: the loss reads a linear head, logits are never made; logits: any head, slowly, "
+        "through the model's own logits",
+        "ours",
+    )
+    layout: Literal["padded", "padding_free", "packed", "sequential"] = option(
+        "padded",
+        "How examples lie in a batch: a row each; all in one row; several in each row; one after "
+        "the other through the model, so that activations are of one alone, for another forward "
+        "pass of all but the last",
+        "ours",
+    )
+    row_length: int | None = option(
+        None, "Most tokens of a packed row; by default the longest example's", "ours"
+    )
+    memory: Literal["plain", "lean"] = option(
+        "plain",
+        "lean: activation (gradient) checkpointing and, in place of their defaults, --layout "
+        "sequential, --mlp_tile_tokens 4096, --loss_max_bytes 268435456; results differ by "
+        "rounding alone",
+        "ours",
+    )
+    mlp_tile_tokens: int | None = option(
+        None,
+        "MLPs run on so many tokens at a time and keep nothing inside, for another forward pass of "
+        "them in backward",
+        "ours",
+    )
+    activation_offload: bool = option(
+        False,
+        "What activation checkpointing keeps, a hidden state of each token and layer, lies in the "
+        "host's memory; costs its way there and back",
+        "ours",
+    )
+    loss_max_bytes: int | None = option(
+        None,
+        "Most bytes of logits at a time in the loss, by default 1 GiB (64 MiB of workspace with "
+        "vocab_tiles); chunks below 4096 tokens cost time",
+        "ours",
+    )
+    save_minutes: float | None = option(
+        None,
+        "Write a checkpoint as well when so many minutes have passed since the last; by default "
+        "30, and with --save_strategy no none; 0: none",
+        "ours",
+    )
+    # Examples carry columns that no model's forward knows, and the trainer sorts them itself.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Always off"})
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_steps()
+        if self.memory == "lean":
+            self._turn_lean()
+        if self.method in MIXED and self.per_device_train_batch_size % 2:
+            raise ValueError(
+                "per_device_train_batch_size: expected an even number (pairs of examples), "
+                f"got {self.per_device_train_batch_size}"
+            )
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns: the trainer needs every column; leave it off")
+        # transformers knows the flag without a value, while a YAML file says true.
+        words: dict[str, Any] = {"true": True, "yes": True, "false": None, "no": None}
+        self.fsdp = words.get(str(self.fsdp).lower(), self.fsdp)
+        check_options(self)
+        if self.push_to_hub and HubStrategy(self.hub_strategy) != HubStrategy.END:
+            raise ValueError(
+                f"hub_strategy: expected 'end', got {self.hub_strategy!r}: checkpoints are renamed "
+                "while they would be uploaded"
+            )
+        # transformers takes what does not end in "loss" for the better the higher it is.
+        metric = self.metric_for_best_model
+        if self.greater_is_better is None and metric and metric.endswith(EVALUATED):
+            self.greater_is_better = False
+        # transformers' messages mention the option that is wrong, most of them.
+        among = {name: rf"\b{name}\b" for name in self.__dataclass_fields__}
+        among["accelerator_config"] = "(?i)accelerator_?config"
+        with Naming("training options", among=among):
+            super().__post_init__()  # type: ignore[no-untyped-call]
+        self._check_memory()
+        self._check_settled()
+
+    def _check_settled(self) -> None:
+        """What can be told only once transformers has read the options."""
+        check_settled(self, {name: one.default for name, one in self.__dataclass_fields__.items()})
+
+    def _turn_lean(self) -> None:
+        """Turn on what is off of this trainer's own that saves memory and leaves results alone."""
+        if self.layout == "padded":
+            self.layout = "sequential"
+        if self.mlp_tile_tokens is None:
+            self.mlp_tile_tokens = LEAN_TILE_TOKENS
+        # vocab_tiles' own workspace is smaller, and with --head logits all logits are there.
+        capped = self.head == "fused" and self.loss_schedule != "vocab_tiles"
+        if self.loss_max_bytes is None and capped:
+            self.loss_max_bytes = LEAN_LOSS_BYTES
+
+    def _check_memory(self) -> None:
+        """What can be told only now: FSDP's options, which may be in a file, are read."""
+        if self.memory == "lean" and not self.checkpoints_activations:
+            for name in {CHECKPOINTING, "gradient_checkpointing"}:
+                setattr(self, name, True)
+        if self.activation_offload and not self.checkpoints_activations:
+            raise ValueError(
+                "activation_offload: expected activation_checkpointing (gradient_checkpointing) "
+                "with it, or every activation would go to the host"
+            )
+        if self.torch_compile and (self.layout == "sequential" or self.activation_offload):
+            raise ValueError(
+                "torch_compile: not supported with layout='sequential' or activation_offload, "
+                "whose backbone is not compiled"
+            )
+
+    @property
+    def checkpoints_activations(self) -> bool:
+        """Whether layers keep their inputs alone, by transformers' option or by FSDP's."""
+        names = (CHECKPOINTING, "gradient_checkpointing")
+        sharded = self.fsdp_config if self.fsdp and isinstance(self.fsdp_config, dict) else {}
+        by_fsdp = sharded.get("activation_checkpointing", False)
+        return any(getattr(self, name, None) for name in names) or bool(by_fsdp)
+
+    @property
+    def save_seconds(self) -> float:
+        """Seconds after which a checkpoint is due; infinite where none is due by the clock."""
+        minutes = self.save_minutes
+        if minutes is None:
+            minutes = SAVE_MINUTES if self.writes_checkpoints else 0.0
+        return minutes * 60 or math.inf
+
+    @property
+    def writes_checkpoints(self) -> bool:
+        """Whether a run that nobody interrupts writes any."""
+        return self.save_strategy != "no"
+
+    @property
+    def loss_plan(self) -> Schedule:
+        """How the loss avoids full logits: the fused ops' ``schedule``."""
+        if self.loss_max_bytes is None:
+            return self.loss_schedule
+        if self.loss_schedule == "vocab_tiles":
+            return VocabTiles(max_bytes=self.loss_max_bytes)
+        return RowChunks(max_bytes=self.loss_max_bytes)
+
+    def _check_numbers(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(allowed)
+                raise ValueError(f"{name}: expected {choices}; got {getattr(self, name)!r}")
+        if not (np.isfinite(self.mu) and self.mu >= 0):
+            raise ValueError(f"mu: expected a finite number of at least 0, got {self.mu}")
+        for name in ("alpha", "kl_reg"):
+            number = getattr(self, name)
+            if not (np.isfinite(number) and number > 0):
+                raise ValueError(f"{name}: expected a finite number above 0, got {number}")
+        for name in ("mlp_tile_tokens", "loss_max_bytes"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"{name}: expected at least 1, got {number}")
+        if self.loss_max_bytes is not None and self.head == "logits":
+            raise ValueError(
+                "loss_max_bytes: expected head='fused'; head='logits' holds all logits"
+            )
+        if not 0 < self.mu_warmup_ratio <= 1:
+            raise ValueError(
+                f"mu_warmup_ratio: expected above 0 and at most 1, got {self.mu_warmup_ratio}"
+            )
+
+    def _check_steps(self) -> None:
+        if self.save_minutes is not None and not 0 <= self.save_minutes < math.inf:
+            raise ValueError(
+                f"save_minutes: expected a number of at least 0, got {self.save_minutes}"
+            )
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(
+                f"max_steps: expected at least 1, or -1 for all of num_train_epochs; got "
+                f"{self.max_steps}, which trains nothing"
+            )
+        if self.max_steps == -1 and not 0 < self.num_train_epochs < math.inf:
+            trained = "without end" if self.num_train_epochs > 0 else "nothing"
+            raise ValueError(
+                "num_train_epochs: expected a finite number above 0, got "
+                f"{self.num_train_epochs}, which trains {trained}"
+            )
+
+    def mixup_weight(self, progress: float) -> float:
+        """The weight of Mixup beside NTP, when a share ``progress`` of all steps is done."""
+        if self.method != "sftmix":
+            return 1.0 if self.method in MIXED else 0.0
+        if self.mu_schedule == "linear_warmup":
+            return self.mu * min(1.0, progress / self.mu_warmup_ratio)
+        if self.mu_schedule == "cosine":
+            return self.mu * (1 + math.cos(math.pi * progress)) / 2
+        return self.mu
+
+
+@dataclass
+class SFTMixConfig(SFTMixOptions, TrainingArguments):
+    """`transformers.TrainingArguments` with SFTMix's options, and the paper's defaults."""
+
+    learning_rate: float = option(2e-6, "Peak learning rate of AdamW", "paper")
+    weight_decay: float = option(0.1, "Weight decay of AdamW", "paper")
+    lr_scheduler_type: str = option("cosine", "Learning-rate schedule", "paper")
+    warmup_steps: float = option(
+        0.1, "Warm-up: a share of all steps where below 1, else a number of steps", "paper"
+    )
+    num_train_epochs: float = option(3.0, "Epochs (the paper's 3 are for Alpaca-52K)", "paper")
+    per_device_train_batch_size: int = option(
+        4, "Examples of a step on each device, an even number (the paper's 32 on 8 GPUs)", "paper"
+    )
+    logging_steps: float = option(10, "Steps between two log lines", "ours")
+    save_strategy: str = option(
+        "epoch", "When to write a checkpoint: no, steps, epoch, best", "ours"
+    )
+    save_total_limit: int | None = option(2, "Checkpoints kept, the newest", "ours")
+    hub_strategy: str = option(
+        "end", "When --push_to_hub pushes: end, the final model with tokenizer and card", "ours"
+    )
+    seed: int = option(0, "Seed of pairs, lam, shuffling and initialisation", "ours")
+    report_to: str | list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "Reporters of the metrics: none, tensorboard, wandb, ... [ours]"},
+    )
+
+
+@dataclasses.dataclass
+class ScoreConfig(SFTMixConfig):
+    """Training of the reference model: one epoch of next-token prediction."""
+
+    method: Literal["ntp"] = option("ntp", "The reference model is trained with NTP", "paper")
+    num_train_epochs: float = option(1.0, "The confidence is that of one epoch", "paper")
+    num_scorings: int = option(
+        5,
+        "C, evenly spaced scorings, the last at the end; on a GPU in bfloat16, also where the "
+        "training is in float32",
+        "ours",
+    )
+    checkpoint_scorings: bool = option(
+        True,
+        "Write a checkpoint before each scoring, so that a killed run goes on in the midst of it",
+        "ours",
+    )
+    save_strategy: str = option(
+        "no",
+        "When to write other checkpoints: no, steps, epoch; with no, those of the scorings are "
+        "deleted once confidence.parquet is there",
+        "ours",
+    )
+    save_total_limit: int | None = option(
+        1, "Checkpoints kept, the newest, while the run goes on", "ours"
+    )
+
+    def __post_init__(self) -> None:
+        for name, expected in (("method", "ntp"), ("num_train_epochs", 1), ("max_steps", -1)):
+            if getattr(self, name) != expected:
+                raise ValueError(
+                    f"{name}: score trains one epoch of next-token prediction, expected "
+                    f"{expected}, got {getattr(self, name)}; leave it out"
+                )
+        if self.push_to_hub:
+            raise ValueError("push_to_hub: score makes a partition, and no model to push")
+        super().__post_init__()
+
+    @property
+    def writes_checkpoints(self) -> bool:
+        """Whether a run that nobody interrupts writes any."""
+        return self.checkpoint_scorings or super().writes_checkpoints

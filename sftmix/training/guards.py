@@ -1,0 +1,163 @@
+"""The part of a trainer that looks at each step before the optimizer uses it.
+
+Once a step, when its gradients are there and none of them is used, all ranks put together what each
+has seen: losses and a gradient's norm that are not finite, a signal, and on the first rank whether
+a checkpoint is due. That is one reduction of five numbers and one wait for the device, which was
+there for the losses alone; the norm is the one that clipping and the log have anyway.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import Trainer
+
+from sftmix.runs import interrupts
+from sftmix.runs.ranks import RankError, gathered, is_main, summed
+from sftmix.training.config import SFTMixOptions
+
+# The mixin goes over any trainer derived from Trainer; type checkers read it as one.
+if TYPE_CHECKING:
+    TrainerBase = Trainer
+else:
+    TrainerBase = object
+
+# A scaler that gets so low divides what does not come from its scale: DeepSpeed's limit, too.
+LOWEST_SCALE = 1.0
+# Optimizers that have used a layer's gradient before those of others are there.
+IN_BACKWARD = ("lomo", "layerwise")
+
+
+class GuardedSteps(TrainerBase):
+    """Steps that end the training before the optimizer uses anything that is not finite."""
+
+    args: SFTMixOptions
+    model: Any
+    unchecked: list[tuple[Tensor, Tensor]]
+    # What all ranks agreed on in the step that is under way.
+    stop_signal: int | None = None
+    save_is_due = False
+    saved_at: float
+
+    def begin_steps(self) -> None:
+        """Forget what another training has left."""
+        self.unchecked = []
+        self.stop_signal, self.save_is_due = None, False
+        self.saved_at = time.monotonic()
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """One micro-batch, whose loss is looked at with those of its step."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self.unchecked.append((loss, inputs["ids"]))
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of the step's gradients, which Trainer asks for before the optimizer's step.
+
+        Raises:
+            FloatingPointError: a loss or a gradient is NaN or infinite, with the step and the ids
+                of its examples.
+            RankError: another rank says so.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        self._check_step(norm)
+        return norm
+
+    def _check_step(self, norm: Any) -> None:
+        window, self.unchecked = self.unchecked, []
+        bad = ~torch.stack([loss for loss, _ in window]).isfinite()
+        # Summed over the shards, of which each rank has some.
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+        bad_norm = ~norm.to(bad.device).isfinite()
+        asked = interrupts.requested()
+        due = is_main() and time.monotonic() - self.saved_at >= self.args.save_seconds
+        own = [*(asked == signum for signum in interrupts.SIGNALS), due]
+        # By fills: a copy from the host would wait for the device once more.
+        wishes = [torch.full((), float(wish), device=bad.device) for wish in own]
+        seen = torch.stack([bad.any().float(), bad_norm.float(), *wishes])
+        bad_losses, bad_norms, *asking, due_on_main = summed(seen).tolist()
+        if bad_losses:
+            self._refuse_losses(window, bad.tolist())
+        if bad_norms and not self._is_scaled_down():
+            self._refuse_gradients(window, norm)
+        self.save_is_due = bool(due_on_main)
+        signals = zip(interrupts.SIGNALS, asking, strict=True)
+        self.stop_signal = next((signum for signum, ranks in signals if ranks), None)
+
+    def _is_scaled_down(self) -> bool:
+        """Whether fp16's scaler leaves this step out, and takes a smaller scale for the next."""
+        scaler = self.accelerator.scaler
+        return scaler is not None and scaler.is_enabled() and scaler.get_scale() > LOWEST_SCALE
+
+    def _refuse_losses(self, window: list[tuple[Tensor, Tensor]], bad: list[bool]) -> None:
+        step = f"at step {self.state.global_step + 1}"
+        for (loss, ids), is_bad in zip(window, bad, strict=True):
+            if is_bad:
+                raise FloatingPointError(
+                    f"loss is {loss.item()} {step}, examples {ids.tolist()}; {self._unharmed()}"
+                )
+        raise RankError(f"the loss of another rank is not finite {step}; {self._unharmed()}")
+
+    def _refuse_gradients(self, window: list[tuple[Tensor, Tensor]], norm: Tensor) -> None:
+        """All ranks have the same gradients by now: whose examples made them cannot be told."""
+        step = f"at step {self.state.global_step + 1}"
+        everyone = gathered([number for _, ids in window for number in ids.tolist()])
+        if not is_main():
+            raise RankError(f"the gradients are not finite {step}; {self._unharmed()}")
+        numbers = [number for own in everyone for number in own]
+        losses = ", ".join(f"{loss.item():.6g}" for loss, _ in window)
+        raise FloatingPointError(
+            f"the norm of the gradients is {norm.item()} {step} (losses {losses}), examples "
+            f"{numbers}; {self._unharmed()}"
+        )
+
+    def _unharmed(self) -> str:
+        """Say what this step has done to the model, which an earlier one may have spoilt."""
+        optimizer = str(getattr(self.args.optim, "value", self.args.optim))
+        if any(kind in optimizer for kind in IN_BACKWARD):
+            return f"--optim {optimizer} updates weights in backward: the model may be spoilt"
+        if name := weight_not_finite(self.model):
+            return f"the model was not updated, but {name} was not finite before this step"
+        return "the model was not updated"
+
+    def refuse_weights(self, kept: str) -> None:
+        """Refuse to save a model that an update has spoilt; every rank has to call this.
+
+        Raises:
+            FloatingPointError: a weight is NaN or infinite; ``kept`` says what stays as it is.
+            RankError: the same on all ranks but the first.
+        """
+        names = gathered(weight_not_finite(self.model))
+        if not any(names):
+            return
+        name = next(name for name in names if name)
+        if not is_main():
+            raise RankError(f"{name} is not finite after step {self.state.global_step}")
+        raise FloatingPointError(
+            f"{name} is not finite after step {self.state.global_step}: an update was too large "
+            f"for its dtype; {kept}; a smaller --learning_rate, or --dtype float32, may help"
+        )
+
+
+def weight_not_finite(model: nn.Module) -> str | None:
+    """The name of a trained weight that is NaN or infinite here, None where all are finite.
+
+    Looks at the smallest and the largest value, which takes no memory, and waits once.
+    """
+    names, ends = [], []
+    for name, weight in model.named_parameters():
+        own = weight.detach()
+        own = own.to_local() if isinstance(own, DTensor) else own
+        if weight.requires_grad and own.is_floating_point() and own.numel():
+            names.append(name)
+            ends.append(torch.stack(torch.aminmax(own)).float().isfinite().all())
+    if not ends:
+        return None
+    finite = torch.stack([end.to(ends[0].device) for end in ends]).tolist()
+    return next((name for name, whole in zip(names, finite, strict=True) if not whole), None)

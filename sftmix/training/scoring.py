@@ -1,0 +1,402 @@
+"""Scoring: the perplexity of every response under the model as it stands.
+
+Legend: S examples, C checkpoints of one epoch, T tokens of one sequence.
+
+The reference model is trained for one epoch on the data itself, with next-token prediction, and at
+C evenly spaced steps, the last at the end, every example is scored in place
+(``Conf(Y|X) = -(1/C) sum_c Perp_c(Y|X)``, arXiv 2410.05248).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.compute as pc
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sftmix.model.head import HeadAdapter
+from sftmix.pairs.collator import PairedCollator
+from sftmix.pairs.sampling import filler
+from sftmix.runs import interrupts
+from sftmix.runs.checkpoints import PREFIX, writing
+from sftmix.runs.folders import atomic_write
+from sftmix.runs.ranks import gathered, is_main, num_ranks, rank, summed
+from sftmix_kernels import StreamingPerplexity
+
+# Between two savings of a scoring's progress: what a killed run has to score again. A saving waits
+# for the device and for the disk.
+SAVE_SECONDS = 30.0
+# Batches collated at a time: a few megabytes.
+AHEAD = 32
+# Of `StreamingPerplexity.state_dict`: what ranks have parts of.
+OPEN_SUMS = ("open_nll_sum", "open_num_tokens", "open_outside")
+
+
+def score_examples(
+    model: nn.Module,
+    head: HeadAdapter,
+    examples: Sequence[dict[str, Any]] | datasets.Dataset,
+    *,
+    collator: PairedCollator,
+    perplexity: StreamingPerplexity | None = None,
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    max_tokens: int = 8192,
+    description: str = "score",
+    disable_progress: bool | None = False,
+    save: Callable[[], object] | None = None,
+    shared: bool = False,
+) -> StreamingPerplexity:
+    """Add one scoring of all examples, response tokens only, to ``perplexity`` (or a new one).
+
+    The model is in eval mode meanwhile and no gradient is kept. ``max_tokens`` bounds the tokens of
+    a batch; ``context`` is entered around all of them (autocast, which then casts a weight once).
+    ``save`` is called between two batches, every `SAVE_SECONDS`: where ``perplexity`` comes with a
+    scoring that was broken off, only the examples that it has no token of are scored. ``shared``:
+    all ranks call this and share the batches; each gets the sums of all. A signal ends it after a
+    batch, saved.
+
+    Raises:
+        ValueError: there is nothing to score, an example has no response token, or ``perplexity``
+            is of another number of examples.
+        Interrupted: a signal waited for the end of a batch.
+    """
+    if len(examples) == 0:
+        raise ValueError("examples: expected at least one, got none")
+    if perplexity is None:
+        perplexity = StreamingPerplexity(len(examples), head.weight.device)
+    if perplexity.num_samples != len(examples):
+        raise ValueError(
+            f"perplexity: expected sums of {len(examples)} examples, got {perplexity.num_samples}"
+        )
+    lengths = sequence_lengths(examples)
+    if isinstance(examples, datasets.Dataset):
+        examples = examples.with_format("arrow")
+    # A batch holds examples as a whole and each has a response token: the sums say who was scored.
+    started = summed(perplexity.started.long()) if shared else perplexity.started
+    waiting = (started == 0).nonzero().flatten().tolist()
+    progress = tqdm(
+        total=sum(lengths),
+        initial=sum(lengths) - sum(lengths[row] for row in waiting),
+        desc=description,
+        unit="tok",
+        unit_scale=True,
+        disable=disable_progress or (shared and not is_main()),
+    )
+    saved = time.monotonic()
+    number, size = (rank(), num_ranks()) if shared else (0, 1)
+    with torch.no_grad(), _evaluating(model), context(), progress:
+        batches = batches_by_length(lengths, max_tokens, waiting)
+        # A sharded model has to be called equally often by all ranks.
+        batches += [[]] * (-len(batches) % size)
+        own = collated(examples, batches[number::size], collator)
+        for done, (batch_rows, batch) in enumerate(own, start=1):
+            score_batch(model, head, batch, torch.tensor(batch_rows).long(), perplexity)
+            dealt = batches[(done - 1) * size : done * size]
+            progress.update(sum(lengths[row] for rows in dealt for row in rows))
+            due, signum = agreed(saved, done, size)
+            if save is not None and (due or signum):
+                save()
+                saved = time.monotonic()
+            if signum:
+                raise interrupts.Interrupted(signum, f"in {description}")
+    perplexity.end_checkpoint(dist.group.WORLD if size > 1 else None)
+    return perplexity
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def agreed(saved: float, done: int, size: int) -> tuple[bool, int | None]:
+    """Whether `SAVE_SECONDS` have passed since ``saved``, and the signal that asks to end.
+
+    Several ranks have to agree and would wait for each other, so that they ask every `AHEAD`
+    batches only; of their clocks the first one's counts, of their signals any.
+    """
+    if size > 1 and done % AHEAD:
+        return False, None
+    due = time.monotonic() - saved >= SAVE_SECONDS
+    own = (due, interrupts.requested())
+    told = [own] if size == 1 else gathered(own)
+    return told[0][0], next((signum for _, signum in told if signum), None)
+
+
+def score_batch(
+    model: nn.Module,
+    head: HeadAdapter,
+    batch: dict[str, Tensor],
+    examples: Tensor,
+    perplexity: StreamingPerplexity,
+) -> None:
+    """Add the losses of a `PairedCollator`'s batch; ``examples`` says whose rows they are.
+
+    Without padding the model gets no attention mask: it takes its causal path and need not ask the
+    device whether the mask is full.
+    """
+    device = perplexity.device
+    names = ["input_ids"] if batch["attention_mask"].all() else ["input_ids", "attention_mask"]
+    sample_ids = examples[batch["owner"]].to(device)
+    targets = batch["targets"].to(device)
+    call = functools.partial(
+        model,
+        **{name: batch[name].to(device) for name in names},
+        use_cache=False,
+        rows=batch["rows"].to(device),
+    )
+    if head.fused:
+        call(head_function=_adding(perplexity, targets, sample_ids, head))
+        return
+    logits = call(head_input=lambda hidden: hidden).value.float()
+    perplexity.add(F.cross_entropy(logits, targets, reduction="none"), sample_ids)
+
+
+def scoring_autocast(
+    head: HeadAdapter, accelerator: Any
+) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """What `sftmix score` scores in: bfloat16 autocast on CUDA, whatever it trains in.
+
+    Scoring has no small updates to lose, and a float32 forward is slower. Training in fp16 scores
+    in fp16; a CPU, weights that are not float32, and a GPU that only emulates bfloat16 score in
+    what they train in.
+    """
+    weight = head.weight
+    # FSDP has not moved the weights to the device yet.
+    if (
+        accelerator.device.type == "cuda"
+        and weight.dtype == torch.float32
+        and accelerator.mixed_precision != "fp16"
+        and torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        return functools.partial(torch.autocast, "cuda", dtype=torch.bfloat16)
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = accelerator.autocast
+    return autocast
+
+
+def _adding(
+    perplexity: StreamingPerplexity, targets: Tensor, sample_ids: Tensor, head: HeadAdapter
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    def head_function(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        perplexity.update(hidden, weight, targets, sample_ids, bias=bias, **head.options)
+        return hidden.new_zeros(())
+
+    return head_function
+
+
+def collated(
+    examples: Sequence[dict[str, Any]] | datasets.Dataset,
+    batches: Sequence[list[int]],
+    collator: PairedCollator,
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Rows and tensors of each batch, made `AHEAD` at a time.
+
+    One at a time, between two forward passes that have taken the caches, takes three times as long.
+    """
+    for first in range(0, len(batches), AHEAD):
+        yield from [
+            (rows, collator(rows_of(examples, rows) or [filler()]))
+            for rows in batches[first : first + AHEAD]
+        ]
+
+
+def rows_of(
+    examples: Sequence[dict[str, Any]] | datasets.Dataset, rows: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Examples of one length; of a data set in Arrow's format without making Python numbers."""
+    if not isinstance(examples, datasets.Dataset) or not rows:
+        return [examples[row] for row in rows]
+    table = examples[rows]
+    arrays = [
+        table[name].combine_chunks().flatten().to_numpy().reshape(len(rows), -1)
+        for name in ("input_ids", "labels")
+    ]
+    ids = table["id"].to_pylist() if "id" in table.column_names else rows
+    names = ("id", "input_ids", "labels")
+    return [dict(zip(names, values, strict=True)) for values in zip(ids, *arrays, strict=True)]
+
+
+def sequence_lengths(examples: Sequence[dict[str, Any]] | datasets.Dataset) -> list[int]:
+    """Tokens of each example; of a data set without turning its tokens into Python numbers."""
+    if isinstance(examples, datasets.Dataset):
+        column = examples.with_format("arrow")[:]["input_ids"]
+        lengths: list[int] = pc.list_value_length(column).to_pylist()
+        return lengths
+    return [len(example["input_ids"]) for example in examples]
+
+
+def batches_by_length(
+    lengths: Sequence[int], max_tokens: int, rows: Iterable[int] | None = None
+) -> list[list[int]]:
+    """Rows grouped with rows of exactly their length; longest first, then in order.
+
+    Each batch holds at most ``max_tokens`` tokens, and at least one row. No slot is padding, and
+    each example gets what it would get alone, from every architecture: examples one after another
+    in one sequence would need block masks (T x T for SDPA), which state-space models cannot heed.
+    ``rows``: which rows; all by default.
+    """
+    batches: list[list[int]] = []
+    rows = range(len(lengths)) if rows is None else rows
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        last = batches[-1] if batches else []
+        fits = (len(last) + 1) * lengths[row] <= max_tokens
+        if last and lengths[last[0]] == lengths[row] and fits:
+            last.append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def scoring_steps(max_steps: int, num_scorings: int) -> list[int]:
+    """``num_scorings`` evenly spaced steps of a run, the last at its end.
+
+    Raises:
+        ValueError: there are fewer steps than scorings.
+    """
+    if not 1 <= num_scorings <= max_steps:
+        raise ValueError(
+            f"num_scorings: expected 1 to {max_steps} (the steps of the epoch), "
+            f"got {num_scorings}; ask for fewer, or take a smaller per_device_train_batch_size"
+        )
+    return [round(max_steps * (c + 1) / num_scorings) for c in range(num_scorings)]
+
+
+class ScoringCallback(TrainerCallback):
+    """Scores the training data at C steps; its sums travel with checkpoints.
+
+    ``checkpointed``: at each of these steps the trainer first writes a checkpoint, and the sums are
+    saved into it every `SAVE_SECONDS` of the scoring and at its end. A run resumed from a
+    checkpoint goes on with its scoring, if that is not finished, before it trains on.
+    """
+
+    FILE = "perplexity.safetensors"
+
+    def __init__(
+        self,
+        perplexity: StreamingPerplexity,
+        steps: Sequence[int],
+        score: Callable[..., Any],
+        *,
+        checkpointed: bool = False,
+    ) -> None:
+        """``score(perplexity=..., description=..., save=...)`` adds one scoring of all data."""
+        self.perplexity = perplexity
+        self.steps = list(steps)
+        self.score = score
+        self.checkpointed = checkpointed
+        self.resumed_from: Path | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Finish the scoring that the resumed checkpoint was written for.
+
+        Raises:
+            ValueError: the number of finished scorings is not that of the step.
+        """
+        before, after = (
+            bisect(self.steps, state.global_step) for bisect in (bisect_left, bisect_right)
+        )
+        if not before <= self.finished <= after:
+            raise ValueError(
+                f"perplexity: expected {after} finished scorings at step {state.global_step}, "
+                f"got {self.finished}"
+            )
+        self.score_if_due(state.global_step, self.resumed_from)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Score where it is time to, or have the checkpoint written that comes first."""
+        if self.checkpointed and state.global_step in self.steps:
+            control.should_save = True
+        else:
+            self.score_if_due(state.global_step, None)
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Keep the last scoring's checkpoint: one of the epoch's end would replace it."""
+        if self.checkpointed and state.global_step in self.steps:
+            control.should_save = False
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Score where the checkpoint was written for it."""
+        folder = Path(str(args.output_dir)) / f"{PREFIX}{state.global_step}"
+        self.score_if_due(state.global_step, folder)
+
+    @property
+    def finished(self) -> int:
+        """How many scorings are finished."""
+        return self.perplexity.nll_sum.shape[1]
+
+    def score_if_due(self, step: int, checkpoint: Path | None) -> None:
+        """Score at one of the C steps, once, saving the progress into its checkpoint."""
+        if step not in self.steps or self.steps.index(step) < self.finished:
+            return
+        save = functools.partial(self.save, checkpoint) if checkpoint is not None else None
+        number = self.steps.index(step) + 1
+        self.score(
+            perplexity=self.perplexity, description=f"score {number}/{len(self.steps)}", save=save
+        )
+        if save is not None:
+            save()
+
+    def save(self, folder: Path) -> None:
+        """Put the scorings into a checkpoint, the unfinished one too: every rank has to call this.
+
+        The main process writes the sums over all ranks.
+        """
+        state = self.perplexity.state_dict()
+        for name in OPEN_SUMS:
+            state[name] = summed(state[name].long() if name == "open_outside" else state[name])
+        state["open_outside"] = state["open_outside"] != 0
+        if self.finished == 0:
+            state["num_tokens"] = state["open_num_tokens"].clone()
+        if is_main():
+            state = {name: sums.cpu() for name, sums in state.items()}
+            with writing(folder):
+                atomic_write(folder / self.FILE, lambda path: save_file(state, path))
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint's scorings; the main process takes the unfinished one."""
+        state = load_file(folder / self.FILE)
+        if not is_main():
+            state |= {name: torch.zeros_like(state[name]) for name in OPEN_SUMS}
+        self.perplexity.load_state_dict(state)
+        self.resumed_from = folder

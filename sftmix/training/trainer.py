@@ -1,0 +1,494 @@
+"""Training with NTP + mu * Mixup on top of `transformers.Trainer`.
+
+`SFTMixMixin` holds everything, so that it also sits on other trainers derived from
+`transformers.Trainer`; `SFTMixTrainer` is the mixin over the plain one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer
+from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.trainer_utils import TrainOutput
+
+from sftmix.data.examples_check import check_examples, require_rows
+from sftmix.model.head import HeadAdapter
+from sftmix.model.layout_check import check_layout
+from sftmix.model.one_by_one import saved_on_host
+from sftmix.model.saved_config import as_loaded, make_savable
+from sftmix.model.tiled_mlp import refuse_router, tile_mlps
+from sftmix.pairs.collator import PairedCollator, check_collator
+from sftmix.pairs.partition import Partition
+from sftmix.pairs.pools import Confident, pools_of
+from sftmix.pairs.sampling import (
+    FilledExamples,
+    FilledSampler,
+    PairedExamples,
+    PairedSampler,
+    ShuffledSampler,
+)
+from sftmix.runs import interrupts
+from sftmix.runs.out_of_memory import advising
+from sftmix.runs.ranks import (
+    array_hash,
+    is_main,
+    on_main,
+    refuse_differences,
+    tokens_hash,
+    weights_hash,
+)
+from sftmix.templates.turn_ends import TurnEnds
+from sftmix.training.config import EVALUATED, MIXED, SFTMixOptions
+from sftmix.training.metrics import LossWindow, RunTensorBoard
+from sftmix.training.objective import BatchLoss, Counts, batch_counts, batch_loss, refuse_unknown
+from sftmix.training.parallelism import (
+    check_parallelism,
+    check_processes,
+    loads_on_main_alone,
+    sharded_weights,
+)
+from sftmix.training.precision import HalfPrecisionUpdates
+from sftmix.training.saving import DueEvaluation, Resumption, WholeCheckpoints
+from sftmix.training.scoring import score_examples
+from sftmix_kernels import StreamingPerplexity
+
+# Training arguments that do not decide a training's results, or that each rank has its own of.
+OF_RANK = ("local_rank", "output_dir", "logging_dir", "run_name", "disable_tqdm")
+
+
+class SFTMixMixin(WholeCheckpoints):
+    """NTP + mu * Mixup, and the methods it is compared with, for a `transformers.Trainer`.
+
+    ``train_dataset`` has ``input_ids`` and ``labels`` (-100 outside of responses, not shifted), and
+    ``id`` for messages. ``confident`` (S,) says of each row whether it is in the confident half, or
+    is the rows' `Partition`, which may have more levels; methods with a Mixup term need it. With
+    the others it fixes the same batches and order, so that the loss is all that differs.
+    """
+
+    args: SFTMixOptions
+    model: Any
+    train_dataset: Any
+    data_collator: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        confident: Confident | None = None,
+        checkpoint_extras: Sequence[Any] = (),
+        **kwargs: Any,
+    ) -> None:
+        """See the class; other arguments are the trainer's own.
+
+        Args:
+            confident: which rows of ``train_dataset`` are in the confident half; or a partition of
+                as many rows in the same order (see `sftmix.pairs.partition.match`).
+            checkpoint_extras: objects with ``save(folder)`` and ``load(folder)`` whose state
+                travels with checkpoints, in the file ``FILE``, which they may write again later.
+
+        Raises:
+            ValueError: no partition for a method with Mixup, one of another length, a model whose
+                head is not understood, examples too few for one batch, a row of ``train_dataset``
+                or ``eval_dataset`` that the model cannot read or learn from (`check_examples`), or
+                an option that would not be heeded.
+            TypeError: a data set that is a stream or has several splits, or ``args`` without
+                SFTMix's options.
+        """
+        for name in ("model_init", "compute_metrics", "compute_loss_func"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name}: not supported here")
+        own_collator = kwargs.get("data_collator") is None and len(args) < 3
+        self.loaded_config = as_loaded(args[0] if args else kwargs.get("model"))
+        data = ("train_dataset", "eval_dataset")
+        require_rows(**{name: kwargs.get(name) for name in data})
+        options = args[1] if len(args) > 1 else kwargs.get("args")
+        self.handles_signals = bool(getattr(options, "enable_jit_checkpoint", False))
+        if not isinstance(options, SFTMixOptions):
+            raise TypeError(
+                "args: expected SFTMixConfig, or a config derived from SFTMixOptions, got "
+                f"{type(options).__name__}"
+            )
+        check_processes(options)
+        with _without_jit_checkpoint(options):
+            super().__init__(*args, **kwargs)
+        refuse_unknown(self.args.method)
+        self._check_metric()
+        check_examples(self.model, **{name: getattr(self, name) for name in data})
+        if own_collator:
+            self.data_collator = self._make_collator()
+        make_savable(self.model)
+        self.ends = TurnEnds(self.processing_class)
+        self.ends.warn()
+        self.ends.align(self.model)
+        self.head = self._find_head()
+        # The loss is divided by counts over the whole accumulation window, here and not by Trainer.
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
+        self.window = LossWindow(self.args.device)
+        self.checkpoint_extras = list(checkpoint_extras)
+        self.evaluation = DueEvaluation()
+        self.begin_steps()
+        self.add_callback(Resumption(self))
+        self.add_callback(HalfPrecisionUpdates())
+        if "tensorboard" in (self.args.report_to or ()):
+            self.pop_callback(TensorBoardCallback)
+            self.add_callback(RunTensorBoard(Path(str(self.args.output_dir))))
+        self.paired = confident is not None
+        self.examples = self.train_dataset
+        if self.args.world_size > 1 and self.train_dataset is not None:
+            self.train_dataset = FilledExamples(self.train_dataset)
+        if confident is not None:
+            self._pair(confident)
+        elif self.args.method in MIXED:
+            raise ValueError(
+                f"confident: method={self.args.method!r} needs a partition of the training data"
+            )
+        if self.train_dataset is not None:
+            self._get_train_sampler()  # refuses data that make no batch
+
+    def _make_collator(self) -> PairedCollator:
+        return make_collator(self.processing_class, self.args)
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model, whose generation stops where training has taught it to end a turn."""
+        self.ends.check()
+        self.ends.align(self.model)
+        super()._save(*args, **kwargs)
+
+    def _find_head(self) -> HeadAdapter:
+        model = self.accelerator.unwrap_model(self.model)
+        check_parallelism(self.args, self.accelerator, model)
+        alone = loads_on_main_alone(self.accelerator)
+        checked = is_main() or not alone
+        saving = saved_on_host if self.args.activation_offload else None
+        head = HeadAdapter(model, self.args.head, checked=checked, saving=saving)
+        if alone:
+            known = ("logit_scale", "softcap", "router_coefficient")
+            vars(head).update(on_main(lambda: {name: vars(head)[name] for name in known}))
+        if checked:
+            self._check_layout()
+        if self.args.mlp_tile_tokens is not None:
+            refuse_router(head.router_coefficient)
+            tile_mlps(model, self.args.mlp_tile_tokens, checked=checked)
+        return head
+
+    def _check_layout(self) -> None:
+        check_collator(self.data_collator, self.args.layout, self.args.row_length)
+        with self.accelerator.autocast():
+            check_layout(self.accelerator.unwrap_model(self.model), self.args.layout)
+
+    def _pair(self, confident: Confident) -> None:
+        dataset = self.train_dataset
+        values = confident.id if isinstance(confident, Partition) else np.asarray(confident)
+        if values.shape != (len(dataset),):
+            raise ValueError(
+                f"confident: expected one value for each of {len(dataset)} training examples, "
+                f"got shape {values.shape}"
+            )
+        if not isinstance(confident, Partition) and not np.isin(values, (0, 1)).all():
+            raise ValueError(
+                "confident: expected a boolean for each training example, got "
+                f"{next(one for one in values.tolist() if one not in (0, 1))!r}"
+            )
+        if self.args.train_batch_size % 2:
+            raise ValueError(
+                "per_device_train_batch_size: expected an even number (pairs of examples), "
+                f"got {self.args.train_batch_size}"
+            )
+        self.pools = pools_of(confident, self.args.pairing)
+        self.confident_rows = np.concatenate([pool.confident for pool in self.pools])
+        self.unconfident_rows = np.concatenate([pool.unconfident for pool in self.pools])
+        self.train_dataset = PairedExamples(dataset)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any]:
+        batch = self.args.train_batch_size * self.args.world_size
+        examples = len(self.train_dataset)
+        if examples < batch:
+            raise ValueError(
+                f"train_dataset: expected at least one batch of {batch} examples, got {examples}"
+            )
+        sampler: Sampler[Any]
+        if self.paired:
+            step = batch * self.args.gradient_accumulation_steps // 2
+            sampler = PairedSampler(
+                self.pools,
+                alpha=self.args.alpha,
+                seed=self.args.seed,
+                pairs_per_lam=step if self.args.lambda_scope == "batch" else 1,
+            )
+        else:
+            sampler = ShuffledSampler(examples, seed=self.args.seed)
+        if self.args.world_size == 1 or self.args.dataloader_drop_last:
+            return sampler
+        return FilledSampler(sampler, batch, (None, 1.0) if self.paired else None)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        """The `Counts` of a window over all ranks, (4,)."""
+        counts = torch.stack(batch_counts(batch_samples, device))
+        total: Tensor = self.accelerator.reduce(counts, "sum")
+        return total.clamp(min=1)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """This micro-batch's share of the method's loss over the whole window and all ranks.
+
+        A router's auxiliary loss, times the model's coefficient, is a mean over the micro-batches
+        of all ranks; those that hold fillers alone are left out.
+        """
+        if not isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
+        counts = Counts(*num_items_in_batch)
+        mu = self.args.mixup_weight(self.state.global_step / max(self.state.max_steps, 1))
+        loss = batch_loss(model, self.head, inputs, self.args, counts, mu)
+        # Gradients are averaged over ranks, while the counts are of all ranks together.
+        ranks = self.accelerator.num_processes
+        total = loss.loss * ranks
+        if loss.router is not None:
+            router = loss.router * bool(inputs["rows"].numel()) / counts.micro_batches
+            total = total + self.head.router_coefficient * router * ranks
+            loss = loss._replace(loss=total / ranks, router=router)
+        self._measure(inputs, loss)
+        return (total, loss) if return_outputs else total
+
+    def _measure(self, inputs: dict[str, Tensor], loss: BatchLoss) -> None:
+        unconfident = inputs["owner"] % 2 == 1 if self.paired else None
+        values: dict[str, Tensor | float] = {
+            "loss": loss.loss,
+            "ntp_loss": 0.0 if loss.ntp is None else loss.ntp,
+            "mixup_loss": 0.0 if loss.mixup is None else loss.mixup,
+            "router_loss": 0.0 if loss.router is None else loss.router,
+            "input_tokens": inputs["lengths"].sum(),
+            "tokens_confident": float(inputs["rows"].numel()),
+        }
+        if unconfident is not None:
+            values |= {
+                "tokens_confident": (~unconfident).sum(),
+                "tokens_unconfident": unconfident.sum(),
+                "mixed_pairs": float(inputs["pair_c"].numel()),
+                "lam": inputs["lam"].sum(),
+            }
+        if unconfident is not None and loss.row_ntp is not None:
+            values |= {
+                "nll_confident": (loss.row_ntp * ~unconfident).sum(),
+                "nll_unconfident": (loss.row_ntp * unconfident).sum(),
+            }
+        self.window.add(values)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Replace Trainer's loss by the window's exact mean, and add the terms and rates."""
+        if "loss" in logs and self.is_in_train:
+            step = self.state.global_step
+            sums = self.accelerator.reduce(self.window.sums, "sum")
+            report = self.window.report(
+                sums,
+                step,
+                paired=self.paired,
+                mixed=self.args.method in MIXED,
+                ntp=self.args.method != "mixup",
+                router=self.head.router_coefficient != 0,
+            )
+            logs = {**logs, **report}
+            if self.args.method == "sftmix" and self.args.mu_schedule != "constant":
+                logs["mu"] = self.args.mixup_weight((step - 1) / self.state.max_steps)
+            self.window.reset(step)
+        super().log(logs, start_time)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """NTP loss of a data set, a mean over its response tokens, and its perplexity.
+
+        Batches hold examples of one length, up to 8,192 tokens; ``per_device_eval_batch_size`` is
+        not used. Several data sets, given as a dict, are evaluated one by one, as `Trainer` does.
+        """
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            parts = [
+                self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+                for name, part in dataset.items()
+            ]
+            return {key: value for part in parts for key, value in part.items()}
+        if dataset is None:
+            raise ValueError("eval_dataset: expected a data set to evaluate on, got None")
+        if self.is_fsdp_enabled and not sharded_weights(self.model):
+            raise ValueError("evaluate: the model is sharded when training begins; train first")
+        if eval_dataset is not None and eval_dataset is not self.eval_dataset:
+            check_examples(self.model, eval_dataset=dataset)
+        scores = score_examples(
+            self.model,
+            self.head,
+            dataset,
+            collator=self.data_collator.padded(),
+            perplexity=StreamingPerplexity(len(dataset), self.args.device),
+            context=self.accelerator.autocast,
+            description="evaluate",
+            disable_progress=self.args.disable_tqdm,
+            shared=True,
+        )
+        loss = float(scores.nll_sum.sum() / scores.num_tokens.sum())
+        with np.errstate(over="ignore"):
+            perplexity = float(np.exp(loss))  # infinite from a loss of 710 on
+        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": perplexity}
+        self.log(metrics)
+        handler = self.callback_handler
+        self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Not there: logits are never made.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("predict: this trainer makes no logits; see evaluate")
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As `transformers.Trainer.train`; ``True`` resumes from the newest whole checkpoint.
+
+        A run that has no checkpoint yet starts from the beginning, which comes to the same.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or a file of it could run code when it is loaded;
+                all weights are frozen; or there was no step to make.
+            FloatingPointError: a loss, a gradient or a weight is not finite.
+            MemoryError: memory does not suffice, with what helps.
+            Interrupted: a signal asked for it, and the handlers of `sftmix.runs.interrupts` are on.
+        """
+        if not any(weight.requires_grad for weight in self.model.parameters()):
+            raise ValueError(
+                "model: expected weights to train, got a model whose weights are all frozen; set "
+                "requires_grad of some, or add an adapter"
+            )
+        resume_from_checkpoint = self._load_extras(resume_from_checkpoint)
+        if self.args.world_size > 1:
+            refuse_differences(self._decisive())
+        if not self.is_fsdp_enabled:
+            self.head.check_new_hooks(self.accelerator.unwrap_model(self.model))
+        self.begin_steps()
+        signals = interrupts.handled("") if self.handles_signals else contextlib.nullcontext()
+        with signals, advising(*self._ways_to_save_memory()):
+            try:
+                output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            except interrupts.Interrupted as stop:
+                raise self.stopped(stop) from None
+        if self.state.global_step == 0:
+            raise ValueError(f"train: expected at least one step, got {self.state.max_steps}")
+        return output
+
+    def _ways_to_save_memory(self) -> list[str]:
+        """What is left to try where memory does not suffice, the cheapest first."""
+        args = self.args
+        ways = {
+            "--memory lean, which changes no result": args.memory == "plain",
+            "a smaller --per_device_train_batch_size with more --gradient_accumulation_steps": (
+                args.per_device_train_batch_size > 2 and args.layout != "sequential"
+            ),
+            "--bf16 true": not (args.bf16 or args.fp16),
+            "--activation_offload true": args.memory == "lean" and not args.activation_offload,
+            "a smaller --max_length": True,
+            "--lora_rank 16": not hasattr(self.model, "peft_config"),
+            "more GPUs with --fsdp": not self.is_fsdp_enabled,
+        }
+        return [*(way for way, open_ in ways.items() if open_), "`sftmix plan` says what fits"]
+
+    def _check_metric(self) -> None:
+        """Refuse a metric that no evaluation has, before anything is trained.
+
+        Raises:
+            ValueError: naming those that there are.
+        """
+        wanted = self.args.metric_for_best_model
+        if wanted is None or self.eval_dataset is None:
+            return
+        own = self.eval_dataset
+        kinds = [f"{name}_" for name in own] if isinstance(own, dict) else [""]
+        known = [f"eval_{kind}{name}" for kind in kinds for name in EVALUATED]
+        if wanted not in known and f"eval_{wanted}" not in known:
+            raise ValueError(
+                f"metric_for_best_model: expected one of {', '.join(known)}, got {wanted!r}"
+            )
+
+    def _decisive(self) -> dict[str, Any]:
+        """What decides a training's results, by name, and has to be the same on all ranks."""
+        options: dict[str, Any] = self.args.to_dict()  # type: ignore[no-untyped-call]
+        values = {name: value for name, value in options.items() if name not in OF_RANK}
+        # DDP begins with the first rank's weights; FSDP2 shards those of each.
+        if self.is_fsdp_enabled and not loads_on_main_alone(self.accelerator):
+            values["model"] = weights_hash(self.model)
+        return {
+            **values,
+            "train_dataset": tokens_hash(self.examples),
+            "confident": [
+                array_hash(side)
+                for pool in self.pools
+                for side in (pool.confident, pool.unconfident)
+            ]
+            if self.paired
+            else None,
+        }
+
+
+@contextlib.contextmanager
+def _without_jit_checkpoint(options: Any) -> Iterator[None]:
+    """Keep Trainer's own way with SIGTERM out, after which a run ends as if it were finished.
+
+    Ours (see `sftmix.runs.interrupts`) is always on in the commands, and in a script that sets
+    ``enable_jit_checkpoint``.
+    """
+    wanted = getattr(options, "enable_jit_checkpoint", False)
+    if wanted:
+        options.enable_jit_checkpoint = False
+    try:
+        yield
+    finally:
+        if wanted:
+            options.enable_jit_checkpoint = True
+
+
+class SFTMixTrainer(SFTMixMixin, Trainer):
+    """`transformers.Trainer` with the loss, the pairs and the checkpoints of `SFTMixMixin`."""
+
+    def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
+        """See `SFTMixMixin`.
+
+        Raises:
+            TypeError: the model is no module, such as its name.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model: expected a model, got {model!r}; AutoModelForCausalLM.from_pretrained "
+                "loads one by its name or folder"
+            )
+        super().__init__(model, *args, **kwargs)
+
+
+def make_collator(tokenizer: Any, options: SFTMixOptions | None = None) -> PairedCollator:
+    """The collator that `SFTMixMixin` expects, padding with the tokenizer's token.
+
+    Padding carries nothing, so that the end token will do where there is none, and 0 without a
+    tokenizer. Batches are laid out as ``options`` says, padded without.
+    """
+    tokens = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("pad", "eos"))
+    token = next((token for token in tokens if token is not None), 0)
+    if options is None:
+        return PairedCollator(token)
+    return PairedCollator(token, layout=options.layout, row_length=options.row_length)

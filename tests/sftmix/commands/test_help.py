@@ -1,0 +1,67 @@
+"""What the command line says of itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from importlib.metadata import version
+
+import pytest
+
+from sftmix.cli import COMMANDS, main
+from sftmix.recipe.arguments import RunArguments, TrainRunArguments
+from sftmix.training.config import ScoreConfig, SFTMixConfig
+
+
+@pytest.mark.parametrize("command", ["score", "split", "train"])
+def test_help_says_where_defaults_come_from(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "[paper]" in text
+    assert "[ours]" in text
+    assert "--adam_beta1" not in text
+    for flag in ("--head", "--layout", "--row_length") if command == "train" else ():
+        assert re.search(rf"^  {flag}[ ,][^[]*\[ours\]", text, re.MULTILINE), flag
+    if command != "split":
+        with pytest.raises(SystemExit):
+            main([command, "--help-all"])
+        assert "--adam_beta1" in capsys.readouterr().out
+
+
+def test_every_option_of_our_own_has_a_source() -> None:
+    own = [
+        (cls.__name__, field)
+        for cls in (SFTMixConfig, ScoreConfig, RunArguments, TrainRunArguments)
+        for field in dataclasses.fields(cls)
+        if field.name in cls.__annotations__ and field.name != "remove_unused_columns"
+    ]
+    assert len(own) > 25
+    for name, field in own:
+        required = field.default is dataclasses.MISSING
+        assert required or re.search(r"\[(paper|ours)\]$", field.metadata["help"]), (name, field)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"usage: sftmix {command}" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"sftmix {version('sftmix')}\n"
+
+
+def test_the_list_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^  {command} ", text, re.MULTILINE) for command in COMMANDS)
+    assert main([]) == 2
+    assert main(["trian"]) == 2
+    assert "no command 'trian'" in capsys.readouterr().err

@@ -1,0 +1,371 @@
+"""Wrong words, folders and files of every command: one message, the flag as typed, exit code 2."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+from sftmix.cli import main
+from sftmix.model.source import ReadingModel
+
+Train = Callable[..., int]
+Edit = Callable[[Path], object]
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def words(toy_model: Path, toy_data: Path, tmp_path: Path) -> list[str]:
+    """`sftmix train` of one step of NTP into RUN."""
+    common = ["--model", str(toy_model), "--data", str(toy_data), "--output", str(tmp_path / "run")]
+    short = ["--method", "ntp", "--max_steps", "1", "--save_strategy", "no"]
+    return ["train", *common, *short, "--use_cpu", "true", "--disable_tqdm", "true"]
+
+
+def refused(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
+    """The message of a refused command, without the words before it."""
+    capsys.readouterr()
+    try:
+        code = main(words)
+    except SystemExit as ended:  # argparse ends by itself
+        code = int(str(ended.code))
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert "Traceback" not in error
+    begin = f"sftmix {words[0]}: error: "
+    assert error.count(begin) == 1, error
+    return error[error.index(begin) + len(begin) :].rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--learing_rate 1", "--learing_rate: sftmix train has no such option; did you mean --lea"),
+        (
+            "--warmup_ratio 0.1",
+            "--warmup_ratio: sftmix train has no such option; did you mean --wa",
+        ),
+        ("--batch_size 4", "--batch_size: sftmix train has no such option; did you mean --per_dev"),
+        ("--xyzzy", "--xyzzy: sftmix train has no such option; `sftmix train --help` lists them"),
+        ("junk", "junk: sftmix train has no such option"),
+        ("--mu much", "--mu: invalid float value: 'much'; see `sftmix train --help`"),
+        ("--method dro", "--method: invalid choice: 'dro'"),
+        ("--eval-strategy sometimes", "--eval_strategy: invalid choice: 'sometimes'"),
+        ("--bf16 maybe", "--bf16: Truthy value expected"),
+        ("--model", "--model: expected one argument"),
+        (
+            "--gradient_accumulation_steps 0",
+            "--gradient_accumulation_steps: expected at least 1, g",
+        ),
+        ("--lr_scheduler_type wsd", "--lr_scheduler_type: expected one of linear"),
+        ("--report_to tensorboard wandbx", "--report_to: expected one of azure_ml"),
+        ("--fp16 true", "--fp16: not supported on the CPU"),
+        ("--fsdp", "--fsdp: expected several processes, got one; start them with `accelerate lau"),
+        ("--eval_strategy epoch", "--eval_strategy: there is nothing to evaluate, got epoch; expe"),
+        ("--eval_on_start true", "--eval_on_start: there is nothing to evaluate"),
+        ("--max_length 1", "--max_length: expected at least 2"),
+        ("--lora_rank 0", "--lora_rank: expected at least 1, got 0"),
+        ("--lora_targets q_proj", "--lora_targets: expected --lora_rank with it"),
+        ("--lora_rank 2 --lora_targets nothing", "--lora_targets: Target modules {'nothing'} not"),
+        ("--attn_implementation foo", "--attn_implementation: the model in "),
+        ("--per_device_train_batch_size 64", "--data: expected at least one batch of 64 examples"),
+        ("--config nowhere.yaml", "--config: [Errno 2] No such file or directory: 'nowhere.yaml'"),
+        ("--data no.json", "--data: "),
+        ("--eval_data no.json", "--eval_data: "),
+        ("--partition no.parquet", "--partition: expected the confidence.parquet of a run of `sft"),
+        ("--partition /", "--partition: expected the confidence.parquet of a run of `sftmix scor"),
+        ("--model ./typo", "--model: no folder ./typo; a name on the hub would be such as org/nam"),
+        ("--model typo", "--model: no folder ./typo, and no such name in the hub's cache; the hub"),
+        ("--model org/typo", "--model: no folder ./org/typo, and no such name in the hub's cache"),
+        ("--model a/b/c", "--model: no folder a/b/c; a name on the hub would be such as org/name"),
+        ("--model ~/model", "--model: no folder ~/model; the shell expands ~ only without quotes"),
+        ("--model /", "--model: / is no model: it has no config.json"),
+        ("--model \x1b[31mred", r"--model: no folder \x1b[31mred; a name on"),
+        ("--model \x1b]0;x\x07.json --typo", r"--typo: sftmix train has no such option"),
+        ("--\x1b[31m 1", r"--\x1b[31m: sftmix train has no such option"),
+    ],
+)
+def test_wrong_words(
+    flags: str, message: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused(capsys, [*words, *flags.split(" ")]).startswith(message)
+    left = [path.name for path in tmp_path.rglob("*") if path.name != ".lock"]
+    assert left in ([], ["run"])
+
+
+@pytest.mark.parametrize("name", ["model", "partition", "output", "data_split"])
+def test_empty_words(name: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, [*words, f"--{name}", ""]).startswith(f"--{name}: expected ")
+
+
+def test_a_near_folder_is_named(
+    words: list[str], toy_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    near = str(toy_model.parent / "modle")
+    assert refused(capsys, [*words, "--model", near]) == (
+        f"--model: no folder {near}; did you mean {toy_model}?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (GatedRepoError, "its terms have to be accepted on the hub first, with `hf auth login`"),
+        (RepositoryNotFoundError, "no such name on the hub, or one that needs `hf auth login`"),
+        (RevisionNotFoundError, "no such revision on the hub"),
+    ],
+)
+def test_why_the_hub_gives_no_model(error: Any, message: str) -> None:
+    """As transformers tells it: an OSError of its own words, from the hub's."""
+    told = OSError("org/x is not a local folder")
+    told.__cause__ = error.__new__(error)
+    with pytest.raises(OSError, match=rf"^model: no folder \./org/x, and {re.escape(message)}$"):
+        raise_within(ReadingModel("org/x", "the config"), told)
+
+
+def raise_within(context: ReadingModel, error: Exception) -> None:
+    with context:
+        raise error
+
+
+def config(**changes: Any) -> Edit:
+    """Changes values of a model's config."""
+
+    def edit(model: Path) -> None:
+        content = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**content, **changes}))
+
+    return edit
+
+
+def file(name: str, text: str | None) -> Edit:
+    """Writes a file of a model, or deletes it."""
+    if text is None:
+        return lambda model: (model / name).unlink()
+    return lambda model: (model / name).write_text(text)
+
+
+def both(*edits: Edit) -> Edit:
+    return lambda model: [edit(model) for edit in edits]
+
+
+DAMAGED: dict[str, tuple[Edit, str]] = {
+    "no config": (file("config.json", None), "MODEL is no model: it has no config.json"),
+    "no weights": (
+        file("model.safetensors", None),
+        "MODEL has no model.safetensors, nor its index",
+    ),
+    "a pickle": (
+        both(file("model.safetensors", None), file("pytorch_model.bin", "x")),
+        "MODEL has no model.safetensors, nor its index; pytorch_model.bin is a pickle, which",
+    ),
+    "a config that is cut off": (file("config.json", "{"), "MODEL/config.json is damaged: "),
+    "an empty config": (file("config.json", ""), "MODEL/config.json is damaged: "),
+    "a config that is a list": (
+        file("config.json", "[]"),
+        "MODEL/config.json is damaged: expected a mapping, got a list",
+    ),
+    "no type": (file("config.json", "{}"), "MODEL/config.json has no model_type"),
+    "an unknown type": (
+        config(model_type="nonsense"),
+        "MODEL/config.json is of type 'nonsense', which transformers does not know",
+    ),
+    "a type that is no text": (config(model_type=3), "MODEL/config.json is of type 3"),
+    "text for a number": (config(hidden_size="eight"), "the config in MODEL cannot be loaded: "),
+    "heads that do not divide": (config(num_attention_heads=3), "the config in MODEL cannot be"),
+    "an unknown function": (
+        config(hidden_act="nonsense"),
+        "the config in MODEL cannot be loaded: ",
+    ),
+    "an unknown dtype": (config(dtype="float99"), "the config in MODEL cannot be loaded: "),
+    "an encoder and a decoder": (
+        config(model_type="t5"),
+        "expected a causal language model, got MODEL of type 't5'",
+    ),
+    "an unknown quantisation": (
+        config(quantization_config={"quant_method": "nonsense"}),
+        "MODEL is quantised by 'nonsense'",
+    ),
+    "a tokenizer that is cut off": (
+        file("tokenizer.json", "{"),
+        "MODEL/tokenizer.json is damaged: ",
+    ),
+    "a tokenizer of nothing": (
+        file("tokenizer.json", "{}"),
+        "the tokenizer in MODEL cannot be loaded: ",
+    ),
+    "options of a tokenizer": (
+        file("tokenizer_config.json", "[]"),
+        "MODEL/tokenizer_config.json is damaged: expected a mapping, got a list",
+    ),
+    "no tokenizer": (
+        lambda model: [path.unlink() for path in model.glob("*token*")],
+        "MODEL has no tokenizer: expected tokenizer.json",
+    ),
+    "an index without its shard": (
+        both(
+            file("model.safetensors", None),
+            file(
+                "model.safetensors.index.json",
+                '{"metadata": {}, "weight_map": {"lm_head.weight": "m-1.safetensors"}}',
+            ),
+        ),
+        "the model in MODEL cannot be loaded: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_models(
+    kind: str,
+    words: list[str],
+    toy_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    edit, message = DAMAGED[kind]
+    model = tmp_path / "model"
+    shutil.copytree(toy_model, model)
+    edit(model)
+    message = message.replace("MODEL", str(model))
+    assert refused(capsys, [*words, "--model", str(model)]).startswith(f"--model: {message}")
+
+
+def test_a_run_is_no_model_but_its_checkpoint_is(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "old" / "checkpoint-4").mkdir(parents=True)
+    assert refused(capsys, [*words, "--model", str(tmp_path / "old")]).endswith(
+        f"it has no config.json; did you mean {tmp_path / 'old' / 'checkpoint-4'}?"
+    )
+
+
+def test_folders_for_the_run(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "x").write_text("x")
+    for name, message in (
+        ("file", "expected a folder, got the file "),
+        ("file/below", "[Errno 20] Not a directory: "),
+        ("used", f"{str(tmp_path / 'used')!r} already holds a run; pass --resume"),
+    ):
+        found = refused(capsys, [*words, "--output", str(tmp_path / name)])
+        assert found.startswith(f"--output: {message}")
+    found = refused(capsys, [*words, "--output", str(tmp_path / "none"), "--resume"])
+    assert found.startswith("--output: there is no run to resume in ")
+
+
+def test_split(
+    toy_model: Path, toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    for given in (str(run), "", str(toy_data)):
+        found = refused(capsys, ["split", given])
+        assert found.startswith("RUN: expected a folder that `sftmix score` wrote, got ")
+    words = ["score", "--model", str(toy_model), "--data", str(toy_data), "--output", str(run)]
+    quiet = ["--num_scorings", "1", "--use_cpu", "true", "--disable_tqdm", "true"]
+    assert main([*words, *quiet]) == 0
+    for by in ("half", "quantiles:0", "quantiles:x", "quantiles:", ""):
+        assert refused(capsys, ["split", str(run), "--by", by]).startswith("--by: expected ")
+    assert refused(capsys, ["split", str(run), "--by", "random", "--seed", "-1"]) == (
+        "--seed: expected 0 .. 2^64-1, got -1"
+    )
+    assert refused(capsys, ["split", str(run), "--seed", "x"]).startswith("--seed: invalid int")
+    before = (run / "confidence.parquet").read_bytes()
+    for text in ("{", "[]", "\x00"):
+        (run / "manifest.json").write_text(text)
+        found = refused(capsys, ["split", str(run), "--by", "reversed"])
+        assert found.startswith(f"RUN: {run / 'manifest.json'} is damaged: ")
+    assert (run / "confidence.parquet").read_bytes() == before
+    (run / "manifest.json").unlink()
+    (run / "confidence.parquet").write_bytes(before[:100])
+    found = refused(capsys, ["split", str(run)])
+    assert found.startswith(f"RUN: {run / 'confidence.parquet'}: cannot be read as a partition: ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("report", "the following arguments are required: RUN"),
+        ("report nowhere", "RUN: nowhere is no run of sftmix: it has no manifest.json"),
+        ("report nowhere --examples -1", "--examples: expected at least 0, got -1"),
+        ("report nowhere --output /", "--output: expected a file, got the folder /"),
+        ("demo", "the following arguments are required: --output"),
+        ("demo --output x --seed -1", "--seed: expected 0 .. 2^32-1, got -1"),
+        ("demo --output ../x", "--output: a run name cannot leave its folder"),
+        ("doctor now", "doctor: expected no arguments, got now"),
+        ("plan", "the following arguments are required: --model"),
+        ("plan --model typo", "--model: no folder ./typo, and no such name in the hub's cache"),
+        ("plan --model MODEL --gpu_memory much", "--gpu_memory: expected bytes such as 80GiB"),
+        ("plan --model MODEL --optim adamm", "--optim: invalid choice: 'adamm'"),
+        ("generate --model ./typo", "the following arguments are required: "),
+        ("evaluate --model typo", "--output: expected a file: there is no folder 'typo' to put e"),
+        ("evaluate --model ./typo", "--model: no folder ./typo; a name on the hub would be such"),
+        ("evaluate --model MODEL --tasks x", "--tasks: expected some of "),
+        ("evaluate --model MODEL --batch_size 0", "--batch_size: expected at least 1, got 0"),
+        ("evaluate --model MODEL --output no/x", "--output: there is no folder 'no'"),
+    ],
+)
+def test_other_commands(
+    flags: str,
+    message: str,
+    toy_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = flags.replace("MODEL", str(toy_model)).split(" ")
+    assert refused(capsys, words).startswith(message)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--model ./typo", "--model: no folder ./typo"),
+        ("--questions no.json", "--questions: "),
+        ("--batch_size 0", "--batch_size: expected at least 1, got 0"),
+        ("--max_new_tokens 0", "--max_new_tokens: expected at least 1, got 0"),
+        ("--temperature -1", "--temperature: expected at least 0, got -1.0"),
+        ("--top_k -1", "--top_k: expected at least 0, which is all, got -1"),
+        ("--format x", "--format: invalid choice: 'x'"),
+    ],
+)
+def test_generate(
+    flags: str,
+    message: str,
+    toy_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("questions.json").write_text('[{"instruction": "one owl", "dataset": "x"}]')
+    words = ["generate", "--model", str(toy_model), "--format", "alpaca_eval"]
+    words += ["--questions", "questions.json", "--output", "out.json", "--use_cpu", "true"]
+    assert refused(capsys, [*words, *flags.split(" ")]).startswith(message)
+    assert not Path("out.json").exists()
+
+
+def test_no_message_shows_the_terminal_a_command(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = tmp_path / "\x1b[31mred\u202e.json"
+    odd.write_text("{")
+    found = refused(capsys, [*words, "--data", str(odd)])
+    assert r"\x1b[31mred\u202e.json" in found
+    assert "\x1b" not in found

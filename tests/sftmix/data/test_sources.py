@@ -1,0 +1,234 @@
+"""Where rows come from: folders, saved data sets, names with configs, and what is no data."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sftmix.cli import main
+from sftmix.data.examples import load_examples, rows_by_file
+from sftmix.data.selection import Keys
+
+
+def rows(answer: str, number: int = 2) -> list[dict[str, str]]:
+    return [{"question": f"q{i}", "answer": answer} for i in range(number)]
+
+
+def write(path: Path, number: int = 2) -> Path:
+    """A file of rows whose answer is the file's stem."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = rows(path.stem, number)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(content), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(content))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    return path
+
+
+def answers(data: Path | str, split: str = "train") -> list[str]:
+    """The answers that are read, one for each run of the same."""
+    found = [(one.messages or ())[-1]["content"] for one in load_examples([data], split=split)]
+    assert all(found.count(one) == 2 for one in found)
+    return list(dict.fromkeys(found))
+
+
+FOLDERS = [
+    (["train.jsonl", "extra.jsonl"], "train", ["extra", "train"], []),
+    (["part1.jsonl", "part2.jsonl", "test.jsonl"], "train", ["part1", "part2"], ["test.jsonl"]),
+    (["p.jsonl", "q.jsonl", "test.jsonl"], "test", ["test"], ["p.jsonl", "q.jsonl"]),
+    (["a.jsonl", "b.json", "c.parquet", "notes.txt"], "train", ["a", "b", "c"], ["notes.txt"]),
+    (["my-dev.jsonl", "val_2.jsonl", "x.jsonl"], "validation", ["my-dev", "val_2"], ["x.jsonl"]),
+    (["my-dev.jsonl", "x.jsonl"], "dev", ["my-dev"], ["x.jsonl"]),
+    (["train/a.jsonl", "test/b.jsonl"], "train", ["a"], ["test/b.jsonl"]),
+    (["train/a.jsonl", "test/b.jsonl"], "test", ["b"], ["train/a.jsonl"]),
+    (["contest.jsonl", "restraint.jsonl"], "train", ["contest", "restraint"], []),
+    (
+        ["data/train_sft-00000-of-00001.parquet", "data/train_gen-00000-of-00001.parquet"],
+        "train_sft",
+        ["train_sft-00000-of-00001"],
+        ["data/train_gen-00000-of-00001.parquet"],
+    ),
+    ([".hidden.jsonl", "a.jsonl", ".git/b.jsonl"], "train", ["a"], []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "split", "read", "left"), FOLDERS)
+def test_all_files_of_a_folder_are_read_or_named(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    files: list[str],
+    split: str,
+    read: list[str],
+    left: list[str],
+) -> None:
+    for file in files:
+        write(tmp_path / file)
+    assert answers(tmp_path, split) == read
+    assert len(caplog.records) == bool(left)
+    assert re.findall(r"'(\S+\.\w+)'", caplog.text) == left
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere/a.jsonl")
+    write(tmp_path / "data/b.jsonl")
+    (tmp_path / "data/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/loop").symlink_to(tmp_path / "data")
+    (tmp_path / "data/above").symlink_to(tmp_path)
+    (tmp_path / "data/c.jsonl").symlink_to(write(tmp_path / "one/c.jsonl"))
+    assert answers(tmp_path / "data") == ["b", "c", "a"]
+
+
+def test_ids_and_places_run_over_a_folder(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.json"):
+        write(tmp_path / name)
+    examples = load_examples([tmp_path])
+    assert [one.id for one in examples] == [0, 1, 2, 3]
+    assert examples[2].source == f"{tmp_path}/b.jsonl:1"
+    line = f"read 4 rows: '{tmp_path}/a.json' 2, '{tmp_path}/b.jsonl' 2"
+    assert rows_by_file(examples) == line
+    many = [file for i in range(25) for file in load_examples([write(tmp_path / f"{i}.jsonl", 1)])]
+    assert rows_by_file(many).endswith("/19.jsonl' 1, and 5 more files")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_saved_data_set(tmp_path: Path, caplog: pytest.LogCaptureFixture, split: str) -> None:
+    alone = datasets.Dataset.from_list(rows("alone"))
+    alone.save_to_disk(str(tmp_path / "alone"))
+    assert answers(tmp_path / "alone", split) == ["alone"]
+    assert not caplog.records
+    several = {name: datasets.Dataset.from_list(rows(name)) for name in ("train", "test")}
+    datasets.DatasetDict(several).save_to_disk(str(tmp_path / "several"))
+    assert answers(tmp_path / "several", split) == [split]
+    other = "test" if split == "train" else "train"
+    assert f"read the split '{split}', and not '{other}' (2 rows)" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"has no split 'dev'; it has test, train; choose one with"
+    ):
+        load_examples([tmp_path / "several"], split="dev")
+    (tmp_path / "alone" / "state.json").write_text("{}")
+    with pytest.raises(OSError, match=r"data: the data set saved in .*alone is damaged"):
+        load_examples([tmp_path / "alone"])
+
+
+CONFIGS = "Config name is missing.\nPlease pick one among the available configs: ['main', 'other']"
+
+
+def test_a_name_with_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, config: str | None = None, *, split: str) -> datasets.Dataset:
+        if config is None:
+            raise ValueError(CONFIGS)
+        return datasets.Dataset.from_list(rows(f"{name} {config} {split}"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert answers("someone/sums:main", "test") == ["someone/sums main test"]
+    with pytest.raises(ValueError, match=re.escape("data: someone/sums has the configs ['main'")):
+        load_examples(["someone/sums"])
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ConnectionError("no route"), FileNotFoundError),
+        (datasets.exceptions.DatasetNotFoundError("no such"), FileNotFoundError),
+        (datasets.exceptions.DatasetGenerationError("broken"), ValueError),
+        (ValueError("Unknown split"), ValueError),
+    ],
+)
+def test_a_data_set_that_cannot_be_had(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception]
+) -> None:
+    def load_dataset(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(kind, match=r"no file or folder 'someone/sums'.* split 'train' can be had"):
+        load_examples(["someone/sums"])
+
+
+def test_a_folder_whose_card_has_configs_is_read_as_it_says(tmp_path: Path) -> None:
+    write(tmp_path / "one/rows.jsonl")
+    write(tmp_path / "two/rows.jsonl")
+    card = "---\nconfigs:\n- config_name: default\n  data_files: one/rows.jsonl\n---\n# Sums\n"
+    (tmp_path / "README.md").write_text(card)
+    assert len(load_examples([tmp_path])) == 2
+    (tmp_path / "README.md").write_text("# Sums\n")
+    assert len(load_examples([tmp_path])) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "--data: expected a file, a folder or a data set's name, got ''"),
+        ("/", "--data: expected a folder of data files, got '/'"),
+        (".", "--data: the folder '.' holds no data file (.json, .jsonl, .parquet)"),
+        ("empty", "--data: the folder 'empty' holds no data file (.json, .jsonl, .parquet)"),
+        ("notes", "holds no data file (.json, .jsonl, .parquet); it holds 'notes.txt'"),
+        ("/dev/null", "--data: expected a file or a folder, /dev/null is neither"),
+        ("./typo", "--data: no file, folder or data set is named './typo'"),
+        ("a b", "--data: no file, folder or data set is named 'a b'"),
+        ("typo.jsonl", "--data: no such data file: typo.jsonl"),
+        ("tests", "--data: no file of 'tests' is of the split 'train'; it has test, validation;"),
+    ],
+)
+def test_what_is_no_data_is_one_message(
+    tmp_path: Path,
+    toy_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    message: str,
+) -> None:
+    if name == ".":
+        (tmp_path / "here").mkdir()
+    write(tmp_path / "tests/test.jsonl")
+    write(tmp_path / "tests/dev.jsonl")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/notes.txt").write_text("x")
+    monkeypatch.chdir(tmp_path / "here" if name == "." else tmp_path)
+    words = ["score", "--model", str(toy_model), "--data", name, "--output", "run"]
+    assert main([*words, "--use_cpu", "true"]) == 2
+    error = capsys.readouterr().err
+    assert f"sftmix score: error: {message}" in error or (message[0] != "-" and message in error)
+    assert error.count("\n") == 1
+
+
+def test_eval_data_is_named_by_its_own_flag(
+    tmp_path: Path, toy_model: Path, toy_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--model", str(toy_model), "--data", "./typo", "--method", "ntp"]
+    words += ["--output", str(tmp_path / "run"), "--use_cpu", "true", "--eval_data"]
+    assert main([*words, str(tmp_path)]) == 2
+    message = f"train: error: --eval_data: the folder '{tmp_path}' holds no data file"
+    assert message in capsys.readouterr().err
+    assert main([*words, str(toy_data)]) == 2
+    assert f"read 31 rows: '{toy_data}' 31\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".json"])
+def test_keys_with_a_byte_order_mark(tmp_path: Path, ending: str) -> None:
+    examples = load_examples([write(tmp_path / "data.jsonl")])
+    file = tmp_path / f"keys{ending}"
+    text = "1\n" if ending == ".txt" else json.dumps(rows("data")[1])
+    file.write_bytes(b"\xef\xbb\xbf" + (f"[{text}]" if ending == ".json" else text).encode())
+    assert [one.id for one in Keys(str(file))(examples)] == [1]
+
+
+def test_keys_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_bytes(b"\xff\xfe1\x00")
+    with pytest.raises(ValueError, match=r"^select: .*keys\.txt: not valid UTF-8"):
+        Keys(str(tmp_path / "keys.txt"))([])
+    with pytest.raises(FileNotFoundError, match=r"^select: .*absent\.txt"):
+        Keys(str(tmp_path / "absent.txt"))([])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"^select: the folder .* holds no data file"):
+        Keys(str(tmp_path / "empty"))([])

@@ -1,0 +1,205 @@
+"""Every method's loss and gradients against dense compositions, and what is logged of it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sftmix.pairs.collator import PairedCollator
+from sftmix.pairs.sampling import filler
+from sftmix.training.config import MIXED
+from sftmix.training.objective import Counts, batch_counts, hard_examples_loss
+from tests.sftmix import tiny
+from tests.sftmix.training.test_trainer import Recorder, in_pairs
+
+METHODS = ("ntp", "sftmix", "equal", "mixup", "ir_dro")
+CAPS = {"Llama": None, "Gemma2": 0.5}
+MU, KL_REG = 0.7, 0.3
+
+
+def dense_loss(
+    model: PreTrainedModel, batch: dict[str, Tensor], method: str, cap: float | None
+) -> Tensor:
+    """The method's formula over full logits, in the model's dtype."""
+    seen = {}
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, inputs: seen.update(hidden=inputs[0]))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits = model(**inputs).logits[:, :-1]
+    hook.remove()
+    labels = batch["labels"][:, 1:]
+    token_loss = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # (B, L)
+    counts = (labels != -100).sum(1)
+    ntp = token_loss.sum() / counts.sum()
+    if method == "ntp":
+        return ntp
+    if method == "ir_dro":
+        example_loss = token_loss.sum(1) / counts
+        return (example_loss * (example_loss.detach() / KL_REG).softmax(0)).sum()
+    terms = []
+    for c, u, lam in in_pairs(batch):
+        places = [labels[row].ne(-100).nonzero().squeeze(-1) for row in (c, u)]
+        shorter = min(map(len, places))
+        z_c, z_u = (
+            seen["hidden"][row, place[:shorter]] for row, place in zip((c, u), places, strict=True)
+        )
+        mixed = F.linear(lam * z_c + (1 - lam) * z_u, head.weight)
+        mixed = mixed if cap is None else cap * torch.tanh(mixed / cap)
+        y_c, y_u = (labels[row, place[:shorter]] for row, place in zip((c, u), places, strict=True))
+        loss_c, loss_u = (F.cross_entropy(mixed, y, reduction="none") for y in (y_c, y_u))
+        terms.append(lam * loss_c + (1 - lam) * loss_u)
+    mixup = torch.cat(terms).mean()
+    return {"sftmix": ntp + MU * mixup, "equal": ntp + mixup, "mixup": mixup}[method]
+
+
+def flat_gradients(model: PreTrainedModel) -> Tensor:
+    return torch.cat([weight.grad.flatten() for weight in model.parameters()])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("head", ["fused", "logits"])
+@pytest.mark.parametrize("family", CAPS)
+@pytest.mark.parametrize("method", METHODS)
+def test_loss_and_gradients(
+    method: str, family: str, head: str, device: str, tmp_path: Path
+) -> None:
+    model, plain = tiny.build(family), tiny.build(family).to(device)
+    exact = copy.deepcopy(plain).double()
+    made = tiny.trainer(
+        model,
+        tmp_path,
+        tiny.examples(6),
+        confident=tiny.halves(6),
+        per_device_train_batch_size=6,
+        method=method,
+        mu=MU,
+        kl_reg=KL_REG,
+        head=head,
+        use_cpu=device == "cpu",
+    )
+    batch = next(iter(made.get_train_dataloader()))
+    loss = made.compute_loss(model, batch)
+    assert isinstance(loss, Tensor)
+    losses = [dense_loss(dense, batch, method, CAPS[family]) for dense in (plain, exact)]
+    for one in (loss, *losses):
+        one.backward()
+    tiny.assert_in_budget("loss", loss.reshape(1), losses[0].reshape(1), losses[1].reshape(1))
+    found = [flat_gradients(one) for one in (model, plain, exact)]
+    tiny.assert_in_budget("gradients", *found)
+
+
+def test_methods_are_different_losses(tmp_path: Path) -> None:
+    """What the parametrised test compares would agree if all methods were one."""
+    model, found = tiny.build("Llama"), []
+    for method in METHODS:
+        made = tiny.trainer(
+            model, tmp_path, tiny.examples(6), per_device_train_batch_size=6, method=method,
+            confident=tiny.halves(6), mu=MU, kl_reg=KL_REG,
+        )  # fmt: skip
+        loss = made.compute_loss(model, next(iter(made.get_train_dataloader())))
+        assert isinstance(loss, Tensor)
+        found.append(loss.item())
+    for place, value in enumerate(found):
+        assert min(abs(value - other) for other in found[:place] or [math.inf]) > 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_logged(method: str, tmp_path: Path) -> None:
+    made = tiny.trainer(
+        tiny.build("Llama"), tmp_path, tiny.examples(8), method=method, confident=tiny.halves(8)
+    )
+    made.train()
+    line = made.state.log_history[0]
+    mixed = {"mixup_loss", "truncated_fraction", "lam_mean"}
+    ntp = {"ntp_loss", "ntp_loss_confident", "ntp_loss_unconfident"}
+    expected = (mixed if method in MIXED else set()) | (ntp if method != "mixup" else set())
+    assert line.keys() & (mixed | ntp) == expected
+    if method == "equal":
+        assert line["loss"] == pytest.approx(line["ntp_loss"] + line["mixup_loss"], rel=1e-6)
+    if method == "mixup":
+        assert line["loss"] == line["mixup_loss"]
+    if method == "ir_dro":
+        # Harder examples weigh more than their tokens do.
+        assert line["loss"] > line["ntp_loss"]
+
+
+def test_ir_dro_counts_micro_batches_by_their_examples(tmp_path: Path) -> None:
+    """A window of a batch of four and one of two: 4/6 and 2/6, not a half each."""
+    recorder, plain = Recorder(), tiny.build("Llama")
+    exact = copy.deepcopy(plain).double()
+    made = tiny.trainer(
+        tiny.build("Llama"), tmp_path, tiny.examples(6), callbacks=[recorder], method="ir_dro",
+        kl_reg=KL_REG, gradient_accumulation_steps=2, max_grad_norm=0.0, learning_rate=0.0,
+    )  # fmt: skip
+    batches = list(made.get_train_dataloader())
+    assert [len(batch["ids"]) for batch in batches] == [4, 2]
+    made.train()
+    for dense in (plain, exact):
+        for batch in batches:
+            (len(batch["ids"]) / 6 * dense_loss(dense, batch, "ir_dro", None)).backward()
+    (step,) = recorder.steps
+    found = torch.cat([step[name].flatten() for name, _ in plain.named_parameters()])
+    tiny.assert_in_budget("gradients", found, flat_gradients(plain), flat_gradients(exact))
+
+
+def logged(folder: Path, **changes: Any) -> list[dict[str, float]]:
+    made = tiny.trainer(tiny.build("Llama"), folder, tiny.examples(8), mu=0.5, **changes)
+    made.train()
+    return [line for line in made.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "weights"),
+    [
+        ("constant", [0.5] * 4),
+        ("linear_warmup", [0.0, 0.25, 0.5, 0.5]),  # over the first half of four steps
+        ("cosine", [0.5 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]),
+    ],
+)
+def test_the_weight_of_mixup_over_the_steps(
+    schedule: str, weights: list[float], tmp_path: Path
+) -> None:
+    lines = logged(tmp_path, mu_schedule=schedule, mu_warmup_ratio=0.5, num_train_epochs=2)
+    assert len(lines) == 4
+    for line, mu in zip(lines, weights, strict=True):
+        expected = line["ntp_loss"] + mu * line["mixup_loss"]
+        assert line["loss"] == pytest.approx(expected, rel=1e-6)
+        assert line.get("mu", 0.5) == pytest.approx(mu, abs=1e-12)
+
+
+def test_a_batch_shares_its_lam(tmp_path: Path) -> None:
+    """Over accumulated micro-batches too: another way to make the same step changes nothing."""
+
+    def lams(**changes: Any) -> list[float]:
+        made = tiny.trainer(tiny.build("Llama"), tmp_path, tiny.examples(16), **changes)
+        return [lam for batch in made.get_train_dataloader() for *_, lam in in_pairs(batch)]
+
+    assert len(set(lams())) == 8
+    shared = lams(lambda_scope="batch", per_device_train_batch_size=8)
+    assert len(set(shared)) == 2
+    assert shared[:4] == shared[:1] * 4
+    changes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    assert lams(lambda_scope="batch", **changes) == shared
+
+
+def test_fillers_have_no_weight_in_ir_dro() -> None:
+    rows = list(tiny.examples(3))
+    losses = torch.rand(PairedCollator(0)(rows)["rows"].numel())
+    found = []
+    for fillers in ([], [filler()], [filler()] * 5):
+        batch = PairedCollator(0)([*rows, *fillers])
+        counts = batch_counts([batch], torch.device("cpu"))
+        assert counts.examples == 3
+        found.append(hard_examples_loss(batch, counts, KL_REG, losses).loss)
+    assert found[0] == found[1] == found[2] > 0
+    # A rank that has fillers alone.
+    nothing, ones = PairedCollator(0)([filler()] * 2), Counts(*torch.ones(4))
+    assert hard_examples_loss(nothing, ones, KL_REG, losses[:0]).loss == 0
