@@ -59,7 +59,7 @@ CAP_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCT
 CAP_own :=
 
 ISA_TESTS = tests/sftmix_kernels tests/benchmarks/test_bench_perplexity.py $(patsubst \
-	%,tests/sftmix/%.py,model/test_one_by_one model/test_families model/test_head \
+	%,tests/sftmix/%.py,model/test_one_by_one ../tools/test_families model/test_head \
 	model/test_stand_in model/test_tiled_mlp pairs/test_layouts training/test_methods \
 	training/test_peft training/test_scoring training/test_trainer training/test_trainer_options \
 	integrations/test_trl)

@@ -32,7 +32,7 @@ SETS = {
 FILES = {
     "data": "examples",
     "integrations": "trl trl_options",
-    "model": "families head one_by_one tiled_mlp",
+    "model": "head one_by_one tiled_mlp",
     "pairs": "layouts",
     "recipe": "lora",
     "runs": "checkpoints",
@@ -40,6 +40,7 @@ FILES = {
 }
 TESTS = [
     "tests/sftmix_kernels",
+    "tests/tools/test_families.py",
     *(
         f"tests/sftmix/{room}/test_{name}.py"
         for room, names in FILES.items()

@@ -1,4 +1,4 @@
-"""Small bundled data: instructions of very different difficulty, made by `generate.py` (CC0)."""
+"""Small bundled data: instructions of very different difficulty, from `tools/demo_data` (CC0)."""
 
 from pathlib import Path
 

@@ -31,7 +31,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import TrainerCallback
 
-from sftmix import families
 from sftmix.commands.train import finish
 from sftmix.model.head import HeadAdapter
 from sftmix.pairs.collator import PairedCollator
@@ -52,6 +51,7 @@ from sftmix.training.scoring import ScoringCallback, score_examples
 from sftmix.training.trainer import SFTMixTrainer
 from sftmix_kernels import StreamingPerplexity
 from tests.sftmix import over_trl, tiny
+from tools import families
 
 RANKS = 2
 Found = dict[str, Any]

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sftmix.cli import main
 from sftmix.data.examples_check import check_examples, model_limits, num_positions
-from sftmix.families import build
 from tests.sftmix import tiny
+from tools.families import build
 
 GOOD, EMPTY = tiny.named([5, 6, 7], [-100, 6, 7]), tiny.named([], [])
 

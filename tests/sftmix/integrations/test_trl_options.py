@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from trl import SFTConfig, SFTTrainer
 
-from sftmix import families
 from sftmix.integrations.trl import SFTMixSFTConfig
 from tests.sftmix import over_trl, tiny
+from tools import families
 
 # TRL's own defaults use a name that transformers gives up.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")

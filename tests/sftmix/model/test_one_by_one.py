@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sftmix import families
 from sftmix.model.head import HeadAdapter
 from sftmix.model.layout_check import check_layout
 from sftmix.model.one_by_one import saved_on_host
@@ -24,6 +23,7 @@ from sftmix.training.trainer import SFTMixTrainer, make_collator
 from tests.sftmix import tiny
 from tests.sftmix.pairs.test_layouts import fresh
 from tests.sftmix.training.test_methods import METHODS, MU, dense_loss, flat_gradients
+from tools import families
 
 LENGTHS = (9, 5, 12, 7)
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sftmix import families
 from sftmix.cli import main
 from tests.sftmix import tiny
+from tools import families
 
 
 def config_of(folder: Path) -> dict[str, Any]:

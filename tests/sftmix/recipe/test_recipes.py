@@ -18,15 +18,16 @@ import pytest
 import transformers
 from transformers import AutoTokenizer
 
-from sftmix import families
 from sftmix.cli import main
 from sftmix.commands.evaluate import EvaluateArguments
 from sftmix.commands.generate import GenerateArguments
 from sftmix.pairs.partition import read_partition
 from sftmix.recipe.arguments import parse_alone
 from sftmix.recipe.config_file import read_config
-from sftmix.report.paper import ROWS, page
+from sftmix.report.paper import ROWS
 from sftmix.toy import build_toy_model
+from tools import families
+from tools.recipes_page import page
 
 pytest.importorskip("peft")
 # PEFT asks for what transformers has renamed.
@@ -238,7 +239,7 @@ def test_another_model_is_one_flag(scored: Callable[[str], dict[str, Any]], plac
 
 def test_the_page_of_recipes() -> None:
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert text == page(), "run: python -m sftmix.report.paper --markdown recipes/README.md"
+    assert text == page(), "run: python -m tools.recipes_page"
     for recipe in RECIPES:
         base = recipe.removesuffix("-ntp")
         assert f"`{recipe}`" in text or f"| `{base}`, `-ntp` |" in text, recipe

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from sftmix import families
 from sftmix.model.tiled_mlp import mlps
 from sftmix.training import objective
 from sftmix.training.config import CHECKPOINTING
@@ -17,6 +16,7 @@ from sftmix.training.trainer import SFTMixTrainer
 from sftmix_kernels import RowChunks, VocabTiles
 from tests.sftmix import tiny
 from tests.sftmix.training.test_methods import flat_gradients
+from tools import families
 
 LEAN = {"memory": "lean", "mlp_tile_tokens": 5}
 

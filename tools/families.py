@@ -1,6 +1,6 @@
 """Which causal language models of transformers the trainer is right for: each built and compared.
 
-    python -m sftmix.families [--markdown FILE] [NAME ...]
+    python -m tools.families [--markdown FILE] [NAME ...]
 
 A tiny random model of each family runs a padded batch, in float32 and as a copy in float64. Two
 things are compared, in loss and in every parameter's gradient:
@@ -68,7 +68,7 @@ with it on padded prompts. Turn it on again to train such a model further.
 
 ## Compared
 
-`python -m sftmix.families --markdown docs/models.md` made this table. A tiny random model of each
+`python -m tools.families --markdown docs/models.md` made this table. A tiny random model of each
 family runs padded batches; loss and every parameter's gradient of the fused NTP are compared with
 the model's own `labels=`, and those of NTP + mu * Mixup with the same from the model's own logits,
 both against float64. Errors are relative to what is allowed, twice PyTorch's own in float32: up to
@@ -373,7 +373,7 @@ def page(families: Sequence[Family]) -> str:
 def main(words: Sequence[str] | None = None) -> int:
     """Compare families; 1 if one is wrong, or refused where it should not be."""
     parser = argparse.ArgumentParser(
-        prog="python -m sftmix.families", description=__doc__.split("\n")[0]
+        prog="python -m tools.families", description=__doc__.split("\n")[0]
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="types of models; all by default")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")

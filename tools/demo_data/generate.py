@@ -1,7 +1,7 @@
 """Writes the demo data: instructions whose answers range from fixed to open.
 
-python -m sftmix.demo_data.generate           writes the bundled files anew
-python -m sftmix.demo_data.generate --check   says whether they are what this program writes
+python -m tools.demo_data.generate           writes the bundled files anew
+python -m tools.demo_data.generate --check   says whether they are what this program writes
 
 "easy" answers follow from the instruction, or from a few facts that the training rows repeat;
 "medium" ones need a small computation; "hard" ones cannot be known: one of very many wordings,
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sftmix.demo_data import HELD_OUT, TRAIN
-from sftmix.demo_data.words import (
+from tools.demo_data.words import (
     ANIMALS,
     COLOURS,
     DAYS,
@@ -268,7 +268,7 @@ def _jsonl(rows: Sequence[Row]) -> bytes:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the bundled files, or with --check compare them; exits with status 1 if they differ."""
-    parser = argparse.ArgumentParser(prog="python -m sftmix.demo_data.generate")
+    parser = argparse.ArgumentParser(prog="python -m tools.demo_data.generate")
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     check = parser.parse_args(arguments).check
     rows_of: dict[Path, list[Row]] = dict(zip((TRAIN, HELD_OUT), generate(), strict=True))

@@ -10,12 +10,12 @@ import pytest
 import transformers
 from torch import Tensor, nn
 
-from sftmix import families
 from sftmix.model.head import HeadAdapter
 from sftmix.training.trainer import SFTMixTrainer
 from tests.sftmix import tiny
+from tools import families
 
-PAGE = Path(__file__).parents[3] / "docs" / "models.md"
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 MOST_USED = (
     *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2"),
     *("gemma3_text", "phi", "phi3", "granite", "granitemoe", "cohere", "olmo2", "olmoe"),

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from sftmix.data.examples import load_examples
-from sftmix.demo_data import HELD_OUT, TRAIN, generate
-from sftmix.demo_data.words import NUMBERS
+from sftmix.demo_data import HELD_OUT, TRAIN
+from tools.demo_data import generate
+from tools.demo_data.words import NUMBERS
 
 Row = dict[str, str]
 
