@@ -97,8 +97,9 @@ def run(name: str, folder: Path, options: list[str]) -> int:
     )
     print(f"== {name}:", flush=True)
     subprocess.run([python, "-c", shown], check=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [python, "-m", "pytest", "-q", *(options or TESTS)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    shared_out = ["-n", "logical", "--maxprocesses", "8", "--dist", "worksteal"]
+    command = [python, "-m", "pytest", "-q", *shared_out, *(options or TESTS)]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 
