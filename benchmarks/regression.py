@@ -1,7 +1,7 @@
-"""A run's ratios beside those of a baseline, to see what became slower.
+"""Hold a run's ratios beside those of a baseline, to see what became slower.
 
 Seconds differ from machine to machine, and on a shared one from hour to hour; the ratio of two
-providers that took turns in one run hangs on both much less. Nothing here fails: it prints, and a
+providers that took turns in one run depends on both much less. Nothing here fails: it prints, and a
 reader judges.
 """
 
@@ -11,18 +11,18 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from . import targets as names
-from .targets import Record, Report, find, first, same
+from . import records as names
+from .records import Record, Report, find, first, same
 
 # How much larger than the baseline's a ratio must be, besides lying outside of both intervals.
 MARGIN = 1.25
 AS_BEFORE, SLOWER, FASTER, NEW, GONE = "as before", "slower", "faster", "new", "gone"
 
-# Of the machine: where one of these differs, ratios may differ without a change of the code.
+# Facts of the machine: where one of these differs, ratios may differ without a change of the code.
 PLACES = ("gpu", "cpu", "cpu_capability", "threads", "torch", "triton")
 
 # Measure; whose time (None: all of ours); by whose; what both share; what else names the ratio.
-# `BARE` is of the task NTP alone, whatever the task beside it.
+# `BARE` is of the task NTP, whatever the task beside it.
 Rule = tuple[str, str | None, str, tuple[str, ...], tuple[str, ...]]
 RULES: tuple[Rule, ...] = (
     (names.STEP, None, names.BARE, ("case",), ("task",)),
@@ -63,7 +63,7 @@ class Line(NamedTuple):
 
 
 def interval(one: Record, other: Record) -> Interval | None:
-    """The ratio of two records' times; None where a time is 0 or not a number."""
+    """Return the ratio of two records' times; None where a time is 0 or not a number."""
     low, middle, high = (
         one[a] / other[b] if other[b] else math.nan
         for a, b in (("q1", "q3"), ("median", "median"), ("q3", "q1"))
@@ -73,7 +73,7 @@ def interval(one: Record, other: Record) -> Interval | None:
 
 
 def timed_ratios(report: Report) -> Iterator[tuple[str, Interval | None]]:
-    """All ratios of `RULES` whose two records are there."""
+    """Yield all ratios of `RULES` whose two records are there."""
     for measure, who, reference, shared, named in RULES:
         for record in find(report, measure):
             chosen = names.is_ours(record) if who is None else record["who"] == who
@@ -85,20 +85,20 @@ def timed_ratios(report: Report) -> Iterator[tuple[str, Interval | None]]:
 
 
 def memory_ratios(report: Report) -> Iterator[tuple[str, Interval | None]]:
-    """Peak memory by the formula, which has no quartiles; "slower" says that it takes more."""
+    """Yield peak memory by the formula, without quartiles; "slower" says that it takes more."""
     for name, value in names.over_formula(report).items():
         found = Interval(value, value, value) if math.isfinite(value) else None
         yield f"memory, {name}: peak / formula", found
 
 
 def ratios(report: Report) -> dict[str, Interval]:
-    """Ours by what stands beside it in the same run; what is not a number is left out."""
+    """Return ours by what stands beside it in the same run, without what is not a number."""
     found = [*timed_ratios(report), *memory_ratios(report)]
     return {says: value for says, value in found if value is not None}
 
 
 def verdict(now: Interval | None, before: Interval | None) -> str:
-    """Slower or faster only where both the quartiles and `MARGIN` say so."""
+    """Return slower or faster only where both the quartiles and `MARGIN` say so."""
     if before is None:
         return NEW
     if now is None:
@@ -111,10 +111,10 @@ def verdict(now: Interval | None, before: Interval | None) -> str:
 
 
 def compare(run: Report, baseline: Report) -> list[Line]:
-    """Every ratio of either run, in the order of the run, then those that are gone.
+    """Return every ratio of either run, in the order of the run, then those that are gone.
 
     Raises:
-        ValueError: the reports are of different suites or devices, or one of them alone is quick.
+        ValueError: the reports are of different suites or devices, or only one of them is quick.
     """
     kinds = [
         (report["suite"], report["settings"]["device"], report["settings"]["quick"])
@@ -133,7 +133,7 @@ def compare(run: Report, baseline: Report) -> list[Line]:
 
 
 def differences(run: Report, baseline: Report) -> list[str]:
-    """What of the machines is not the same, for `print_comparison`."""
+    """Return what differs between the machines, for `print_comparison`."""
     now, before = run["facts"], baseline["facts"]
     return [
         f"{name}: {before.get(name, '-')} in the baseline, {now.get(name, '-')} now"
@@ -153,7 +153,7 @@ def print_comparison(lines: Sequence[Line], notes: Sequence[str] = ()) -> None:
 
 
 def summary(lines: Sequence[Line]) -> str:
-    """How many of each verdict."""
+    """Return how many there are of each verdict."""
     counts = {word: 0 for word in (AS_BEFORE, SLOWER, FASTER, NEW, GONE)}
     for line in lines:
         counts[line.verdict] += 1
