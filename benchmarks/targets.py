@@ -10,10 +10,33 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from . import records as names
 from .records import (
+    BARE,
+    BARE_CHUNKS,
     BOTH,
+    DENSE,
+    DENSE_PERPLEXITY,
+    FILTERED,
+    FOLD,
+    FOLD_OPERATIONS,
+    FOLD_SIZE,
+    FORWARD,
+    IN_HBM,
+    IN_L2,
     NTP,
+    OUR_NTP,
+    OUR_SFTMIX,
+    PAIR_ROWS,
+    ROW_CHUNKS,
+    SCORE,
+    SCORE_FORWARD,
+    SCORE_LOOP,
+    STEP,
+    STEP_SIZE,
+    STREAMING,
+    THEIR_NTP,
+    TORCH,
+    VOCAB_TILES,
     Record,
     Report,
     copy_beside,
@@ -86,25 +109,19 @@ class Promise(NamedTuple):
         return (at_least if self.least else at_most)(self.says, value, self.limit, note)
 
 
-def loss(task: str, who: str) -> dict[str, Any]:
-    """Return what names forward + backward of one provider."""
-    return {"measure": names.STEP, "task": task, "who": who}
+def by(one: tuple[str, ...], other: tuple[str, ...], name: str = "median", note: str = "") -> Found:
+    """Return what finds a figure of one record by another's, both of the headline case.
 
-
-def of(measure: str, who: str) -> dict[str, Any]:
-    """Return what names a provider's record of another measure."""
-    return {"measure": measure, "who": who}
-
-
-def quotient(one: Mapping[str, Any], other: Mapping[str, Any], name: str = "median") -> Found:
-    """Return what finds a figure of one record by another's, by default of the headline case."""
+    A record is named by measure and provider, one of losses by its task too.
+    """
 
     def found(report: Report) -> tuple[float | None, str]:
-        pair = [
-            figure(first(report, **{"case": headline(report, fields["measure"]), **fields}), name)
-            for fields in (one, other)
-        ]
-        return ratio(*pair), ""
+        pair = []
+        for measure, who, *task in (one, other):
+            fields = {"task": task[0]} if task else {}
+            case = headline(report, measure)
+            pair.append(figure(first(report, measure, who=who, case=case, **fields), name))
+        return ratio(*pair), note
 
     return found
 
@@ -118,34 +135,32 @@ def beside_best_peer(task: str) -> Found:
     def found(report: Report) -> tuple[float | None, str]:
         seconds = {
             record["who"]: record["median"]
-            for record in find(report, names.STEP, case=headline(report), task=NTP, ours=False)
-            if record["who"] != names.BARE and math.isfinite(record["median"])
+            for record in find(report, STEP, case=headline(report), task=NTP, ours=False)
+            if record["who"] != BARE and math.isfinite(record["median"])
         }
         peer = min(seconds, key=seconds.__getitem__, default=None)
         if peer is None:
             return None, "no peer measured"
-        value, _ = quotient(loss(task, names.ROW_CHUNKS), loss(task, peer))(report)
-        return value, f"best peer: {peer}"
+        ours, theirs = (STEP, ROW_CHUNKS, task), (STEP, peer, task)
+        return by(ours, theirs, note=f"best peer: {peer}")(report)
 
     return found
 
 
 def filtered(report: Report) -> tuple[float | None, str]:
     """Return the filtered schedule's time by that of row_chunks, on trained-like inputs."""
-    case = {"case": headline(report, inputs="trained-like")}
-    if case["case"] is None:
-        return None, ""
-    pair = ({**loss(BOTH, who), **case} for who in (names.FILTERED, names.ROW_CHUNKS))
-    return quotient(*pair)(report)
+    case = headline(report, inputs="trained-like")
+    pair = (first(report, STEP, task=BOTH, who=who, case=case) for who in (FILTERED, ROW_CHUNKS))
+    return ratio(*map(figure, pair)), ""
 
 
 def forward_share(report: Report) -> tuple[float | None, str]:
     """Return the lowest rate of vocab_tiles without gradients, by that of the product."""
-    case = headline(report, names.FORWARD)
-    product = rate(first(report, names.FORWARD, case=case, who=names.BARE), "operations")
+    case = headline(report, FORWARD)
+    product = rate(first(report, FORWARD, case=case, who=BARE), "operations")
     shares = {
         record["task"]: ratio(rate(record, "operations"), product)
-        for record in find(report, names.FORWARD, case=case, who=names.VOCAB_TILES)
+        for record in find(report, FORWARD, case=case, who=VOCAB_TILES)
     }
     known = {task: share for task, share in shares.items() if share is not None}
     # NaN is neither lower nor higher than anything: it must not hide behind another task.
@@ -166,84 +181,51 @@ def copy_share(note: str = "", **fields: Any) -> Found:
 
 def float32_fold(report: Report) -> tuple[float | None, str]:
     """Return the compiled fold's time by that of PyTorch operations with the same options."""
-    fold = first(report, "fold", who=names.FOLD, dtype="float32")
-    if fold is None:
-        return None, ""
-    plain = first(report, "fold", who=names.FOLD_OPERATIONS, **same(fold, names.FOLD_SIZE))
+    fold = first(report, "fold", who=FOLD, dtype="float32")
+    plain = fold and first(report, "fold", who=FOLD_OPERATIONS, **same(fold, FOLD_SIZE))
     return ratio(figure(fold), figure(plain)), ""
 
 
-OURS, NTP_OF_OURS = loss(BOTH, names.ROW_CHUNKS), loss(NTP, names.ROW_CHUNKS)
-STREAMING, DENSE = of("perplexity", names.STREAMING), of("perplexity", names.DENSE_PERPLEXITY)
-BARE_CHUNKS, SCORE = of("perplexity", names.BARE_CHUNKS), of("scoring", names.SCORE)
+LOSS, OUR_NTP_LOSS = (STEP, ROW_CHUNKS, BOTH), (STEP, ROW_CHUNKS, NTP)
+DENSE_LOSS, OURS = (STEP, DENSE, BOTH), ("perplexity", STREAMING)
+CHUNKS, DENSE_LOGITS = ("perplexity", BARE_CHUNKS), ("perplexity", DENSE_PERPLEXITY)
+SCORING, PEAK = ("scoring", SCORE), "peak_bytes"
 READS = "bytes a second: a fold reads each logit, a copy in HBM reads and writes it"
+PRICE = "SFTMix at the price of NTP"
+SHARE, HALF = "share of copy bandwidth", {"measure": "fold", "who": FOLD, "dtype": "bfloat16"}
 PROMISES: dict[tuple[str, str], tuple[Promise, ...]] = {
     ("cpu", "loss"): (
-        Promise(f"{BOTH} / {names.DENSE}", quotient(OURS, loss(BOTH, names.DENSE)), 0.80),
-        Promise(
-            f"{BOTH} / {names.DENSE}, extra memory",
-            quotient(OURS, loss(BOTH, names.DENSE), "peak_bytes"),
-            0.30,
-        ),
-        Promise(
-            f"{BOTH} / {names.TORCH}, {NTP} alone", quotient(OURS, loss(NTP, names.TORCH)), 0.65
-        ),
-        Promise(f"{BOTH} / {NTP} of ours", quotient(OURS, NTP_OF_OURS), 1.25),
+        Promise(f"{BOTH} / {DENSE}", by(LOSS, DENSE_LOSS), 0.80),
+        Promise(f"{BOTH} / {DENSE}, extra memory", by(LOSS, DENSE_LOSS, PEAK), 0.30),
+        Promise(f"{BOTH} / {TORCH}, {NTP} alone", by(LOSS, (STEP, TORCH, NTP)), 0.65),
+        Promise(f"{BOTH} / {NTP} of ours", by(LOSS, OUR_NTP_LOSS), 1.25),
     ),
     ("cuda", "loss"): (
-        Promise(f"{BOTH} / {names.BARE}", quotient(OURS, loss(NTP, names.BARE)), 1.05),
+        Promise(f"{BOTH} / {BARE}", by(LOSS, (STEP, BARE, NTP)), 1.05),
         Promise(f"{NTP} / best peer on {NTP}", beside_best_peer(NTP), 1.0),
         Promise(f"{BOTH} / {BOTH} of that peer", beside_best_peer(BOTH), 0.67),
+        Promise(f"{BOTH} / {NTP} of ours", by(LOSS, OUR_NTP_LOSS, note=PRICE), 1.10),
         Promise(
-            f"{BOTH} / {NTP} of ours",
-            lambda report: (quotient(OURS, NTP_OF_OURS)(report)[0], "SFTMix at the price of NTP"),
-            1.10,
+            f"{PAIR_ROWS}, {SHARE}", copy_share(measure="row kernel", who=PAIR_ROWS), 0.85, True
         ),
-        Promise(
-            f"{names.PAIR_ROWS}, share of copy bandwidth",
-            copy_share(**of("row kernel", names.PAIR_ROWS)),
-            0.85,
-            least=True,
-        ),
-        Promise(
-            "forward of vocab_tiles, share of the product's rate", forward_share, 0.60, least=True
-        ),
-        Promise(
-            "exact vocab_tiles / row_chunks", quotient(loss(BOTH, names.VOCAB_TILES), OURS), 1.6
-        ),
+        Promise("forward of vocab_tiles, share of the product's rate", forward_share, 0.60, True),
+        Promise("exact vocab_tiles / row_chunks", by((STEP, VOCAB_TILES, BOTH), LOSS), 1.6),
         Promise("filtered vocab_tiles / row_chunks, trained-like inputs", filtered, 1.0),
     ),
     ("cpu", "perplexity"): (
-        Promise(f"{names.STREAMING} / {names.BARE_CHUNKS}", quotient(STREAMING, BARE_CHUNKS), 1.20),
-        Promise(f"{names.STREAMING} / {names.DENSE_PERPLEXITY}", quotient(STREAMING, DENSE), 0.50),
+        Promise(f"{STREAMING} / {BARE_CHUNKS}", by(OURS, CHUNKS), 1.20),
+        Promise(f"{STREAMING} / {DENSE_PERPLEXITY}", by(OURS, DENSE_LOGITS), 0.50),
         Promise(
-            f"{names.STREAMING} / {names.DENSE_PERPLEXITY}, extra memory",
-            quotient(STREAMING, DENSE, "peak_bytes"),
-            0.10,
+            f"{STREAMING} / {DENSE_PERPLEXITY}, extra memory", by(OURS, DENSE_LOGITS, PEAK), 0.1
         ),
-        Promise(f"{names.FOLD} / {names.FOLD_OPERATIONS}, float32", float32_fold, 1 / 3),
-        Promise(
-            f"{names.SCORE} / {names.SCORE_FORWARD}",
-            quotient(SCORE, of("scoring", names.SCORE_FORWARD)),
-            1.10,
-        ),
-        Promise(
-            f"{names.SCORE} / {names.SCORE_LOOP}",
-            quotient(SCORE, of("scoring", names.SCORE_LOOP)),
-            1.0,
-        ),
+        Promise(f"{FOLD} / {FOLD_OPERATIONS}, float32", float32_fold, 1 / 3),
+        Promise(f"{SCORE} / {SCORE_FORWARD}", by(SCORING, ("scoring", SCORE_FORWARD)), 1.10),
+        Promise(f"{SCORE} / {SCORE_LOOP}", by(SCORING, ("scoring", SCORE_LOOP)), 1.0),
     ),
     ("cuda", "perplexity"): (
-        Promise(f"{names.STREAMING} / {names.BARE_CHUNKS}", quotient(STREAMING, BARE_CHUNKS), 1.05),
-        *(
-            Promise(
-                f"{names.FOLD}, {place}, share of copy bandwidth",
-                copy_share(READS, **of("fold", names.FOLD), place=place, dtype="bfloat16"),
-                0.85,
-                least=True,
-            )
-            for place in (names.IN_HBM, names.IN_L2)
-        ),
+        Promise(f"{STREAMING} / {BARE_CHUNKS}", by(OURS, CHUNKS), 1.05),
+        Promise(f"{FOLD}, {IN_HBM}, {SHARE}", copy_share(READS, place=IN_HBM, **HALF), 0.85, True),
+        Promise(f"{FOLD}, {IN_L2}, {SHARE}", copy_share(READS, place=IN_L2, **HALF), 0.85, True),
     ),
 }
 
@@ -255,19 +237,18 @@ def step_name(record: Record) -> str:
 
 def step_targets(report: Report) -> list[Target]:
     """Return two promises of time and one of memory for each model and size of batch."""
-    sizes = {step_name(r): same(r, names.STEP_SIZE) for r in find(report, "step")}
+    sizes = {step_name(r): same(r, STEP_SIZE) for r in find(report, "step")}
     found = []
     for name, size in sizes.items():
         records = [
-            first(report, "step", who=who, **size)
-            for who in (names.OUR_SFTMIX, names.OUR_NTP, names.THEIR_NTP)
+            first(report, "step", who=who, **size) for who in (OUR_SFTMIX, OUR_NTP, THEIR_NTP)
         ]
         sftmix, ntp, theirs = map(figure, records)
         peaks = [figure(record, "peak_bytes") for record in records[1:]]
         found += [
             at_most(f"{name}: sftmix / ntp, of ours", ratio(sftmix, ntp), 1.05),
-            at_most(f"{name}: ntp of ours / {names.THEIR_NTP}", ratio(ntp, theirs), 1.0),
-            at_most(f"{name}: peak of ours / {names.THEIR_NTP}", ratio(*peaks), 1.0),
+            at_most(f"{name}: ntp of ours / {THEIR_NTP}", ratio(ntp, theirs), 1.0),
+            at_most(f"{name}: peak of ours / {THEIR_NTP}", ratio(*peaks), 1.0),
         ]
     return found
 
@@ -278,7 +259,7 @@ def memory_targets(report: Report) -> list[Target]:
     if report["settings"]["device"] == "cuda":
         # Gradients are there twice when backward ends: unscaled, dW in float32, and handed out.
         over = {}
-        for record in find(report, "memory", who=names.VOCAB_TILES):
+        for record in find(report, "memory", who=VOCAB_TILES):
             rows, columns, peak = (record[n] for n in ("rows", "vocab_size", "peak_bytes"))
             size = ELEMENT_BYTES[record["dtype"]]
             gradients = record["hidden_size"] * (2 * size * rows + (size + 4) * columns)

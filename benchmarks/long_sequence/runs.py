@@ -267,7 +267,7 @@ def beyond(peaks: Mapping[int, int], length: int, budget: int) -> int:
         return budget + budget * length // 1024
     low, high = fitting
     slope = (peaks[high] - peaks[low]) / (high - low)
-    return max(int(peaks[high] + slope * (length - high)), budget + budget // 200)
+    return max(int(peaks[high] + slope * (length - high)), budget + budget // 100)
 
 
 def bounds(peaks: Mapping[int, int], budget: int) -> tuple[int, int | None]:

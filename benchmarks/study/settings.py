@@ -76,8 +76,6 @@ SYSTEMS = {
     ),
     "rank": System("SFTMix, pairs by rank", {"pairing": "rank"}),
     "lam-batch": System("SFTMix, one lam a batch", {"lambda_scope": "batch"}),
-    "mu-warmup": System("SFTMix, mu rising", {"mu_schedule": "linear_warmup"}),
-    "mu-cosine": System("SFTMix, mu falling", {"mu_schedule": "cosine"}),
 }
 # The paper's, with controls of its partition and of the batches' order.
 FIRST = tuple(SYSTEMS)[:8]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bench_scoring, perplexity_providers
+from benchmarks import bench_scoring, perplexity_providers, suites
 from benchmarks.bench_online_softmax import CHUNKS, Chunk, measure_folds
 from benchmarks.bench_perplexity import measure_whole, size_of
 from benchmarks.measure import SuiteError
@@ -43,22 +40,16 @@ from benchmarks.result_file import Results
 from benchmarks.settings import Settings
 from sftmix_kernels.build import build_info
 
-ROOT = Path(__file__).parent.parent.parent
 QUICK = Settings(device="cpu", quick=True)
 EVERYONE = {STREAMING, BARE_CHUNKS, BARE_CALL, DENSE_PERPLEXITY, OPERATIONS, TORCH_PERPLEXITY}
 built = pytest.mark.skipif(build_info() is None, reason="the extension is not built")
 
 
-def run(out: Path, *options: str) -> dict[str, Any]:
-    """What a run of the suite on the CPU writes."""
-    command = ["-m", "benchmarks", "run", "perplexity", "--device", "cpu", "--quick"]
-    subprocess.run(
-        [sys.executable, *command, "--threads", "1", "--out", str(out), *options],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+def run(out: Path, data: Path) -> dict[str, Any]:
+    """What a quick run of the suite writes."""
+    settings = Settings(quick=True, threads=1, data=data)
+    with pytest.raises(SystemExit):
+        suites.run_suite("perplexity", settings, out, "")
     report: dict[str, Any] = json.loads((out / "cpu-perplexity-quick.json").read_text())
     return report
 
@@ -69,7 +60,7 @@ def test_a_run_writes_down_everyone_or_why_not(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     rows = [{"question": "one " * (i + 1), "answer": "two " * (2 * i + 1)} for i in range(7)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = run(tmp_path, "--data", str(data))
+    report = run(tmp_path, data)
     assert report["failed"] == {}
     found: dict[str, dict[str, Any]] = {}
     for record in report["records"]:

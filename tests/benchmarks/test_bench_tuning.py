@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bench_tuning
+from benchmarks import bench_tuning, suites
 from benchmarks.bench_row_chunks import PASSES
 from benchmarks.bench_tuning import (
     LAUNCH,
@@ -33,7 +30,6 @@ from benchmarks.settings import Settings
 from sftmix_kernels import perplexity
 from sftmix_kernels.build import build_info
 
-ROOT = Path(__file__).parent.parent.parent
 QUICK = Settings(device="cpu", quick=True)
 # Room for 128 rows of 16 float32 columns.
 ROOM = 128 * 16 * 4
@@ -152,14 +148,8 @@ def test_a_workspace_that_changes_perplexities_fails(
 
 def run(out: Path, device: str, suite: str) -> dict[str, Any]:
     """What a quick run writes."""
-    command = ["-m", "benchmarks", "run", suite, "--device", device, "--quick", "--threads", "1"]
-    subprocess.run(
-        [sys.executable, *command, "--out", str(out)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    with pytest.raises(SystemExit):
+        suites.run_suite(suite, Settings(device, quick=True, threads=1), out, "")
     report: dict[str, Any] = json.loads((out / f"{device}-{suite}-quick.json").read_text())
     assert report["failed"] == {}
     return report

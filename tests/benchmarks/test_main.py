@@ -141,30 +141,23 @@ def test_a_benchmark_that_is_not_there_is_refused(
 
 
 def test_nothing_is_begun_when_the_time_is_over(tmp_path: Path) -> None:
-    options = (
-        "--device",
-        "cpu",
-        "--quick",
-        "--no-peers",
-        "--seconds",
-        "-1",
-        "--out",
-        str(tmp_path),
-    )
-    assert run("run", "loss", *options).returncode == 0
+    settings = Settings(quick=True, peers=False, threads=1, seconds=-1)
+    with pytest.raises(SystemExit) as ended:
+        suites.run_suite("loss", settings, tmp_path, "")
+    assert ended.value.code == 0
     report = json.loads((tmp_path / "cpu-loss-quick.json").read_text())
     assert report["records"] == []
-    assert "out of time" in next(iter(report["left_out"].values()))
+    assert report["left_out"] == {"row_chunks": "out of time", "loss": "out of time"}
 
 
 def test_a_suite_that_needs_what_is_missing_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "datasets.py").write_text("raise ModuleNotFoundError(\"no 'datasets'\")\n")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    out = tmp_path / "out"
-    assert run("run", "step", "--device", "cpu", "--quick", "--out", str(out)).returncode == 0
-    report = json.loads((out / "cpu-step-quick.json").read_text())
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SystemExit) as ended:
+        suites.run_suite("step", Settings(quick=True, threads=1), tmp_path, "")
+    assert ended.value.code == 0
+    report = json.loads((tmp_path / "cpu-step-quick.json").read_text())
     assert report["records"] == []
     assert report["left_out"] == {"step": "datasets is not installed"}
 
@@ -228,6 +221,13 @@ def test_a_part_that_fails_does_not_stop_the_next(
     assert (f"--device {device}" in log) == ("plot" in parts)
     assert ("--quick" in log) == ("plot" in parts and device == "cpu")
     assert len(list(out.iterdir())) <= 8
+
+
+def test_the_tests_of_the_script_are_there() -> None:
+    (rooms,) = re.findall(r"tests/sftmix/\{(.*)\}\.py", SCRIPT.read_text())
+    for name in rooms.split(","):
+        file = ROOT / f"tests/sftmix/{name}.py"
+        assert "pytest.mark.gpu" in file.read_text(), name
 
 
 def test_carried_wheels_are_installed_aside(failing_python: Path, tmp_path: Path) -> None:
