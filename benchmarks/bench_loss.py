@@ -96,7 +96,14 @@ def time_direction(
         warm=True,
         stop=lambda: settings.out_of_time,
     )
-    shared = {"measure": direction, **case_facts(case, settings), **peakedness(x)}
+    shared = {
+        "measure": direction,
+        "case": case.name,
+        "head": case.head,
+        **settings.sizes(case.rows, *case.sizes),
+        "inputs": case.inputs,
+        **peakedness(x),
+    }
     for (who, task), seconds in samples.items():
         amount = operations(task, x, backward)
         results.add_times(
@@ -130,20 +137,6 @@ def case_inputs(case: Case, settings: Settings, most: int | None = None) -> Inpu
     rows = case.rows if most is None else min(case.rows, most)
     like = (settings.dtype, settings.device)
     return make_inputs(rows // 2, *case.sizes, *like, trained=case.inputs == TRAINED)
-
-
-def case_facts(case: Case, settings: Settings) -> dict[str, Any]:
-    """Return what is alike in all records of a case."""
-    hidden_size, vocab_size = case.sizes
-    return {
-        "case": case.name,
-        "head": case.head,
-        "rows": case.rows,
-        "hidden_size": hidden_size,
-        "vocab_size": vocab_size,
-        "dtype": settings.dtype_name,
-        "inputs": case.inputs,
-    }
 
 
 def checked(one: Provider, oracle: Oracle, x: Inputs, device: str) -> dict[str, Any]:

@@ -68,14 +68,15 @@ class Chunk(NamedTuple):
     def size(self, settings: Settings) -> tuple[int, int]:  # K, C
         """Return rows and columns."""
         whole = size_of(settings)
-        columns = min(VOCAB_CHUNK, whole.vocab_size)
+        rows, vocab_size = whole.rows, whole.sizes[1]
+        columns = min(VOCAB_CHUNK, vocab_size)
         if self.place == IN_HBM:
-            return whole.rows, whole.vocab_size
+            return rows, vocab_size
         if self.place == IN_HBM_CHUNK:
-            return whole.rows, columns
+            return rows, columns
         # As many rows as ours takes at a time, so that its logits of this dtype stay in cache.
         like = {"dtype": getattr(torch, self.dtype), "device": settings.device}
-        return perplexity.block_rows(torch.empty(whole.rows, 0, **like), columns), columns
+        return perplexity.block_rows(torch.empty(rows, 0, **like), columns), columns
 
 
 CHUNKS = {

@@ -5,9 +5,10 @@ Legend: N tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -27,39 +28,22 @@ from .perplexity_providers import (
 )
 from .records import BARE_CALL, BARE_CHUNKS, STREAMING
 from .result_file import Results
-from .settings import HEADS, QUICK, QUICK_HEAD, Settings
+from .settings import QUICK, Case, Settings
 
 CHECKED_TOKENS = 256
 # Head and tokens of each device.
 SIZES = {"cpu": ("small", 4096), "cuda": ("Llama-3.1-8B", 8192)}
 
 
-class Size(NamedTuple):
-    """One head and one batch."""
-
-    head: str
-    rows: int  # N
-    hidden_size: int
-    vocab_size: int
-
-    @property
-    def case(self) -> str:
-        """Return head and tokens in words."""
-        return f"{self.head}, N = {self.rows}"
-
-    def tokens(self, settings: Settings, most: int | None = None) -> Tokens:
-        """Return all tokens, or at most as many."""
-        rows = self.rows if most is None else min(self.rows, most)
-        like = (settings.dtype, settings.device)
-        return make_tokens(rows, self.hidden_size, self.vocab_size, *like)
+def size_of(settings: Settings) -> Case:
+    """Return the head and tokens that a run measures."""
+    return Case(QUICK, 256) if settings.quick else Case(*SIZES[settings.device])
 
 
-def size_of(settings: Settings) -> Size:
-    """Return the size that a run measures."""
-    if settings.quick:
-        return Size(QUICK, 256, *QUICK_HEAD)
-    head, rows = SIZES[settings.device]
-    return Size(head, rows, *HEADS[head])
+def tokens_of(case: Case, settings: Settings, most: int | None = None) -> Tokens:
+    """Return all tokens of a case, or at most as many."""
+    rows = case.rows if most is None else min(case.rows, most)
+    return make_tokens(rows, *case.sizes, settings.dtype, settings.device)
 
 
 def measure(settings: Settings, results: Results) -> None:
@@ -74,10 +58,10 @@ def measure(settings: Settings, results: Results) -> None:
 
 @torch.no_grad()
 def measure_whole(
-    settings: Settings, size: Size, calls: Mapping[str, Perplexity], results: Results
+    settings: Settings, case: Case, calls: Mapping[str, Perplexity], results: Results
 ) -> None:
     """Check everyone on the first tokens, then weigh and time in turns those who are right."""
-    few, device = size.tokens(settings, CHECKED_TOKENS), settings.device
+    few, device = tokens_of(case, settings, CHECKED_TOKENS), settings.device
     own: dict[str, dict[str, Any]] = {BARE_CHUNKS: {}}
     for who, call in calls.items():
         work = partial(checked, who, call, few, device)
@@ -85,7 +69,7 @@ def measure_whole(
         if found is not None:
             own[who] = {"loss_error": found.largest}
     del few
-    x = size.tokens(settings)
+    x = tokens_of(case, settings)
     steps: dict[str, Callable[[], object]] = {}
     for who, figures in own.items():
         step = partial(bare if who == BARE_CHUNKS else calls[who], x)
@@ -96,22 +80,19 @@ def measure_whole(
     if device == "cpu":
         results.miss("left_out", f"{BARE_CALL}, perplexity", "holds all logits: only on a GPU")
     else:
-        room = partial(x.hidden.new_empty, size.rows, size.vocab_size)
+        room = partial(x.hidden.new_empty, case.rows, case.sizes[1])
         logits = results.attempt(f"{BARE_CALL}, perplexity", room, ours=False)
         if logits is not None:
             own[BARE_CALL] = {}
             steps[BARE_CALL] = lambda: torch.mm(x.hidden, x.weight.t(), out=logits)
-    samples = interleaved_samples(steps, settings.repeats, device, says=size.case)
+    samples = interleaved_samples(steps, settings.repeats, device, says=case.size)
     for who, seconds in samples.items():
         results.add_times(
             seconds,
             measure="perplexity",
-            case=size.case,
-            rows=size.rows,
-            hidden_size=size.hidden_size,
-            vocab_size=size.vocab_size,
-            dtype=settings.dtype_name,
-            operations=2 * size.rows * size.hidden_size * size.vocab_size,
+            case=case.size,
+            **settings.sizes(case.rows, *case.sizes),
+            operations=2 * case.rows * math.prod(case.sizes),
             who=who,
             ours=who == STREAMING,
             **own[who],

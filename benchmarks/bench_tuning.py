@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sftmix_kernels import perplexity
 
-from .bench_perplexity import size_of
+from .bench_perplexity import size_of, tokens_of
 from .bench_row_chunks import CHUNK_ROWS, PASSES, RowKernels
 from .measure import SuiteError, interleaved_samples
 from .perplexity_providers import Tokens, bare, ours, require_compiled
@@ -78,9 +78,9 @@ def measure(settings: Settings, results: Results) -> None:
         kernels = RowKernels(rows, vocab_size, settings.dtype, settings.device)
         chosen = launches()[: QUICK_LAUNCHES if settings.quick else None]
         measure_launches(kernels, chosen, settings, results)
-    size = size_of(settings)
-    chosen_rooms = workspaces(size.vocab_size, settings.dtype.itemsize)
-    measure_workspaces(size.tokens(settings), chosen_rooms, settings, results)
+    case = size_of(settings)
+    chosen_rooms = workspaces(case.sizes[1], settings.dtype.itemsize)
+    measure_workspaces(tokens_of(case, settings), chosen_rooms, settings, results)
 
 
 def add(results: Results, what: str, who: str, seconds: Sequence[float], share: float) -> None:

@@ -8,7 +8,8 @@ reader judges.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from . import records as names
@@ -72,8 +73,13 @@ def interval(one: Record, other: Record) -> Interval | None:
     return found if all(map(math.isfinite, found)) else None
 
 
-def timed_ratios(report: Report) -> Iterator[tuple[str, Interval | None]]:
-    """Yield all ratios of `RULES` whose two records are there."""
+def ratios(report: Report) -> dict[str, Interval]:
+    """Return ours by what stands beside it in the same run, without what is not a number.
+
+    They are all ratios of `RULES` whose two records are there, and peak memory by the formula. That
+    has no quartiles; "slower" then says that it takes more.
+    """
+    found: dict[str, Interval | None] = {}
     for measure, who, reference, shared, named in RULES:
         for record in find(report, measure):
             chosen = names.is_ours(record) if who is None else record["who"] == who
@@ -81,20 +87,11 @@ def timed_ratios(report: Report) -> Iterator[tuple[str, Interval | None]]:
             if chosen and other is not None and record["who"] != reference:
                 where = ", ".join(str(record.get(name, "-")) for name in (*shared, *named))
                 says = f"{measure}, {where}: {record['who']} / {reference}"
-                yield says, interval(record, other)
-
-
-def memory_ratios(report: Report) -> Iterator[tuple[str, Interval | None]]:
-    """Yield peak memory by the formula, without quartiles; "slower" says that it takes more."""
+                found[says] = interval(record, other)
     for name, value in names.over_formula(report).items():
-        found = Interval(value, value, value) if math.isfinite(value) else None
-        yield f"memory, {name}: peak / formula", found
-
-
-def ratios(report: Report) -> dict[str, Interval]:
-    """Return ours by what stands beside it in the same run, without what is not a number."""
-    found = [*timed_ratios(report), *memory_ratios(report)]
-    return {says: value for says, value in found if value is not None}
+        if math.isfinite(value):
+            found[f"memory, {name}: peak / formula"] = Interval(value, value, value)
+    return {says: value for says, value in found.items() if value is not None}
 
 
 def verdict(now: Interval | None, before: Interval | None) -> str:
@@ -149,12 +146,6 @@ def print_comparison(lines: Sequence[Line], notes: Sequence[str] = ()) -> None:
     for line in lines:
         now, before = ("-" if value is None else str(value) for value in line[1:3])
         print(f"  {line.verdict:9}  {now:>24}  before {before:>24}  {line.says}")
-    print(f"  {summary(lines)}")
-
-
-def summary(lines: Sequence[Line]) -> str:
-    """Return how many there are of each verdict."""
-    counts = {word: 0 for word in (AS_BEFORE, SLOWER, FASTER, NEW, GONE)}
-    for line in lines:
-        counts[line.verdict] += 1
-    return ", ".join(f"{count} {word}" for word, count in counts.items())
+    counts = Counter(line.verdict for line in lines)
+    words = (AS_BEFORE, SLOWER, FASTER, NEW, GONE)
+    print("  " + ", ".join(f"{counts[word]} {word}" for word in words))

@@ -40,9 +40,14 @@ class Case(NamedTuple):
         return HEADS.get(self.head, QUICK_HEAD)
 
     @property
+    def size(self) -> str:
+        """Return head and rows in words."""
+        return f"{self.head}, N = {self.rows}"
+
+    @property
     def name(self) -> str:
         """Return head, rows and inputs in words."""
-        return f"{self.head}, N = {self.rows}, {self.inputs}"
+        return f"{self.size}, {self.inputs}"
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,11 @@ class Settings:
     def out_of_time(self) -> bool:
         """Tell whether the time is over; asked before every case, provider and round."""
         return time.monotonic() - self.begin > self.seconds
+
+    def sizes(self, rows: int, hidden_size: int, vocab_size: int) -> dict[str, Any]:
+        """Return sizes and dtype as records have them."""
+        names = {"rows": rows, "hidden_size": hidden_size, "vocab_size": vocab_size}
+        return {**names, "dtype": self.dtype_name}
 
     def cases(self) -> list[Case]:
         """Return the headline, then the same with other inputs, then other heads."""
