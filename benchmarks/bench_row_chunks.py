@@ -85,10 +85,10 @@ class RowKernels:
             workspace,
             needs_gradient=True,
         )
-        alone = self.raw.to(torch.float32, copy=True)
-        ntp = cross_entropy_(alone, self.labels, self.row_weight, self.transform, True)
+        single = self.raw.to(torch.float32, copy=True)
+        ntp = cross_entropy_(single, self.labels, self.row_weight, self.transform, True)
         pairs = (torch.cat((ntp_c, ntp_u)), torch.cat(first))
-        return {PAIR_ROWS: pairs, SOFT_ROWS: (ntp, alone)}
+        return {PAIR_ROWS: pairs, SOFT_ROWS: (ntp, single)}
 
     def check(self, who: str) -> bool:
         """Hold a kernel to PyTorch operations.

@@ -188,12 +188,12 @@ def check(call: Perplexity, x: Tokens) -> Budget:
     """Return the error of log-perplexities, of single tokens and of the examples."""
     num_tokens = x.labels.shape[0]
     ids = torch.arange(num_tokens, device=x.labels.device)
-    alone = x._replace(sample_ids=ids, num_samples=num_tokens)
+    single = x._replace(sample_ids=ids, num_samples=num_tokens)
     doubles = {"hidden": x.hidden.double(), "weight": x.weight.double()}
-    truth = reference.perplexity(*alone._replace(**doubles)).log()
-    plain_error = reference.perplexity(*alone).log() - truth
+    truth = reference.perplexity(*single._replace(**doubles)).log()
+    plain_error = reference.perplexity(*single).log() - truth
     # Perplexities come in float64; the logits that they are of are no better than float32.
-    tokens = budget(call(alone).log().float(), truth, plain_error)
+    tokens = budget(call(single).log().float(), truth, plain_error)
     of_examples = call(x).log() - reference.perplexity(*x._replace(**doubles)).log()
     # The maximum of a tensor keeps a NaN.
     worst = torch.cat((of_examples.abs(), of_examples.new_tensor([tokens.largest]))).max()

@@ -23,7 +23,7 @@ from .report import sizes
 from .tables import cpu_text, duration
 from .targets import step_name
 
-# One colour for ours, shades of grey-blue for all others: told apart by lightness alone too.
+# One colour for ours, shades of grey-blue for all others: told apart by lightness too.
 OURS, OTHERS, INK, GRID = "#d55e00", "#8fa3b5", "#24292f", "#e4e8ec"
 # Of ours by schedule, from dark to light; a schedule that is not named is drawn like the first.
 SHADES = {names.ROW_CHUNKS: OURS, names.VOCAB_TILES: "#9c4300", names.FILTERED: "#f0a060"}
@@ -192,7 +192,7 @@ def bars(
 def draw_bar(axes: Axes, bar: Bar, y: float) -> None:
     """Draw the bar, its whisker, and its words."""
     axes.barh(y, bar.value, height=0.72, color=bar.colour, linewidth=0)
-    # A quartile can lie on the wrong side of the median by rounding alone.
+    # A quartile can lie on the wrong side of the median by rounding.
     whisker = [[max(0.0, bar.value - bar.low)], [max(0.0, bar.high - bar.value)]]
     axes.errorbar(bar.value, y, xerr=whisker, color=INK, linewidth=1, capsize=2)
     # The dashed line must not strike through what is written.

@@ -106,8 +106,8 @@ def dense_ntp(x: Inputs) -> Tensor:
 def dense_mixup(x: Inputs) -> Tensor:
     """Compute Mixup as a user writes it: logits of the mixture, and two hard-label losses."""
     (hidden_c, hidden_u), (labels_c, labels_u) = x.hidden.chunk(2), x.labels.chunk(2)
-    share = x.lam.unsqueeze(-1)
-    mixed = (share * hidden_c + (1 - share) * hidden_u).to(hidden_c.dtype)
+    lam = x.lam.unsqueeze(-1)
+    mixed = (lam * hidden_c + (1 - lam) * hidden_u).to(hidden_c.dtype)
     logits = F.linear(mixed, x.weight).float()
     loss_c = F.cross_entropy(logits, labels_c, reduction="none")
     loss_u = F.cross_entropy(logits, labels_u, reduction="none")

@@ -105,13 +105,13 @@ class Method:
         batch: dict[str, Tensor],
         rope: Callable[..., Any] = modeling_llama.apply_rotary_pos_emb,
     ) -> None:
-        """``rope`` is a function of all Llama models that Liger-Kernel replaces."""
+        """Keep what a step needs; ``rope`` is what Liger-Kernel replaces in all Llama models."""
         self.task, self.trainer, self.batch, self.rope = task, trainer, batch, rope
         # What the trainer divides its sums by; `Trainer.train` asks it before `training_step`.
         self.counts = trainer._get_num_items_in_batch([batch], trainer.args.device)
 
     def backward(self) -> Tensor:
-        """Forward and backward as the trainer does them; the loss, detached."""
+        """Run forward and backward as the trainer does; return the loss, detached."""
         model: Any = self.trainer.model
         with patch.object(modeling_llama, "apply_rotary_pos_emb", self.rope):
             return self.trainer.training_step(model, self.batch, self.counts)
@@ -139,8 +139,8 @@ class DenseSFTMixTrainer(Trainer):
         )
         pair_c, pair_u, lam = (inputs[name] for name in ("pair_c", "pair_u", "lam"))  # (P,) each
         rows = hidden.flatten(0, 1)
-        share = lam.unsqueeze(-1)
-        mixed = (share * rows[pair_c] + (1 - share) * rows[pair_u]).to(rows.dtype)
+        weight = lam.unsqueeze(-1)
+        mixed = (weight * rows[pair_c] + (1 - weight) * rows[pair_u]).to(rows.dtype)
         logits = model.lm_head(mixed).float()
         targets = F.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:].flatten()
         loss_c = F.cross_entropy(logits, targets[pair_c], reduction="none")
