@@ -32,7 +32,11 @@ def measure(settings: Settings, results: Results) -> None:
     providers, left_out = find_providers(settings, compiled=not settings.quick)
     results.leave_out(left_out)
     for case in settings.cases():
-        race(case, providers, settings, results)
+        if settings.out_of_time:
+            results.miss("left_out", case.name, OUT_OF_TIME)
+        else:
+            work = partial(race, case, providers, settings, results)
+            results.attempt(case.name, work, ours=True)
 
 
 def race(case: Case, providers: list[Provider], settings: Settings, results: Results) -> None:
@@ -145,7 +149,7 @@ def checked(one: Provider, oracle: Oracle, x: Inputs, device: str) -> dict[str, 
     Raises:
         SuiteError: the errors are too large.
     """
-    run, kept = call(one, x, STEP), []
+    run, kept = call(one, x, STEP), list[Any]()
 
     def keep() -> None:
         kept[:] = [run()]

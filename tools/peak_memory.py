@@ -28,7 +28,7 @@ def peak_extra_bytes(step: Callable[[], object], device: str = "cpu") -> int:
     ) as profile:
         kept = step()
     del kept
-    results = profile.profiler.kineto_results  # type: ignore[union-attr]
+    results = profile.profiler.kineto_results
     changes = sorted(
         (event.start_ns(), event.nbytes())
         for event in results.events()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import peers
+from benchmarks import bench_loss, peers
 from benchmarks.bench_loss import in_race, race
 from benchmarks.errors import Oracle, step
 from benchmarks.inputs import Inputs, make_inputs, peakedness
@@ -120,6 +120,24 @@ def test_a_provider_that_is_wrong_or_fails_gets_no_time(ours: bool, results: Res
         assert {record["task"] for record in found.values()} == {NTP}
         assert found["right"]["relative_error"] < 1e-5
         assert ("peak_bytes" in found["right"]) == (measure == STEP)
+
+
+def test_a_case_that_does_not_fit_does_not_stop_the_next(
+    monkeypatch: pytest.MonkeyPatch, results: Results
+) -> None:
+    ran = []
+
+    def too_large(case: Case, *_: object) -> None:
+        ran.append(case)
+        if case is TINY:
+            raise torch.OutOfMemoryError("tried to allocate 1 TiB")
+
+    other = Case("tiny", 32)
+    monkeypatch.setattr(bench_loss, "race", too_large)
+    monkeypatch.setattr(Settings, "cases", lambda self: [TINY, other])
+    bench_loss.measure(Settings(quick=True, peers=False), results)
+    assert ran == [TINY, other]
+    assert results.report["left_out"][TINY.name] == "does not fit: tried to allocate 1 TiB"
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
