@@ -7,10 +7,9 @@ python -m benchmarks plot runs/bench
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,28 +17,21 @@ from typing import Any
 import torch
 
 from .settings import Settings
+from .suites import ALL, NAMES, SUITES, run_apart
 
 HERE = Path(__file__).resolve().parent
-# Of each suite: its files, in the order in which they run.
-SUITES = {
-    "loss": ("bench_row_chunks", "bench_sftmix_loss", "bench_cross_entropy", "bench_mixup_loss"),
-    "perplexity": ("bench_perplexity", "bench_online_softmax", "bench_scoring"),
-    "step": ("bench_step",),
-    "memory": ("bench_memory",),
-    "tune": ("bench_tuning",),
-}
-# The search for constants is for those who change kernels.
-ALL = tuple(suite for suite in SUITES if suite != "tune")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0, or 1 where one of ours failed or was wrong."""
+    """Return exit status 0, or 1 where one of ours failed or was wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = make_parser().parse_args(arguments)
-    return int(options.call(options, arguments))
+    options.command = shlex.join(["python", "-m", "benchmarks", *arguments])
+    return int(options.call(options))
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the three commands."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
@@ -52,17 +44,31 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, required=True, metavar="DIR", help="for result files")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run.add_argument("--device", choices=("cpu", "cuda"), default=device)
-    run.add_argument("--quick", action="store_true", help="tiny sizes: whether all of it works")
-    run.add_argument("--no-peers", action="store_true", help="ours and bare products alone")
-    run.add_argument("--no-grid", action="store_true", help="the first sizes alone")
-    run.add_argument("--seconds", type=int, help="begin no measurement of a suite after these")
+    run.add_argument("--quick", action="store_true", help="tiny sizes: shows that all of it works")
+    run.add_argument(
+        "--no-peers", action="store_false", dest="peers", help="only ours and bare products"
+    )
+    run.add_argument("--no-grid", action="store_false", dest="grid", help="only the first sizes")
+    run.add_argument(
+        "--seconds",
+        type=int,
+        default=Settings.seconds,
+        help="begin no measurement of a suite after these",
+    )
     run.add_argument("--threads", type=int, default=Settings.threads, help="of the CPU")
     run.add_argument(
         "--data", type=Path, metavar="FILE", help="instructions to score (default: the demo's)"
     )
-    run.add_argument("--examples", type=int, default=Settings.examples, help="of them to score")
-    run.add_argument("--commit", help="of the code, where it is no git checkout")
-    run.add_argument("-k", metavar="EXPRESSION", help="benchmarks by name, as in pytest")
+    run.add_argument(
+        "--examples", type=int, default=Settings.examples, help="how many of them to score"
+    )
+    run.add_argument("--commit", default="", help="of the code, where it is no git checkout")
+    run.add_argument(
+        "-k",
+        default="",
+        metavar="NAME",
+        help=f"only this benchmark, or 'not NAME': all but this; of {', '.join(NAMES)}",
+    )
     plot = commands.add_parser("plot", help="tables and pictures from result files")
     plot.set_defaults(call=plot_results)
     plot.add_argument("folder", type=Path, metavar="DIR", help="with result files")
@@ -81,60 +87,39 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_suites(options: argparse.Namespace, arguments: list[str]) -> int:
-    """A process for each suite: one that breaks down, or the device under it, leaves the others."""
+def run_suites(options: argparse.Namespace) -> int:
+    """Run each suite in a process: one that breaks down, or the device under it, stops no other."""
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("--device cuda: there is no CUDA device", file=sys.stderr)
+        print("--device cuda: this machine has no CUDA device", file=sys.stderr)
         return 2
+    if options.k.removeprefix("not ") not in ("", *NAMES):
+        print(f"-k: expected NAME or 'not NAME', got {options.k!r}; see --help", file=sys.stderr)
+        return 2
+    names = {one.name for one in dataclasses.fields(Settings) if one.init} - {"begin"}
+    settings = Settings(**{name: getattr(options, name) for name in names})
     suites = ALL if options.suite == "all" else (options.suite,)
-    command = shlex.join(["python", "-m", "benchmarks", *arguments])
-    failed = []
-    for suite in suites:
-        call = [sys.executable, "-m", "pytest", *pytest_arguments(suite, options, command)]
-        # Kernels get the memory in Triton's interpreter that they get on a GPU.
-        interpret = (
-            {"TRITON_INTERPRET": "1"} if (suite, options.device) == ("memory", "cpu") else {}
-        )
-        env = {**os.environ, **interpret}
-        if subprocess.run(call, cwd=HERE.parent, env=env, check=False).returncode:
-            failed.append(suite)
+    failed = [suite for suite in suites if run_apart(suite, settings, options.out, options.k)]
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
 
 
-def pytest_arguments(suite: str, options: argparse.Namespace, command: str) -> list[str]:
-    """Those of a suite; settings of this repository's own tests do not hold."""
-    given = [f"--suite={suite}", f"--device={options.device}", f"--command={command}"]
-    for name in ("seconds", "threads", "examples", "commit"):
-        value = getattr(options, name)
-        given += [] if value is None else [f"--{name}={value}"]
-    for name in ("data", "out"):
-        path = getattr(options, name)
-        given += [] if path is None else [f"--{name}={path.resolve()}"]
-    given += ["--quick"] * options.quick + ["--no-peers"] * options.no_peers
-    given += ["--no-grid"] * options.no_grid + (["-k", options.k] if options.k else [])
-    return [
-        *(str(HERE / f"{name}.py") for name in SUITES[suite]),
-        *given,
-        *("-c", str(HERE / "pytest.ini"), "--rootdir", str(HERE.parent)),
-    ]
-
-
 def read_reports(folder: Path) -> list[dict[str, Any]]:
-    """All result files of a folder, by name; those of quick runs where there are no others."""
+    """Return a folder's result files by name; those of quick runs where there are no others."""
     found = [json.loads(file.read_text("utf-8")) for file in sorted(folder.glob("*.json"))]
     return [report for report in found if not report["settings"]["quick"]] or found
 
 
-def plot_results(options: argparse.Namespace, _: list[str]) -> int:
+def plot_results(options: argparse.Namespace) -> int:
+    """Write the tables and pictures of a folder, and renew README's block."""
     from .plots import write_pictures
-    from .readme import readme_block, replace_block
+    from .readme import BEGIN, END, readme_block
     from .report import markdown
+    from .tables import show
 
     reports = read_reports(options.folder)
     if not reports:
-        print(f"{options.folder}: there is no result file", file=sys.stderr)
+        print(f"{options.folder}: there is no result file; `run` writes them", file=sys.stderr)
         return 2
     pictures = write_pictures(reports, options.folder)
     target = options.markdown or options.folder / "RESULTS.md"
@@ -142,23 +127,22 @@ def plot_results(options: argparse.Namespace, _: list[str]) -> int:
     for file in (*pictures, target):
         print(file)
     if options.readme:
-        text = options.readme.read_text("utf-8")
-        shown = [file.resolve().relative_to(options.readme.resolve().parent) for file in pictures]
-        options.readme.write_text(
-            replace_block(text, readme_block(reports, shown)), encoding="utf-8"
-        )
+        beside = options.readme.resolve().parent
+        shown = [file.resolve().relative_to(beside) for file in pictures]
+        show(readme_block(reports, shown), options.readme, BEGIN, END)
     return 0
 
 
-def compare_results(options: argparse.Namespace, _: list[str]) -> int:
+def compare_results(options: argparse.Namespace) -> int:
+    """Print the ratios of a folder's files beside those of a baseline."""
     from .regression import compare, differences, print_comparison
 
-    baseline = {file.name: file for file in options.baseline.glob("*.json")}
     for file in sorted(options.folder.glob("*.json")):
-        if file.name not in baseline:
+        baseline = options.baseline / file.name
+        if not baseline.exists():
             print(f"{file.name}: there is none in {options.baseline}")
             continue
-        run, other = (json.loads(one.read_text("utf-8")) for one in (file, baseline[file.name]))
+        run, other = (json.loads(one.read_text("utf-8")) for one in (file, baseline))
         print(f"{file.name}:")
         print_comparison(compare(run, other), differences(run, other))
     return 0

@@ -1,4 +1,4 @@
-"""Peak memory of forward + backward against N and V, ours beside its formula (`peaks.py`).
+"""Weigh forward + backward: peak memory against N and V, ours beside its formula (`peaks.py`).
 
 Legend: N rows, D hidden size, V vocabulary.
 """
@@ -7,32 +7,23 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
-import pytest
 import torch
 
 from sftmix_kernels import RowChunks, VocabTiles
 from sftmix_kernels.peaks import Shape, peak_bytes
 from sftmix_kernels.schedules import runs_triton
+from tools.peak_memory import peak_extra_bytes, tidy_launches
 
 from .errors import Oracle, step
-from .group import FAILURES
 from .inputs import FILTER_EPS, make_inputs
-from .interpreter import tidy_launches
-from .measure import peak_extra_bytes
-from .providers import (
-    BOTH,
-    FILTERED,
-    NTP,
-    OURS,
-    ROW_CHUNKS,
-    VOCAB_TILES,
-    Provider,
-    find_providers,
-)
-from .result_file import Results
+from .measure import SuiteError
+from .providers import OURS, Provider, find_providers
+from .records import BOTH, FILTERED, NTP, ROW_CHUNKS, VOCAB_TILES
+from .result_file import OUT_OF_TIME, Results
 from .settings import Settings
 
 TASKS = (NTP, BOTH)
@@ -46,7 +37,7 @@ SCHEDULES: dict[str, RowChunks | VocabTiles] = {
 
 
 class Place(NamedTuple):
-    """Sizes, and what is varied between them."""
+    """The sizes of one measurement, and which of them is varied."""
 
     sweep: str
     rows: int
@@ -56,6 +47,7 @@ class Place(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Return the sizes in words."""
         how = ", interpreted" if self.interpreted else ""
         return f"N = {self.rows}, D = {self.hidden_size}, V = {self.vocab_size}{how}"
 
@@ -70,7 +62,7 @@ INTERPRETED: dict[str, tuple[Place, RowChunks | VocabTiles]] = {
 
 
 def places(device: str, quick: bool) -> list[Place]:
-    # The first of each is held where the other is varied.
+    """Return the places of a device: the first N is held where V is varied, and the other way."""
     if quick:
         sizes: dict[str, Any] = {"D": 32, "N": (512, 256), "V": (1003, 2006)}
     elif device == "cpu":
@@ -84,104 +76,84 @@ def places(device: str, quick: bool) -> list[Place]:
     return found[:1] + sorted(found[1:], key=lambda place: place.rows * place.vocab_size)
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    option = metafunc.config.getoption
-    device, quick = option("device"), option("quick")
-    found, left_out = find_providers(Settings(device, peers=option("peers")), compiled=False)
-    names = dict.fromkeys([one.who for one in found] + list(left_out))
-    cases = [
-        (place, task, who) for place in places(device, quick) for task in TASKS for who in names
-    ]
-    if device == "cpu" and not quick:
-        cases += [(place, t, who) for who, (place, _) in INTERPRETED.items() for t in TASKS]
-    ids = [f"{place.name}-{task}-{who}" for place, task, who in cases]
-    metafunc.parametrize(("place", "task", "who"), cases, ids=ids)
-
-
-@pytest.fixture(scope="module")
-def providers(settings: Settings) -> tuple[dict[tuple[str, str], Provider], dict[str, str]]:
-    """Those that do not compile, and why one is left out."""
+def measure(settings: Settings, results: Results) -> None:
+    """Weigh everyone at every place, and ours by kernels in Triton's interpreter."""
     found, left_out = find_providers(settings, compiled=False)
-    return {(one.who, one.task): one for one in found}, left_out
+    results.leave_out(left_out)
+    # The interpreter is asked for when the process starts, and used only at the end.
+    interpreter = os.environ.pop("TRITON_INTERPRET", None)
+    for place in places(settings.device, settings.quick):
+        for task in TASKS:
+            for one in found:
+                if one.task == task:
+                    weigh(one, place, SCHEDULES.get(one.who), settings, results)
+    if settings.device == "cpu" and not settings.quick:
+        with patch.dict(os.environ, {"TRITON_INTERPRET": interpreter or "1"}), tidy_launches():
+            for who, (place, schedule) in INTERPRETED.items():
+                for task in TASKS:
+                    one = Provider(who, task, OURS[task](schedule), ours=True)
+                    weigh(one, place, schedule, settings, results)
 
 
-@pytest.fixture
-def provider(
+def weigh(
+    one: Provider,
     place: Place,
-    task: str,
-    who: str,
-    providers: tuple[dict[tuple[str, str], Provider], dict[str, str]],
+    schedule: RowChunks | VocabTiles | None,
     settings: Settings,
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Provider]:
-    if settings.out_of_time:
-        pytest.skip(f"out of time: {settings.seconds} s are over")
-    found, left_out = providers
-    alone = who in left_out and not place.interpreted
-    name = who if alone else f"{who}, {task}, {place.name}"
-    request.node.user_properties.append(("name", name))
-    if place.interpreted:
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            pytest.skip("needs TRITON_INTERPRET=1 from the start")
-        with tidy_launches():
-            yield Provider(who, task, OURS[task](INTERPRETED[who][1]), ours=True)
-        return
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    if alone:
-        pytest.skip(left_out[who])
-    yield found[who, task]
-
-
-def test_memory(
-    place: Place, task: str, provider: Provider, settings: Settings, results: Results
+    results: Results,
 ) -> None:
-    """Right first, then weighed; ours within 5 % of its formula."""
-    sizes = (place.hidden_size, place.vocab_size, settings.dtype, settings.device)
-    try:
-        oracle = oracle_of(task, provider.one_lam, min(place.rows, CHECKED_ROWS) // 2, *sizes)
-        found = oracle.errors(step(provider.loss, oracle.x))
-        x = provider.inputs(make_inputs(place.rows // 2, *sizes))
-        peak = peak_extra_bytes(lambda: step(provider.loss, x), settings.device)
-        kernels = runs_triton(x.hidden)
-    except torch.OutOfMemoryError as error:
-        pytest.skip(f"does not fit: {str(error).splitlines()[0]}")
-    except FAILURES as error:
-        if provider.ours:
-            raise
-        pytest.skip(f"FAILED {type(error).__name__}: {error}")
-    if not found.passed(provider.limit):
-        (pytest.fail if provider.ours else pytest.skip)(f"FAILED {found.says(provider.limit)}")
-    formula = formula_bytes(provider, place, settings, kernels) if provider.ours else None
+    """Add the peak of one provider at one place, if it is right; ours must meet its formula."""
+    name = f"{one.who}, {one.task}, {place.name}"
+    if settings.out_of_time:
+        results.miss("left_out", name, OUT_OF_TIME)
+        return
+    work = partial(checked_peak, one, place, settings)
+    found = results.attempt(name, work, one.ours)
+    if found is None:
+        return
+    peak, kernels = found
+    formula = None
+    if schedule is not None:
+        shape = Shape(place.rows, place.hidden_size, place.vocab_size, settings.dtype.itemsize)
+        formula = peak_bytes(one.task, schedule, shape, kernels)
+        if peak > LIMIT * formula:
+            results.miss("failed", name, f"{peak} bytes, {peak / formula:.3f} of the formula")
     results.add(
         measure="memory",
         case=place.name,
         sweep=place.sweep,
-        task=task,
-        who=provider.who,
-        ours=provider.ours,
-        rows=place.rows,
-        hidden_size=place.hidden_size,
-        vocab_size=place.vocab_size,
-        dtype=str(settings.dtype).removeprefix("torch."),
+        task=one.task,
+        who=one.who,
+        ours=one.ours,
+        **settings.sizes(place.rows, place.hidden_size, place.vocab_size),
         peak_bytes=peak,
         formula_bytes=formula,
         interpreted=place.interpreted,
     )
-    assert formula is None or peak <= LIMIT * formula
+    over = "" if formula is None else f", {peak / formula:.3f} of the formula"
+    print(f"{peak / 2**20:9,.1f} MiB{over}: {name}", flush=True)
+
+
+def checked_peak(one: Provider, place: Place, settings: Settings) -> tuple[int, bool]:
+    """Return the peak of one that is right, and whether it ran Triton kernels.
+
+    Raises:
+        SuiteError: it is wrong.
+    """
+    sizes = (place.hidden_size, place.vocab_size, settings.dtype, settings.device)
+    oracle = oracle_of(one.task, one.one_lam, min(place.rows, CHECKED_ROWS) // 2, *sizes)
+    found = oracle.errors(step(one.loss, oracle.x))
+    if not found.passed(one.limit):
+        raise SuiteError(found.says(one.limit))
+    x = one.inputs(make_inputs(place.rows // 2, *sizes))
+    peak = peak_extra_bytes(lambda: step(one.loss, x), settings.device)
+    return peak, runs_triton(x.hidden)
 
 
 @functools.lru_cache(maxsize=2)
 def oracle_of(
     task: str, one_lam: bool, pairs: int, hidden: int, vocab: int, dtype: torch.dtype, device: str
 ) -> Oracle:
-    """Made once for all who are held to it one after the other."""
+    """Return the oracle, made once for all who are held to it one after the other."""
     x = make_inputs(pairs, hidden, vocab, dtype, device)
     return Oracle(task, Provider("", task, OURS[task](), one_lam=one_lam).inputs(x))
-
-
-def formula_bytes(provider: Provider, place: Place, settings: Settings, kernels: bool) -> int:
-    """What `peaks.py` says of ours."""
-    schedule = INTERPRETED[provider.who][1] if place.interpreted else SCHEDULES[provider.who]
-    shape = Shape(place.rows, place.hidden_size, place.vocab_size, settings.dtype.itemsize)
-    return peak_bytes(provider.task, schedule, shape, kernels)

@@ -1,4 +1,4 @@
-"""The compiled fold alone: beside PyTorch operations on the CPU, beside a copy on a GPU.
+"""Time the compiled fold: beside PyTorch operations on the CPU, beside a copy on a GPU.
 
 Legend: N tokens, V vocabulary, K rows and C columns of a chunk of logits.
 """
@@ -9,34 +9,38 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import pytest
 import torch
 
 from sftmix_kernels import perplexity
 from sftmix_kernels.budget import Budget
 
 from .bench_perplexity import size_of
-from .bench_row_chunks import COPY
-from .group import Group
 from .measure import L2Scrub, interleaved_samples
-from .perplexity_providers import FOLD, VOCAB_CHUNK, Fold, make_fold, passed, require_compiled
+from .perplexity_providers import VOCAB_CHUNK, Fold, make_fold, passed, require_compiled
+from .records import (
+    COPY,
+    FOLD,
+    FOLD_OPERATIONS,
+    FOLD_SOFTCAP,
+    IN_CACHE,
+    IN_HBM,
+    IN_HBM_CHUNK,
+    IN_L2,
+)
+from .result_file import OUT_OF_TIME, Results
 from .settings import Settings
 
-FOLD_SOFTCAP, FOLD_OPERATIONS = f"{FOLD} with softcap", "PyTorch operations"
 OUR_FOLDS = (FOLD, FOLD_SOFTCAP)
-# Where the logits lie that are folded.
-IN_CACHE = "chunk in cache"
-IN_HBM, IN_HBM_CHUNK, IN_L2 = "all logits in HBM", "chunk in HBM", "chunk in L2"
 SOFTCAP = 30.0
-# A fold on the CPU takes milliseconds, what else its suite measures about a second.
+# A fold on the CPU takes milliseconds; all else that its suite measures takes about a second.
 FOLDS_OF_A_REPEAT = 10
-# Launches of one measurement where logits stay in L2: one alone takes microseconds, about as long
-# as the events around it.
+# Launches of one measurement where logits stay in L2: one takes microseconds, about as long as the
+# events around it.
 LAUNCHES = 20
 
 
 class Chunk(NamedTuple):
-    """Logits that everyone at one place folds, or copies."""
+    """The logits that everyone at one place folds, or copies."""
 
     place: str
     dtype: str
@@ -45,27 +49,34 @@ class Chunk(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Dtype and options in words."""
+        """Return dtype and options in words."""
         options = ["softcap"] * (self.softcap is not None) + ["bias"] * self.bias
         return ", ".join(filter(None, (self.dtype, " and ".join(options))))
 
     @property
+    def name(self) -> str:
+        """Return place and kind in words."""
+        return f"{self.place}, {self.kind}"
+
+    @property
     def who(self) -> tuple[str, ...]:
-        """Who is measured there."""
+        """Return who is measured there."""
         if self.place == IN_CACHE:
             return FOLD, FOLD_OPERATIONS
         return OUR_FOLDS if self.place == IN_L2 else (*OUR_FOLDS, COPY)
 
     def size(self, settings: Settings) -> tuple[int, int]:  # K, C
+        """Return rows and columns."""
         whole = size_of(settings)
-        columns = min(VOCAB_CHUNK, whole.vocab_size)
+        rows, vocab_size = whole.rows, whole.sizes[1]
+        columns = min(VOCAB_CHUNK, vocab_size)
         if self.place == IN_HBM:
-            return whole.rows, whole.vocab_size
+            return rows, vocab_size
         if self.place == IN_HBM_CHUNK:
-            return whole.rows, columns
+            return rows, columns
         # As many rows as ours takes at a time, so that its logits of this dtype stay in cache.
         like = {"dtype": getattr(torch, self.dtype), "device": settings.device}
-        return perplexity.block_rows(torch.empty(whole.rows, 0, **like), columns), columns
+        return perplexity.block_rows(torch.empty(rows, 0, **like), columns), columns
 
 
 CHUNKS = {
@@ -83,13 +94,24 @@ CHUNKS = {
 }
 
 
+def measure(settings: Settings, results: Results) -> None:
+    """Time the folds of every chunk of logits."""
+    for chunk in CHUNKS[settings.device]:
+        if settings.out_of_time:
+            results.miss("left_out", chunk.name, OUT_OF_TIME)
+            continue
+        results.attempt(chunk.name, partial(measure_folds, chunk, settings, results), ours=True)
+        if settings.device != "cpu":
+            # All logits of one dtype leave little room for those of the next.
+            torch.cuda.empty_cache()
+
+
 @torch.no_grad()
-def measure_folds(chunk: Chunk, settings: Settings) -> Group:
-    """Everyone on one chunk of logits, in turns, by seconds of one fold or copy.
+def measure_folds(chunk: Chunk, settings: Settings, results: Results) -> None:
+    """Time everyone on one chunk of logits, in turns, by seconds of one fold or copy.
 
     A fold reads each logit once; a copy reads and writes each, and so moves twice the bytes.
     """
-    group = Group({COPY: "what stays in L2 is held beside the copy in HBM"})
     rows, columns = chunk.size(settings)
     dtype = getattr(torch, chunk.dtype)
     options = {"softcap": chunk.softcap, "bias": chunk.bias}
@@ -99,7 +121,8 @@ def measure_folds(chunk: Chunk, settings: Settings) -> Group:
     steps: dict[str, Callable[[], object]] = {}
     errors = {}
     for who in filter(folds.__contains__, chunk.who):
-        found = group.attempt(who, partial(checked, folds[who], settings.device), ours=True)
+        work = partial(checked, folds[who], settings.device)
+        found = results.attempt(f"{who}, {chunk.name}", work, ours=True)
         if found is not None:
             steps[who], errors[who] = partial(launch, folds[who], launches), found.largest
     if FOLD_OPERATIONS in chunk.who:
@@ -109,13 +132,11 @@ def measure_folds(chunk: Chunk, settings: Settings) -> Group:
         steps[COPY] = lambda: copied.copy_(fold.logits)
     prepare = write_logits(fold, settings.device) if chunk.place == IN_L2 else None
     repeats = settings.repeats * (FOLDS_OF_A_REPEAT if chunk.place == IN_CACHE else 1)
-    says = f"{chunk.place}, {chunk.kind}"
-    samples = interleaved_samples(steps, repeats, settings.device, prepare, says)
+    samples = interleaved_samples(steps, repeats, settings.device, prepare, chunk.name)
     for who, seconds in samples.items():
         softcap = SOFTCAP if who == FOLD_SOFTCAP else chunk.softcap
         own = {"loss_error": errors[who]} if who in errors else {}
-        group.add(
-            who,
+        results.add_times(
             [spent / launches for spent in seconds],
             measure="fold",
             case=chunk.place,
@@ -129,11 +150,10 @@ def measure_folds(chunk: Chunk, settings: Settings) -> Group:
             bytes=rows * columns * dtype.itemsize * (2 if who == COPY else 1),
             **own,
         )
-    return group
 
 
 def checked(fold: Fold, device: str) -> Budget:
-    """The check of a fold that is right.
+    """Return the error of a fold that is right.
 
     Raises:
         SuiteError: it is wrong, or not compiled.
@@ -143,13 +163,16 @@ def checked(fold: Fold, device: str) -> Budget:
 
 
 def launch(fold: Fold, times: int) -> None:
+    """Run the fold several times."""
     for _ in range(times):
         fold.compiled()
 
 
 def write_logits(fold: Fold, device: str) -> Callable[[], object]:
-    """Puts the logits into L2, as their product does, after what keeps the device busy while the
-    host launches what is to be timed."""
+    """Return what puts the logits into L2, as their product does.
+
+    Before, it keeps the device busy while the host launches what is to be timed.
+    """
     scrub = (lambda: None) if device == "cpu" else L2Scrub()
 
     def prepare() -> None:
@@ -157,30 +180,3 @@ def write_logits(fold: Fold, device: str) -> Callable[[], object]:
         fold.logits.mul_(1.0)
 
     return prepare
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test for each chunk of the device and everyone, the plain float32 fold first on the CPU."""
-    chunks = CHUNKS[metafunc.config.getoption("device")]
-    names = [f"{chunk.place}, {chunk.kind}" for chunk in chunks]
-    metafunc.parametrize("folds", chunks, indirect=True, ids=names, scope="module")
-    metafunc.parametrize("who", dict.fromkeys(who for chunk in chunks for who in chunk.who))
-
-
-@pytest.fixture(scope="module")
-def folds(request: pytest.FixtureRequest, settings: Settings) -> Group:
-    """Everyone on one chunk, measured at once."""
-    if settings.out_of_time:
-        pytest.skip(f"out of time: {settings.seconds} s are over")
-    try:
-        return measure_folds(request.param, settings)
-    except torch.OutOfMemoryError as error:
-        pytest.skip(f"does not fit: {str(error).splitlines()[0]}")
-    finally:
-        if settings.device != "cpu":
-            # All logits of one dtype leave little room for those of the next.
-            torch.cuda.empty_cache()
-
-
-def test_fold(folds: Group, who: str, request: pytest.FixtureRequest) -> None:
-    folds.write(who, request.node.callspec.id, request)

@@ -1,28 +1,22 @@
-"""Per-example perplexity without gradients: ours, its products alone, and what others pick.
+"""Time per-example perplexity without gradients: ours, its bare products, and what others pick.
 
 Legend: N tokens, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import pytest
 import torch
 
 from sftmix_kernels.budget import Budget
+from tools.peak_memory import peak_extra_bytes
 
-from .group import Group
-from .measure import interleaved_samples, peak_extra_bytes
+from .measure import interleaved_samples
 from .perplexity_providers import (
-    BARE_CHUNKS,
-    DENSE,
-    ONE_PRODUCT,
-    OPERATIONS,
-    OURS,
-    PEER,
     Perplexity,
     Tokens,
     bare,
@@ -32,113 +26,85 @@ from .perplexity_providers import (
     providers,
     require_compiled,
 )
-from .settings import HEADS, QUICK, QUICK_HEAD, Settings
+from .records import BARE_CALL, BARE_CHUNKS, STREAMING
+from .result_file import Results
+from .settings import QUICK, Case, Settings
 
-EVERYONE = (OURS, BARE_CHUNKS, ONE_PRODUCT, DENSE, OPERATIONS, PEER)
 CHECKED_TOKENS = 256
 # Head and tokens of each device.
 SIZES = {"cpu": ("small", 4096), "cuda": ("Llama-3.1-8B", 8192)}
 
 
-class Size(NamedTuple):
-    """One head and one batch."""
-
-    head: str
-    rows: int  # N
-    hidden_size: int
-    vocab_size: int
-
-    @property
-    def case(self) -> str:
-        return f"{self.head}, N = {self.rows}"
-
-    def tokens(self, settings: Settings, most: int | None = None) -> Tokens:
-        """All of them, or at most as many."""
-        rows = self.rows if most is None else min(self.rows, most)
-        like = (settings.dtype, settings.device)
-        return make_tokens(rows, self.hidden_size, self.vocab_size, *like)
+def size_of(settings: Settings) -> Case:
+    """Return the head and tokens that a run measures."""
+    return Case(QUICK, 256) if settings.quick else Case(*SIZES[settings.device])
 
 
-def size_of(settings: Settings) -> Size:
-    """What a run measures."""
-    if settings.quick:
-        return Size(QUICK, 256, *QUICK_HEAD)
-    head, rows = SIZES[settings.device]
-    return Size(head, rows, *HEADS[head])
+def tokens_of(case: Case, settings: Settings, most: int | None = None) -> Tokens:
+    """Return all tokens of a case, or at most as many."""
+    rows = case.rows if most is None else min(case.rows, most)
+    return make_tokens(rows, *case.sizes, settings.dtype, settings.device)
+
+
+def measure(settings: Settings, results: Results) -> None:
+    """Time everyone."""
+    calls, left_out = providers()
+    if not settings.peers:
+        left_out |= dict.fromkeys(set(calls) - {STREAMING}, "--no-peers")
+        calls = {STREAMING: calls[STREAMING]}
+    results.leave_out({f"{who}, perplexity": why for who, why in left_out.items()})
+    measure_whole(settings, size_of(settings), calls, results)
 
 
 @torch.no_grad()
 def measure_whole(
-    settings: Settings, size: Size, calls: Mapping[str, Perplexity], left_out: Mapping[str, str]
-) -> Group:
-    """Check everyone on the first tokens, weigh and time in turns those who are right."""
-    group = Group(left_out)
-    figures = {
-        "measure": "perplexity",
-        "case": size.case,
-        "rows": size.rows,
-        "hidden_size": size.hidden_size,
-        "vocab_size": size.vocab_size,
-        "dtype": str(settings.dtype).removeprefix("torch."),
-        "operations": 2 * size.rows * size.hidden_size * size.vocab_size,
-    }
-    few = size.tokens(settings, CHECKED_TOKENS)
-    errors = {}
+    settings: Settings, case: Case, calls: Mapping[str, Perplexity], results: Results
+) -> None:
+    """Check everyone on the first tokens, then weigh and time in turns those who are right."""
+    few, device = tokens_of(case, settings, CHECKED_TOKENS), settings.device
+    own: dict[str, dict[str, Any]] = {BARE_CHUNKS: {}}
     for who, call in calls.items():
-        found = group.attempt(who, partial(checked, who, call, few, settings.device), who == OURS)
+        work = partial(checked, who, call, few, device)
+        found = results.attempt(f"{who}, perplexity", work, who == STREAMING)
         if found is not None:
-            errors[who] = found.largest
+            own[who] = {"loss_error": found.largest}
     del few
-    x = size.tokens(settings)
-    steps: dict[str, Callable[[], object]] = {BARE_CHUNKS: partial(bare, x)}
-    steps |= {who: partial(calls[who], x) for who in errors}
-    peaks = {}
-    for who, step in list(steps.items()):
-        weigh = partial(peak_extra_bytes, step, settings.device)
-        peaks[who] = group.attempt(who, weigh, who == OURS)
-        if peaks[who] is None:
-            del steps[who]
-    if settings.device == "cpu":
-        group.left_out[ONE_PRODUCT] = "holds all logits: on a GPU alone"
+    x = tokens_of(case, settings)
+    steps: dict[str, Callable[[], object]] = {}
+    for who, figures in own.items():
+        step = partial(bare if who == BARE_CHUNKS else calls[who], x)
+        weigh = partial(peak_extra_bytes, step, device)
+        peak = results.attempt(f"{who}, perplexity", weigh, who == STREAMING)
+        if peak is not None:
+            figures["peak_bytes"], steps[who] = peak, step
+    if device == "cpu":
+        results.miss("left_out", f"{BARE_CALL}, perplexity", "holds all logits: only on a GPU")
     else:
-        room = partial(x.hidden.new_empty, size.rows, size.vocab_size)
-        logits = group.attempt(ONE_PRODUCT, room, ours=False)
+        room = partial(x.hidden.new_empty, case.rows, case.sizes[1])
+        logits = results.attempt(f"{BARE_CALL}, perplexity", room, ours=False)
         if logits is not None:
-            steps[ONE_PRODUCT] = lambda: torch.mm(x.hidden, x.weight.t(), out=logits)
-    samples = interleaved_samples(steps, settings.repeats, settings.device, says=size.case)
+            own[BARE_CALL] = {}
+            steps[BARE_CALL] = lambda: torch.mm(x.hidden, x.weight.t(), out=logits)
+    samples = interleaved_samples(steps, settings.repeats, device, says=case.size)
     for who, seconds in samples.items():
-        own: dict[str, Any] = {"who": who, "ours": who == OURS}
-        if who in peaks:
-            own["peak_bytes"] = peaks[who]
-        if who in errors:
-            own["loss_error"] = errors[who]
-        group.add(who, seconds, **figures, **own)
-    return group
+        results.add_times(
+            seconds,
+            measure="perplexity",
+            case=case.size,
+            **settings.sizes(case.rows, *case.sizes),
+            operations=2 * case.rows * math.prod(case.sizes),
+            who=who,
+            ours=who == STREAMING,
+            **own[who],
+        )
 
 
 def checked(who: str, call: Perplexity, x: Tokens, device: str) -> Budget:
-    """The check of one that is right.
+    """Return the error of one that is right.
 
     Raises:
         SuiteError: it is wrong, or ours and not compiled.
     """
-    if who == OURS:
+    if who == STREAMING:
         require_compiled(device)
     return passed(check(call, x))
-
-
-@pytest.fixture(scope="module")
-def whole(settings: Settings) -> Group:
-    """Everyone, measured at once."""
-    if settings.out_of_time:
-        pytest.skip(f"out of time: {settings.seconds} s are over")
-    calls, left_out = providers()
-    if not settings.peers:
-        left_out |= dict.fromkeys(set(calls) - {OURS}, "--no-peers")
-        calls = {OURS: calls[OURS]}
-    return measure_whole(settings, size_of(settings), calls, left_out)
-
-
-@pytest.mark.parametrize("who", EVERYONE)
-def test_perplexity(who: str, whole: Group, request: pytest.FixtureRequest) -> None:
-    whole.write(who, f"{who}, perplexity", request)

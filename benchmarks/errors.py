@@ -1,4 +1,4 @@
-"""Whether a provider is right: loss and gradients against float64, before anything is timed."""
+"""Check providers before anything is timed: loss and gradients against float64."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from sftmix_kernels import reference
 from sftmix_kernels.budget import added_up, budget, largest
 
 from .inputs import Inputs
-from .providers import BOTH, MIXUP, MU, NTP, Loss
+from .providers import MU, Loss
+from .records import BOTH, MIXUP, NTP
 
 
 def ntp_rows(x: Inputs) -> Tensor:
-    """The reference, as what adds up to the loss."""
+    """Return the reference of NTP, as what adds up to the loss."""
     rows = reference.cross_entropy(x.hidden, x.weight, x.labels, reduction="none")
     return rows / rows.numel()
 
 
 def mixup_rows(x: Inputs) -> Tensor:
-    """The reference, as what adds up to the loss."""
+    """Return the reference of Mixup, as what adds up to the loss."""
     hidden, labels = x.hidden.chunk(2), x.labels.chunk(2)
     rows = reference.mixup_loss(*hidden, x.weight, *labels, x.lam, reduction="none")
     return rows / rows.numel()
 
 
 def sftmix_rows(x: Inputs) -> Tensor:
-    """The reference, as what adds up to the loss."""
+    """Return the reference of NTP + Mixup, as what adds up to the loss."""
     return torch.cat((ntp_rows(x), MU * mixup_rows(x)))
 
 
@@ -37,13 +38,13 @@ ROWS: dict[str, Loss] = {NTP: ntp_rows, MIXUP: mixup_rows, BOTH: sftmix_rows}
 
 
 def step(loss: Loss, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward and backward: the loss and two gradients."""
+    """Run forward and backward: return the loss and two gradients."""
     value = loss(x)
     return value.detach(), *torch.autograd.grad(value, (x.hidden, x.weight))
 
 
 class Errors(NamedTuple):
-    """Of the loss, dH and dW in turn, against float64."""
+    """The errors of the loss, dH and dW in turn, against float64."""
 
     largest: tuple[float, ...]
     dense_largest: tuple[float, ...]  # of the reference in the inputs' own dtype
@@ -51,15 +52,16 @@ class Errors(NamedTuple):
     in_budget: bool
 
     def passed(self, limit: float | None) -> bool:
-        """In the error budget, or by ``limit`` close enough. NaN never is."""
+        """Tell whether they are in the error budget, or within ``limit``. NaN never is."""
         return self.in_budget if limit is None else all(r <= limit for r in self.relative)
 
     def says(self, limit: float | None) -> str:
+        """Return why they did not pass."""
         allowed = "the error budget" if limit is None else f"{limit:g}"
         return f"over {allowed}: relative errors of loss, dH, dW {self.relative}"
 
     def of_dense(self) -> float:
-        """The worst of the gradients' errors, in those of dense PyTorch."""
+        """Return the worst of the gradients' errors, by those of dense PyTorch."""
         pairs = zip(self.largest[1:], self.dense_largest[1:], strict=True)
         return max(own / max(other, 1e-300) for own, other in pairs)
 
@@ -82,7 +84,7 @@ class Oracle:
             self.torch_errors[0] = added_up(rows(x), rows(doubles))
 
     def errors(self, found: Sequence[Tensor]) -> Errors:
-        """Of loss and gradients that `step` gave for these inputs."""
+        """Return the errors of loss and gradients that `step` gave for these inputs."""
         used = [budget(*each) for each in zip(found, self.truth, self.torch_errors, strict=True)]
         relative = [
             float((f.double() - t).norm() / t.norm())

@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
-# Everything that a GPU has to show, in nine minutes at most:
+# Run everything that a GPU has to show, in nine minutes at most:
 #
 #     bash benchmarks/gpu.sh OUT [--only tests|perplexity|step|memory|loss|tune|long] [--wheels DIR]
 #         [--dry-run] [options of `python -m benchmarks run`]
 #
-# Builds the extension in place for this machine, runs the tests that need a GPU, memcheck and
-# racecheck, and the suites; leaves cuda-SUITE.json, RESULTS.md, pictures and log.txt in the folder
-# OUT, eight files at most. --wheels installs what the folder holds, for these runs alone: peers,
-# or `datasets`, without which the suite `step` is left out. --dry-run tries all of it out on the
-# CPU at tiny sizes. A part that fails does not stop the next; the exit status then is 1. `tune` is
-# run on demand alone. Needs torch (2.11 or later), triton, setuptools (77 or later), ninja, nvcc,
-# pytest, pytest-benchmark, hypothesis, numpy, tqdm and matplotlib; the package need not be
-# installed. PYTHON chooses the interpreter. `long` too is run on demand alone: long sequences of
-# the 8B-shaped model in every mode, a process for each, of which the nine minutes hold the shorter
-# lengths; it leaves cuda-long_sequence-8B.json, and goes on with one that is there. Needs peft and
-# `datasets` too.
+# It builds the extension in place for this machine, runs the tests that need a GPU, memcheck and
+# racecheck, and the suites. The folder OUT gets cuda-SUITE.json, RESULTS.md, pictures and log.txt,
+# eight files at most. A part that fails does not stop the next; the exit status then is 1.
+#
+# --wheels installs what the folder holds, only for these runs: peers, or `datasets`, without which
+# the suite `step` is left out. --dry-run tries all of it out on the CPU at tiny sizes. PYTHON
+# chooses the interpreter. It needs torch (2.11 or later), triton, setuptools (77 or later), ninja,
+# nvcc, pytest, hypothesis, numpy, tqdm and matplotlib; the package need not be installed.
+#
+# `tune` and `long` run only when they are named. `long` trains the 8B-shaped model on long
+# sequences in every mode, a process for each, of which the nine minutes hold the shorter lengths.
+# It needs peft and `datasets` too, leaves cuda-long_sequence-8B.json, and goes on with one that is
+# there.
 set -euo pipefail
 
 usage() {
@@ -99,7 +101,7 @@ facts() {
     timeout 20 nvidia-smi || echo "nvidia-smi: not found, or no answer"
 }
 
-# left SECONDS: what the parts after this one leave it, for they need so many; at least a little.
+# left SECONDS: print the seconds that this part has if the parts after it need SECONDS; 20 or more.
 left() {
     local seconds=$((530 - SECONDS - $1))
     echo $((seconds > 20 ? seconds : 20))
@@ -109,7 +111,7 @@ tests() {
     local folders=(tests/sftmix_kernels)
     # The trainer needs what the suite `step` needs.
     if "$python" -c "import datasets, accelerate, xxhash" 2>/dev/null; then
-        folders+=(tests/sftmix/test_{methods,backbone,tiled_mlp}.py)
+        folders+=(tests/sftmix/{training/test_methods,model/test_one_by_one,model/test_tiled_mlp}.py)
     fi
     part tests "$1" "$python" -m pytest -p no:cacheprovider -m gpu -q -rf --durations=5 \
         "${folders[@]}"
@@ -123,25 +125,25 @@ sanitizer() {
         return
     fi
     local ours=(-m benchmarks run --device cuda --quick --no-peers --out "$scratch")
-    # Small and ragged, every op under every schedule. Without PyTorch's cache of memory each tensor
-    # is an allocation of its own, so that a read past its end is seen.
+    # Sizes are small and ragged, and every op runs under every schedule. Without PyTorch's cache of
+    # memory each tensor is an allocation of its own, so that a read past its end is seen.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 part memcheck 60 \
         "$tool" --target-processes all --tool memcheck --error-exitcode 9 \
         "$python" "${ours[@]}" loss
-    # Of kernels that share memory between threads and are ours in CUDA.
+    # Only our CUDA kernels that share memory between threads.
     part racecheck 40 \
         "$tool" --target-processes all --tool racecheck --error-exitcode 9 \
         --kernel-name kns=fold_logits --kernel-name kns=add_token_losses \
         "$python" "${ours[@]}" perplexity -k "not scoring"
 }
 
-# suite NAME SECONDS: it begins no round when two thirds are over, and keeps what it has.
+# suite NAME SECONDS: run it; it begins no round when two thirds are over, and keeps what it has.
 suite() {
     part "$1" "$2" "$python" -m benchmarks run "$1" --device "$device" --out "$out" \
         --seconds $(($2 * 2 / 3)) ${options[@]+"${options[@]}"}
 }
 
-# Modes of the shorter lengths first; what is not reached is said in the file.
+# long SECONDS: measure shorter lengths first; the file says what was not reached.
 long() {
     part long "$1" "$python" -m benchmarks.long_sequence run --model 8B --device "$device" \
         --out "$out" --seconds $(($1 - 15)) ${options[@]+"${options[@]}"}
@@ -172,7 +174,7 @@ long) long "$(left 20)" ;;
 *) suite "$only" "$(left 20)" ;;
 esac
 [[ $only == tests || $only == long ]] || part plot "$(left -10)" "$python" -m benchmarks plot "$out"
-# The ninth file of them all; `plot` draws it again from the data.
+# It would be the ninth file; `plot` draws it again from the data.
 [[ $only != all ]] || rm -f "$out"/*-step.svg
 {
     printf '\n## Parts of `benchmarks/gpu.sh`\n\n| part | end |\n| --- | --- |\n'

@@ -1,4 +1,4 @@
-"""Inputs of the losses: trained-like, where tokens are predicted well, and random for contrast.
+"""Make inputs of the losses: trained-like, where tokens are predicted well, and random ones.
 
 Legend: P pairs, D hidden size, V vocabulary.
 """
@@ -32,10 +32,10 @@ def make_inputs(
     device: str = "cpu",
     trained: bool = False,
 ) -> Inputs:
-    """Seeded; lam from Beta(0.5, 0.5); logits of about unit size.
+    """Return seeded inputs; lam is from Beta(0.5, 0.5), logits are of about unit size.
 
     ``trained`` turns each hidden state towards the weight of its label, each row by another amount,
-    as training does; random ones give every token a probability of about 1 / V, which flatters
+    as training does. Random inputs give every token a probability of about 1 / V, which flatters
     whoever skips small probabilities.
     """
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def make_inputs(
 
 
 def peakedness(x: Inputs) -> dict[str, float]:
-    """Of the first rows: mean probability of the label, and tokens above the filter in a row."""
+    """Return the label's mean probability, and a row's tokens above the filter."""
     with torch.no_grad():
         rows = slice(0, min(512, x.labels.numel()))
         p = F.linear(x.hidden[rows], x.weight).float().softmax(-1)

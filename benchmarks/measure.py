@@ -1,9 +1,8 @@
-"""What every benchmark measures alike: time side by side, memory, and the machine."""
+"""Measure time side by side, and describe the machine."""
 
 from __future__ import annotations
 
 import datetime
-import gc
 import platform
 import subprocess
 import time
@@ -16,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 Key = TypeVar("Key")
-# Whose versions a figure hangs on.
+# The packages whose versions a figure depends on.
 PACKAGES = (
     "numpy",
     "transformers",
@@ -25,13 +24,11 @@ PACKAGES = (
     "cut-cross-entropy",
     "quack-kernels",
 )
-
-
 SMI_FIELDS = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
 
 
 class SuiteError(RuntimeError):
-    """What a suite needs is not there, or what it would time is wrong."""
+    """Something that a suite needs is missing, or what it would time is wrong."""
 
 
 def interleaved_samples(
@@ -43,12 +40,14 @@ def interleaved_samples(
     warm: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[Key, list[float]]:
-    """Seconds of each step, taking turns so that a slow minute hits all alike.
+    """Return the seconds of each step; steps take turns, so that a slow minute hits all alike.
 
-    A round without times goes before, unless all steps are ``warm``. ``prepare`` runs before every
-    step, outside of its time. On CUDA the time is that between two events, and ``prepare`` is by
-    default `L2Scrub`. ``says`` names the progress bar. After a round with times ``stop`` may end
-    it all: what was measured is kept.
+    Args:
+        repeats: rounds; one without times goes before, unless ``warm``.
+        device: on CUDA a time is that between two events.
+        prepare: runs before every step, outside of its time; on CUDA by default `L2Scrub`.
+        says: names the progress bar; none without it.
+        stop: is asked after each round whether to end here; what was measured is kept.
     """
     samples: dict[Key, list[float]] = {name: [] for name in steps}
     if prepare is None and device != "cpu":
@@ -72,7 +71,7 @@ def interleaved_samples(
 
 
 def started(step: Callable[[], object], device: str) -> Callable[[], float]:
-    """Start a step; what is returned waits for it and gives its seconds."""
+    """Start a step; return what waits for it and gives its seconds."""
     if device == "cpu":
         start = time.perf_counter()
         step()
@@ -103,50 +102,8 @@ class L2Scrub:
         self.buffer.zero_()
 
 
-def peak_extra_bytes(step: Callable[[], object], device: str = "cpu") -> int:
-    """Highest sum of tensor bytes alive at once that ``step`` allocated, its results included.
-
-    Counts every allocation of PyTorch's allocator, inside of registered ops too. On the CPU,
-    scratch memory that a BLAS library takes for itself is not counted, for any provider; on CUDA
-    it is PyTorch's, made once, in the warm-up here.
-    """
-    # What is garbage already must not be freed, and so subtracted, while the step is measured.
-    gc.collect()
-    if device != "cpu":
-        return peak_extra_cuda_bytes(step)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    # There is one cycle: torch 2.11 warns of events that other cycles would lose.
-    with torch.profiler.profile(
-        activities=activities, profile_memory=True, acc_events=True
-    ) as profile:
-        kept = step()
-    del kept
-    results = profile.profiler.kineto_results  # type: ignore[union-attr]
-    changes = sorted(
-        (event.start_ns(), event.nbytes())
-        for event in results.events()
-        if event.name() == "[memory]"
-    )
-    alive = peak = 0
-    for _, change in changes:
-        alive += change
-        peak = max(peak, alive)
-    return peak
-
-
-def peak_extra_cuda_bytes(step: Callable[[], object]) -> int:
-    """`peak_extra_bytes` by the caching allocator's own count, in a second run of the step."""
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def facts() -> dict[str, Any]:
-    """Machine, versions, commit and date, so that a figure can be held beside another."""
+    """Return machine, versions, commit and date, so that a figure can be held beside another."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": git_commit(),
@@ -163,7 +120,7 @@ def facts() -> dict[str, Any]:
 
 
 def version(package: str) -> str:
-    """Empty where it is not installed."""
+    """Return the package's version, empty where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -171,7 +128,7 @@ def version(package: str) -> str:
 
 
 def gpu_facts() -> dict[str, Any]:
-    """GPU, driver and clocks; nothing where there is no GPU."""
+    """Return GPU, driver and clocks; nothing where there is no GPU."""
     if not torch.cuda.is_available():
         return {}
     properties = torch.cuda.get_device_properties(0)
@@ -186,7 +143,7 @@ def gpu_facts() -> dict[str, Any]:
 
 
 def nvidia_smi(fields: str) -> str:
-    """What the tool says of the first GPU at this moment; empty without the tool."""
+    """Return what the tool says of the first GPU at this moment; empty without the tool."""
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
@@ -196,7 +153,7 @@ def nvidia_smi(fields: str) -> str:
 
 
 def git_commit() -> str:
-    """Commit of the working tree, with ``-dirty`` where it has changes; empty outside of git."""
+    """Return the working tree's commit, ``-dirty`` if it has changes; empty outside of git."""
     here = Path(__file__).resolve().parent
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
@@ -207,7 +164,7 @@ def git_commit() -> str:
 
 
 def cpu_name() -> str:
-    """The processor's own name where the system tells it."""
+    """Return the processor's own name where the system tells it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""Losses of others, each in the form ``loss(hidden, weight, labels)``: the mean over hard labels.
+"""Call the losses of others, each as ``loss(hidden, weight, labels)``: the mean over hard labels.
 
 Each maker imports the package it needs; ImportError says what is missing.
 """
@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .group import FAILURES
+from .records import TORCH
+from .result_file import FAILURES
 
 HardLabelLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, labels
 
-TORCH_CHUNKED = "torch linear_cross_entropy, chunked"
 LIGER, LIGER_ROWS = "Liger-Kernel", "Liger-Kernel, 4096 rows"
 CCE, CCE_EXACT = "cut-cross-entropy", "cut-cross-entropy, no filter"
 CCE_COMPILED = "cut-cross-entropy, torch_compile"
@@ -25,6 +25,7 @@ QUACK = "QuACK"
 
 
 def torch_chunked() -> HardLabelLoss:
+    """Return PyTorch's own loss in chunks of rows."""
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise ImportError(f"torch {torch.__version__} has no LinearCrossEntropyOptions")
     options = torch.nn.LinearCrossEntropyOptions()
@@ -32,7 +33,7 @@ def torch_chunked() -> HardLabelLoss:
 
 
 def liger(rows: int | None = None, sums: torch.dtype | None = None) -> HardLabelLoss:
-    """As it comes, or with chunks of at least ``rows`` rows and sums of dW in another dtype."""
+    """Return it as it comes, or with chunks of at least ``rows`` rows and dW summed in ``sums``."""
     # Named here and not at the top: nothing of ours needs the package.
     functional = importlib.import_module("liger_kernel.transformers.functional")
     call = functional.liger_fused_linear_cross_entropy
@@ -49,18 +50,19 @@ def liger(rows: int | None = None, sums: torch.dtype | None = None) -> HardLabel
 
 
 def cut_cross_entropy(impl: str = "cce", filter_eps: str | None = "high") -> HardLabelLoss:
-    """As it comes, with a filter of 2^-12 in bfloat16; exact with None; or its PyTorch path."""
+    """Return it as it comes, with a filter of 2^-12 in bfloat16; exact with None; or in PyTorch."""
     call = importlib.import_module("cut_cross_entropy").linear_cross_entropy
     return lambda h, w, y: call(h, w, y, filter_eps=filter_eps, impl=impl)
 
 
 def quack() -> HardLabelLoss:
+    """Return it as it comes."""
     call = importlib.import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
     return lambda h, w, y: call(h, w, y)
 
 
 class Peer(NamedTuple):
-    """Another's loss, where it runs, and whether it skips what is small."""
+    """The loss of another package, where it runs, and whether it skips what is small."""
 
     who: str
     make: Callable[[], HardLabelLoss]
@@ -72,7 +74,7 @@ class Peer(NamedTuple):
 # Liger-Kernel's, QuACK's, and cut-cross-entropy's own loss are kernels for GPUs; the last has a
 # PyTorch path beside them, which is dense PyTorch under `torch.compile`.
 PEERS = (
-    Peer(TORCH_CHUNKED, torch_chunked, ("cpu", "cuda")),
+    Peer(TORCH, torch_chunked, ("cpu", "cuda")),
     Peer(LIGER, liger),
     Peer(LIGER_ROWS, lambda: liger(4096)),
     Peer(f"{LIGER_ROWS}, float32 dW", lambda: liger(4096, torch.float32)),
@@ -84,11 +86,11 @@ PEERS = (
 
 
 def find_peers(device: str) -> tuple[dict[Peer, HardLabelLoss], dict[str, str]]:
-    """Those that are installed and made for the device, and why one is left out."""
+    """Return those that are installed and made for the device, and why one is left out."""
     found, left_out = {}, {}
     for peer in PEERS:
         if device not in peer.devices:
-            left_out[peer.who] = f"made for {' and '.join(peer.devices)} alone"
+            left_out[peer.who] = f"made only for {' and '.join(peer.devices)}"
             continue
         try:
             found[peer] = peer.make()

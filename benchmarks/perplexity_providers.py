@@ -1,4 +1,4 @@
-"""Who is measured on per-example perplexity, the check against float64, and the fold alone.
+"""Compute per-example perplexity in every way, check it against float64, and fold logits.
 
 Legend: N tokens, S examples, D hidden size, V vocabulary, K rows and C columns of a chunk of
 logits.
@@ -22,15 +22,9 @@ from sftmix_kernels.build import build_info
 from sftmix_kernels.row_chunks import PADDING
 
 from .measure import SuiteError
+from .records import DENSE_PERPLEXITY, OPERATIONS, STREAMING, TORCH_PERPLEXITY
 
-OURS = "streaming_perplexity"
-BARE_CHUNKS = "bare product, same chunks"
-ONE_PRODUCT = "bare product, one call"
-DENSE = "dense cross_entropy"
-FOLD = "fold_logits"
-OPERATIONS = "PyTorch operations, same chunks"
-PEER = "linear_cross_entropy, chunked"
-# Vocabulary entries that ours projects at a time unless it is told another number.
+# Vocabulary entries that ours projects at a time by default.
 VOCAB_CHUNK: int = inspect.signature(streaming_perplexity).parameters["vocab_chunk"].default
 TOKENS_OF_EXAMPLE = 64
 
@@ -55,7 +49,7 @@ def make_tokens(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Tokens:
-    """Random, seeded; logits of about unit size."""
+    """Return seeded random tokens with logits of about unit size."""
     torch.manual_seed(0)
     hidden = torch.randn(num_tokens, hidden_size, device=device)
     weight = torch.randn(vocab_size, hidden_size, device=device) / hidden_size**0.5
@@ -66,11 +60,12 @@ def make_tokens(
 
 
 def ours(x: Tokens, vocab_chunk: int = VOCAB_CHUNK) -> Tensor:
+    """Compute ours."""
     return streaming_perplexity(*x, vocab_chunk=vocab_chunk)
 
 
 def workspace(x: Tokens, vocab_chunk: int) -> Tensor:
-    """Of ours: room for the logits of one block and one chunk."""
+    """Return our workspace: room for the logits of one block and one chunk."""
     columns = min(vocab_chunk, x.weight.shape[0])
     rows = perplexity.block_rows(x.hidden, columns)
     return x.hidden.new_empty(rows, -(-columns // PADDING) * PADDING)
@@ -81,7 +76,7 @@ def chunks_of_logits(
     vocab_chunk: int,
     use: Callable[[Tensor, slice, int], object],  # logits, which rows, first column
 ) -> None:
-    """The products of ours, in its blocks and chunks."""
+    """Compute the products of ours, in its blocks and chunks."""
     room, vocab_size = workspace(x, vocab_chunk), x.weight.shape[0]
     for first in range(0, x.labels.shape[0], room.shape[0]):
         rows = slice(first, first + room.shape[0])
@@ -93,18 +88,18 @@ def chunks_of_logits(
 
 
 def bare(x: Tokens, vocab_chunk: int = VOCAB_CHUNK) -> None:
-    """Nothing but the products: what no way of finding perplexities in these chunks can beat."""
+    """Compute only the products: no way of finding perplexities in these chunks can beat them."""
     chunks_of_logits(x, vocab_chunk, lambda logits, rows, start: None)
 
 
 def dense(x: Tokens) -> Tensor:
-    """What a user writes: all logits at once."""
+    """Compute what a user writes: all logits at once."""
     losses = F.cross_entropy(F.linear(x.hidden, x.weight).float(), x.labels, reduction="none")
     return of_examples(losses, x)
 
 
 def of_examples(losses: Tensor, x: Tokens) -> Tensor:  # (S,) float64
-    """``exp(mean of the losses)`` of each example."""
+    """Return ``exp(mean of the losses)`` of each example."""
     sums = losses.new_zeros(x.num_samples, dtype=torch.float64)
     sums.index_add_(0, x.sample_ids, losses.double())
     return (sums / x.sample_ids.bincount(minlength=x.num_samples)).exp()
@@ -112,7 +107,7 @@ def of_examples(losses: Tensor, x: Tokens) -> Tensor:  # (S,) float64
 
 @contextlib.contextmanager
 def unwarned() -> Iterator[None]:
-    """Without the warning that an op runs on PyTorch operations: here that is what is asked for."""
+    """Silence the warning that an op runs on PyTorch operations: here it is meant to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="sftmix_kernels: ")
         yield
@@ -120,7 +115,7 @@ def unwarned() -> Iterator[None]:
 
 @unwarned()
 def in_operations(x: Tokens) -> Tensor:
-    """The package as it runs without its extension."""
+    """Compute ours as it runs without its extension."""
     state = online_softmax.new_state(x.labels.shape[0], x.hidden)
     nll_sum, num_tokens = perplexity.new_sums(x.num_samples, x.hidden.device)
 
@@ -134,7 +129,7 @@ def in_operations(x: Tokens) -> Tensor:
 
 
 def torch_chunked() -> Perplexity:
-    """PyTorch's own loss in chunks of rows."""
+    """Return PyTorch's own loss in chunks of rows."""
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise ImportError(f"torch {torch.__version__} has no LinearCrossEntropyOptions")
     options = torch.nn.LinearCrossEntropyOptions()
@@ -147,16 +142,20 @@ def torch_chunked() -> Perplexity:
 
 
 def providers() -> tuple[dict[str, Perplexity], dict[str, str]]:
-    """All that find perplexities, and why one is left out."""
-    found: dict[str, Perplexity] = {OURS: ours, DENSE: dense, OPERATIONS: in_operations}
+    """Return all that find perplexities, and why one is left out."""
+    found: dict[str, Perplexity] = {
+        STREAMING: ours,
+        DENSE_PERPLEXITY: dense,
+        OPERATIONS: in_operations,
+    }
     try:
-        return {**found, PEER: torch_chunked()}, {}
+        return {**found, TORCH_PERPLEXITY: torch_chunked()}, {}
     except ImportError as reason:
-        return found, {PEER: str(reason)}
+        return found, {TORCH_PERPLEXITY: str(reason)}
 
 
 def require_compiled(device: str) -> dict[str, str]:
-    """Facts about the extension.
+    """Return facts about the extension.
 
     Raises:
         SuiteError: it is not built, or not for this device.
@@ -175,10 +174,10 @@ def require_compiled(device: str) -> dict[str, str]:
 
 
 def passed(used: Budget) -> Budget:
-    """The same.
+    """Return the budget.
 
     Raises:
-        SuiteError: an error is over the budget.
+        SuiteError: an error is over it.
     """
     if not used.holds:
         raise SuiteError(f"losses are over the error budget: {used.says}")
@@ -186,15 +185,15 @@ def passed(used: Budget) -> Budget:
 
 
 def check(call: Perplexity, x: Tokens) -> Budget:
-    """Log-perplexities of single tokens, and of the examples: a mean is no worse than its worst."""
+    """Return the error of log-perplexities, of single tokens and of the examples."""
     num_tokens = x.labels.shape[0]
     ids = torch.arange(num_tokens, device=x.labels.device)
-    alone = x._replace(sample_ids=ids, num_samples=num_tokens)
+    single = x._replace(sample_ids=ids, num_samples=num_tokens)
     doubles = {"hidden": x.hidden.double(), "weight": x.weight.double()}
-    truth = reference.perplexity(*alone._replace(**doubles)).log()
-    plain_error = reference.perplexity(*alone).log() - truth
+    truth = reference.perplexity(*single._replace(**doubles)).log()
+    plain_error = reference.perplexity(*single).log() - truth
     # Perplexities come in float64; the logits that they are of are no better than float32.
-    tokens = budget(call(alone).log().float(), truth, plain_error)
+    tokens = budget(call(single).log().float(), truth, plain_error)
     of_examples = call(x).log() - reference.perplexity(*x._replace(**doubles)).log()
     # The maximum of a tensor keeps a NaN.
     worst = torch.cat((of_examples.abs(), of_examples.new_tensor([tokens.largest]))).max()
@@ -211,17 +210,20 @@ class Fold(NamedTuple):
     state: Tensor  # (3, K)
 
     def compiled(self) -> None:
+        """Run the compiled op."""
         torch.ops.sftmix_kernels.fold_logits(*self.arguments())
 
     @unwarned()
     def operations(self) -> None:
+        """Run the same by PyTorch operations."""
         online_softmax.fold_logits(*self.arguments())
 
     def arguments(self) -> tuple[Tensor, Tensor | None, Tensor, int, float, float | None, Tensor]:
+        """Return the op's arguments."""
         return self.logits, self.bias, self.labels, 0, 1.0, self.softcap, self.state
 
     def check(self) -> Budget:
-        """Token losses of the compiled op on the first rows, states made anew."""
+        """Return the error of the compiled op's token losses on the first rows, from new states."""
         rows = slice(0, 256)
         small = self._replace(logits=self.logits[rows], labels=self.labels[rows])
         found = []
@@ -249,7 +251,7 @@ def make_fold(
     softcap: float | None = None,
     bias: bool = False,
 ) -> Fold:
-    """Random logits of unit size."""
+    """Return a fold of random logits of unit size."""
     torch.manual_seed(0)
     like = {"dtype": dtype, "device": device}
     padded = torch.empty(num_rows, -(-num_columns // PADDING) * PADDING, **like).normal_()

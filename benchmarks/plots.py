@@ -1,4 +1,4 @@
-"""Pictures of the reports as SVG, the same bytes for the same figures.
+"""Draw reports as SVG, the same bytes for the same figures.
 
 White behind, so that they can be read on dark pages too; text is drawn as outlines, so that it
 has the same width wherever fonts differ.
@@ -7,7 +7,8 @@ has the same width wherever fonts differ.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from . import targets as names
-from .readme import duration
-from .targets import Record, Report, find, headline
+from . import records as names
+from .records import Record, Report, find, headline
+from .report import sizes
+from .tables import cpu_text, duration
+from .targets import step_name
 
-# One colour for ours, shades of grey-blue for all others: told apart by lightness alone too.
+# One colour for ours, shades of grey-blue for all others: told apart by lightness too.
 OURS, OTHERS, INK, GRID = "#d55e00", "#8fa3b5", "#24292f", "#e4e8ec"
 # Of ours by schedule, from dark to light; a schedule that is not named is drawn like the first.
 SHADES = {names.ROW_CHUNKS: OURS, names.VOCAB_TILES: "#9c4300", names.FILTERED: "#f0a060"}
@@ -54,38 +57,45 @@ LEADER = {
     "shrinkB": 3,
     "relpos": (0, 0.5),
 }
+TITLE: Any = {"x": 0.01, "ha": "left", "fontsize": 10.5}
 WIDTH = 8.0  # inches; 768 pixels on a page
 
 
 def write_pictures(reports: Sequence[Report], folder: Path) -> list[Path]:
-    """Write those pictures whose figures were measured; their paths.
+    """Write those pictures whose figures were measured, and return their paths.
 
     Of several reports of a suite the newest counts, and a quick one only where there is no other.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    with matplotlib.rc_context(STYLE):
-        for device in ("cpu", "cuda"):
-            for suite, draw in PICTURES.items():
-                report = names.report_of(reports, suite, device, quick=True)
-                figure = None if report is None else draw(report)
-                if figure is not None:
-                    path = folder / f"{device}-{suite}.svg"
-                    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-                    figure.savefig(path, format="svg", facecolor="white", metadata=nothing)
-                    written.append(path)
+    for device in ("cpu", "cuda"):
+        for suite, draw in PICTURES.items():
+            report = names.newest(reports, suite, device, quick=True)
+            if report is not None:
+                written += write_svg(folder / f"{device}-{suite}.svg", partial(draw, report))
     return written
 
 
+def write_svg(path: Path, draw: Callable[[], Figure | None]) -> list[Path]:
+    """Draw in our style and write the file; return its path, none where there is no figure."""
+    with matplotlib.rc_context(STYLE):
+        figure = draw()
+        if figure is None:
+            return []
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(path, format="svg", facecolor="white", metadata=nothing)
+    return [path]
+
+
 def place(report: Report) -> str:
-    """The machine, for a title."""
+    """Return the machine and its software, for a title."""
     facts = report["facts"]
     quick = "QUICK RUN, sizes too small: " if report["settings"]["quick"] else ""
-    return f"{quick}{facts.get('gpu', names.cpu_text(facts))}, torch {facts['torch']}"
+    return f"{quick}{facts.get('gpu', cpu_text(facts))}, torch {facts['torch']}"
 
 
 def finite(records: Sequence[Record], name: str = "median") -> list[Record]:
-    """Those that can be drawn."""
+    """Return the records whose figure can be drawn."""
     return [r for r in records if r.get(name) is not None and math.isfinite(r[name])]
 
 
@@ -101,7 +111,7 @@ class Bar(NamedTuple):
 
 
 def bar_of(record: Record, unit: float, reference: float | None) -> Bar:
-    """Of a record's time in units; at its end the seconds, and how often the reference's."""
+    """Return a bar of a record's time in units, with the seconds and the quotient at its end."""
     value, low, high = (record[name] / unit for name in ("median", "q1", "q3"))
     times = f"  {record['median'] / reference:.2f}x" if reference else ""
     says = duration(record["median"]) + times
@@ -109,7 +119,7 @@ def bar_of(record: Record, unit: float, reference: float | None) -> Bar:
 
 
 def loss_picture(report: Report) -> Figure | None:
-    """Bars of the headline case, a group for each task; the bare products are a line."""
+    """Draw the headline case: a group of bars for each task, a line for the bare products."""
     case = headline(report)
     records = finite(find(report, names.STEP, case=case))
     bare = next((r["median"] for r in records if r["who"] == names.BARE), None)
@@ -124,18 +134,19 @@ def loss_picture(report: Report) -> Figure | None:
     line = None
     if bare is not None:
         line = (bare / unit, f"{names.BARE} of NTP: {duration(bare)} = 1x")
-    size = names.sizes(records[0])
-    title = f"Forward + backward: {size}, {report['settings']['dtype']}\n{place(report)}"
+    title = (
+        f"Forward + backward: {sizes(records[0])}, {report['settings']['dtype']}\n{place(report)}"
+    )
     return bars(groups, line, title, f"{name}, median and quartiles")
 
 
 def step_picture(report: Report) -> Figure | None:
-    """Bars for each model: a step by the time of NTP in the same trainer."""
+    """Draw bars for each model: a step by the time of NTP in the same trainer."""
     groups = {}
     for ntp in finite(find(report, "step", who=names.OUR_NTP)):
         records = names.by_time(finite(find(report, "step", **names.same(ntp, names.STEP_SIZE))))
         unit = ntp["median"]
-        groups[names.step_name(ntp)] = [bar_of(r, unit, unit) for r in records]
+        groups[step_name(ntp)] = [bar_of(r, unit, unit) for r in records]
     if not groups:
         return None
     title = f"Training steps, {report['settings']['dtype']}\n{place(report)}"
@@ -146,7 +157,7 @@ def step_picture(report: Report) -> Figure | None:
 def bars(
     groups: Mapping[str, Sequence[Bar]], line: tuple[float, str] | None, title: str, label: str
 ) -> Figure:
-    """Horizontal bars in order, under the bold name of their group; a dashed line with its name."""
+    """Draw horizontal bars under the bold name of their group, and a dashed line with its name."""
     groups = {name: group for name, group in groups.items() if group}
     rows = sum(len(group) + 1.2 for group in groups.values())
     figure = Figure(figsize=(WIDTH, 1.2 + 0.24 * rows), layout="constrained")
@@ -174,13 +185,14 @@ def bars(
         tick.set_fontweight(weight)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(label)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
+    figure.suptitle(title, **TITLE)
     return figure
 
 
 def draw_bar(axes: Axes, bar: Bar, y: float) -> None:
+    """Draw the bar, its whisker, and its words."""
     axes.barh(y, bar.value, height=0.72, color=bar.colour, linewidth=0)
-    # A quartile can lie on the wrong side of the median by rounding alone.
+    # A quartile can lie on the wrong side of the median by rounding.
     whisker = [[max(0.0, bar.value - bar.low)], [max(0.0, bar.high - bar.value)]]
     axes.errorbar(bar.value, y, xerr=whisker, color=INK, linewidth=1, capsize=2)
     # The dashed line must not strike through what is written.
@@ -190,7 +202,7 @@ def draw_bar(axes: Axes, bar: Bar, y: float) -> None:
 
 
 def memory_picture(report: Report) -> Figure | None:
-    """Extra memory against N and against V; of ours the formula too, dotted."""
+    """Draw extra memory against N and against V, and beside ours the formula, dotted."""
     records = [r for r in finite(find(report, "memory"), "peak_bytes") if r["peak_bytes"] > 0]
     tasks = [record["task"] for record in records]
     task = names.BOTH if names.BOTH in tasks else next(iter(tasks), None)
@@ -202,21 +214,19 @@ def memory_picture(report: Report) -> Figure | None:
     for i, sweep in enumerate(sweeps, 1):
         memory_panel(figure.add_subplot(len(sweeps), 1, i), records, *SWEEPS[sweep])
     title = f"Extra memory of forward + backward, {task}; dotted: the formula\n{place(report)}"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
+    figure.suptitle(title, **TITLE)
     return figure
 
 
 def memory_panel(axes: Axes, records: Sequence[Record], field: str, fixed: str, label: str) -> None:
-    """A line for each provider with its name at the end.
+    """Draw a line for each provider with its name at the end.
 
     All points are of the same hidden size, dtype and other side, those of the first record, which
     both sweeps have in common.
     """
     size = names.same(records[0], (fixed, "hidden_size", "dtype"))
     records = [r for r in records if names.same(r, tuple(size)) == size]
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.grid(True)
+    log_axes(axes, {r[field] for r in records}, (1.0, 3.0))
     ends = []
     for who in dict.fromkeys(record["who"] for record in records):
         line = sorted((r for r in records if r["who"] == who), key=lambda r: r[field])
@@ -229,19 +239,25 @@ def memory_panel(axes: Axes, records: Sequence[Record], field: str, fixed: str, 
         note = " (interpreted)" if any(r.get("interpreted") for r in line) else ""
         says = f"{who}{note}: {peaks[-1]:,.3g}"
         ends.append((line[-1][field], peaks[-1], says, INK if colour == OTHERS else colour))
-    sizes = sorted({r[field] for r in records})
-    axes.set_xticks(sizes, [f"{value:,}" for value in sizes])
-    axes.minorticks_off()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     held = f"D = {size['hidden_size']}, {SYMBOLS[fixed]} = {size[fixed]:,}, {size['dtype']}"
     axes.set_xlabel(f"{label}; {held}")
     axes.set_ylabel("extra memory, MiB")
     name_ends(axes, ends)
 
 
+def log_axes(axes: Axes, ticks: Iterable[int], subs: tuple[float, ...]) -> None:
+    """Make both axes logarithmic, with these ticks below and each decade's ``subs`` beside."""
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.grid(True)
+    axes.set_xticks(sorted(ticks), [f"{value:,}" for value in sorted(ticks)])
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+
+
 def name_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names right of the axes at the height of their lines' ends, moved apart where they touch."""
+    """Write names right of the axes at the height of their lines' ends, apart from each other."""
     low, high = map(math.log, axes.get_ylim())
     ends = sorted(ends, key=lambda end: end[1])
     heights = apart([(math.log(end[1]) - low) / (high - low) for end in ends])
@@ -259,7 +275,7 @@ def name_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None
 
 
 def apart(heights: Sequence[float], gap: float = 0.085) -> list[float]:
-    """Ascending heights, neighbours that are closer than ``gap`` pushed away from each other."""
+    """Return ascending heights with neighbours closer than ``gap`` pushed apart."""
     found = list(heights)
     for _ in range(200):
         for i in range(len(found) - 1):

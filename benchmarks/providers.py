@@ -1,6 +1,6 @@
-"""Who computes the losses: ours under each schedule, dense PyTorch, and compositions of peers.
+"""Compute the losses in every way: ours under each schedule, dense PyTorch, and peers.
 
-All do the same work: NTP alone, Mixup alone, or NTP + Mixup of the same rows.
+All do the same work: NTP, Mixup, or NTP + Mixup of the same rows.
 
 Legend: P pairs, D hidden size, V vocabulary.
 """
@@ -20,22 +20,28 @@ from sftmix_kernels import (
     fused_mixup_loss,
     fused_sftmix_loss,
 )
-from sftmix_kernels.peaks import BOTH, MIXUP, NTP
 from sftmix_kernels.row_chunks import PADDING
 from sftmix_kernels.schedules import RowChunks, Schedule
 
 from .inputs import FILTER_EPS, Inputs
 from .peers import HardLabelLoss, find_peers
+from .records import (
+    BOTH,
+    COMPILED,
+    DENSE,
+    FILTERED,
+    MIXUP,
+    NTP,
+    ROW_CHUNKS,
+    TASKS,
+    VOCAB_TILES,
+)
 from .settings import Settings
 
 MU = 0.2
-TASKS = (NTP, MIXUP, BOTH)
-ROW_CHUNKS, VOCAB_TILES = "sftmix, row_chunks", "sftmix, vocab_tiles"
-FILTERED = "sftmix, vocab_tiles, filter 2^-12"
-DENSE, COMPILED = "dense PyTorch", "torch.compile of dense"
-BARE = "bare matrix products"
-# Of a gradient, by norms against float64. A filter leaves out what is small; a peer that sums dW
-# in bfloat16 is rough: both count as right up to here, and the error stands beside the time.
+# The most relative error of a gradient, by norms against float64. A filter leaves out what is
+# small; a peer that sums dW in bfloat16 is rough: both count as right up to here, and the error
+# stands beside the time.
 FILTER_LIMIT, PEER_LIMIT = 0.05, 0.02
 
 Loss = Callable[[Inputs], Tensor]
@@ -48,28 +54,32 @@ class Provider(NamedTuple):
     task: str
     loss: Loss
     ours: bool = False
-    one_lam: bool = False  # one share for the whole batch: without weights of tokens no other
+    one_lam: bool = False  # one lam for the whole batch: the loss takes no weights of tokens
     limit: float | None = None  # relative error of gradients; None holds it to the error budget
     holds_logits: bool = False
 
     @property
     def key(self) -> tuple[str, str]:
+        """Return what tells it from all others."""
         return self.who, self.task
 
     def inputs(self, x: Inputs) -> Inputs:
-        """What this provider is given in place of ``x``."""
+        """Return what this provider is given in place of ``x``."""
         return x._replace(lam=torch.full_like(x.lam, 0.3)) if self.one_lam else x
 
     def in_grid(self) -> bool:
-        """Whether it takes part where only a few do: ours on two tasks, others on NTP."""
+        """Tell whether it takes part where only a few do: ours on two tasks, others on NTP."""
         return not self.holds_logits and self.task in ((NTP, BOTH) if self.ours else (NTP,))
 
 
 def fused_ntp(schedule: Schedule = "auto") -> Loss:
+    """Return our NTP under a schedule."""
     return lambda x: fused_cross_entropy(x.hidden, x.weight, x.labels, schedule=schedule)
 
 
 def fused_mixup(schedule: Schedule = "auto") -> Loss:
+    """Return our Mixup under a schedule."""
+
     def loss(x: Inputs) -> Tensor:
         hidden, labels = x.hidden.chunk(2), x.labels.chunk(2)
         return fused_mixup_loss(*hidden, x.weight, *labels, x.lam, schedule=schedule)
@@ -78,7 +88,7 @@ def fused_mixup(schedule: Schedule = "auto") -> Loss:
 
 
 def fused_both(schedule: Schedule = "auto") -> Loss:
-    """NTP + Mixup in one op."""
+    """Return our NTP + Mixup, one op, under a schedule."""
 
     def loss(x: Inputs) -> Tensor:
         rows_c, rows_u = torch.arange(x.labels.numel(), device=x.labels.device).chunk(2)
@@ -89,14 +99,15 @@ def fused_both(schedule: Schedule = "auto") -> Loss:
 
 
 def dense_ntp(x: Inputs) -> Tensor:
+    """Compute NTP as a user writes it: all logits at once."""
     return F.cross_entropy(F.linear(x.hidden, x.weight).float(), x.labels)
 
 
 def dense_mixup(x: Inputs) -> Tensor:
-    """What a user writes: logits of the mixture, and two hard-label losses of them."""
+    """Compute Mixup as a user writes it: logits of the mixture, and two hard-label losses."""
     (hidden_c, hidden_u), (labels_c, labels_u) = x.hidden.chunk(2), x.labels.chunk(2)
-    share = x.lam.unsqueeze(-1)
-    mixed = (share * hidden_c + (1 - share) * hidden_u).to(hidden_c.dtype)
+    lam = x.lam.unsqueeze(-1)
+    mixed = (lam * hidden_c + (1 - lam) * hidden_u).to(hidden_c.dtype)
     logits = F.linear(mixed, x.weight).float()
     loss_c = F.cross_entropy(logits, labels_c, reduction="none")
     loss_u = F.cross_entropy(logits, labels_u, reduction="none")
@@ -104,18 +115,19 @@ def dense_mixup(x: Inputs) -> Tensor:
 
 
 def dense_both(x: Inputs) -> Tensor:
-    """What a user writes: the halves' own logits, and those of their mixture."""
+    """Compute NTP + Mixup as a user writes it: the halves' logits, and those of their mixture."""
     halves = zip(x.hidden.chunk(2), x.labels.chunk(2), strict=True)
     ntp_c, ntp_u = (F.cross_entropy(F.linear(h, x.weight).float(), y) for h, y in halves)
     return (ntp_c + ntp_u) / 2 + MU * dense_mixup(x)
 
 
 def composed_ntp(ntp: HardLabelLoss) -> Loss:
+    """Return a peer's NTP."""
     return lambda x: ntp(x.hidden, x.weight, x.labels)
 
 
 def composed_mixup(ntp: HardLabelLoss) -> Loss:
-    """Mixup from a loss with hard labels alone: each mixed row twice, once for each label."""
+    """Return Mixup by a loss that takes only hard labels: each mixed row twice, once a label."""
 
     def loss(x: Inputs) -> Tensor:
         (hidden_c, hidden_u), (labels_c, labels_u) = x.hidden.chunk(2), x.labels.chunk(2)
@@ -128,6 +140,7 @@ def composed_mixup(ntp: HardLabelLoss) -> Loss:
 
 
 def composed_both(ntp: HardLabelLoss) -> Loss:
+    """Return NTP + Mixup by a loss that takes only hard labels."""
     mixup = composed_mixup(ntp)
     return lambda x: ntp(x.hidden, x.weight, x.labels) + MU * mixup(x)
 
@@ -138,7 +151,7 @@ COMPOSED = {NTP: composed_ntp, MIXUP: composed_mixup, BOTH: composed_both}
 
 
 def our_schedules(device: str) -> tuple[dict[str, Schedule], dict[str, str]]:
-    """Schedules by name, and why one is left out."""
+    """Return schedules by name, and why one is left out."""
     if device == "cpu":
         reason = "needs a CUDA device"
         return {ROW_CHUNKS: "row_chunks"}, {VOCAB_TILES: reason, FILTERED: reason}
@@ -149,7 +162,7 @@ def our_schedules(device: str) -> tuple[dict[str, Schedule], dict[str, str]]:
 def find_providers(
     settings: Settings, compiled: bool = True
 ) -> tuple[list[Provider], dict[str, str]]:
-    """Everyone on every task, and why someone is left out; ``compiled``: by `torch.compile` too."""
+    """Return everyone on every task, `torch.compile` if ``compiled``, and why one is left out."""
     found = []
     schedules, left_out = our_schedules(settings.device)
     for who, schedule in schedules.items():
@@ -179,9 +192,9 @@ def find_providers(
 class Products:
     """The bare matrix products of NTP, into buffers made beforehand: nobody can be faster.
 
-    In chunks as large as ours on the CPU, and as a rule in one call on a GPU. The gradients of the
-    logits are real ones, since a product of mostly tiny numbers draws less power than one of random
-    numbers, and so runs faster.
+    Their chunks are as large as ours on the CPU, and as a rule all rows on a GPU. The gradients of
+    the logits are real ones, since a product of mostly tiny numbers draws less power than one of
+    random numbers, and so runs faster.
     """
 
     def __init__(self, x: Inputs) -> None:
@@ -200,15 +213,18 @@ class Products:
             some.scatter_add_(-1, labels.unsqueeze(-1), -torch.ones_like(some[:, :1]))
 
     def chunks(self) -> list[slice]:
+        """Return the rows of each chunk."""
         size, rows = self.logits.shape[0], self.hidden.shape[0]
         return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
     def forward(self) -> None:
+        """Compute the logits."""
         for rows in self.chunks():
             hidden = self.hidden[rows]
             torch.mm(hidden, self.weight.t(), out=self.logits[: hidden.shape[0]])
 
     def all_three(self) -> None:
+        """Compute the logits and both gradients."""
         for rows in self.chunks():
             hidden = self.hidden[rows]
             gradient = self.gradient[: hidden.shape[0]]
@@ -219,7 +235,7 @@ class Products:
 
 
 def operations(task: str, x: Inputs, backward: bool) -> int:
-    """Of the products that the task cannot do without: Mixup needs one row for each pair."""
+    """Return the operations that a task cannot do without: Mixup needs one row for each pair."""
     rows, hidden_size = x.hidden.shape
     once = 2 * rows * hidden_size * x.weight.shape[0] // (2 if task == MIXUP else 1)
     return 3 * once if backward else once

@@ -1,14 +1,15 @@
-"""README's block of results: the headline of each suite, and the pictures."""
+"""Write README's block of results: the headline of each suite, and the pictures."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from . import targets as names
-from .report import EXTRA_MEMORY, Column, cell, mib, number, over, records_table, table, who
-from .targets import Record, Report, by_time, figure, find, first, headline, ratio, same
+from . import records as names
+from .records import Record, Report, by_time, figure, find, first, headline, ratio, same
+from .report import EXTRA_MEMORY, sizes
+from .tables import Column, cell, cpu_text, duration, mib, number, over, records_table, table, who
+from .targets import step_name, targets
 
 BEGIN = "<!-- results: begin (python -m benchmarks plot) -->"
 END = "<!-- results: end -->"
@@ -21,16 +22,8 @@ ALT = {
 }
 
 
-def duration(seconds: float | None) -> str:
-    """Three digits and a unit."""
-    if seconds is None or not math.isfinite(seconds):
-        return "-"
-    value, unit = (seconds, "s") if seconds >= 1 else (1e3 * seconds, "ms")
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
-
-
 def readme_loss(report: Report) -> str:
-    """The headline case: a line for each of ours and for the fastest variant of each peer."""
+    """Return the headline case: a line for each of ours and for each peer's fastest variant."""
     case = headline(report)
     bare = first(report, names.STEP, case=case, who=names.BARE)
     both, ntp = (
@@ -54,15 +47,15 @@ def readme_loss(report: Report) -> str:
 
 
 def timed(record: Record | None, other: Record | None) -> list[str]:
-    """Time, the same by the other's, extra memory."""
+    """Return time, the quotient by the other's time, and extra memory."""
     quotient = number(ratio(figure(record), figure(other)))
     return [duration(figure(record)), quotient, mib(figure(record, "peak_bytes"))]
 
 
 def readme_facts(report: Report, measure: str) -> str:
-    """Sizes, machine, dtype and commit over a table."""
-    facts, size = report["facts"], names.sizes(find(report, measure)[0])
-    gpu_or_cpu = facts.get("gpu", names.cpu_text(facts))
+    """Return sizes, machine, dtype and commit, to stand over a table."""
+    facts, size = report["facts"], sizes(find(report, measure)[0])
+    gpu_or_cpu = facts.get("gpu", cpu_text(facts))
     driver = f"driver {facts['driver']}" if facts.get("driver") else ""
     words = [gpu_or_cpu, driver, f"torch {facts['torch']}", f"triton {facts['triton']}"]
     words = [*filter(None, words), report["settings"]["dtype"], facts["date"][:10]]
@@ -70,6 +63,7 @@ def readme_facts(report: Report, measure: str) -> str:
 
 
 def readme_perplexity(report: Report) -> str:
+    """Return the headline of perplexity."""
     records = find(report, "perplexity", case=headline(report, "perplexity"))
     dense = next((r for r in records if r["who"] == names.DENSE_PERPLEXITY), None)
     columns: list[Column] = [
@@ -82,7 +76,7 @@ def readme_perplexity(report: Report) -> str:
 
 
 def readme_steps(report: Report) -> str:
-    """A sentence on each model's step: SFTMix by NTP of ours, and by NTP of another trainer."""
+    """Return a sentence on each model's step: SFTMix by our NTP, and by another trainer's."""
     said = []
     for ours in find(report, "step", who=names.OUR_SFTMIX):
         size = same(ours, names.STEP_SIZE)
@@ -91,19 +85,19 @@ def readme_steps(report: Report) -> str:
         if ntp is not None:
             times = f"{duration(ours['median'])} and {duration(ntp['median'])}"
             than = f", {over(theirs)(ours)} of `{names.THEIR_NTP}`" if theirs else ""
-            model = cell(names.step_name(ours))
+            model = cell(step_name(ours))
             said.append(f"{over(ntp)(ours)} of an NTP step for {model} ({times}){than}")
     device = report["settings"]["device"].upper()
     return f"{device}: a whole SFTMix training step takes {'; '.join(said)}.\n" if said else ""
 
 
 def readme_targets(reports: Sequence[Report]) -> str:
-    """How many were reached, and all that were not."""
+    """Return how many targets were reached, and all that were not."""
     judged = [
         (report, target)
         for report in reports
         if not report["settings"]["quick"]
-        for target in names.targets(report)
+        for target in targets(report)
         if target.reached is not None
     ]
     missed = [
@@ -122,12 +116,12 @@ README_PARTS = {"loss": readme_loss, "step": readme_steps, "perplexity": readme_
 
 
 def readme_block(reports: Sequence[Report], pictures: Sequence[str | PurePath]) -> str:
-    """What README says of the figures, nothing of quick runs; pictures are paths beside it."""
+    """Return README's block, with nothing of quick runs; pictures are paths beside README."""
     parts = []
     for device in ("cpu", "cuda"):
         for suite, text in README_PARTS.items():
             measure = names.STEP if suite == "loss" else suite
-            report = names.report_of(reports, suite, device, quick=False)
+            report = names.newest(reports, suite, device, quick=False)
             if report is not None and find(report, measure):
                 parts += [text(report)]
             elif (device, suite) == ("cuda", "loss"):
@@ -138,18 +132,3 @@ def readme_block(reports: Sequence[Report], pictures: Sequence[str | PurePath]) 
         device, _, what = path.stem.partition("-")
         parts += [f"![{ALT.get(what, what)}, {device.upper()}]({path.as_posix()})\n"]
     return "\n".join(part for part in parts if part)
-
-
-def replace_block(text: str, block: str, begin_mark: str = BEGIN, end_mark: str = END) -> str:
-    """The text with ``block`` between the lines of the marks, which stay.
-
-    Raises:
-        ValueError: a line is missing, there more than once, or the second comes first.
-    """
-    lines = text.splitlines()
-    for mark in (begin_mark, end_mark):
-        if lines.count(mark) != 1:
-            raise ValueError(f"expected the line {mark!r} once, found it {lines.count(mark)} times")
-    if (begin := lines.index(begin_mark)) > (end := lines.index(end_mark)):
-        raise ValueError(f"expected the line {begin_mark!r} before {end_mark!r}")
-    return "\n".join([*lines[: begin + 1], block.strip("\n"), *lines[end:]]) + "\n"

@@ -1,28 +1,29 @@
-"""A run's ratios beside those of a baseline, to see what became slower.
+"""Hold a run's ratios beside those of a baseline, to see what became slower.
 
 Seconds differ from machine to machine, and on a shared one from hour to hour; the ratio of two
-providers that took turns in one run hangs on both much less. Nothing here fails: it prints, and a
+providers that took turns in one run depends on both much less. Nothing here fails: it prints, and a
 reader judges.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from . import targets as names
-from .targets import Record, Report, find, first, same
+from . import records as names
+from .records import Record, Report, find, first, same
 
 # How much larger than the baseline's a ratio must be, besides lying outside of both intervals.
 MARGIN = 1.25
 AS_BEFORE, SLOWER, FASTER, NEW, GONE = "as before", "slower", "faster", "new", "gone"
 
-# Of the machine: where one of these differs, ratios may differ without a change of the code.
+# Facts of the machine: where one of these differs, ratios may differ without a change of the code.
 PLACES = ("gpu", "cpu", "cpu_capability", "threads", "torch", "triton")
 
 # Measure; whose time (None: all of ours); by whose; what both share; what else names the ratio.
-# `BARE` is of the task NTP alone, whatever the task beside it.
+# `BARE` is of the task NTP, whatever the task beside it.
 Rule = tuple[str, str | None, str, tuple[str, ...], tuple[str, ...]]
 RULES: tuple[Rule, ...] = (
     (names.STEP, None, names.BARE, ("case",), ("task",)),
@@ -63,7 +64,7 @@ class Line(NamedTuple):
 
 
 def interval(one: Record, other: Record) -> Interval | None:
-    """The ratio of two records' times; None where a time is 0 or not a number."""
+    """Return the ratio of two records' times; None where a time is 0 or not a number."""
     low, middle, high = (
         one[a] / other[b] if other[b] else math.nan
         for a, b in (("q1", "q3"), ("median", "median"), ("q3", "q1"))
@@ -72,8 +73,13 @@ def interval(one: Record, other: Record) -> Interval | None:
     return found if all(map(math.isfinite, found)) else None
 
 
-def timed_ratios(report: Report) -> Iterator[tuple[str, Interval | None]]:
-    """All ratios of `RULES` whose two records are there."""
+def ratios(report: Report) -> dict[str, Interval]:
+    """Return ours by what stands beside it in the same run, without what is not a number.
+
+    They are all ratios of `RULES` whose two records are there, and peak memory by the formula. That
+    has no quartiles; "slower" then says that it takes more.
+    """
+    found: dict[str, Interval | None] = {}
     for measure, who, reference, shared, named in RULES:
         for record in find(report, measure):
             chosen = names.is_ours(record) if who is None else record["who"] == who
@@ -81,24 +87,15 @@ def timed_ratios(report: Report) -> Iterator[tuple[str, Interval | None]]:
             if chosen and other is not None and record["who"] != reference:
                 where = ", ".join(str(record.get(name, "-")) for name in (*shared, *named))
                 says = f"{measure}, {where}: {record['who']} / {reference}"
-                yield says, interval(record, other)
-
-
-def memory_ratios(report: Report) -> Iterator[tuple[str, Interval | None]]:
-    """Peak memory by the formula, which has no quartiles; "slower" says that it takes more."""
+                found[says] = interval(record, other)
     for name, value in names.over_formula(report).items():
-        found = Interval(value, value, value) if math.isfinite(value) else None
-        yield f"memory, {name}: peak / formula", found
-
-
-def ratios(report: Report) -> dict[str, Interval]:
-    """Ours by what stands beside it in the same run; what is not a number is left out."""
-    found = [*timed_ratios(report), *memory_ratios(report)]
-    return {says: value for says, value in found if value is not None}
+        if math.isfinite(value):
+            found[f"memory, {name}: peak / formula"] = Interval(value, value, value)
+    return {says: value for says, value in found.items() if value is not None}
 
 
 def verdict(now: Interval | None, before: Interval | None) -> str:
-    """Slower or faster only where both the quartiles and `MARGIN` say so."""
+    """Return slower or faster only where both the quartiles and `MARGIN` say so."""
     if before is None:
         return NEW
     if now is None:
@@ -111,10 +108,10 @@ def verdict(now: Interval | None, before: Interval | None) -> str:
 
 
 def compare(run: Report, baseline: Report) -> list[Line]:
-    """Every ratio of either run, in the order of the run, then those that are gone.
+    """Return every ratio of either run, in the order of the run, then those that are gone.
 
     Raises:
-        ValueError: the reports are of different suites or devices, or one of them alone is quick.
+        ValueError: the reports are of different suites or devices, or only one of them is quick.
     """
     kinds = [
         (report["suite"], report["settings"]["device"], report["settings"]["quick"])
@@ -133,7 +130,7 @@ def compare(run: Report, baseline: Report) -> list[Line]:
 
 
 def differences(run: Report, baseline: Report) -> list[str]:
-    """What of the machines is not the same, for `print_comparison`."""
+    """Return what differs between the machines, for `print_comparison`."""
     now, before = run["facts"], baseline["facts"]
     return [
         f"{name}: {before.get(name, '-')} in the baseline, {now.get(name, '-')} now"
@@ -149,12 +146,6 @@ def print_comparison(lines: Sequence[Line], notes: Sequence[str] = ()) -> None:
     for line in lines:
         now, before = ("-" if value is None else str(value) for value in line[1:3])
         print(f"  {line.verdict:9}  {now:>24}  before {before:>24}  {line.says}")
-    print(f"  {summary(lines)}")
-
-
-def summary(lines: Sequence[Line]) -> str:
-    """How many of each verdict."""
-    counts = {word: 0 for word in (AS_BEFORE, SLOWER, FASTER, NEW, GONE)}
-    for line in lines:
-        counts[line.verdict] += 1
-    return ", ".join(f"{count} {word}" for word, count in counts.items())
+    counts = Counter(line.verdict for line in lines)
+    words = (AS_BEFORE, SLOWER, FASTER, NEW, GONE)
+    print("  " + ", ".join(f"{counts[word]} {word}" for word in words))

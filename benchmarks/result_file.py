@@ -4,17 +4,41 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
+
+import torch
+from triton import TritonError
 
 from .measure import facts
 from .settings import Settings
+from .tables import duration
+
+# What may come of a kernel, a compiler or a peer's interface: one that does not run must not take
+# the others' figures along.
+FAILURES = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    ImportError,
+    NotImplementedError,
+    TritonError,
+)
+OUT_OF_TIME = "out of time"
+Found = TypeVar("Found")
 
 
 class Results:
     """`{device}-{suite}.json`, written whole after every record: a killed run keeps its figures."""
 
-    def __init__(self, suite: str, settings: Settings, folder: Path | None) -> None:
+    def __init__(self, suite: str, settings: Settings, folder: Path | None = None) -> None:
         quick = "-quick" if settings.quick else ""
         self.file = folder and folder / f"{settings.device}-{suite}{quick}.json"
         found = facts()
@@ -29,16 +53,49 @@ class Results:
         }
 
     def add(self, **record: Any) -> None:
-        """One figure: a flat record."""
+        """Add one figure, a flat record."""
         self.report["records"].append(record)
         self.save()
 
-    def miss(self, kind: str, name: str, reason: str) -> None:
-        """Something without a figure; ``kind`` is ``left_out`` or ``failed``."""
+    def add_times(self, seconds: Sequence[float], **record: Any) -> None:
+        """Add one provider's times, and print them."""
+        low = high = middle = statistics.median(seconds)
+        if len(seconds) > 1:
+            low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        times = {"median": middle, "q1": low, "q3": high, "rounds": len(seconds)}
+        self.add(**record, **times)
+        names = ("measure", "case", "kind", "task", "who")
+        said = ", ".join(str(record[name]) for name in names if name in record)
+        print(f"{duration(middle):>9} ({duration(low)} to {duration(high)}): {said}", flush=True)
+
+    def miss(self, kind: Literal["left_out", "failed"], name: str, reason: str) -> None:
+        """Note something without a figure, and print why."""
         self.report[kind][name] = " ".join(reason.split())[:500]
+        print(f"{kind.replace('_', ' ')}: {name}: {self.report[kind][name]}", flush=True)
         self.save()
 
+    def leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Note everyone who takes no part."""
+        for name, reason in reasons.items():
+            self.miss("left_out", name, reason)
+
+    def attempt(self, name: str, work: Callable[[], Found], ours: bool) -> Found | None:
+        """Return what the work returns; None, and a note, where it fails or does not fit."""
+        try:
+            return work()
+        except torch.OutOfMemoryError as error:
+            self.miss("left_out", name, f"does not fit: {str(error).splitlines()[0]}")
+        except FAILURES as error:
+            reason = f"{type(error).__name__}: {error}"
+            if ours:
+                traceback.print_exc(file=sys.stdout)
+                self.miss("failed", name, reason)
+            else:
+                self.miss("left_out", name, f"FAILED {reason}")
+        return None
+
     def save(self) -> None:
+        """Write the file, in one piece."""
         if self.file is None:
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,10 @@
-"""What a run measures: the device, how much of it, and the sizes."""
+"""The options of a run, and the sizes that it measures."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,17 +31,23 @@ class Case(NamedTuple):
     head: str
     rows: int  # N tokens
     inputs: str = TRAINED
-    # Everyone, forward too; else NTP and NTP + Mixup of those who never hold all logits.
+    # Everyone takes part, forward too; else who never holds all logits, on NTP and NTP + Mixup.
     full: bool = True
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Hidden size and vocabulary."""
+        """Return hidden size and vocabulary."""
         return HEADS.get(self.head, QUICK_HEAD)
 
     @property
+    def size(self) -> str:
+        """Return head and rows in words."""
+        return f"{self.head}, N = {self.rows}"
+
+    @property
     def name(self) -> str:
-        return f"{self.head}, N = {self.rows}, {self.inputs}"
+        """Return head, rows and inputs in words."""
+        return f"{self.size}, {self.inputs}"
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Settings:
     peers: bool = True
     grid: bool = True
     seconds: int = 10**6  # no measurement is begun after these
-    data: str | None = None
+    data: Path | None = None
     examples: int = 250
     threads: int = 2
     command: str = ""
@@ -61,21 +68,33 @@ class Settings:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Return the dtype of hidden states and weights."""
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
     @property
+    def dtype_name(self) -> str:
+        """Return the dtype as records have it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def repeats(self) -> int:
+        """Return the rounds of a measurement."""
         if self.quick:
             return 3
         return 4 if self.device == "cpu" else 15
 
     @property
     def out_of_time(self) -> bool:
-        """Asked before every case, provider and round."""
+        """Tell whether the time is over; asked before every case, provider and round."""
         return time.monotonic() - self.begin > self.seconds
 
+    def sizes(self, rows: int, hidden_size: int, vocab_size: int) -> dict[str, Any]:
+        """Return sizes and dtype as records have them."""
+        names = {"rows": rows, "hidden_size": hidden_size, "vocab_size": vocab_size}
+        return {**names, "dtype": self.dtype_name}
+
     def cases(self) -> list[Case]:
-        """The headline first, then the same with other inputs, then other heads."""
+        """Return the headline, then the same with other inputs, then other heads."""
         if self.quick:
             return [Case(QUICK, 256)]
         if self.device == "cpu":
@@ -87,12 +106,12 @@ class Settings:
         return first + [case for case in grid if self.grid]
 
     def facts(self) -> dict[str, Any]:
-        """What of them a reader has to know."""
+        """Return what a reader of the results has to know."""
         return {
             "device": self.device,
             "quick": self.quick,
             "peers": self.peers,
             "grid": self.grid,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": self.dtype_name,
             "repeats": self.repeats,
         }

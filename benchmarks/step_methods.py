@@ -1,9 +1,9 @@
-"""Training steps to hold side by side: ours, and what a user would pick instead.
+"""Run training steps to hold side by side: ours, and what a user would pick instead.
 
 One step is forward, backward, AdamW and zero_grad, through a trainer's own `training_step`, which
 clips no gradients. Every method trains the same weights with the same optimizer on the same
 batch, so that a large model and its AdamW states are in memory once. The plain Trainer projects
-every position to logits, as models do that are given labels; ours the response tokens alone.
+every position to logits, as models do that are given labels; ours only the response tokens.
 
 Legend: B examples, L padded length, D hidden size, P mixed pairs of tokens.
 """
@@ -31,22 +31,24 @@ from sftmix.conventions import IGNORE_INDEX
 from sftmix.model.head import without_peft
 from sftmix.pairs.collator import PairedCollator
 
-from .group import Group
+from .records import (
+    LIGER_NTP,
+    OUR_NTP,
+    OUR_SFTMIX,
+    OUR_TILES,
+    THEIR_NTP,
+    THEIR_SFTMIX,
+)
+from .result_file import Results
 
 MU = 0.2
 SFTMIX, NTP = "sftmix", "ntp"
-OURS = "SFTMixTrainer, sftmix"
-OURS_NTP = "SFTMixTrainer, ntp"
-OURS_TILES = "SFTMixTrainer, sftmix, vocab_tiles"
-DENSE = "transformers.Trainer, dense sftmix"
-DENSE_NTP = "transformers.Trainer, ntp"
-LIGER = "Liger-Kernel, ntp"
-DENSE_OF = {SFTMIX: DENSE, NTP: DENSE_NTP}
+DENSE_OF = {SFTMIX: THEIR_SFTMIX, NTP: THEIR_NTP}
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16, "meta": torch.bfloat16}
 # How far a right method may be from the dense one, as `check` measures it. In float32 5e-7 was
 # seen. In bfloat16 backward rounds anew what differs in one bit: 0.9e-2 was seen with 2 to 32
-# layers, 1.2e-2 where attention was computed otherwise. Errors too small
-# for that limit are for float32 to find.
+# layers, 1.2e-2 where attention was computed otherwise. Errors too small for that limit are for
+# float32 to find.
 LIMITS = {"cpu": 1e-4, "cuda": 2e-2}
 LIGER_LIMIT = 5e-2  # it also replaces norms, MLPs and positions, and sums the head's in bfloat16
 
@@ -84,13 +86,13 @@ MODELS: dict[str, dict[str, ModelSize]] = {
 
 
 def models(device: str, quick: bool) -> dict[str, ModelSize]:
-    """The sizes for ``device`` ("cpu", "cuda"); ``quick`` gives one tiny model."""
+    """Return the sizes for ``device`` ("cpu", "cuda"); ``quick`` gives one tiny model."""
     return {"quick": QUICK} if quick else MODELS[device]
 
 
 def limit(name: str, device: str) -> float:
-    """What `check` may find for a method that is right."""
-    return LIGER_LIMIT if name == LIGER else LIMITS[device]
+    """Return what `check` may find for a method that is right."""
+    return LIGER_LIMIT if name == LIGER_NTP else LIMITS[device]
 
 
 class Method:
@@ -103,13 +105,13 @@ class Method:
         batch: dict[str, Tensor],
         rope: Callable[..., Any] = modeling_llama.apply_rotary_pos_emb,
     ) -> None:
-        """``rope`` is a function of all Llama models that Liger-Kernel replaces."""
+        """Keep what a step needs; ``rope`` is what Liger-Kernel replaces in all Llama models."""
         self.task, self.trainer, self.batch, self.rope = task, trainer, batch, rope
         # What the trainer divides its sums by; `Trainer.train` asks it before `training_step`.
         self.counts = trainer._get_num_items_in_batch([batch], trainer.args.device)
 
     def backward(self) -> Tensor:
-        """Forward and backward as the trainer does them; the loss, detached."""
+        """Run forward and backward as the trainer does; return the loss, detached."""
         model: Any = self.trainer.model
         with patch.object(modeling_llama, "apply_rotary_pos_emb", self.rope):
             return self.trainer.training_step(model, self.batch, self.counts)
@@ -125,7 +127,7 @@ class DenseSFTMixTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """``NTP + mu * Mixup`` of one batch that is a whole step, each a mean over its tokens."""
+        """Return ``NTP + mu * Mixup`` of a batch that is a whole step, each a mean over tokens."""
         tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         model = without_peft(model)
         hidden = model.model(**tokens, use_cache=False).last_hidden_state  # (B, L, D)
@@ -137,8 +139,8 @@ class DenseSFTMixTrainer(Trainer):
         )
         pair_c, pair_u, lam = (inputs[name] for name in ("pair_c", "pair_u", "lam"))  # (P,) each
         rows = hidden.flatten(0, 1)
-        share = lam.unsqueeze(-1)
-        mixed = (share * rows[pair_c] + (1 - share) * rows[pair_u]).to(rows.dtype)
+        weight = lam.unsqueeze(-1)
+        mixed = (weight * rows[pair_c] + (1 - weight) * rows[pair_u]).to(rows.dtype)
         logits = model.lm_head(mixed).float()
         targets = F.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:].flatten()
         loss_c = F.cross_entropy(logits, targets[pair_c], reduction="none")
@@ -147,25 +149,25 @@ class DenseSFTMixTrainer(Trainer):
 
 
 def make_examples(size: ModelSize) -> list[dict[str, Any]]:
-    """Random tokens of uneven lengths, the second half of each a response; a lam for each pair."""
+    """Return random tokens of uneven lengths, the second half a response, and a lam a pair."""
     random = np.random.default_rng(0)
     lengths = random.integers(size.length // 2, size.length + 1, size.batch).tolist()
     lam = random.beta(0.5, 0.5, size.batch // 2).repeat(2).tolist()
     examples = []
-    for length, share in zip(lengths, lam, strict=True):
+    for length, mixed in zip(lengths, lam, strict=True):
         tokens = random.integers(0, size.vocab_size, length).tolist()
         labels = [IGNORE_INDEX] * (length // 2) + tokens[length // 2 :]
-        examples.append({"input_ids": tokens, "labels": labels, "lam": share})
+        examples.append({"input_ids": tokens, "labels": labels, "lam": mixed})
     return examples
 
 
 def make_batch(size: ModelSize, device: str) -> dict[str, Tensor]:
-    """The one batch, on the device already."""
+    """Return the one batch, on the device already."""
     return {name: x.to(device) for name, x in PairedCollator(0)(make_examples(size)).items()}
 
 
 def make_model(size: ModelSize, device: str, dtype: torch.dtype | None = None) -> LlamaForCausalLM:
-    """Random, seeded, made where it stays; by default in the device's dtype."""
+    """Return a seeded random model, made where it stays; by default in the device's dtype."""
     config = LlamaConfig(**{n: v for n, v in size._asdict().items() if n not in BATCH_SHAPE})
     gc.collect()  # trainers are cyclic: an earlier model would stay in memory beside this one
     torch.manual_seed(0)
@@ -178,7 +180,7 @@ def make_model(size: ModelSize, device: str, dtype: torch.dtype | None = None) -
 
 
 def twin(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Other modules over the same tensors: what a method changes in its own no other sees."""
+    """Return other modules over the same tensors: no other method sees what one changes."""
     tensors = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
@@ -186,7 +188,7 @@ def twin(model: LlamaForCausalLM) -> LlamaForCausalLM:
 def our_trainer(
     model: LlamaForCausalLM, size: ModelSize, options: dict[str, Any], **choices: Any
 ) -> Trainer:
-    """`SFTMixTrainer` over its own twin of the model."""
+    """Return `SFTMixTrainer` over its own twin of the model."""
     return SFTMixTrainer(
         model=twin(model),
         args=SFTMixConfig(**options, mu=MU, **choices),
@@ -199,7 +201,7 @@ def our_trainer(
 def liger_method(
     model: LlamaForCausalLM, options: dict[str, Any], batch: dict[str, Tensor]
 ) -> Method:
-    """The plain Trainer with all that Liger-Kernel replaces by default in a Llama model."""
+    """Return the plain Trainer with all that Liger-Kernel replaces by default in a Llama model."""
     args = TrainingArguments(**options, use_liger_kernel=True)
     trainer = Trainer(model=twin(model), args=args)
     # `Trainer.train` does it at its start. Besides the model it changes the module of all Llama
@@ -213,7 +215,7 @@ def liger_method(
 def make_methods(
     model: LlamaForCausalLM, size: ModelSize, device: str, folder: str
 ) -> tuple[dict[str, Method], dict[str, str]]:
-    """All methods over one model, and why one is left out."""
+    """Return all methods over one model, and why one is left out."""
     options: dict[str, Any] = {
         "output_dir": folder,
         "per_device_train_batch_size": size.batch,
@@ -225,27 +227,27 @@ def make_methods(
     plain = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     args = TrainingArguments(**options)
     methods = {
-        OURS: Method(SFTMIX, our_trainer(model, size, options), batch),
-        OURS_NTP: Method(NTP, our_trainer(model, size, options, method="ntp"), batch),
-        DENSE_NTP: Method(NTP, Trainer(model=twin(model), args=args), plain),
-        DENSE: Method(SFTMIX, DenseSFTMixTrainer(model=twin(model), args=args), batch),
+        OUR_SFTMIX: Method(SFTMIX, our_trainer(model, size, options), batch),
+        OUR_NTP: Method(NTP, our_trainer(model, size, options, method="ntp"), batch),
+        THEIR_NTP: Method(NTP, Trainer(model=twin(model), args=args), plain),
+        THEIR_SFTMIX: Method(SFTMIX, DenseSFTMixTrainer(model=twin(model), args=args), batch),
     }
     if device == "cpu":
-        return methods, dict.fromkeys((OURS_TILES, LIGER), "needs CUDA")
+        return methods, dict.fromkeys((OUR_TILES, LIGER_NTP), "needs CUDA")
     tiles = our_trainer(model, size, options, loss_schedule="vocab_tiles")
-    methods[OURS_TILES] = Method(SFTMIX, tiles, batch)
+    methods[OUR_TILES] = Method(SFTMIX, tiles, batch)
     left_out = {}
     try:
-        methods[LIGER] = liger_method(model, options, plain)
+        methods[LIGER_NTP] = liger_method(model, options, plain)
     except ImportError as reason:
-        left_out[LIGER] = f"{type(reason).__name__}: {reason}"
+        left_out[LIGER_NTP] = f"{type(reason).__name__}: {reason}"
     return methods, left_out
 
 
 def make_steps(
     size: ModelSize, device: str, folder: str
 ) -> tuple[dict[str, Callable[[], object]], dict[str, str], dict[str, Any]]:
-    """The steps by name, what is left out and why, and facts of the model and its batch."""
+    """Return the steps by name, what is left out and why, and facts of the model and its batch."""
     model = make_model(size, device)
     methods, left_out = make_methods(model, size, device, folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-6, weight_decay=0.1, fused=True)
@@ -255,7 +257,7 @@ def make_steps(
         optimizer.step()
         optimizer.zero_grad()
 
-    batch = methods[OURS].batch
+    batch = methods[OUR_SFTMIX].batch
     facts = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tokens": int(batch["attention_mask"].sum()),
@@ -265,12 +267,12 @@ def make_steps(
     return {name: partial(step, method) for name, method in methods.items()}, left_out, facts
 
 
-def check(size: ModelSize, device: str, group: Group) -> dict[str, float]:
-    """How far each method is from the dense one with the same loss; NaN where anything is NaN.
+def check(size: ModelSize, device: str, results: Results) -> dict[str, float]:
+    """Return how far each method is from the dense one with its loss; NaN where anything is NaN.
 
-    The largest of three relative differences: of the loss, of the LM head's gradient and of all
-    others, by norms; apart, so that neither of both hides an error in the other. A method that
-    cannot run is noted in the group.
+    It is the largest of three relative differences by norms: of the loss, of the LM head's gradient
+    and of all others. The two are apart, so that neither hides an error in the other. A method that
+    cannot run is noted in the results.
     """
     model = make_model(size, device)
     found = {}
@@ -282,7 +284,7 @@ def check(size: ModelSize, device: str, group: Group) -> dict[str, float]:
                 if method.task != task:
                     continue
                 work = partial(loss_and_gradients, model, method)
-                result = group.attempt(name, work, ours=is_ours(name))
+                result = results.attempt(name, work, ours=is_ours(name))
                 model.zero_grad()
                 if result is not None:
                     found[name] = difference(result, reference)
@@ -290,11 +292,12 @@ def check(size: ModelSize, device: str, group: Group) -> dict[str, float]:
 
 
 def is_ours(name: str) -> bool:
+    """Tell whether a method is this repository's."""
     return name.startswith("SFTMixTrainer")
 
 
 def loss_and_gradients(model: LlamaForCausalLM, method: Method) -> list[list[Tensor]]:
-    """Before the optimizer's step: [loss], [the head's gradient], all other gradients."""
+    """Return [loss], [the head's gradient] and all other gradients before the optimizer's step."""
     loss = method.backward()
     head = model.lm_head.weight
     result = [[loss], [head.grad], [p.grad for p in model.parameters() if p is not head]]
@@ -303,7 +306,7 @@ def loss_and_gradients(model: LlamaForCausalLM, method: Method) -> list[list[Ten
 
 
 def difference(found: list[list[Tensor]], expected: list[list[Tensor]]) -> float:
-    """The largest, over the groups, of the norm of the difference over the norm."""
+    """Return the largest, over the groups, of the norm of the difference over the norm."""
     ratios = []
     for ours, theirs in zip(found, expected, strict=True):
         apart = norm([norm([a - b]) for a, b in zip(ours, theirs, strict=True)])
@@ -312,6 +315,6 @@ def difference(found: list[list[Tensor]], expected: list[list[Tensor]]) -> float
 
 
 def norm(tensors: list[Tensor]) -> Tensor:
-    """Of all numbers together, summed in float32."""
+    """Return the norm of all numbers together, summed in float32."""
     norms = [tensor.norm(dtype=torch.float32) for tensor in tensors]
     return torch.stack(norms).norm()

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main, read_reports
-from benchmarks.readme import readme_block, replace_block
+from benchmarks.readme import BEGIN, END, readme_block
+from benchmarks.tables import replace_block
 from sftmix.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
@@ -86,4 +87,5 @@ def test_figures_and_pictures_are_those_of_the_committed_results(tmp_path: Path)
     assert written == (ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8")
     pictures = sorted(file.relative_to(ROOT) for file in results.glob("*.svg"))
     assert {file.name for file in pictures} == {file.name for file in tmp_path.glob("*.svg")}
-    assert replace_block(README, readme_block(read_reports(results), pictures)) == README
+    block = readme_block(read_reports(results), pictures)
+    assert replace_block(README, block, BEGIN, END) == README

@@ -1,1 +1,1 @@
-"""Training of all weights in less than float32: how many of them move."""
+"""Train all weights in less than float32: how many of them move."""

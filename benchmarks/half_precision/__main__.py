@@ -1,10 +1,10 @@
-"""Ways to train all weights in less than float32: how many of them move, and where the loss ends.
+"""Train all weights in less than float32: how many of them move, and where the loss ends.
 
 python -m benchmarks.half_precision run --out benchmarks/half_precision/results
 python -m benchmarks.half_precision report benchmarks/half_precision/results \\
     --document docs/memory.md
 
-A toy is trained on the demo's data for three epochs, at the paper's rate, in each way; the ways by
+Each way trains a toy on the demo's data for three epochs at the paper's rate. Ways that need
 torchao are left out where it is not installed.
 """
 
@@ -26,9 +26,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.measure import facts
-from benchmarks.readme import replace_block
-from benchmarks.report import table
-from benchmarks.targets import cpu_text
+from benchmarks.tables import cpu_text, show, table
 from sftmix import demo_data
 from sftmix.cli import main as sftmix
 from sftmix.toy import build_toy_model
@@ -45,7 +43,7 @@ ROWS = 512
 
 @dataclass(frozen=True)
 class Way:
-    """How weights are held and updated."""
+    """One way to hold and update weights."""
 
     options: str
     bytes: tuple[float, float, float]  # of each weight: itself, its gradient, AdamW's states
@@ -83,7 +81,8 @@ def main(words: Sequence[str]) -> None:
     if options.command == "run":
         measure(options.out, options.rows, shlex.join([*PROG.split(), *words]))
     else:
-        write(options.folder, options.document)
+        result = json.loads((options.folder / FILE).read_text("utf-8"))
+        show(markdown(result), options.document, BEGIN, END)
 
 
 def measure(folder: Path, rows: int, command: str) -> None:
@@ -105,7 +104,7 @@ def measure(folder: Path, rows: int, command: str) -> None:
 
 
 def trained(way: Way, scratch: Path, run: Path) -> dict[str, Any]:
-    """A training's record: share of changed weights, and losses."""
+    """Train one way and return its record: share of changed weights, and losses."""
     words = ["--model", str(scratch / "toy"), "--data", str(scratch / "train.jsonl")]
     words += ["--eval_data", str(scratch / "held-out.jsonl"), "--output", str(run)]
     words += ["--method", "ntp", "--max_length", "256", "--save_strategy", "no"]
@@ -120,18 +119,8 @@ def trained(way: Way, scratch: Path, run: Path) -> dict[str, Any]:
     return {"options": way.options, "changed": share, **losses}
 
 
-def write(folder: Path, document: Path | None) -> None:
-    """Print the table, or put it into the document's block."""
-    block = markdown(json.loads((folder / FILE).read_text("utf-8")))
-    if document is None:
-        print(block)
-        return
-    text = replace_block(document.read_text("utf-8"), block, BEGIN, END)
-    document.write_text(text, encoding="utf-8")
-
-
 def markdown(result: dict[str, Any]) -> str:
-    """The table, and what was trained where."""
+    """Return the table, and what was trained where."""
     found, ways = result["facts"], {way.options: way for way in WAYS}
     lines = [
         [

@@ -1,4 +1,4 @@
-"""Long sequences in little memory: peak, tokens a second and largest length of every way to train.
+"""Measure long sequences: peak, tokens a second and largest length of every way to train.
 
 python -m benchmarks.long_sequence run --model toy --device cpu --out runs/long --largest
 python -m benchmarks.long_sequence predict --model 8B --device cuda --out runs/long
@@ -23,6 +23,7 @@ PROG = "python -m benchmarks.long_sequence"
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the three commands."""
     parser = argparse.ArgumentParser(
         prog=PROG,
         description=__doc__,
@@ -59,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
-    """What measurements and predictions are of."""
+    """Add the options that measurements and predictions share."""
     parser.add_argument("--model", choices=tuple(SUBJECTS), required=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
@@ -87,25 +88,27 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
 
 
 def wanted_run(options: argparse.Namespace, words: Sequence[str]) -> Run:
-    """The options as a `Run`."""
+    """Return the options as a `Run`."""
     given = {name: value for name, value in vars(options).items() if name != "call"}
     return Run(**given, command=shlex.join([*PROG.split(), *words]))
 
 
 def measure_all(options: argparse.Namespace, words: Sequence[str]) -> int:
-    """Exit status 1 where a measurement failed by something else than memory."""
+    """Measure; return 1 where a measurement failed by something else than memory."""
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: expected cpu, there is no CUDA device")
+        raise ValueError("--device: expected cpu, this machine has no CUDA device")
     return run(wanted_run(options, words))
 
 
 def predict_all(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Predict, which needs no GPU."""
     from .predict import predict
 
     return predict(wanted_run(options, words))
 
 
 def plot_all(options: argparse.Namespace, _: Sequence[str]) -> int:
+    """Write tables and pictures."""
     from .report import write
 
     write(options.folder, options.document)
@@ -113,7 +116,7 @@ def plot_all(options: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def main(words: Sequence[str]) -> int:
-    """Exit status: 2 for wrong input."""
+    """Run a command and return its exit status: 2 for wrong input."""
     options = make_parser().parse_args(words)
     try:
         return int(options.call(options, words))

@@ -1,4 +1,4 @@
-"""What the fused loss holds besides gradients and some numbers a row: a chunk of logits.
+"""Measure what the fused loss holds besides gradients and some numbers a row: a chunk of logits.
 
 Legend: N rows of hidden, D hidden size, V vocabulary, w bytes of a number.
 """
@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import peak_extra_bytes
 from sftmix.training.config import SFTMixConfig
 from sftmix_kernels import RowChunks, fused_sftmix_loss
 from sftmix_kernels.peaks import BOTH, Shape, chunk_bytes, cpu_chunk_bytes, kept_bytes
+from tools.peak_memory import peak_extra_bytes
 
 from .settings import MODES, Task
 
 
 def schedule_of(mode: str) -> RowChunks:
-    """The mode's; `row_chunks`, whose chunk is the same in forward and backward."""
+    """Return the mode's schedule; `row_chunks`, whose chunk is the same forward and backward."""
     options = SFTMixConfig(output_dir="", use_cpu=True, **MODES[mode].options)
     plan = options.loss_plan
     return plan if isinstance(plan, RowChunks) else RowChunks()
@@ -29,15 +29,15 @@ QUICK_ROWS = (64, 128, 256)
 
 
 def loss_workspaces(task: Task) -> dict[str, Any]:
-    """The workspace at growing numbers of rows."""
+    """Return the workspace at growing numbers of rows."""
     rows = QUICK_ROWS if task.quick else ROWS
     return {"workspaces": [loss_workspace(task, count) for count in rows]}
 
 
 def loss_workspace(task: Task, rows: int) -> dict[str, Any]:
-    """Peak of ``NTP + mu * Mixup`` of N rows, minus what grows with N and the head's gradient.
+    """Return the peak of ``NTP + mu * Mixup`` minus what grows with N and the head's gradient.
 
-    The op makes its gradients in its forward, which is all that runs here:
+    The op makes its gradients in its forward, so that nothing else runs here:
 
         workspace = peak - (4 V D + w N D + 60 N)
     """
@@ -53,16 +53,8 @@ def loss_workspace(task: Task, rows: int) -> dict[str, Any]:
     weight.requires_grad_()
 
     def forward() -> object:
-        return fused_sftmix_loss(
-            hidden,
-            weight,
-            labels,
-            order[: rows // 2],
-            order[rows // 2 :],
-            lam,
-            mu=0.2,
-            schedule=schedule,
-        )
+        head = (hidden, weight, labels)
+        return fused_sftmix_loss(*head, *order.chunk(2), lam, mu=0.2, schedule=schedule)
 
     shape = Shape(rows, size.hidden_size, size.vocab_size, dtype.itemsize)
     peak = peak_extra_bytes(forward, task.device)

@@ -1,4 +1,4 @@
-"""What `sftmix plan` says of our modes, in a result file of its own; nothing is measured here."""
+"""Write what `sftmix plan` says of our modes into a result file; nothing is measured here."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from sftmix import SFTMixConfig
 from sftmix.plan import plan_step
 from sftmix.recipe.arguments import RunArguments
 
-from .runs import OF_BATCH, PREDICTION, Run
-from .settings import CPU, MODES
+from .runs import Run
+from .settings import CPU, MODES, PREDICTION, model_size
 
 
 def predict(wanted: Run) -> int:
     """Predict every length in every mode of ours."""
     subject = wanted.subject
-    size = {n: v for n, v in subject.size._asdict().items() if n not in OF_BATCH}
     arguments = RunArguments(
         model="", data=[], output="", dtype=subject.dtype, lora_rank=subject.lora_rank
     )
@@ -27,9 +26,8 @@ def predict(wanted: Run) -> int:
     for mode, length in tqdm(points, unit="plan", desc=wanted.model):
         options: dict[str, Any] = {"output_dir": "", "use_cpu": True, **MODES[mode].options}
         config = SFTMixConfig(**options, per_device_train_batch_size=2)
-        plan = plan_step(
-            LlamaConfig(**size), arguments, config, length, on_cpu=wanted.device == CPU
-        )
+        model = LlamaConfig(**model_size(subject))
+        plan = plan_step(model, arguments, config, length, on_cpu=wanted.device == CPU)
         wanted.results.add(
             measure=PREDICTION,
             mode=mode,

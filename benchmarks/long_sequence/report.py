@@ -1,21 +1,37 @@
-"""The block of `docs/memory.md`: tables and pictures from result files.
+"""What result files of long sequences say: targets, tables and pictures of `docs/memory.md`.
 
 python -m benchmarks.long_sequence plot DIR [--document FILE]
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.readme import replace_block
-from benchmarks.report import cell, number, table
-from benchmarks.targets import cpu_text
+from benchmarks.records import Record, ratio
+from benchmarks.tables import cell, cpu_text, number, show, table
+from benchmarks.targets import Target, at_least, at_most, not_judged, worst_at_most
 
-from .findings import Record, Results, lengths_of, read, targets
-from .runs import LARGEST, LOSS, PREDICTION, STEP
-from .settings import CPU, CUDA, MODES, SUBJECTS
+from .settings import (
+    CPU,
+    CUDA,
+    DONE,
+    LARGEST,
+    LOSS,
+    MODES,
+    PREDICTION,
+    STEP,
+    SUBJECTS,
+    SUITE,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BEGIN = (
     "<!-- long sequences: begin (python -m benchmarks.long_sequence plot"
@@ -27,87 +43,203 @@ PREDICTED = (
     "**Predicted, not measured**, by `sftmix plan`: what tensors of the step on one pair hold, "
     "without the device's context and the allocator's fragments.\n"
 )
+PROMISED, STRETCH = 131072, 300_000
+JUDGED = 16384  # tokens of each sequence, on the CPU
+# Ours from light to dark by what is turned on; all others are grey, told apart by their names.
+COLOURS = {
+    "plain": "#f6c28b",
+    "checkpointed": "#f0a060",
+    "sequential": "#e5822f",
+    "tiled": "#d55e00",
+    "lean": "#9c4300",
+    "lean-ntp": "#5c2800",
+    "lean-offload": "#c2185b",
+    "lean-tiles": "#6a1b9a",
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """The figures of one model on one device; only predictions where nothing was measured."""
+
+    model: str
+    device: str
+    measured: Mapping[str, Any] | None
+    predicted: Mapping[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """Return what files about it begin with."""
+        return f"{self.device}-{self.model}"
+
+    @property
+    def title(self) -> str:
+        """Return it in words."""
+        return f"{self.model} on {'a GPU' if self.device == CUDA else 'the CPU'}"
+
+    @property
+    def quick(self) -> bool:
+        """Tell whether the figures mean nothing."""
+        return any(one["settings"]["quick"] for one in (self.measured, self.predicted) if one)
+
+    def records(self, measure: str) -> list[Record]:
+        """Return the records of one measure, in the file's order."""
+        source = self.predicted if measure == PREDICTION else self.measured
+        return [r for r in source["records"] if r["measure"] == measure] if source else []
+
+    def modes(self, measure: str) -> list[str]:
+        """Return the modes that a measure has, in the tables' order."""
+        found = {record["mode"] for record in self.records(measure)}
+        return [mode for mode in MODES if mode in found]
+
+    def steps(self, mode: str) -> dict[int, Record]:
+        """Return the steps that ran to the end, by length."""
+        found = [r for r in self.records(STEP) if r["mode"] == mode]
+        return {r["length"]: r for r in found if r["outcome"] == DONE}
+
+    def failing(self, mode: str) -> int | None:
+        """Return the shortest length that had no memory."""
+        found = [r for r in self.records(STEP) if r["mode"] == mode and r["outcome"] != DONE]
+        return min((r["length"] for r in found), default=None)
+
+    def predictions(self, mode: str) -> dict[int, int]:
+        """Return predicted bytes at the peak, by length."""
+        found = (r for r in self.records(PREDICTION) if r["mode"] == mode)
+        return {r["length"]: r["peak_bytes"] for r in found}
+
+    def largest(self, mode: str) -> Record | None:
+        """Return the record of a search that found both bounds."""
+        found = (r for r in self.records(LARGEST) if r["mode"] == mode and r["closed"])
+        return next(found, None)
+
+    def over_prediction(self) -> dict[str, float]:
+        """Return how far measured peaks are from predictions, as shares, by mode and length."""
+        return {
+            f"{MODES[mode].says}, {length:,} tokens": abs(predicted / step["peak_bytes"] - 1)
+            for mode in MODES
+            for length, predicted in self.predictions(mode).items()
+            if (step := self.steps(mode).get(length)) is not None
+        }
+
+
+def read(folder: Path) -> list[Results]:
+    """Return a folder's results by device and model; quick ones only if there are no others."""
+    files = sorted(folder.glob(f"*-{SUITE}-*.json"))
+    found = [json.loads(file.read_text("utf-8")) for file in files]
+    found = [one for one in found if not one["settings"]["quick"]] or found
+    results: dict[tuple[str, str], dict[bool, Mapping[str, Any]]] = {}
+    for one in found:
+        key = one["settings"]["model"], one["settings"]["device"]
+        results.setdefault(key, {}).setdefault(one["settings"]["predicted"], one)
+    return [Results(*key, own.get(False), own.get(True)) for key, own in results.items()]
+
+
+def targets(results: Results) -> list[Target]:
+    """Return all promises; those that are not measured say so."""
+    found = []
+    if (results.device, results.model) == (CUDA, "8B"):
+        longest = max(results.steps("lean"), default=None)
+        says = "lean, tokens of each sequence without offload"
+        fail = ("dense", "dense-checkpointed")
+        found += [
+            at_least(says, longest, PROMISED),
+            *(
+                at_most(
+                    f"{MODES[mode].says} fails at, tokens", results.failing(mode), PROMISED // 4
+                )
+                for mode in fail
+            ),
+            at_least(f"{says}, stretch", longest, STRETCH),
+        ]
+    if (results.device, results.model) == (CPU, "toy"):
+        peaks = (
+            results.steps(mode).get(JUDGED, {}).get("process_bytes") for mode in ("lean", "dense")
+        )
+        says = f"lean / {MODES['dense'].says}, the process' peak at {JUDGED:,} tokens"
+        found.append(at_most(says, ratio(*peaks), 0.25))
+    return not_judged(found + common_targets(results), results.quick)
+
+
+def common_targets(results: Results) -> list[Target]:
+    """Return the promises of every model."""
+    lengths = (results.largest(mode) for mode in ("lean", "lean-ntp"))
+    longest = [None if record is None else record["length"] for record in lengths]
+    losses = sorted(results.records(LOSS), key=lambda record: record["rows"])
+    spaces = [record["workspace_bytes"] for record in losses]
+    errors = {
+        f"{r['rows']:,} rows": abs(r["formula_bytes"] / r["workspace_bytes"] - 1) for r in losses
+    }
+    growth = ratio(spaces[-1], spaces[0]) if len(spaces) > 1 else None
+    rows = f"{losses[0]['rows']:,} to {losses[-1]['rows']:,} rows" if losses else ""
+    off = results.over_prediction()
+    return [
+        at_least("largest length, lean / lean of NTP alone", ratio(*longest), 0.98),
+        at_most("the loss's workspace, most rows / fewest", growth, 1.05, rows),
+        worst_at_most("the loss's workspace, off its formula by", errors, 0.10),
+        worst_at_most("the step's peak, off its prediction by", off, 0.15),
+    ]
 
 
 def write(folder: Path, document: Path | None = None) -> list[Path]:
-    """Print the block or renew the document's, and draw the pictures; their paths.
+    """Print the block or renew the document's, draw the pictures, and return their paths.
 
     Raises:
         ValueError: the document has no place for them.
     """
-    from .picture import draw  # it needs matplotlib
+    from benchmarks.plots import write_svg  # it needs matplotlib
 
     results = read(folder)
-    pictures = draw(results, folder)
-    if document is None:
-        print(markdown(results, [picture.name for picture in pictures]))
-        return pictures
-    places = [Path(os.path.relpath(picture, document.parent)).as_posix() for picture in pictures]
-    text = document.read_text("utf-8")
-    block = markdown(results, places)
-    document.write_text(replace_block(text, block, BEGIN, END), encoding="utf-8")
+    pictures = []
+    for one in results:
+        pictures += write_svg(folder / f"{one.name}.svg", partial(peak_picture, one))
+        pictures += write_svg(folder / f"{one.name}-largest.svg", partial(largest_picture, one))
+    beside = folder if document is None else document.parent
+    places = [Path(os.path.relpath(picture, beside)).as_posix() for picture in pictures]
+    show(markdown(results, places), document, BEGIN, END)
     return pictures
 
 
 def markdown(results: Sequence[Results], pictures: Sequence[str]) -> str:
-    """Everything that the results say; pictures are paths beside the document."""
+    """Return everything that the results say; pictures are paths beside the document."""
     parts = []
     if not any(one.device == CUDA and one.measured for one in results):
         parts.append(NO_GPU)
     for one in results:
-        parts += [f"### {title(one)}\n"]
-        parts += section(one)
-        name = f"{one.device}-{one.model}"
+        parts += [f"### {one.title}\n", *section(one)]
+        alts = {
+            one.name: "Lines: peak memory against length",
+            f"{one.name}-largest": "Bars: largest length",
+        }
         parts += [
-            f"![{alt(Path(picture).stem)}]({picture})\n"
+            f"![{alts[stem]} by mode, {one.model}, {one.device.upper()}]({picture})\n"
             for picture in pictures
-            if Path(picture).stem in (name, f"{name}-largest")
+            if (stem := Path(picture).stem) in alts
         ]
-    known = {(one.device, one.model) for one in results if one.measured}
-    # What was promised of a GPU is said before there is one.
     promised = [one for one in results if one.measured]
-    if (CUDA, "8B") not in known:
+    # What was promised of a GPU is said before there is one.
+    if (CUDA, "8B") not in {(one.device, one.model) for one in promised}:
         promised.append(Results("8B", CUDA, None, None))
     return "\n".join([*parts, "### Targets\n", target_table(promised)])
 
 
-def alt(stem: str) -> str:
-    """A picture's words."""
-    device, _, what = stem.partition("-")
-    model, _, largest = what.partition("-")
-    shown = "Bars: largest length" if largest else "Lines: peak memory against length"
-    return f"{shown} by mode, {model}, {device.upper()}"
-
-
-def title(results: Results) -> str:
-    return f"{results.model} on {'a GPU' if results.device == CUDA else 'the CPU'}"
-
-
 def section(results: Results) -> list[str]:
-    """The tables of one model on one device."""
+    """Return the tables of one model on one device."""
     parts = [origin(results)]
     if results.measured:
         parts += [peak_table(results), speed_table(results)]
-        if any(r["measure"] == LOSS for r in results.measured["records"]):
-            parts.append(loss_table(results))
-        if results.records(LARGEST):
-            parts.append(largest_table(results))
+        parts += [loss_table(results)] if results.records(LOSS) else []
+        parts += [largest_table(results)] if results.records(LARGEST) else []
     if results.records(PREDICTION):
         parts += [PREDICTED, predicted_table(results)]
-    missing = (
-        {**results.measured["left_out"], **results.measured["failed"]} if results.measured else {}
-    )
-    if missing:
-        parts.append(
-            "Not measured: "
-            + "; ".join(f"{cell(n)}: {cell(w)}" for n, w in missing.items())
-            + ".\n"
-        )
+    if results.measured:
+        missing = {**results.measured["left_out"], **results.measured["failed"]}
+        said = "; ".join(f"{cell(name)}: {cell(why)}" for name, why in missing.items())
+        parts += [f"Not measured: {said}.\n"] if missing else []
     return parts
 
 
 def origin(results: Results) -> str:
-    """What was trained, on what, by which code."""
+    """Return what was trained, on what, by which code."""
     source = results.measured or results.predicted
     assert source is not None
     facts, dtype = source["facts"], source["settings"]["dtype"]
@@ -122,23 +254,21 @@ def origin(results: Results) -> str:
     return cell("; ".join(words)) + ".\n"
 
 
-def grid(
-    records: Sequence[Record], head: str, value: Callable[[str, int], str], modes: Sequence[str]
-) -> str:
-    """A row for each mode, a column for each of the records' lengths."""
-    lengths = lengths_of(records)
-    rows = [[MODES[mode].says, *(value(mode, length) for length in lengths)] for mode in modes]
-    return table([head, *(f"{length:,}" for length in lengths)], rows)
+def grid(results: Results, measure: str, head: str, value: Callable[[str, int], str]) -> str:
+    """Return a table with a line for each mode and a column for each length of a measure.
 
-
-def measured_modes(results: Results) -> list[str]:
-    """In the table's order."""
-    found = {record["mode"] for record in results.records(STEP)}
-    return [mode for mode in MODES if mode in found]
+    Lengths that only a search went to are left out.
+    """
+    lengths = sorted({r["length"] for r in results.records(measure) if not r.get("searched")})
+    lines = [
+        [MODES[mode].says, *(value(mode, length) for length in lengths)]
+        for mode in results.modes(measure)
+    ]
+    return table([head, *(f"{length:,}" for length in lengths)], lines)
 
 
 def peak_table(results: Results) -> str:
-    """Bytes by mode and length."""
+    """Return bytes by mode and length."""
 
     def value(mode: str, length: int) -> str:
         step = results.steps(mode).get(length)
@@ -147,26 +277,25 @@ def peak_table(results: Results) -> str:
         failing = results.failing(mode)
         return "no memory" if failing is not None and failing <= length else "-"
 
-    head = "peak, MiB; tokens of each of two sequences:"
     before = ""
     if results.device == CPU:
         most = max(record.get("before_bytes", 0) for record in results.records(STEP))
         before = f"Growth of the process, which has {most / 2**20:,.0f} MiB before the model.\n\n"
-    return before + grid(results.records(STEP), head, value, measured_modes(results))
+    return before + grid(results, STEP, "peak, MiB; tokens of each of two sequences:", value)
 
 
 def speed_table(results: Results) -> str:
-    """Tokens a second."""
+    """Return tokens a second by mode and length."""
 
     def value(mode: str, length: int) -> str:
         step = results.steps(mode).get(length)
         return "-" if step is None else f"{step['tokens'] / step['seconds']:,.0f}"
 
-    return grid(results.records(STEP), "tokens/s", value, measured_modes(results))
+    return grid(results, STEP, "tokens/s", value)
 
 
 def predicted_table(results: Results) -> str:
-    """Predicted bytes, and by how much of the measured they differ where there are any."""
+    """Return predicted bytes, and by how much they differ from measured ones."""
 
     def value(mode: str, length: int) -> str:
         predicted = results.predictions(mode).get(length)
@@ -176,46 +305,102 @@ def predicted_table(results: Results) -> str:
         beside = f" ({predicted / step['peak_bytes'] - 1:+.0%})" if step else ""
         return f"{predicted / 2**20:,.0f}{beside}"
 
-    found = {record["mode"] for record in results.records(PREDICTION)}
-    modes = [mode for mode in MODES if mode in found]
-    return grid(results.records(PREDICTION), "predicted peak, MiB", value, modes)
+    return grid(results, PREDICTION, "predicted peak, MiB", value)
 
 
 def loss_table(results: Results) -> str:
-    """The fused loss alone."""
-    rows = [
-        [
-            f"{record['rows']:,}",
-            *(
-                f"{record[name] / 2**20:,.1f}"
-                for name in ("loss_peak_bytes", "workspace_bytes", "formula_bytes")
-            ),
-        ]
+    """Return the memory of the fused loss without a model."""
+    names = ("loss_peak_bytes", "workspace_bytes", "formula_bytes")
+    lines = [
+        [f"{record['rows']:,}", *(f"{record[name] / 2**20:,.1f}" for name in names)]
         for record in results.records(LOSS)
     ]
     head = ["the loss alone, lean: rows", "peak, MiB", "without gradients and numbers of rows"]
-    return table([*head, "formula"], rows)
+    return table([*head, "formula"], lines)
+
+
+def fits(record: Record) -> str:
+    """Return the longest length that a search saw to fit."""
+    return f"{record['length']:,}" if record["closed"] else f"at least {record['length']:,}"
 
 
 def largest_table(results: Results) -> str:
-    """Both bounds of the searches."""
-    rows = []
-    for record in results.records(LARGEST):
-        fails = "-" if record["fails"] is None else f"{record['fails']:,}"
-        fits = f"{record['length']:,}" if record["closed"] else f"at least {record['length']:,}"
-        rows.append([MODES[record["mode"]].says, fits, fails])
-    budget = results.records(LARGEST)[0]["budget_bytes"]
-    return table([f"in {budget / 2**20:,.0f} MiB", "largest length", "fails"], rows)
+    """Return both bounds of the searches."""
+    found = results.records(LARGEST)
+    lines = [
+        [MODES[r["mode"]].says, fits(r), "-" if r["fails"] is None else f"{r['fails']:,}"]
+        for r in found
+    ]
+    head = f"in {found[0]['budget_bytes'] / 2**20:,.0f} MiB"
+    return table([head, "largest length", "fails"], lines)
 
 
 def target_table(results: Sequence[Results]) -> str:
-    """What was promised."""
-    rows = []
+    """Return what was promised, and what was found."""
+    lines = []
     for one in results:
         for target in targets(one):
             value = target.value
             said = "-" if value is None else f"{value:,.0f}" if value >= 64 else number(value)
             wanted = f"{target.limit:,.0f}" if target.limit >= 64 else f"{target.limit:.3g}"
             note = f" ({cell(target.note)})" if target.note else ""
-            rows.append([title(one), cell(target.says) + note, said, wanted, target.verdict])
-    return table(["model", "target", "found", "wanted", "verdict"], rows, left=2)
+            lines.append([one.title, cell(target.says) + note, said, wanted, target.verdict])
+    return table(["model", "target", "found", "wanted", "verdict"], lines, left=2)
+
+
+def heading(results: Results, what: str) -> str:
+    """Return a picture's two lines: what is shown, of which model on which machine."""
+    from benchmarks.plots import place
+
+    where = place(results.measured) if results.measured else "PREDICTED, nothing was measured"
+    return f"{what}, {results.model}\n{where}"
+
+
+def peak_picture(results: Results) -> Figure | None:
+    """Draw a line for each mode: measured points, predicted dashes."""
+    from benchmarks import plots
+
+    figure = plots.Figure(figsize=(plots.WIDTH, 5.6), layout="constrained")
+    axes = figure.add_subplot()
+    ends: list[tuple[float, float, str, str]] = []
+    lengths: set[int] = set()
+    for mode, way in MODES.items():
+        colour = COLOURS.get(mode, plots.OTHERS)
+        measured = {n: record["peak_bytes"] / 2**30 for n, record in results.steps(mode).items()}
+        predicted = {n: size / 2**30 for n, size in results.predictions(mode).items()}
+        for found, style in (
+            (measured, {"linestyle": "-", "marker": "o", "markersize": 4}),
+            (predicted, {"linestyle": "--", "linewidth": 1.2}),
+        ):
+            if found:
+                line = sorted(found.items())
+                axes.plot([n for n, _ in line], [y for _, y in line], color=colour, **style)
+        if shown := measured or predicted:
+            lengths.update(shown)
+            last = max(shown)
+            ends.append((last, shown[last], f"{way.says}: {shown[last]:,.3g}", plots.INK))
+    if not ends:
+        return None
+    plots.log_axes(axes, lengths, (1.0, 2.0, 5.0))
+    axes.set_xlabel("tokens of each of two sequences")
+    axes.set_ylabel("peak of a step, GiB; dashed: predicted")
+    plots.name_ends(axes, ends)
+    figure.suptitle(heading(results, "Peak memory of a training step"), **plots.TITLE)
+    return figure
+
+
+def largest_picture(results: Results) -> Figure | None:
+    """Draw bars of the largest length that fits."""
+    from benchmarks import plots
+
+    found = results.records(LARGEST)
+    if not found:
+        return None
+    bars = []
+    for record in found:
+        length, colour = record["length"], COLOURS.get(record["mode"], plots.OTHERS)
+        name = MODES[record["mode"]].says
+        bars.append(plots.Bar(name, length, length, length, fits(record), colour))
+    groups = {f"{found[0]['budget_bytes'] / 2**20:,.0f} MiB": bars}
+    title = heading(results, "Largest length")
+    return plots.bars(groups, None, title, "tokens of each of two sequences")

@@ -1,11 +1,11 @@
-"""All measurements of a run, in the order of their length, saved as they come."""
+"""Measure everything of a run in the order of its length, and save it as it comes."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,27 +15,39 @@ from tqdm import tqdm
 from benchmarks.measure import SuiteError
 from benchmarks.result_file import Results
 from benchmarks.settings import Settings
+from sftmix.plan.search import largest_length
 
-from .search import Bounds, largest
-from .settings import CPU, CUDA, MODES, Subject, Task, modes_of, subject_of
-from .worker import DONE, OutOfTime, available, measure
+from .settings import (
+    CPU,
+    CUDA,
+    DONE,
+    LARGEST,
+    LOSS,
+    MODES,
+    STEP,
+    SUITE,
+    Subject,
+    Task,
+    model_size,
+    modes_of,
+    subject_of,
+)
+from .worker import OutOfTime, available, measure
 
-STEP, LOSS, LARGEST, PREDICTION = "step", "loss", "largest", "prediction"
-SUITE = "long_sequence"
 # On the CPU: for the search, what fits in minutes; for one measurement, what the machine can give.
 CPU_BUDGET = 2**29
 SHARE_OF_MACHINE = 0.8
+# Measurements of a search; up to 17 were needed where the answer is 10,000 times the first length.
+TRIES = 20
 # Facts that have to be the same of all figures of a file.
 SAME = ("commit", "cpu", "gpu", "torch", "threads")
-# Of a `ModelSize`, what is not the model's.
-OF_BATCH = ("batch", "length", "turns")
 FAILED = "failed"
 Record = dict[str, Any]
 
 
 @dataclass
 class Run:
-    """What the command line says."""
+    """The options of the command line."""
 
     model: str
     device: str
@@ -56,27 +68,28 @@ class Run:
         self.modes = self.modes or modes_of(self.device)
         for name in self.modes:
             if self.device not in MODES[name].devices:
-                raise ValueError(f"modes: {name} is for {MODES[name].devices[0]}")
+                raise ValueError(f"--modes: {name} is for {MODES[name].devices[0]}")
         self.lengths = sorted(self.lengths or self.subject.lengths[self.device])
         if not self.lengths:
-            raise ValueError(f"lengths: {self.model} has none on {self.device}, give some")
+            raise ValueError(f"--lengths: {self.model} has none on {self.device}, give some")
         if self.lengths[0] < 2:
-            raise ValueError(f"lengths: expected at least 2 tokens, got {self.lengths[0]}")
+            raise ValueError(f"--lengths: expected at least 2 tokens, got {self.lengths[0]}")
         if self.budget is not None and self.budget < 1:
-            raise ValueError(f"budget: expected bytes, at least 1, got {self.budget}")
+            raise ValueError(f"--budget: expected bytes, at least 1, got {self.budget}")
         self.results = self.open()
 
     @property
     def subject(self) -> Subject:
+        """Return the model."""
         return subject_of(self.model, self.quick)
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Return the seconds that are left."""
         return self.seconds - (time.monotonic() - self.begin)
 
     def open(self) -> Results:
-        """A new file, or one of the same code and machine that is to be gone on with.
+        """Return a new result file, or one of the same code and machine to go on with.
 
         Raises:
             ValueError: the file is of other code, or of another machine.
@@ -93,7 +106,7 @@ class Run:
             "quick": self.quick,
             "dtype": subject.dtype,
             "model": self.model,
-            "size": {n: v for n, v in subject.size._asdict().items() if n not in OF_BATCH},
+            "size": model_size(subject),
             "lora_rank": subject.lora_rank,
             "predicted": self.predicted,
         }
@@ -110,17 +123,18 @@ class Run:
             if old.get(name) != new.get(name):
                 raise ValueError(
                     f"{results.file}: was made with {name} = {old.get(name)!r}, now it is "
-                    f"{new.get(name)!r}; take another folder"
+                    f"{new.get(name)!r}; give another folder as --out"
                 )
         results.report["records"] = earlier["records"]
         results.report["facts"]["command"] = f"{old['command']}; {self.command}"
 
     def task(self, kind: str, mode: str, length: int, limit: int | None) -> Task:
+        """Return one measurement of the run."""
         return Task(kind, self.model, self.device, self.quick, self.threads, length, mode, limit)
 
 
 def run(wanted: Run) -> int:
-    """Measure everything that is not there yet; 1 where something failed by itself."""
+    """Measure everything that is not there yet; return 1 where something failed by itself."""
     points = [(mode, length) for length in wanted.lengths for mode in wanted.modes]
     with tqdm(total=len(points), unit="point", desc=wanted.model) as bar:
         for mode, length in points:
@@ -135,14 +149,14 @@ def run(wanted: Run) -> int:
 
 
 def steps(wanted: Run, mode: str) -> Iterator[Record]:
-    """The mode's steps so far."""
+    """Yield the mode's steps so far."""
     for record in wanted.results.report["records"]:
         if record["measure"] == STEP and record["mode"] == mode:
             yield record
 
 
 def point(wanted: Run, mode: str, length: int) -> Record | None:
-    """The step's record, from the file where it is there; None where it cannot be measured."""
+    """Return the step's record, from the file if it is there; None if it cannot be measured."""
     for record in steps(wanted, mode):
         if record["length"] == length or (record["outcome"] != DONE and record["length"] < length):
             # What a shorter one has no memory for, a longer one has not either.
@@ -155,14 +169,14 @@ def point(wanted: Run, mode: str, length: int) -> Record | None:
 
 
 def machine_limit(wanted: Run) -> int | None:
-    """So that no measurement takes the machine down."""
+    """Return what one process may allocate, so that no measurement takes the machine down."""
     return int(SHARE_OF_MACHINE * available()) if wanted.device == CPU else wanted.budget
 
 
 def measured(
     wanted: Run, mode: str, length: int, limit: int | None, *, searched: bool = False
 ) -> Record:
-    """Measure a step and save it.
+    """Measure a step, save it and return its record.
 
     Raises:
         OutOfTime: there was none left.
@@ -182,7 +196,7 @@ def measured(
 
 
 def says(record: Record) -> str:
-    """A line of progress."""
+    """Return a line of progress."""
     if record["outcome"] != DONE:
         return str(record["outcome"])
     rate = record["tokens"] / record["seconds"]
@@ -190,7 +204,7 @@ def says(record: Record) -> str:
 
 
 def budget_of(wanted: Run) -> int:
-    """Bytes that the largest length may take; on CUDA the device's."""
+    """Return the bytes that the largest length may take; on CUDA the device's."""
     if wanted.budget is not None:
         return wanted.budget
     if wanted.device == CUDA:
@@ -199,55 +213,89 @@ def budget_of(wanted: Run) -> int:
 
 
 def search(wanted: Run, mode: str) -> None:
-    """The largest length in the budget, from the points that are there, and a record of it."""
+    """Find the largest length in the budget, starting from the points that are there."""
     budget = budget_of(wanted)
-    known = any(
+    if any(
         (r["measure"], r.get("mode"), r.get("budget_bytes")) == (LARGEST, mode, budget)
         for r in wanted.results.report["records"]
-    )
-    if known:
+    ):
         return
     peaks = {r["length"]: r["peak_bytes"] for r in steps(wanted, mode) if r["outcome"] == DONE}
-    fails = None
     if wanted.device == CUDA:
         # The limit of a point was the same; on the CPU it was the machine's.
-        gone = [r["length"] for r in steps(wanted, mode) if r["outcome"] != DONE]
-        fails = min(gone, default=None)
+        for gone in [r["length"] for r in steps(wanted, mode) if r["outcome"] != DONE]:
+            peaks[gone] = beyond(peaks, gone, budget)
+    left = iter(range(TRIES))
 
-    def peak_at(length: int) -> float | None:
-        record = measured(wanted, mode, length, limit_of(wanted, budget), searched=True)
+    def peak_of(length: int) -> int:
+        if next(left, None) is None:
+            raise OutOfTime(f"{TRIES} measurements were not enough")
+        limit = limit_of(wanted, budget)
+        try:
+            record = measured(wanted, mode, length, limit, searched=True)
+        except OutOfTime as reason:
+            raise OutOfTime(f"{length:,}: {reason}") from reason
         if record["outcome"] == FAILED:
-            raise OutOfTime(FAILED)
-        return record.get("peak_bytes")
+            raise OutOfTime(f"{length:,}: {FAILED}")
+        peaks[length] = record.get("peak_bytes") or beyond(peaks, length, budget)
+        return peaks[length]
 
-    write(wanted, mode, budget, largest(peak_at, peaks, fails, budget, wanted.lengths[0]))
+    write(wanted, mode, budget, peaks, searched(peak_of, peaks, budget, wanted.lengths[0]))
+
+
+def searched(peak_of: Callable[[int], int], peaks: dict[int, int], budget: int, start: int) -> str:
+    """Measure until both bounds are in ``peaks``, which `peak_of` adds to; return what hindered it.
+
+    ``start`` is the length to begin with where fewer than two are known.
+    """
+    try:
+        while len(peaks) < 2:
+            peak_of(start * 2 ** len(peaks))
+        largest_length(peak_of, budget, peaks)
+    except OutOfTime as reason:
+        return str(reason)
+    return ""
+
+
+def beyond(peaks: Mapping[int, int], length: int, budget: int) -> int:
+    """Return a peak to search on with for a length that ran out of memory.
+
+    It lies on the line through the two longest that fit, and is over the budget.
+    """
+    fitting = sorted(n for n, peak in peaks.items() if peak <= budget)[-2:]
+    if len(fitting) < 2:
+        return budget + budget * length // 1024
+    low, high = fitting
+    slope = (peaks[high] - peaks[low]) / (high - low)
+    return max(int(peaks[high] + slope * (length - high)), budget + budget // 100)
+
+
+def bounds(peaks: Mapping[int, int], budget: int) -> tuple[int, int | None]:
+    """Return the longest length that fits below the shortest that does not, and that one."""
+    fails = min((n for n, peak in peaks.items() if peak > budget), default=None)
+    fitting = (n for n, p in peaks.items() if p <= budget and (fails is None or n < fails))
+    return max(fitting, default=0), fails
 
 
 def limit_of(wanted: Run, budget: int) -> int | None:
-    """What the process may allocate: on the CPU more than is counted, as threads reserve some."""
+    """Return what the process may allocate: on the CPU more than is counted, for threads."""
     return wanted.budget if wanted.device == CUDA else budget + 2**28
 
 
-def write(wanted: Run, mode: str, budget: int, bounds: Bounds) -> None:
-    """The record; without one where time ran out before anything was known."""
-    name = f"largest length, {MODES[mode].says}"
-    if bounds.note:
-        wanted.results.miss("left_out", name, bounds.note)
-        if bounds.fails is None:
+def write(wanted: Run, mode: str, budget: int, peaks: Mapping[int, int], note: str) -> None:
+    """Add the search's record; without one where time ran out before anything was known."""
+    name, (fits, fails) = f"largest length, {MODES[mode].says}", bounds(peaks, budget)
+    if note:
+        wanted.results.miss("left_out", name, note)
+        if fails is None:
             return
-    wanted.results.add(
-        measure=LARGEST,
-        mode=mode,
-        budget_bytes=budget,
-        length=bounds.fits,
-        fails=bounds.fails,
-        closed=not bounds.note,
-    )
-    tqdm.write(f"{name}: {bounds.fits:,}")
+    fields = {"mode": mode, "budget_bytes": budget, "length": fits, "fails": fails}
+    wanted.results.add(measure=LARGEST, **fields, closed=not note)
+    tqdm.write(f"{name}: {fits:,}")
 
 
 def loss(wanted: Run) -> None:
-    """The fused loss alone, at lean's chunk."""
+    """Measure the fused loss without a model, at lean's chunk."""
     if any(record["measure"] == LOSS for record in wanted.results.report["records"]):
         return
     name = "loss alone"

@@ -1,4 +1,4 @@
-"""The models, the ways to train them, and the sizes of a run."""
+"""The models, the ways to train them, the sizes of a run, and the names of its records."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from benchmarks.step_methods import DENSE, DENSE_NTP, MODELS, OURS, QUICK, ModelSize
+from benchmarks.records import OUR_SFTMIX, THEIR_NTP, THEIR_SFTMIX
+from benchmarks.step_methods import MODELS, QUICK, ModelSize
 from sftmix.training.config import CHECKPOINTING, LEAN_TILE_TOKENS
 
 
 class Subject(NamedTuple):
-    """A model with random weights and what of it is trained."""
+    """A model with random weights, and which of its weights are trained."""
 
     says: str
     size: ModelSize
@@ -21,6 +22,12 @@ class Subject(NamedTuple):
 
 
 CPU, CUDA = "cpu", "cuda"
+# What is measured, and how a measurement ends.
+SUITE = "long_sequence"
+STEP, LOSS, LARGEST, PREDICTION = "step", "loss", "largest", "prediction"
+DONE, NO_MEMORY = "done", "out of memory"
+# Of a `ModelSize`, what is not the model's.
+OF_BATCH = ("batch", "length", "turns")
 TOY = ModelSize(8192, 256, 688, 4, 4, 4, False, batch=2, length=0)
 SUBJECTS = {
     "toy": Subject(
@@ -45,7 +52,7 @@ SUBJECTS = {
         {CPU: (), CUDA: (16384, 32768, 65536, 131072)},
     ),
 }
-# Whether all of it works.
+# A quick run only shows that all of it works.
 QUICK_TOKENS = 64
 QUICK_SUBJECT = Subject("tiny", QUICK, "float32", 4, {CPU: (QUICK_TOKENS,), CUDA: (QUICK_TOKENS,)})
 
@@ -60,41 +67,43 @@ class Mode(NamedTuple):
 
     @property
     def ours(self) -> bool:
-        """Whether it is this repository's trainer."""
-        return self.trainer == OURS
+        """Tell whether the trainer is this repository's."""
+        return self.trainer == OUR_SFTMIX
 
 
 CHECKPOINTED = {CHECKPOINTING: True}
 SEQUENTIAL = {**CHECKPOINTED, "layout": "sequential"}
 LEAN = {"memory": "lean"}
 MODES = {
-    "dense": Mode("dense SFTMix", DENSE, {}),
-    "dense-checkpointed": Mode("dense SFTMix, activation checkpointing", DENSE, CHECKPOINTED),
-    "dense-ntp": Mode("dense NTP", DENSE_NTP, {}),
-    "dense-ntp-checkpointed": Mode("dense NTP, activation checkpointing", DENSE_NTP, CHECKPOINTED),
-    "plain": Mode("sftmix", OURS, {}),
-    "checkpointed": Mode("sftmix, activation checkpointing", OURS, CHECKPOINTED),
-    "sequential": Mode("+ sequential", OURS, SEQUENTIAL),
-    "tiled": Mode("+ tiled MLP", OURS, {**SEQUENTIAL, "mlp_tile_tokens": LEAN_TILE_TOKENS}),
-    "lean": Mode("lean", OURS, LEAN),
-    "lean-ntp": Mode("lean, NTP alone", OURS, {**LEAN, "method": "ntp"}),
+    "dense": Mode("dense SFTMix", THEIR_SFTMIX, {}),
+    "dense-checkpointed": Mode(
+        "dense SFTMix, activation checkpointing", THEIR_SFTMIX, CHECKPOINTED
+    ),
+    "dense-ntp": Mode("dense NTP", THEIR_NTP, {}),
+    "dense-ntp-checkpointed": Mode("dense NTP, activation checkpointing", THEIR_NTP, CHECKPOINTED),
+    "plain": Mode("sftmix", OUR_SFTMIX, {}),
+    "checkpointed": Mode("sftmix, activation checkpointing", OUR_SFTMIX, CHECKPOINTED),
+    "sequential": Mode("+ sequential", OUR_SFTMIX, SEQUENTIAL),
+    "tiled": Mode("+ tiled MLP", OUR_SFTMIX, {**SEQUENTIAL, "mlp_tile_tokens": LEAN_TILE_TOKENS}),
+    "lean": Mode("lean", OUR_SFTMIX, LEAN),
+    "lean-ntp": Mode("lean, NTP alone", OUR_SFTMIX, {**LEAN, "method": "ntp"}),
     # On the CPU activations lie in the host's memory anyway.
     "lean-offload": Mode(
-        "lean + activation_offload", OURS, {**LEAN, "activation_offload": True}, (CUDA,)
+        "lean + activation_offload", OUR_SFTMIX, {**LEAN, "activation_offload": True}, (CUDA,)
     ),
     "lean-tiles": Mode(
-        "lean + vocab_tiles", OURS, {**LEAN, "loss_schedule": "vocab_tiles"}, (CUDA,)
+        "lean + vocab_tiles", OUR_SFTMIX, {**LEAN, "loss_schedule": "vocab_tiles"}, (CUDA,)
     ),
 }
 
 
 def modes_of(device: str) -> tuple[str, ...]:
-    """Those that mean something there."""
+    """Return the modes that mean something on a device."""
     return tuple(name for name, mode in MODES.items() if device in mode.devices)
 
 
 def subject_of(model: str, quick: bool) -> Subject:
-    """The model, or with ``quick`` a tiny one in its place."""
+    """Return the model, or with ``quick`` a tiny one in its place."""
     return QUICK_SUBJECT if quick else SUBJECTS[model]
 
 
@@ -114,4 +123,10 @@ class Task:
 
     @property
     def subject(self) -> Subject:
+        """Return the model."""
         return subject_of(self.model, self.quick)
+
+
+def model_size(subject: Subject) -> dict[str, Any]:
+    """Return the fields of a model's size that its configuration takes."""
+    return {n: v for n, v in subject.size._asdict().items() if n not in OF_BATCH}

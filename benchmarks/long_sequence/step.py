@@ -1,7 +1,7 @@
-"""One training step on a pair of long sequences, by a trainer's own `train`, and what it took.
+"""Train one step on a pair of long sequences by a trainer's own `train`, and say what it took.
 
 The first of two steps is short: it makes the optimizer's states and whatever a first step loads.
-The second is the one that is measured. Every method gets the same tokens and the same lam.
+The second is measured. Every method gets the same tokens and the same lam.
 
 Legend: L tokens of each sequence.
 """
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.step_methods import DENSE, DENSE_NTP, MU, DenseSFTMixTrainer, make_model
+from benchmarks.records import THEIR_NTP, THEIR_SFTMIX
+from benchmarks.step_methods import MU, DenseSFTMixTrainer, make_model
 from sftmix import SFTMixConfig, SFTMixTrainer
 from sftmix.conventions import IGNORE_INDEX
 from sftmix.pairs.collator import PairedCollator
@@ -32,14 +33,14 @@ PLAIN = ("input_ids", "attention_mask", "labels")
 
 
 class StepCollator(PairedCollator):
-    """The pair, cut short the first time; ``keep`` names what of a batch is handed out."""
+    """Collate the pair, cut short the first time; ``keep`` names what of a batch is handed out."""
 
     def __init__(self, layout: str = "padded", keep: Sequence[str] | None = None) -> None:
         super().__init__(0, layout=layout)
         self.keep, self.warm = keep, False
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """A batch whose pair and lam do not depend on the trainer's sampler."""
+        """Return a batch whose pair and lam do not depend on the trainer's sampler."""
         most = None if self.warm else WARM_TOKENS
         self.warm = True
         examples = sorted(examples, key=lambda example: int(example["id"]))
@@ -51,14 +52,14 @@ class StepCollator(PairedCollator):
 
 
 class SecondStep(TrainerCallback):
-    """Seconds, loss and the device's peak of the second step."""
+    """Measure seconds, loss and the device's peak of the second step."""
 
     def __init__(self, device: str) -> None:
         self.device, self.begin = device, 0.0
         self.found: dict[str, float | int] = {}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Before the batch is used."""
+        """Start the clock before the batch is used."""
         if state.global_step == 1:
             if self.device == "cuda":
                 torch.cuda.synchronize()
@@ -66,7 +67,7 @@ class SecondStep(TrainerCallback):
             self.begin = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """After the optimizer's step and the gradients' end."""
+        """Stop the clock after the optimizer's step and the gradients' end."""
         if state.global_step == 2:
             if self.device == "cuda":
                 torch.cuda.synchronize()
@@ -77,13 +78,13 @@ class SecondStep(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any
     ) -> None:
-        """The loss of the step before."""
+        """Keep the loss of the step before."""
         if logs and state.global_step == 2 and "loss" in logs:
             self.found["loss"] = logs["loss"]
 
 
 def make_pair(vocab_size: int, length: int) -> list[dict[str, Any]]:
-    """Random tokens; all but the first carry loss."""
+    """Return two sequences of random tokens, of which all but the first carry loss."""
     random = np.random.default_rng(0)
     rows = random.integers(0, vocab_size, (2, length))
     labels = rows.copy()
@@ -92,14 +93,14 @@ def make_pair(vocab_size: int, length: int) -> list[dict[str, Any]]:
 
 
 def build_model(subject: Subject, device: str) -> Any:
-    """The model, made where it stays, with LoRA's updates where the subject has them."""
+    """Return the model, made where it stays, with LoRA's updates where the subject has them."""
     model = make_model(subject.size, device, getattr(torch, subject.dtype))
     arguments = RunArguments(model="", data=[], output="", lora_rank=subject.lora_rank)
     return add_lora(model, arguments, seed=0)
 
 
 def make_trainer(subject: Subject, mode: str, length: int, device: str, folder: str) -> Trainer:
-    """The mode's trainer over a new model and a pair of ``length`` tokens each."""
+    """Return the mode's trainer over a new model and a pair of ``length`` tokens each."""
     way = MODES[mode]
     common: dict[str, Any] = {
         "model": build_model(subject, device),
@@ -129,8 +130,8 @@ def make_trainer(subject: Subject, mode: str, length: int, device: str, folder: 
             **common, args=config, data_collator=collator, confident=np.array([True, False])
         )
         return ours
-    kinds = {DENSE: DenseSFTMixTrainer, DENSE_NTP: Trainer}
-    collator = StepCollator(keep=PLAIN if way.trainer == DENSE_NTP else None)
+    kinds = {THEIR_SFTMIX: DenseSFTMixTrainer, THEIR_NTP: Trainer}
+    collator = StepCollator(keep=PLAIN if way.trainer == THEIR_NTP else None)
     trainer: Trainer = kinds[way.trainer](
         **common, args=TrainingArguments(**options), data_collator=collator
     )
@@ -140,7 +141,7 @@ def make_trainer(subject: Subject, mode: str, length: int, device: str, folder: 
 def train_pair(
     subject: Subject, mode: str, length: int, device: str, folder: str
 ) -> dict[str, float | int]:
-    """Tokens, seconds, loss and on CUDA the peak of the second of two steps."""
+    """Return tokens, seconds, loss and on CUDA the peak of the second of two steps."""
     trainer = make_trainer(subject, mode, length, device, folder)
     probe = SecondStep(device)
     trainer.remove_callback(PrinterCallback)  # standard output is for what was measured

@@ -1,6 +1,6 @@
-"""One measurement in a process of its own, so that the peak is that measurement's alone.
+"""Run one measurement in a process of its own, so that no other adds to its peak.
 
-`measure` starts the process; `main` is what runs in it and writes one line of JSON.
+`measure` starts the process; `main` runs in it and writes one line of JSON.
 
 On the CPU the peak is what the system counts, the process's highest resident set (VmHWM), and its
 growth since before the model was built. glibc keeps freed blocks below a threshold that grows up
@@ -26,7 +26,17 @@ import torch
 
 from benchmarks.measure import SuiteError
 
-from .settings import CPU, CUDA, QUICK_SUBJECT, QUICK_TOKENS, Task
+from .settings import (
+    CPU,
+    CUDA,
+    DONE,
+    LOSS,
+    NO_MEMORY,
+    QUICK_SUBJECT,
+    QUICK_TOKENS,
+    STEP,
+    Task,
+)
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ENVIRONMENT = {
@@ -36,7 +46,6 @@ ENVIRONMENT = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "TOKENIZERS_PARALLELISM": "false",
 }
-DONE, NO_MEMORY = "done", "out of memory"
 # What PyTorch's CPU allocator says, and CUDA of pinned memory; they have no exception of their own.
 WITHOUT_MEMORY = ("can't allocate memory", "CUDA error: out of memory")
 KILLED = 137  # by the system, for the memory that it took
@@ -47,7 +56,7 @@ class OutOfTime(Exception):
 
 
 def measure(task: Task, seconds: float) -> dict[str, Any]:
-    """The record of a task: its fields, ``outcome`` and, where that is `DONE`, figures.
+    """Return a task's record: its ``outcome`` and, where that is `DONE`, figures.
 
     Raises:
         OutOfTime: it was not done after ``seconds``.
@@ -78,13 +87,13 @@ def main(words: list[str]) -> None:
 
 
 def run(task: Task) -> dict[str, Any]:
-    """The task's figures in this process."""
+    """Return the task's figures, measured in this process."""
     # Imported first: none of it is the model's.
     from .loss import loss_workspaces
     from .step import train_pair
 
     torch.set_num_threads(task.threads)
-    if task.device == CPU and task.kind == "step":
+    if task.device == CPU and task.kind == STEP:
         # A tiny model's step loads what libraries load at their first call: it is not the model's.
         with tempfile.TemporaryDirectory() as folder:
             train_pair(QUICK_SUBJECT, task.mode, QUICK_TOKENS, task.device, folder)
@@ -92,7 +101,7 @@ def run(task: Task) -> dict[str, Any]:
     limit(task)
     start = time.perf_counter()
     try:
-        if task.kind == "loss":
+        if task.kind == LOSS:
             found = loss_workspaces(task)
         else:
             with tempfile.TemporaryDirectory() as folder:
@@ -102,7 +111,7 @@ def run(task: Task) -> dict[str, Any]:
             raise
         return {"outcome": NO_MEMORY, "says": str(error).splitlines()[0][:200]}
     host = memory("VmHWM")
-    if task.device == CPU and task.kind == "step":
+    if task.device == CPU and task.kind == STEP:
         found["peak_bytes"] = host - before
     return {
         "outcome": DONE,
@@ -114,13 +123,13 @@ def run(task: Task) -> dict[str, Any]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of a training step says that memory is used up."""
+    """Tell whether an exception of a training step says that memory is used up."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return known or any(words in str(error) for words in WITHOUT_MEMORY)
 
 
 def limit(task: Task) -> None:
-    """Let no more be allocated than the task says."""
+    """Allow no more to be allocated than the task says."""
     if task.limit_bytes is None:
         return
     if task.device == CUDA:
@@ -134,7 +143,7 @@ def limit(task: Task) -> None:
 
 
 def memory(name: str, file: Path = Path("/proc/self/status")) -> int:
-    """A figure of this process, or of /proc/meminfo, in bytes.
+    """Return a figure of this process, or of another file of /proc, in bytes.
 
     Raises:
         SuiteError: the system has no such file; only Linux does.
@@ -146,7 +155,7 @@ def memory(name: str, file: Path = Path("/proc/self/status")) -> int:
 
 
 def available() -> int:
-    """What this machine can still give, in bytes."""
+    """Return what this machine can still give, in bytes."""
     return memory("MemAvailable", Path("/proc/meminfo"))
 
 

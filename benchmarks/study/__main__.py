@@ -1,4 +1,4 @@
-"""Does SFTMix help? Small models over seeds, on one core; goes on where it was broken off.
+"""Study whether SFTMix helps: small models over seeds, on one core; goes on where it stopped.
 
 python -m benchmarks.study --gsm8k-train FILE --gsm8k-test FILE --alpaca FILE
 python -m benchmarks.study report benchmarks/study/results
@@ -17,7 +17,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def main(words: Sequence[str]) -> None:
-    """Run, or with the first word ``report`` write tables and pictures of what was run."""
+    """Run the study, or with the first word ``report`` write tables and a picture of it."""
     if words[:1] == ["report"]:
         from .report import main as report
 

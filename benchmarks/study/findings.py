@@ -1,4 +1,4 @@
-"""What the results say: every system beside NTP, over seeds, with a correction for many tests."""
+"""Compare every system with NTP, over seeds, with a correction for many tests."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ SOURCES = {"gsm8k": "GSM8K", "alpaca": "Alpaca", "demo": "the bundled data"}
 
 
 def source_name(source: str) -> str:
-    """A data set's name as it is written."""
+    """Return a data set's name as it is written."""
     return SOURCES.get(source, source)
 
 
 @dataclass(frozen=True)
 class Measure:
-    """How a measure is written; ``relative``: differences are in percent of NTP's."""
+    """The words of a measure; ``relative``: differences are in percent of NTP's."""
 
     label: str
     unit: str
@@ -34,7 +34,7 @@ class Measure:
 
     @property
     def difference_unit(self) -> str:
-        """Of a difference to NTP."""
+        """Return the unit of a difference to NTP."""
         return "% of NTP's" if self.relative else self.unit
 
 
@@ -61,17 +61,17 @@ class Results:
 
     @property
     def name(self) -> str:
-        """As it is written."""
+        """Return the data set's name as it is written."""
         return source_name(self.source)
 
     @property
     def systems(self) -> tuple[str, ...]:
-        """Those that at least one seed has."""
+        """Return the systems that at least one seed has."""
         found = {name for record in self.records for name in record["systems"]}
         return tuple(name for name in SYSTEMS if name in found)
 
     def values(self, system: str, measure: str) -> dict[int, float]:
-        """The measure by seed, in its unit."""
+        """Return a system's measure by seed, in its unit."""
         factor = MEASURES[measure].factor
         return {
             record["seed"]: record["systems"][system][measure] * factor
@@ -80,7 +80,7 @@ class Results:
         }
 
     def base(self, measure: str) -> dict[int, float]:
-        """The same of the base model."""
+        """Return the base model's measure by seed, in its unit."""
         factor = MEASURES[measure].factor
         return {record["seed"]: record["base"][measure] * factor for record in self.records}
 
@@ -97,12 +97,12 @@ class Finding:
 
     @property
     def significant(self) -> bool:
-        """Whether it is, after the correction."""
+        """Tell whether the difference is significant after the correction."""
         return self.corrected is not None and self.corrected < 1 - LEVEL
 
 
 def read(folder: Path) -> list[Results]:
-    """The results of a folder, one for each data set.
+    """Return the results of a folder, one for each data set.
 
     Raises:
         ValueError: none are there, or those of a data set were made with different settings.
@@ -127,7 +127,7 @@ def read(folder: Path) -> list[Results]:
 
 
 def findings(results: Sequence[Results], measure: str) -> list[Finding]:
-    """Every system of every data set beside NTP; the correction is over all of them."""
+    """Return every system of every data set beside NTP; the correction is over all of them."""
     found = []
     for one in results:
         baseline = one.values(BASELINE, measure)
@@ -150,9 +150,9 @@ def findings(results: Sequence[Results], measure: str) -> list[Finding]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values of m tests after Holm's correction, in their order.
+    """Return the p-values of m tests after Holm's correction, in their order.
 
-    Of the sorted ones, p'_(i) = max over j <= i of min(1, (m - j + 1) p_(j)): those below a level
+    With p sorted, p'_(i) = max over j <= i of min(1, (m - j + 1) p_(j)). All that are below a level
     hold together at that level, whichever of the differences are real. Source: Holm 1979, A simple
     sequentially rejective multiple test procedure.
 

@@ -1,4 +1,4 @@
-"""What is measured of a finished model. Legend: N response tokens, V vocabulary, M bins."""
+"""Measure a finished model. Legend: N response tokens, V vocabulary, M bins."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def calibration_error(
     confidence: NDArray[np.float64],  # (N,), in [0, 1]
     correct: NDArray[np.bool_],  # (N,)
 ) -> float:
-    """The expected calibration error of N predictions, in [0, 1].
+    """Return the expected calibration error of N predictions, in [0, 1].
 
         ECE = sum_m |B_m| / N * |accuracy(B_m) - mean confidence(B_m)|
 
-    B_m are those with a confidence in ((m - 1) / M, m / M], M = 15; the first bin has 0 too. The
-    confidence is the probability of the most likely token. Source: Guo et al. 2017, arXiv
-    1706.04599.
+    B_m holds the predictions with a confidence in ((m - 1) / M, m / M], M = 15; the first bin also
+    holds 0. The confidence is the probability of the most likely token. Source: Guo et al. 2017,
+    arXiv 1706.04599.
 
     Raises:
         ValueError: no prediction, or a confidence outside of [0, 1].
@@ -51,7 +51,7 @@ def calibration_error(
 def on_held_out(
     model: Any, head: HeadAdapter, dataset: datasets.Dataset, collator: PairedCollator
 ) -> dict[str, float]:
-    """Loss in nats, accuracy and calibration error of the next token, over response tokens."""
+    """Return loss in nats, accuracy and calibration error of response tokens."""
     model.eval()
     losses, confidences, hits = [], [], []
     batches = batches_by_length(sequence_lengths(dataset), MAX_TOKENS)
@@ -79,10 +79,10 @@ def on_held_out(
 def on_training_data(
     model: Any, head: HeadAdapter, dataset: datasets.Dataset, collator: PairedCollator
 ) -> dict[str, float]:
-    """Loss in nats per response token, and the spread of the confidence, of one scoring.
+    """Return loss in nats per response token and the spread of the confidence, of one scoring.
 
-    Confidence is minus the perplexity of an example. Its mean and standard deviation hang on the
-    few examples of the highest perplexity; the interquartile range does not.
+    Confidence is minus the perplexity of an example. Its mean and standard deviation depend
+    on the few examples of the highest perplexity; the interquartile range does not.
 
     Raises:
         ValueError: a perplexity is infinite.

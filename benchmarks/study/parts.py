@@ -1,8 +1,8 @@
-"""The data of a run: three parts, of which no two share an example.
+"""Draw the data of a run: three parts, of which no two share an example.
 
-base: the base model's. train: scored, split and tuned on. held out: only measured on; GSM8K's are
-of its own test file, Alpaca's those whose content hash is in the lowest eighth, so that no seed
-ever trains on an example that another one measures on.
+base: the base model is trained on it. train: it is scored, split and tuned on. held out: it is only
+measured on. GSM8K has a test file of its own; of Alpaca the examples whose content hash is in the
+lowest eighth are held out, so that no seed trains on an example that another one measures on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .settings import Sizes
 
 Examples: TypeAlias = Sequence[Example]
 HELD_OUT_SHARE = 8
-# Drawn besides those that are needed, as a share of them: some prompts fill `max_length` alone.
+# The share of examples to draw besides those needed: some prompts fill all of `max_length`.
 SPARE = 0.1
 
 
@@ -47,13 +47,13 @@ class Parts:
 
 
 def gsm8k(train: Path, test: Path) -> Source:
-    """GSM8K from its two files."""
+    """Return GSM8K from its two files."""
     pool, held_out = (load_examples([file], on_bad_row="skip") for file in (train, test))
     return Source("gsm8k", pool, held_out)
 
 
 def alpaca(file: Path) -> Source:
-    """Alpaca or a sample of it, held-out examples by their content hash."""
+    """Return Alpaca or a sample of it, held-out examples by their content hash."""
     examples = load_examples([file], on_bad_row="skip")
     held_out = [is_held_out(example) for example in examples]
     return Source(
@@ -64,7 +64,7 @@ def alpaca(file: Path) -> Source:
 
 
 def demo() -> Source:
-    """The bundled data, for quick runs."""
+    """Return the bundled data, for quick runs."""
     return Source(
         "demo",
         load_examples([demo_data.TRAIN], disable_progress=True),
@@ -73,15 +73,15 @@ def demo() -> Source:
 
 
 def is_held_out(example: Example) -> bool:
-    """Whether its content hash is in the lowest share; the same for equal contents."""
+    """Tell whether its content hash is in the lowest share; equal contents are treated alike."""
     return int(example.content_hash, 16) * HELD_OUT_SHARE < 2**256
 
 
 def draw(source: Source, seed: int, sizes: Sizes, *, search: bool = False) -> Parts:
-    """A seed's parts, with some to spare.
+    """Return a seed's parts, with some examples to spare.
 
-    ``search``: what is measured on comes from the pool too, so that the choice of a learning rate
-    has seen nothing that the study measures on.
+    ``search``: held-out examples come from the pool too, so that the choice of a learning rate has
+    seen nothing that the study measures on.
 
     Raises:
         ValueError: the source has too few examples.
@@ -113,7 +113,7 @@ def draw(source: Source, seed: int, sizes: Sizes, *, search: bool = False) -> Pa
 
 
 def as_tokens(examples: Examples, tokenizer: Any, number: int, sizes: Sizes) -> datasets.Dataset:
-    """The first ``number`` of them that have a response token within ``max_length``.
+    """Return the first ``number`` examples that have a response token within ``max_length``.
 
     Raises:
         ValueError: there are fewer.
@@ -134,6 +134,6 @@ def as_tokens(examples: Examples, tokenizer: Any, number: int, sizes: Sizes) -> 
 
 
 def write_messages(path: Path, examples: Examples) -> None:
-    """Conversations as JSON lines, for what reads files."""
+    """Write conversations as JSON lines, for what reads files."""
     rows = [json.dumps({"messages": example.messages}) + "\n" for example in examples]
     path.write_text("".join(rows), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The study's tables as Markdown, and its block in a document, from result files.
+"""Write the study's tables and picture, and its block in a document, from result files.
 
 python -m benchmarks.study report DIR [--document FILE]
 """
@@ -9,10 +9,11 @@ import argparse
 import os
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from benchmarks.readme import replace_block
-from benchmarks.report import table
+from benchmarks.tables import show, table
 from sftmix.report.comparison import Comparison
 
 from .findings import (
@@ -28,6 +29,10 @@ from .findings import (
 )
 from .settings import BASELINE, SYSTEMS
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 BEGIN = (
     "<!-- study: begin (python -m benchmarks.study report benchmarks/study/results"
     " --document docs/study.md) -->"
@@ -38,10 +43,14 @@ ALT = (
     "Dots with 95 % intervals: difference of each system to NTP in held-out loss, and in the "
     "standard deviation of confidence, on each data set"
 )
+CAPTION = (
+    "Mean difference to NTP over seeds (same base model, data and seed), with its 95 % interval. "
+    "Orange: significant after Holm's correction."
+)
 
 
 def main(words: Sequence[str]) -> None:
-    """Print the block, draw the picture, renew the document's block."""
+    """Draw the picture, and print the block or renew the document's."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study report", allow_abbrev=False)
     parser.add_argument("folder", type=Path, metavar="DIR", help="with result files")
     parser.add_argument("--document", type=Path, metavar="FILE", help="whose block to renew")
@@ -50,27 +59,22 @@ def main(words: Sequence[str]) -> None:
 
 
 def write(folder: Path, document: Path | None = None) -> None:
-    """See `main`.
+    """Draw the picture, and print the block or renew the document's.
 
     Raises:
         ValueError: there are no results, or they do not belong together.
     """
-    from .picture import draw  # it needs matplotlib
+    from benchmarks.plots import write_svg  # it needs matplotlib
 
     results = read(folder)
-    draw(results, folder / PICTURE)
-    block = markdown(results, PICTURE)
-    if document is None:
-        print(block)
-        return
-    place = os.path.relpath(folder / PICTURE, document.parent)
-    text = document.read_text("utf-8")
-    block = markdown(results, Path(place).as_posix())
-    document.write_text(replace_block(text, block, BEGIN, END), encoding="utf-8")
+    write_svg(folder / PICTURE, partial(picture, results))
+    beside = folder if document is None else document.parent
+    place = Path(os.path.relpath(folder / PICTURE, beside)).as_posix()
+    show(markdown(results, place), document, BEGIN, END)
 
 
 def markdown(results: Sequence[Results], picture: str) -> str:
-    """Everything that the results say."""
+    """Return everything that the results say."""
     found = {measure: findings(results, measure) for measure in MEASURES}
     parts = [origin(results), headline(found), verdict(found[PRIMARY]), f"![{ALT}]({picture})\n"]
     parts += ["### Held-out loss, the primary measure\n"]
@@ -90,7 +94,7 @@ MEANS = (
 
 
 def origin(results: Sequence[Results]) -> str:
-    """What was run, on what, by which code."""
+    """Return what was run, on what, by which code."""
     first = results[0].records[0]
     sizes, facts = first["sizes"], first["facts"]
     commits = sorted({r["facts"]["commit"] for one in results for r in one.records})
@@ -114,7 +118,7 @@ def origin(results: Sequence[Results]) -> str:
 
 
 def headline(found: Mapping[str, Sequence[Finding]]) -> str:
-    """SFTMix beside NTP in loss and in spread of confidence, a line each."""
+    """Return SFTMix beside NTP in loss and in spread of confidence, a line each."""
     lines = []
     for measure in (PRIMARY, SPREAD):
         how, said = MEASURES[measure], []
@@ -131,7 +135,7 @@ def headline(found: Mapping[str, Sequence[Finding]]) -> str:
 
 
 def verdict(found: Sequence[Finding]) -> str:
-    """How many differences of the primary measure are significant, and which."""
+    """Return how many differences of the primary measure are significant, and which."""
     tests = [one for one in found if one.corrected is not None]
     real = [one for one in tests if one.significant]
     raw = [one for one in tests if one.test.significant]
@@ -149,37 +153,27 @@ def verdict(found: Sequence[Finding]) -> str:
 
 
 def comparison_table(one: Results, measure: str, found: Sequence[Finding]) -> str:
-    """Every system of a data set beside NTP."""
+    """Return a table of every system of a data set beside NTP."""
     how = MEASURES[measure]
     unit = f" ({how.unit})" if how.unit else ""
     head = [f"{one.name}", f"{how.label}{unit}", "seeds", f"difference ({how.difference_unit})"]
     head += ["95 % interval", "p", "p, Holm"]
-    rows = [
+    tuned = one.values(BASELINE, measure)
+    lines = [
         ["base, not tuned", spread(one.base(measure), how), str(len(one.records)), *["-"] * 4],
-        [
-            SYSTEMS[BASELINE].label,
-            spread(one.values(BASELINE, measure), how),
-            str(len(one.values(BASELINE, measure))),
-            *["-"] * 4,
-        ],
+        [SYSTEMS[BASELINE].label, spread(tuned, how), str(len(tuned)), *["-"] * 4],
     ]
     for finding in found:
         if finding.source == one.source:
             values = one.values(finding.system, measure)
-            rows.append(
-                [
-                    SYSTEMS[finding.system].label,
-                    spread(values, how),
-                    str(len(values)),
-                    *tested(finding.test, how),
-                    p_text(finding.corrected),
-                ]
-            )
-    return f"{table(head, rows)}"
+            said = [*tested(finding.test, how), p_text(finding.corrected)]
+            label = SYSTEMS[finding.system].label
+            lines.append([label, spread(values, how), str(len(values)), *said])
+    return table(head, lines)
 
 
 def tested(test: Comparison, how: Measure) -> list[str]:
-    """Difference, interval and p-value."""
+    """Return difference, interval and p-value in words."""
     digits = 1 if how.relative else how.digits
     difference = "-" if test.difference is None else f"{test.difference:+.{digits}f}"
     interval = "-"
@@ -189,54 +183,83 @@ def tested(test: Comparison, how: Measure) -> list[str]:
 
 
 def p_text(p_value: float | None) -> str:
-    """Two digits, and no more than that it is small where it is."""
+    """Return a p-value with two digits; of a small one only that it is small."""
     if p_value is None:
         return "-"
     return "< 0.001" if p_value < 0.001 else f"{p_value:.{3 if p_value < 0.1 else 2}f}"
 
 
 def spread(values: Mapping[int, float], how: Measure) -> str:
-    """Mean ± sample standard deviation."""
+    """Return mean ± sample standard deviation."""
     numbers = list(values.values())
     mean = f"{statistics.fmean(numbers):.{how.digits}f}"
     return f"{mean} ± {statistics.stdev(numbers):.{how.digits}f}" if len(numbers) > 1 else mean
 
 
 def means_table(one: Results, found: Mapping[str, Sequence[Finding]]) -> str:
-    """All measures of a data set's systems."""
-    head = [one.name]
-    for how in MEASURES.values():
-        head.append(f"{how.label}{f' ({how.unit})' if how.unit else ''}")
-    rows = [["base, not tuned", *(spread(one.base(name), how) for name, how in MEASURES.items())]]
+    """Return a table of all measures of a data set's systems."""
+    units = [f" ({how.unit})" if how.unit else "" for how in MEASURES.values()]
+    head = [how.label + unit for how, unit in zip(MEASURES.values(), units, strict=True)]
+    base = [spread(one.base(name), how) for name, how in MEASURES.items()]
+    lines = [["base, not tuned", *base]]
     for system in one.systems:
         cells = []
         for name, how in MEASURES.items():
-            cell = spread(one.values(system, name), how)
-            real = any(
-                finding.significant
-                for finding in found[name]
-                if (finding.source, finding.system) == (one.source, system)
-            )
-            cells.append(f"**{cell}**" if real else cell)
-        rows.append([SYSTEMS[system].label, *cells])
-    return table(head, rows)
+            own = [f for f in found[name] if (f.source, f.system) == (one.source, system)]
+            text = spread(one.values(system, name), how)
+            cells.append(f"**{text}**" if any(f.significant for f in own) else text)
+        lines.append([SYSTEMS[system].label, *cells])
+    return table([one.name, *head], lines)
 
 
 def search_table(results: Sequence[Results]) -> str:
-    """What the learning rates were chosen by."""
+    """Return a table of the losses that the learning rates were chosen by."""
     rates = sorted({float(rate) for one in results for rate in one.search["losses"]})
-    rows = []
+    lines = []
     for one in results:
-        losses = {float(rate): loss for rate, loss in one.search["losses"].items()}
+        losses = {float(rate): f"{loss:.4f}" for rate, loss in one.search["losses"].items()}
         chosen = one.records[0]["learning_rate"]
-        cells = [f"{losses[rate]:.4f}" if rate in losses else "-" for rate in rates]
-        rows.append(
-            [
-                f"{one.name}, seed {one.search['seed']}",
-                *(
-                    f"**{cell}**" if rate == chosen else cell
-                    for rate, cell in zip(rates, cells, strict=True)
-                ),
-            ]
-        )
-    return table(["loss of NTP (nats/token)", *(f"{rate:g}" for rate in rates)], rows)
+        losses[chosen] = f"**{losses[chosen]}**"
+        name = f"{one.name}, seed {one.search['seed']}"
+        lines.append([name, *(losses.get(rate, "-") for rate in rates)])
+    return table(["loss of NTP (nats/token)", *(f"{rate:g}" for rate in rates)], lines)
+
+
+def picture(results: Sequence[Results]) -> Figure:
+    """Draw a line of panels for each measure, a column for each data set."""
+    from benchmarks import plots
+
+    shown = (PRIMARY, SPREAD)
+    systems = [
+        name for name in SYSTEMS if name != BASELINE and any(name in one.systems for one in results)
+    ]
+    size = (plots.WIDTH, 2.0 + 0.27 * len(systems) * len(shown))
+    figure = plots.Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(shown), len(results), sharey=True, sharex="row", squeeze=False)
+    for line, measure in zip(grid, shown, strict=True):
+        found = findings(results, measure)
+        for axes, one in zip(line, results, strict=True):
+            panel(axes, systems, {f.system: f for f in found if f.source == one.source})
+            how = MEASURES[measure]
+            axes.set_title(f"{one.name}: {how.label}")
+            axes.set_xlabel(f"difference to NTP ({how.difference_unit})")
+    figure.supxlabel(CAPTION, fontsize=8)
+    return figure
+
+
+def panel(axes: Axes, systems: Sequence[str], found: Mapping[str, Finding]) -> None:
+    """Draw a dot for each system, and a line from end to end of its interval."""
+    from benchmarks import plots
+
+    axes.axvline(0, color=plots.INK, linewidth=0.8)
+    axes.grid(axis="x")
+    for height, system in enumerate(systems):
+        finding = found.get(system)
+        if finding is None or finding.test.difference is None:
+            continue
+        colour = plots.OURS if finding.significant else plots.OTHERS
+        if finding.test.interval is not None:
+            axes.plot(finding.test.interval, [height] * 2, color=colour, linewidth=2)
+        axes.plot(finding.test.difference, height, "o", color=colour, markersize=5)
+    axes.set_yticks(range(len(systems)), [SYSTEMS[name].label for name in systems])
+    axes.set_ylim(len(systems) - 0.5, -0.5)

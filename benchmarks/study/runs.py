@@ -1,4 +1,4 @@
-"""The runs: a base model and a scored partition for each (data, seed), then every system."""
+"""Run the study: a base model and a scored partition for each (data, seed), then every system."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class Case:
     held_out: datasets.Dataset
 
     def load(self) -> Any:
-        """A copy of the base model."""
+        """Return a copy of the base model."""
         return load_model(RunArguments(str(self.folder / "base"), [], ""))
 
     def options(self, **changes: Any) -> dict[str, Any]:
-        """Arguments of a config: those of the paper, but for the sizes and ``changes``."""
+        """Return a config's arguments: the paper's, except for the sizes and ``changes``."""
         return {
             "output_dir": str(self.folder / "trainer"),
             "seed": self.seed,
@@ -66,7 +66,7 @@ class Case:
         confident: Partition | None = None,
         **options: Any,
     ) -> SFTMixTrainer:
-        """A quiet trainer."""
+        """Return a quiet trainer."""
         trainer = SFTMixTrainer(
             model=model,
             args=SFTMixConfig(**self.options(**options)),
@@ -115,7 +115,7 @@ def prepare(parts: Parts, seed: int, sizes: Sizes, folder: Path) -> Case:
 
 
 def score(case: Case, learning_rate: float) -> Partition:
-    """The confidence of the training examples over an epoch of the reference model."""
+    """Return the training examples' confidence over an epoch of the reference model."""
     config = ScoreConfig(
         **case.options(
             learning_rate=learning_rate,
@@ -137,7 +137,7 @@ def score(case: Case, learning_rate: float) -> Partition:
 
 
 def measure(case: Case, trainer: SFTMixTrainer) -> dict[str, float]:
-    """All measures of the trainer's model."""
+    """Return all measures of the trainer's model."""
     model, head, collator = trainer.model, trainer.head, trainer.data_collator.padded()
     return {
         **on_held_out(model, head, case.held_out, collator),
@@ -170,14 +170,14 @@ def study(
         ValueError: a seed is the search's, or a file was made with other sizes or learning rates.
     """
     if SEARCH_SEED in seeds:
-        raise ValueError(f"seeds: {SEARCH_SEED} is the one that the learning rate is chosen on")
+        raise ValueError(f"--seeds: {SEARCH_SEED} is the one that the learning rate is chosen on")
     learning_rate = choose_learning_rate(source, sizes, out, say)
     for seed in seeds:
         run_seed(source, seed, systems, sizes, learning_rate, out, say)
 
 
 def choose_learning_rate(source: Source, sizes: Sizes, out: Path, say: Say) -> float:
-    """The rate of NTP's lowest held-out loss on `SEARCH_SEED`, from ``out`` where it is there."""
+    """Return the rate with NTP's lowest held-out loss on `SEARCH_SEED`, from ``out`` if known."""
     path = out / f"{source.name}-search.json"
     record = start(path, source, SEARCH_SEED, sizes)
     if "losses" not in record:
@@ -195,7 +195,7 @@ def choose_learning_rate(source: Source, sizes: Sizes, out: Path, say: Say) -> f
 
 
 def ntp_loss(case: Case, learning_rate: float) -> float:
-    """Held-out loss after tuning with NTP, in batches without pairs."""
+    """Return the held-out loss after tuning with NTP, in batches without pairs."""
     trainer = case.trainer(
         case.load(),
         case.train,
@@ -216,7 +216,7 @@ def run_seed(
     out: Path,
     say: Say,
 ) -> None:
-    """The systems of one seed that its file does not have."""
+    """Run the systems of one seed that its file does not have."""
     path = out / f"{source.name}-{seed}.json"
     record = start(path, source, seed, sizes, learning_rate=learning_rate)
     record.setdefault("systems", {})
@@ -237,7 +237,7 @@ def run_seed(
 
 
 def start(path: Path, source: Source, seed: int, sizes: Sizes, **more: Any) -> dict[str, Any]:
-    """What the file has, or a new record of where its numbers come from.
+    """Return what the file has, or a new record of where its numbers come from.
 
     Raises:
         ValueError: the file is of other sizes, another learning rate or other data.
@@ -258,6 +258,6 @@ def start(path: Path, source: Source, seed: int, sizes: Sizes, **more: Any) -> d
         if record.get(name) != value:
             raise ValueError(
                 f"{path}: was made with {name} = {record.get(name)!r}, now it is {value!r}; "
-                "take another folder"
+                "give another folder as --out"
             )
     return record

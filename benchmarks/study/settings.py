@@ -1,4 +1,4 @@
-"""What the study compares, on which sizes."""
+"""The systems that the study compares, and its sizes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 BASELINE = "ntp"
 SEEDS = (0, 1, 2, 3, 4)
-# The learning rate is chosen on this one, which the study itself does not have.
+# The learning rate is chosen on this seed, which the study itself does not have.
 SEARCH_SEED = 1000
 # Which halves the partition's names stand for: as `sftmix split --by` takes them.
 MEDIAN, RANDOM, REVERSED = "confidence", "random", "reversed"
@@ -33,7 +33,7 @@ class Sizes:
 
     @property
     def base_examples(self) -> int:
-        """As many as the base model's steps take in one epoch."""
+        """Return as many as the base model's steps take in one epoch."""
         return self.base_steps * self.batch_size
 
 
@@ -76,8 +76,6 @@ SYSTEMS = {
     ),
     "rank": System("SFTMix, pairs by rank", {"pairing": "rank"}),
     "lam-batch": System("SFTMix, one lam a batch", {"lambda_scope": "batch"}),
-    "mu-warmup": System("SFTMix, mu rising", {"mu_schedule": "linear_warmup"}),
-    "mu-cosine": System("SFTMix, mu falling", {"mu_schedule": "cosine"}),
 }
 # The paper's, with controls of its partition and of the batches' order.
 FIRST = tuple(SYSTEMS)[:8]

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from benchmarks.result_file import Results
+from benchmarks.settings import Settings
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
@@ -17,9 +20,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_worker() -> Iterator[None]:
-    """pytest-benchmark measures nothing where its environment says that pytest-xdist is at work."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.delenv("PYTEST_XDIST_WORKER", raising=False)
-        yield
+@pytest.fixture
+def results() -> Results:
+    """Return results of a quick run on the CPU, which are not saved."""
+    return Results("any", Settings(quick=True))

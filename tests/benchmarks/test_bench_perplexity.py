@@ -3,64 +3,53 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bench_scoring, perplexity_providers
-from benchmarks.bench_online_softmax import (
-    CHUNKS,
+from benchmarks import bench_scoring, perplexity_providers, suites
+from benchmarks.bench_online_softmax import CHUNKS, Chunk, measure_folds
+from benchmarks.bench_perplexity import measure_whole, size_of
+from benchmarks.measure import SuiteError
+from benchmarks.perplexity_providers import Tokens, dense, make_fold, make_tokens, providers
+from benchmarks.records import (
+    BARE_CALL,
+    BARE_CHUNKS,
+    COPY,
+    DENSE_PERPLEXITY,
+    FOLD,
     FOLD_OPERATIONS,
     FOLD_SOFTCAP,
     IN_CACHE,
     IN_HBM,
     IN_HBM_CHUNK,
     IN_L2,
-    Chunk,
-    measure_folds,
-)
-from benchmarks.bench_perplexity import EVERYONE, measure_whole, size_of
-from benchmarks.bench_row_chunks import COPY
-from benchmarks.group import Group
-from benchmarks.measure import SuiteError
-from benchmarks.perplexity_providers import (
-    BARE_CHUNKS,
-    DENSE,
-    FOLD,
-    ONE_PRODUCT,
     OPERATIONS,
-    OURS,
-    Tokens,
-    dense,
-    make_fold,
-    make_tokens,
-    providers,
+    SCORE,
+    SCORE_BACKBONE,
+    SCORE_FORWARD,
+    SCORE_LOOP,
+    SCORE_MEANS,
+    STREAMING,
+    TORCH_PERPLEXITY,
 )
+from benchmarks.result_file import Results
 from benchmarks.settings import Settings
 from sftmix_kernels.build import build_info
 
-ROOT = Path(__file__).parent.parent.parent
 QUICK = Settings(device="cpu", quick=True)
+EVERYONE = {STREAMING, BARE_CHUNKS, BARE_CALL, DENSE_PERPLEXITY, OPERATIONS, TORCH_PERPLEXITY}
 built = pytest.mark.skipif(build_info() is None, reason="the extension is not built")
 
 
-def run(out: Path, *options: str) -> dict[str, Any]:
-    """What a run of the suite on the CPU writes."""
-    command = ["-m", "benchmarks", "run", "perplexity", "--device", "cpu", "--quick"]
-    subprocess.run(
-        [sys.executable, *command, "--threads", "1", "--out", str(out), *options],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+def run(out: Path, data: Path) -> dict[str, Any]:
+    """What a quick run of the suite writes."""
+    settings = Settings(quick=True, threads=1, data=data)
+    with pytest.raises(SystemExit):
+        suites.run_suite("perplexity", settings, out, "")
     report: dict[str, Any] = json.loads((out / "cpu-perplexity-quick.json").read_text())
     return report
 
@@ -71,7 +60,7 @@ def test_a_run_writes_down_everyone_or_why_not(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     rows = [{"question": "one " * (i + 1), "answer": "two " * (2 * i + 1)} for i in range(7)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = run(tmp_path, "--data", str(data))
+    report = run(tmp_path, data)
     assert report["failed"] == {}
     found: dict[str, dict[str, Any]] = {}
     for record in report["records"]:
@@ -82,14 +71,14 @@ def test_a_run_writes_down_everyone_or_why_not(tmp_path: Path) -> None:
 
     whole = found["perplexity"]
     missing = {who for who in EVERYONE if f"{who}, perplexity" in report["left_out"]}
-    assert whole.keys() == set(EVERYONE) - missing
-    assert ONE_PRODUCT in missing
-    assert {OURS, BARE_CHUNKS, DENSE, OPERATIONS} <= whole.keys()
-    assert whole[OURS]["operations"] == 2 * 256 * 64 * 1003
-    assert whole[OURS]["case"] == "tiny, N = 256"
-    assert whole[OURS]["loss_error"] > 0
+    assert whole.keys() == EVERYONE - missing
+    assert BARE_CALL in missing
+    assert {STREAMING, BARE_CHUNKS, DENSE_PERPLEXITY, OPERATIONS} <= whole.keys()
+    assert whole[STREAMING]["operations"] == 2 * 256 * 64 * 1003
+    assert whole[STREAMING]["case"] == "tiny, N = 256"
+    assert whole[STREAMING]["loss_error"] > 0
     # Nothing is kept of a bare product: what it allocates is what ours allocates for the same.
-    assert 0 < whole[BARE_CHUNKS]["peak_bytes"] <= whole[OURS]["peak_bytes"]
+    assert 0 < whole[BARE_CHUNKS]["peak_bytes"] <= whole[STREAMING]["peak_bytes"]
 
     kinds = [chunk.kind for chunk in CHUNKS["cpu"]]
     assert kinds == ["float32", "bfloat16", "float16", "float32, softcap and bias"]
@@ -101,21 +90,19 @@ def test_a_run_writes_down_everyone_or_why_not(tmp_path: Path) -> None:
     assert one["ours"]
     assert "loss_error" not in folds[f"{FOLD_OPERATIONS}, bfloat16"]
 
-    assert found["scoring"].keys() == set(bench_scoring.WAYS)
-    score = found["scoring"][bench_scoring.OURS]
+    assert found["scoring"].keys() == {
+        SCORE,
+        SCORE_FORWARD,
+        SCORE_BACKBONE,
+        SCORE_LOOP,
+        SCORE_MEANS,
+    }
+    score = found["scoring"][SCORE]
     assert (score["examples"], score["distinct_examples"]) == (24, 7)
     assert score["tokens"] > score["response_tokens"] > 0
     assert score["difference"] <= bench_scoring.AGREE
     assert score["data"] == "data.jsonl"
-    assert [name for name, way in found["scoring"].items() if way["ours"]] == [bench_scoring.OURS]
-
-
-def test_without_datasets_scoring_is_left_out_with_the_reason(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(pytest.skip.Exception, match="could not import 'datasets'"):
-        bench_scoring.measure_scoring(QUICK)
+    assert [name for name, way in found["scoring"].items() if way["ours"]] == [SCORE]
 
 
 def test_every_provider_finds_the_reference() -> None:
@@ -123,33 +110,35 @@ def test_every_provider_finds_the_reference() -> None:
     calls, left_out = providers()
     assert len(calls) + len(left_out) == 4
     for name, call in calls.items():
-        if name == OURS and build_info() is None:
+        if name == STREAMING and build_info() is None:
             continue
         checked = perplexity_providers.check(call, x)
         assert checked.holds, (name, checked.says)
 
 
 @pytest.mark.parametrize("factor", [1.0001, float("nan")])
-def test_a_provider_that_is_wrong_gets_no_time(factor: float) -> None:
+def test_a_provider_that_is_wrong_gets_no_time(factor: float, results: Results) -> None:
     def wrong(x: Tokens) -> Tensor:
         return dense(x) * factor
 
     def raises(x: Tokens) -> Tensor:
         raise ValueError("no such dtype")
 
-    group = measure_whole(QUICK, size_of(QUICK), {"wrong": wrong, "raises": raises}, {})
-    assert group.samples.keys() == {BARE_CHUNKS}
-    assert not group.failed
-    assert "FAILED SuiteError: losses are over the error budget" in group.left_out["wrong"]
-    assert group.left_out["raises"] == "FAILED ValueError: no such dtype"
+    measure_whole(QUICK, size_of(QUICK), {"wrong": wrong, "raises": raises}, results)
+    assert providers_of(results) == {BARE_CHUNKS}
+    assert not results.report["failed"]
+    left_out = results.report["left_out"]
+    said = "FAILED SuiteError: losses are over the error budget"
+    assert said in left_out["wrong, perplexity"]
+    assert left_out["raises, perplexity"] == "FAILED ValueError: no such dtype"
 
 
 @built
-def test_ours_that_is_wrong_fails() -> None:
-    calls = {OURS: lambda x: dense(x) * 1.0001, DENSE: dense}
-    group = measure_whole(QUICK, size_of(QUICK), calls, {})
-    assert group.samples.keys() == {BARE_CHUNKS, DENSE}
-    assert "error budget" in group.failed[OURS]
+def test_ours_that_is_wrong_fails(results: Results) -> None:
+    calls = {STREAMING: lambda x: dense(x) * 1.0001, DENSE_PERPLEXITY: dense}
+    measure_whole(QUICK, size_of(QUICK), calls, results)
+    assert providers_of(results) == {BARE_CHUNKS, DENSE_PERPLEXITY}
+    assert "error budget" in results.report["failed"][f"{STREAMING}, perplexity"]
 
 
 def test_a_provider_that_mixes_examples_up_is_caught() -> None:
@@ -161,57 +150,57 @@ def test_a_provider_that_mixes_examples_up_is_caught() -> None:
     assert not perplexity_providers.check(shifted, x).holds
 
 
-class Recorder:
-    """Stands in for a test's request: keeps what was recorded."""
-
-    def __init__(self) -> None:
-        self.node = SimpleNamespace(user_properties=[])
-        self.records: list[tuple[Any, dict[str, Any]]] = []
-
-    def getfixturevalue(self, name: str) -> Any:
-        assert name == "record"
-        return lambda samples, **figures: self.records.append((samples, figures))
+def providers_of(results: Results) -> set[str]:
+    """Return who was timed."""
+    return {record["who"] for record in results.report["records"]}
 
 
-def test_a_group_records_fails_or_says_why_not() -> None:
+def test_what_fails_is_noted_and_only_ours_is_a_failure(results: Results) -> None:
     def fails() -> None:
         raise RuntimeError("no kernel")
 
     def fits_not() -> None:
         raise torch.OutOfMemoryError("tried to allocate 1 TiB\nand more")
 
-    group, recorder = Group({"absent": "not installed"}), Recorder()
-    request: Any = recorder
-    assert group.attempt("right", lambda: 3, ours=True) == 3
-    group.add("right", [1.0, 2.0], who="right")
-    assert group.attempt("ours", fails, ours=True) is None
-    assert group.attempt("other", fails, ours=False) is None
-    assert group.attempt("large", fits_not, ours=True) is None
-    group.write("right", "right, perplexity", request)
-    assert recorder.records == [([1.0, 2.0], {"who": "right"})]
-    assert recorder.node.user_properties == [("name", "right, perplexity")]
-    with pytest.raises(pytest.fail.Exception, match="RuntimeError: no kernel"):
-        group.write("ours", "ours", request)
-    reasons = {
+    assert results.attempt("right", lambda: 3, ours=True) == 3
+    assert results.attempt("ours", fails, ours=True) is None
+    assert results.attempt("other", fails, ours=False) is None
+    assert results.attempt("large", fits_not, ours=True) is None
+    results.leave_out({"absent": "not installed"})
+    assert results.report["failed"] == {"ours": "RuntimeError: no kernel"}
+    assert results.report["left_out"] == {
         "other": "FAILED RuntimeError: no kernel",
-        "large": "does not fit: tried to allocate 1 TiB$",
+        "large": "does not fit: tried to allocate 1 TiB",
         "absent": "not installed",
     }
-    for name, reason in reasons.items():
-        with pytest.raises(pytest.skip.Exception, match=reason):
-            group.write(name, name, request)
+
+
+def test_times_are_written_with_their_quartiles(
+    results: Results, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results.add_times([4.0, 1.0, 2.0, 3.0, 5.0], who="right")
+    results.add_times([2.0], who="once")
+    times = [{n: r[n] for n in ("q1", "median", "q3", "rounds")} for r in results.report["records"]]
+    assert times == [
+        {"q1": 2, "median": 3, "q3": 4, "rounds": 5},
+        {"q1": 2, "median": 2, "q3": 2, "rounds": 1},
+    ]
+    assert "3.00 s (2.00 s to 4.00 s): right" in capsys.readouterr().out
 
 
 @built
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_fold_is_checked(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fold_is_checked(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, results: Results
+) -> None:
     fold = make_fold(300, 101, dtype, softcap=30.0, bias=True)
     assert fold.check().holds
     monkeypatch.setattr(perplexity_providers.Fold, "compiled", lambda self: None)
     assert not fold.check().holds
-    group = measure_folds(Chunk(IN_CACHE, str(dtype).removeprefix("torch.")), QUICK)
-    assert group.samples.keys() == {FOLD_OPERATIONS}
-    assert "error budget" in group.failed[FOLD]
+    chunk = Chunk(IN_CACHE, str(dtype).removeprefix("torch."))
+    measure_folds(chunk, QUICK, results)
+    assert providers_of(results) == {FOLD_OPERATIONS}
+    assert "error budget" in results.report["failed"][f"{FOLD}, {chunk.name}"]
 
 
 @built
@@ -223,24 +212,31 @@ def test_the_fold_is_checked(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
         (IN_L2, {FOLD, FOLD_SOFTCAP}),
     ],
 )
-def test_a_copy_moves_twice_the_bytes_of_a_fold(place: str, who: set[str]) -> None:
-    group = measure_folds(Chunk(place, "float16"), QUICK)
-    assert group.samples.keys() == who
-    assert {name: row["bytes"] for name, row in group.figures.items()} == {
+def test_a_copy_moves_twice_the_bytes_of_a_fold(
+    place: str, who: set[str], results: Results
+) -> None:
+    measure_folds(Chunk(place, "float16"), QUICK, results)
+    found = {record["who"]: record for record in results.report["records"]}
+    assert {name: record["bytes"] for name, record in found.items()} == {
         name: 2 * 256 * 1003 * (2 if name == COPY else 1) for name in who
     }
-    assert group.figures[FOLD_SOFTCAP]["kind"] == "float16, softcap"
-    assert [row["ours"] for row in group.figures.values()] == [n != COPY for n in group.figures]
+    assert found[FOLD_SOFTCAP]["kind"] == "float16, softcap"
+    assert [record["ours"] for record in found.values()] == [name != COPY for name in found]
 
 
-def test_without_the_extension_ours_fails_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extension_ours_fails_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, results: Results
+) -> None:
     monkeypatch.setattr(perplexity_providers, "build_info", lambda: None)
-    whole = measure_whole(QUICK, size_of(QUICK), {OURS: dense, DENSE: dense}, {})
-    assert "is not built" in whole.failed[OURS]
-    assert whole.samples.keys() == {BARE_CHUNKS, DENSE}
-    folds = measure_folds(Chunk(IN_CACHE, "float32"), QUICK)
-    assert "is not built" in folds.failed[FOLD]
-    assert folds.samples.keys() == {FOLD_OPERATIONS}
+    calls = {STREAMING: dense, DENSE_PERPLEXITY: dense}
+    measure_whole(QUICK, size_of(QUICK), calls, results)
+    assert providers_of(results) == {BARE_CHUNKS, DENSE_PERPLEXITY}
+    chunk = Chunk(IN_CACHE, "float32")
+    measure_folds(chunk, QUICK, results)
+    assert providers_of(results) == {BARE_CHUNKS, DENSE_PERPLEXITY, FOLD_OPERATIONS}
+    failed = results.report["failed"]
+    assert failed.keys() == {f"{STREAMING}, perplexity", f"{FOLD}, {chunk.name}"}
+    assert all("is not built" in reason for reason in failed.values())
 
 
 def test_an_extension_without_cuda_does_not_do_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

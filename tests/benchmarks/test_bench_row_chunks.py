@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.bench_row_chunks import PAIR_ROWS, SOFT_ROWS, RowKernels
+from benchmarks.bench_row_chunks import RowKernels
 from benchmarks.measure import SuiteError
+from benchmarks.records import PAIR_ROWS, SOFT_ROWS
 
 pytestmark = pytest.mark.interpret
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bench_tuning
-from benchmarks.bench_row_chunks import PAIR_ROWS, PASSES
+from benchmarks import bench_tuning, suites
+from benchmarks.bench_row_chunks import PASSES
 from benchmarks.bench_tuning import (
     LAUNCH,
     launch_name,
@@ -27,11 +24,12 @@ from benchmarks.bench_tuning import (
     workspaces,
 )
 from benchmarks.perplexity_providers import Tokens, chunks_of_logits, make_tokens, ours
+from benchmarks.records import PAIR_ROWS
+from benchmarks.result_file import Results
 from benchmarks.settings import Settings
 from sftmix_kernels import perplexity
 from sftmix_kernels.build import build_info
 
-ROOT = Path(__file__).parent.parent.parent
 QUICK = Settings(device="cpu", quick=True)
 # Room for 128 rows of 16 float32 columns.
 ROOM = 128 * 16 * 4
@@ -70,19 +68,22 @@ class HostRows:
         pass
 
 
-def test_a_wrong_launch_fails_and_constants_are_taken_back() -> None:
+def test_a_wrong_launch_fails_and_constants_are_taken_back(results: Results) -> None:
     row_chunks = pytest.importorskip("sftmix_kernels.triton.row_chunks")
     before = [getattr(row_chunks, name) for name in LAUNCH]
     right, wrong = (1024, 4, 3, 64), (4096, 16, 6, 128)
     kernels: Any = HostRows(wrong=4096)
-    group = measure_launches(kernels, [right, wrong], QUICK)
+    measure_launches(kernels, [right, wrong], QUICK, results)
     assert {right, wrong} <= set(kernels.seen)
-    assert group.samples.keys() == {launch_name(right)}
-    assert "AssertionError" in group.failed[launch_name(wrong)]
+    assert [record["who"] for record in results.report["records"]] == [launch_name(right)]
+    failed = results.report["failed"]
+    assert "AssertionError" in failed[f"{PAIR_ROWS} launch, {launch_name(wrong)}"]
     assert [getattr(row_chunks, name) for name in LAUNCH] == before
 
 
-def test_share_of_copy_counts_the_bytes_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_share_of_copy_counts_the_bytes_of_each(
+    monkeypatch: pytest.MonkeyPatch, results: Results
+) -> None:
     pytest.importorskip("sftmix_kernels.triton.row_chunks")
 
     def samples(steps: dict[str, Any], *_: object) -> dict[str, list[float]]:
@@ -91,7 +92,8 @@ def test_share_of_copy_counts_the_bytes_of_each(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(bench_tuning, "interleaved_samples", samples)
     launch = (1024, 4, 5, 128)
     kernels: Any = HostRows(wrong=0)
-    figures = measure_launches(kernels, [launch], QUICK).figures[launch_name(launch)]
+    measure_launches(kernels, [launch], QUICK, results)
+    (figures,) = results.report["records"]
     assert PASSES[PAIR_ROWS] == 3
     assert figures["share"] == 1.0
     assert figures["what"] == "pair_rows_ launch"
@@ -127,29 +129,27 @@ def test_another_workspace_gives_the_same_perplexities_and_is_taken_back() -> No
 
 
 @built
-def test_a_workspace_that_changes_perplexities_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_workspace_that_changes_perplexities_fails(
+    monkeypatch: pytest.MonkeyPatch, results: Results
+) -> None:
     x, call = make_tokens(300, 8, 50), partial(ours)
 
     def wrong(x: Tokens, vocab_chunk: int = 50) -> Tensor:
         return call(x, vocab_chunk) * (1.01 if vocab_chunk == 16 else 1.0)
 
     monkeypatch.setattr(bench_tuning, "ours", wrong)
-    group = measure_workspaces(x, [(8, 16), (8, 32)], QUICK)
-    assert group.samples.keys() == {workspace_name((8, 32))}
-    assert "differ by" in group.failed[workspace_name((8, 16))]
-    assert group.figures[workspace_name((8, 32))]["share"] > 0
+    measure_workspaces(x, [(8, 16), (8, 32)], QUICK, results)
+    (record,) = results.report["records"]
+    assert record["who"] == workspace_name((8, 32))
+    assert record["share"] > 0
+    failed = results.report["failed"]
+    assert "differ by" in failed[f"perplexity workspace, {workspace_name((8, 16))}"]
 
 
 def run(out: Path, device: str, suite: str) -> dict[str, Any]:
     """What a quick run writes."""
-    command = ["-m", "benchmarks", "run", suite, "--device", device, "--quick", "--threads", "1"]
-    subprocess.run(
-        [sys.executable, *command, "--out", str(out)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    with pytest.raises(SystemExit):
+        suites.run_suite(suite, Settings(device, quick=True, threads=1), out, "")
     report: dict[str, Any] = json.loads((out / f"{device}-{suite}-quick.json").read_text())
     assert report["failed"] == {}
     return report
@@ -161,7 +161,7 @@ def test_a_run_on_the_cpu_searches_workspaces_alone(tmp_path: Path) -> None:
     names = {workspace_name(one) for one in workspaces(1003, 4)}
     assert {record["who"] for record in report["records"]} == names
     assert {record["what"] for record in report["records"]} == {"perplexity workspace"}
-    assert report["left_out"] == {"test_launch[all]": "Triton kernels need a CUDA device"}
+    assert report["left_out"] == {"pair_rows_ launch": "Triton kernels need a CUDA device"}
 
 
 @pytest.mark.gpu

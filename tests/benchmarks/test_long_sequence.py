@@ -13,23 +13,25 @@ import torch
 
 from benchmarks.long_sequence import runs, worker
 from benchmarks.long_sequence.__main__ import main
-from benchmarks.long_sequence.findings import Results, read, targets
 from benchmarks.long_sequence.loss import loss_workspace
-from benchmarks.long_sequence.report import BEGIN, END, markdown, write
-from benchmarks.long_sequence.search import Bounds, largest, step_of
+from benchmarks.long_sequence.report import BEGIN, END, Results, markdown, read, targets, write
+from benchmarks.long_sequence.runs import beyond, bounds, searched
 from benchmarks.long_sequence.settings import (
     CPU,
     CUDA,
+    DONE,
     LEAN,
     MODES,
+    NO_MEMORY,
     QUICK_SUBJECT,
     SUBJECTS,
     Task,
     modes_of,
 )
 from benchmarks.long_sequence.step import train_pair
-from benchmarks.long_sequence.worker import DONE, NO_MEMORY, OutOfTime
+from benchmarks.long_sequence.worker import OutOfTime
 from benchmarks.measure import SuiteError
+from sftmix.plan.search import GRID, step_of
 from sftmix_kernels import RowChunks
 
 # PEFT reads transformers' old name for activation checkpointing.
@@ -90,37 +92,52 @@ def test_the_losss_workspace_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("slope", [1000, 137.5])
-@pytest.mark.parametrize("budget", [3e6, 50e6, 100e6])
-@pytest.mark.parametrize("known", [{}, {1024: 0.0, 2048: 0.0}])
+@pytest.mark.parametrize("budget", [3_000_000, 50_000_000, 100_000_000])
+@pytest.mark.parametrize("known", [(), (1024, 2048)])
 @pytest.mark.parametrize("silent", [True, False])
 def test_the_largest_length_is_found_in_few_measurements(
-    slope: float, budget: float, known: dict[int, float], silent: bool
+    slope: float, budget: int, known: tuple[int, ...], silent: bool
 ) -> None:
     calls: list[int] = []
 
-    def peak(length: int) -> float:
-        return 2e6 + slope * length * (1 + length / 1e7)
-
-    def measure(length: int) -> float | None:
-        calls.append(length)
-        found = peak(length)
-        return None if silent and found > budget else found
+    def peak(length: int) -> int:
+        return int(2e6 + slope * length * (1 + length / 1e7))
 
     peaks = {length: peak(length) for length in known if peak(length) <= budget}
-    found = largest(measure, peaks, None, budget, start=4096)
-    assert not found.note
-    assert found.fails is not None
-    assert peak(found.fits) <= budget < peak(found.fails)
-    assert found.fails - found.fits <= step_of(found.fits)
+
+    def measure(length: int) -> int:
+        calls.append(length)
+        found = peak(length)
+        peaks[length] = beyond(peaks, length, budget) if silent and found > budget else found
+        return peaks[length]
+
+    assert searched(measure, peaks, budget, 4096) == ""
+    fits, fails = bounds(peaks, budget)
+    assert fails is not None
+    assert peak(fits) <= budget < peak(fails)
+    assert fails - fits // GRID * GRID <= step_of(fits)
     assert len(calls) == len(set(calls)) <= 12
 
 
 def test_a_search_says_what_it_did_not_reach() -> None:
-    def out_of_time(length: int) -> float:
-        raise OutOfTime("not begun")
+    def out_of_time(length: int) -> int:
+        raise OutOfTime(f"{length}: not begun")
 
-    assert largest(out_of_time, {64: 1.0}, 256, 10.0, 64) == Bounds(64, 256, "128: not begun")
-    assert largest(lambda length: None, {}, None, 10.0, 512) == Bounds(0, 64)
+    peaks = {512: 1, 2048: 11}
+    assert searched(out_of_time, peaks, 10, 64) == "1792: not begun"
+    assert bounds(peaks, 10) == (512, 2048)
+    assert bounds({512: 1}, 10) == (512, None)
+
+
+def test_nothing_fits_where_the_shortest_length_does_not() -> None:
+    peaks: dict[int, int] = {}
+
+    def no_memory(length: int) -> int:
+        peaks[length] = beyond(peaks, length, 10_000)
+        return peaks[length]
+
+    assert searched(no_memory, peaks, 10_000, 512) == ""
+    assert bounds(peaks, 10_000) == (0, 256)
 
 
 def fake_measure(tokens: dict[str, int]) -> Callable[[Task, float], dict[str, Any]]:
@@ -174,10 +191,10 @@ def test_a_run_is_saved_and_gone_on_with(
     (one,) = read(tmp_path)
     lean = one.largest("lean")
     assert lean is not None
-    assert (lean["length"], lean["fails"]) == (256, 320)
+    assert (lean["length"], lean["fails"]) == (256, 512)
     assert "| dense SFTMix | 64 | no memory | no memory |" in markdown([one], [])
     assert "| lean | 64 | 128 | 256 |" in markdown([one], [])
-    assert "| lean | 256 | 320 |" in markdown([one], [])
+    assert "| lean | 256 | 512 |" in markdown([one], [])
     assert main([*WORDS[:-1], "other", *TWO, "--out", str(tmp_path)]) == 2
     assert "was made with commit = 'abc', now it is 'other'" in capsys.readouterr().err
 

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.__main__ import SUITES, main
+from benchmarks import suites
+from benchmarks.__main__ import main
 from benchmarks.result_file import Results
 from benchmarks.settings import Settings
+from benchmarks.suites import SUITES
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "benchmarks/gpu.sh"
@@ -36,8 +38,8 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = ("--device", "cpu", "--quick", "--threads", "1", "--commit", "abc")
     done = run("run", "loss", *options, "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "sftmix_loss[" in done.stdout
-    assert "rounds" in done.stdout.lower()
+    said = "forward + backward, tiny, N = 256, trained-like, NTP + Mixup, sftmix, row_chunks"
+    assert f"): {said}\n" in done.stdout
     return out
 
 
@@ -106,48 +108,63 @@ def test_a_suite_that_fails_does_not_stop_the_next(
 ) -> None:
     calls = []
 
-    def fails(call: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        calls.append(call)
-        return subprocess.CompletedProcess(call, len(calls) == 1)
+    def fails(suite: str, *_: Any) -> int:
+        calls.append(suite)
+        return int(suite == "loss")
 
-    monkeypatch.setattr("benchmarks.__main__.subprocess.run", fails)
+    monkeypatch.setattr("benchmarks.__main__.run_apart", fails)
     assert main(["run", "all", "--device", "cpu", "--out", str(tmp_path)]) == 1
-    assert [call[-1] for call in calls] == [str(ROOT)] * 4
+    assert calls == ["loss", "perplexity", "step", "memory"]
     assert "failed: loss" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("only", "benchmarks"), [("memory", ["memory"]), ("not memory", []), ("", ["memory"])]
+)
+def test_benchmarks_are_chosen_by_name(
+    only: str, benchmarks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(suites, "measure", lambda name, *_: ran.append(name))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit) as ended:
+        suites.run_suite("memory", Settings(threads=1), tmp_path, only)
+    assert ended.value.code == 0
+    assert ran == benchmarks
+
+
+def test_a_benchmark_that_is_not_there_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "loss", "--device", "cpu", "--out", str(tmp_path), "-k", "losses"]) == 2
+    assert "-k: expected NAME or 'not NAME', got 'losses'" in capsys.readouterr().err
+
+
 def test_nothing_is_begun_when_the_time_is_over(tmp_path: Path) -> None:
-    options = (
-        "--device",
-        "cpu",
-        "--quick",
-        "--no-peers",
-        "--seconds",
-        "-1",
-        "--out",
-        str(tmp_path),
-    )
-    assert run("run", "loss", *options).returncode == 0
+    settings = Settings(quick=True, peers=False, threads=1, seconds=-1)
+    with pytest.raises(SystemExit) as ended:
+        suites.run_suite("loss", settings, tmp_path, "")
+    assert ended.value.code == 0
     report = json.loads((tmp_path / "cpu-loss-quick.json").read_text())
     assert report["records"] == []
-    assert "out of time" in next(iter(report["left_out"].values()))
+    assert report["left_out"] == {"row_chunks": "out of time", "loss": "out of time"}
 
 
 def test_a_suite_that_needs_what_is_missing_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "datasets.py").write_text("raise ModuleNotFoundError(\"no 'datasets'\")\n")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    out = tmp_path / "out"
-    assert run("run", "step", "--device", "cpu", "--quick", "--out", str(out)).returncode == 0
-    report = json.loads((out / "cpu-step-quick.json").read_text())
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SystemExit) as ended:
+        suites.run_suite("step", Settings(quick=True, threads=1), tmp_path, "")
+    assert ended.value.code == 0
+    report = json.loads((tmp_path / "cpu-step-quick.json").read_text())
     assert report["records"] == []
-    assert report["left_out"] == {"bench_step.py": "datasets is not installed"}
+    assert report["left_out"] == {"step": "datasets is not installed"}
 
 
 def test_every_benchmark_is_in_a_suite() -> None:
     files = {file.stem for file in (ROOT / "benchmarks").glob("bench_*.py")}
-    assert files == {name for names in SUITES.values() for name in names}
+    assert files == {f"bench_{name}" for names in SUITES.values() for name in names}
 
 
 def test_results_are_saved_as_they_come_and_whole(tmp_path: Path) -> None:
@@ -204,6 +221,13 @@ def test_a_part_that_fails_does_not_stop_the_next(
     assert (f"--device {device}" in log) == ("plot" in parts)
     assert ("--quick" in log) == ("plot" in parts and device == "cpu")
     assert len(list(out.iterdir())) <= 8
+
+
+def test_the_tests_of_the_script_are_there() -> None:
+    (rooms,) = re.findall(r"tests/sftmix/\{(.*)\}\.py", SCRIPT.read_text())
+    for name in rooms.split(","):
+        file = ROOT / f"tests/sftmix/{name}.py"
+        assert "pytest.mark.gpu" in file.read_text(), name
 
 
 def test_carried_wheels_are_installed_aside(failing_python: Path, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import benchmarks.measure
-from benchmarks.measure import facts, interleaved_samples, peak_extra_bytes
+from benchmarks.measure import facts, interleaved_samples
+from tools.peak_memory import peak_extra_bytes
 
 
 class Clock:

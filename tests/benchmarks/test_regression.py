@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import targets as names
+from benchmarks import records as names
 from benchmarks.regression import Interval, compare, differences, print_comparison, verdict
 
 Report = dict[str, Any]

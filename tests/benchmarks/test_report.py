@@ -10,23 +10,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks import (
-    bench_online_softmax,
-    bench_row_chunks,
-    bench_scoring,
-    peers,
-    perplexity_providers,
-    providers,
-    race,
-    step_methods,
-)
-from benchmarks import targets as names
-from benchmarks.readme import BEGIN, END, NO_GPU, duration, readme_block, replace_block
+from benchmarks import records as names
+from benchmarks.readme import BEGIN, END, NO_GPU, readme_block
 from benchmarks.report import markdown
+from benchmarks.tables import duration, replace_block
 from benchmarks.targets import Target, targets
 
 HEADLINE, OTHER = "small, N = 8, trained-like", "small, N = 8, random"
-TORCH = "torch linear_cross_entropy, chunked"
 Report = dict[str, Any]
 
 
@@ -71,7 +61,7 @@ def cpu_loss() -> Report:
         loss(names.BOTH, names.ROW_CHUNKS, 1.2, 2 * 2**20),
         loss(names.BOTH, names.DENSE, 2.0, 10 * 2**20),
         loss(names.NTP, names.ROW_CHUNKS, 1.0),
-        loss(names.NTP, TORCH, 1.5),
+        loss(names.NTP, names.TORCH, 1.5),
         loss(names.NTP, names.BARE, 0.8, None, ours=False),
         # Not the headline: no target is about it.
         loss(names.BOTH, names.ROW_CHUNKS, 50.0, case=OTHER, inputs="random"),
@@ -276,7 +266,7 @@ def test_readme_block_is_short_and_has_the_headline() -> None:
     pictures = [Path("benchmarks/results/cpu-loss.svg"), "benchmarks/results/cuda-memory.svg"]
     block = readme_block([cpu_loss(), perplexity("cpu"), steps()], pictures)
     assert "| **sftmix, row_chunks** | 1.20 s | 0.60 | 2 | 1.00 s | 1.25 | 1 |" in block
-    assert f"| {TORCH} | - | - | - | 1.50 s | 1.88 | 1 |" in block
+    assert f"| {names.TORCH} | - | - | - | 1.50 s | 1.88 | 1 |" in block
     assert "| bare matrix products | - | - | - | 800 ms | 1.00 | - |" in block
     assert "| **streaming_perplexity** | 1.00 s | 0.25 | " in block
     assert "1.03 of an NTP step for 1M, 4 x 32 (1.03 s and 1.00 s)" in block
@@ -316,9 +306,9 @@ def test_durations(seconds: float, text: str) -> None:
 
 def test_replace_block() -> None:
     text = f"# Title\n{BEGIN}\nold\n{END}\nend\n"
-    once = replace_block(text, "new\n\nlines\n")
+    once = replace_block(text, "new\n\nlines\n", BEGIN, END)
     assert once == f"# Title\n{BEGIN}\nnew\n\nlines\n{END}\nend\n"
-    assert replace_block(once, "new\n\nlines\n") == once
+    assert replace_block(once, "new\n\nlines\n", BEGIN, END) == once
 
 
 @pytest.mark.parametrize(
@@ -328,7 +318,7 @@ def test_replace_block() -> None:
 )  # fmt: skip
 def test_replace_block_says_what_is_missing(text: str, missing: str) -> None:
     with pytest.raises(ValueError, match="expected the line") as error:
-        replace_block(text, "block")
+        replace_block(text, "block", BEGIN, END)
     assert missing in str(error.value)
 
 
@@ -358,41 +348,3 @@ def test_names_at_the_ends_of_lines_are_kept_apart() -> None:
     gaps = [above - below for below, above in itertools.pairwise(found)]
     assert all(gap > 0.099 for gap in gaps)
     assert found[0] == 0.1
-
-
-def test_names_are_those_that_the_suites_write() -> None:
-    """The report needs neither PyTorch nor the suites, and so has the names once more."""
-    here = {name: value for name, value in vars(names).items() if isinstance(value, str)}
-    written = {
-        providers: (
-            "NTP",
-            "MIXUP",
-            "BOTH",
-            "ROW_CHUNKS",
-            "VOCAB_TILES",
-            "FILTERED",
-            "DENSE",
-            "BARE",
-        ),
-        perplexity_providers: ("BARE_CHUNKS", "FOLD"),
-        bench_online_softmax: ("FOLD_OPERATIONS", "IN_HBM", "IN_L2"),
-        bench_row_chunks: ("COPY", "PAIR_ROWS"),
-        race: ("FORWARD",),
-    }
-    for module, same_names in written.items():
-        for name in same_names:
-            assert here[name] == getattr(module, name), name
-    others = {
-        "TORCH": peers.TORCH_CHUNKED,
-        "STEP": race.BACKWARD,
-        "STREAMING": perplexity_providers.OURS,
-        "BARE_CALL": perplexity_providers.ONE_PRODUCT,
-        "DENSE_PERPLEXITY": perplexity_providers.DENSE,
-        "SCORE": bench_scoring.OURS,
-        "SCORE_FORWARD": bench_scoring.FORWARD,
-        "SCORE_LOOP": bench_scoring.LOOP,
-        "OUR_SFTMIX": step_methods.OURS,
-        "OUR_NTP": step_methods.OURS_NTP,
-        "THEIR_NTP": step_methods.DENSE_NTP,
-    }
-    assert {name: here[name] for name in others} == others

@@ -12,17 +12,20 @@ from torch import Tensor
 from transformers.models.llama import modeling_llama
 
 import sftmix.training.objective
-from benchmarks.group import Group
+from benchmarks.records import (
+    LIGER_NTP,
+    OUR_NTP,
+    OUR_SFTMIX,
+    OUR_TILES,
+    THEIR_NTP,
+    THEIR_SFTMIX,
+)
+from benchmarks.result_file import Results
+from benchmarks.settings import Settings
 from benchmarks.step_methods import (
-    DENSE,
-    DENSE_NTP,
-    LIGER,
     LIMITS,
     MODELS,
     MU,
-    OURS,
-    OURS_NTP,
-    OURS_TILES,
     QUICK,
     check,
     difference,
@@ -37,14 +40,14 @@ from benchmarks.step_methods import (
 )
 from sftmix_kernels import fused_sftmix_loss, reference
 
-ON_CPU = {OURS, OURS_NTP, DENSE, DENSE_NTP}
+ON_CPU = {OUR_SFTMIX, OUR_NTP, THEIR_SFTMIX, THEIR_NTP}
 TINY = QUICK._replace(vocab_size=64, hidden_size=16, intermediate_size=24, length=16)
 TIED = TINY._replace(tie_word_embeddings=True)
 
 
 @pytest.mark.parametrize("size", [TINY, TIED], ids=["untied", "tied"])
-def test_every_method_agrees_with_the_dense_one(size: Any) -> None:
-    found = check(size, "cpu", Group())
+def test_every_method_agrees_with_the_dense_one(size: Any, results: Results) -> None:
+    found = check(size, "cpu", results)
     assert found.keys() == ON_CPU
     assert all(far <= limit(name, "cpu") for name, far in found.items()), found
 
@@ -60,8 +63,8 @@ def test_the_dense_one_is_the_reference(tmp_path: Path) -> None:
     ntp = reference.cross_entropy(hidden[batch["rows"]], weight, batch["targets"])
     c, u = batch["pair_c"], batch["pair_u"]
     mixup = reference.mixup_loss(hidden[c], hidden[u], weight, labels[c], labels[u], batch["lam"])
-    torch.testing.assert_close(methods[DENSE].backward(), (ntp + MU * mixup).detach())
-    torch.testing.assert_close(methods[DENSE_NTP].backward(), ntp.detach())
+    torch.testing.assert_close(methods[THEIR_SFTMIX].backward(), (ntp + MU * mixup).detach())
+    torch.testing.assert_close(methods[THEIR_NTP].backward(), ntp.detach())
 
 
 def wrong_mu(*args: Any, **options: Any) -> Any:
@@ -74,11 +77,13 @@ def wrong_gradient(hidden: Tensor, *args: Any, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("wrong", [wrong_mu, wrong_gradient])
-def test_a_wrong_method_is_caught(monkeypatch: pytest.MonkeyPatch, wrong: Any) -> None:
+def test_a_wrong_method_is_caught(
+    monkeypatch: pytest.MonkeyPatch, wrong: Any, results: Results
+) -> None:
     monkeypatch.setattr(sftmix.training.objective, "fused_sftmix_loss", wrong)
-    found = check(TINY, "cpu", Group())
-    assert found[OURS] > limit(OURS, "cpu")
-    assert found[DENSE] == 0
+    found = check(TINY, "cpu", results)
+    assert found[OUR_SFTMIX] > limit(OUR_SFTMIX, "cpu")
+    assert found[THEIR_SFTMIX] == 0
 
 
 def test_what_is_not_a_number_is_no_agreement() -> None:
@@ -100,7 +105,7 @@ def test_steps_train_the_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         after = list(model.parameters())
         assert all(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
         assert all(parameter.grad is None for parameter in after)
-    assert left_out == {OURS_TILES: "needs CUDA", LIGER: "needs CUDA"}
+    assert left_out == {OUR_TILES: "needs CUDA", LIGER_NTP: "needs CUDA"}
     batch = make_batch(TINY, "cpu")
     assert facts == {
         "parameters": model.num_parameters(),
@@ -115,20 +120,20 @@ def test_liger_changes_no_other_method(tmp_path: Path) -> None:
     before = dict(vars(modeling_llama))
     model = make_model(TINY, "cpu")
     methods, _ = make_methods(model, TINY, "cpu", str(tmp_path))
-    expected = loss_and_gradients(model, methods[DENSE_NTP])
+    expected = loss_and_gradients(model, methods[THEIR_NTP])
     args = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
-    liger = liger_method(model, args, methods[DENSE_NTP].batch)
+    liger = liger_method(model, args, methods[THEIR_NTP].batch)
     assert vars(modeling_llama) == before
     assert liger.rope is not modeling_llama.apply_rotary_pos_emb
     assert "Liger" in repr(liger.trainer.model)
-    assert "Liger" not in repr(methods[DENSE_NTP].trainer.model)
-    assert difference(loss_and_gradients(model, methods[DENSE_NTP]), expected) == 0
+    assert "Liger" not in repr(methods[THEIR_NTP].trainer.model)
+    assert difference(loss_and_gradients(model, methods[THEIR_NTP]), expected) == 0
 
 
 @pytest.mark.gpu
 def test_every_method_agrees_on_a_gpu() -> None:
-    found = check(QUICK, "cuda", Group())
-    assert OURS_TILES in found
+    found = check(QUICK, "cuda", Results("step", Settings("cuda")))
+    assert OUR_TILES in found
     assert all(far <= limit(name, "cuda") for name, far in found.items()), found
 
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.measure import peak_extra_bytes
 from sftmix_kernels import RowChunks, fused_cross_entropy, fused_sftmix_loss, reference
 from sftmix_kernels.sftmix_loss import ordered_pairs, sftmix_rows
+from tools.peak_memory import peak_extra_bytes
 
 from .budget import (
     DTYPES,

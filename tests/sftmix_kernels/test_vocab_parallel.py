@@ -14,7 +14,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from benchmarks.measure import peak_extra_bytes
 from sftmix_kernels import (
     RowChunks,
     VocabShard,
@@ -24,6 +23,7 @@ from sftmix_kernels import (
     reference,
 )
 from sftmix_kernels.vocab_parallel import check_bounds
+from tools.peak_memory import peak_extra_bytes
 
 from .budget import (
     Result,

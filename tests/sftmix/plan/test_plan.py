@@ -19,7 +19,6 @@ from transformers import (
     T5Config,
 )
 
-from benchmarks.measure import peak_extra_bytes
 from sftmix.cli import main
 from sftmix.commands.plan import DOES_NOT_FIT
 from sftmix.model.head import HeadAdapter
@@ -34,6 +33,7 @@ from sftmix.recipe.arguments import RunArguments
 from sftmix.recipe.lora import add_lora
 from sftmix.training.config import SFTMixConfig
 from sftmix.training.objective import batch_counts, batch_loss
+from tools.peak_memory import peak_extra_bytes
 
 # PEFT asks for it under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.measure import peak_extra_bytes
 from sftmix_kernels import VocabTiles, fused_cross_entropy, fused_mixup_loss
 from sftmix_kernels.recomputed_loss import every_row_paired, unit_of
 from sftmix_kernels.tile_gradients import BLOCK_P, BLOCK_R, BLOCK_V, groups
@@ -18,6 +17,7 @@ from sftmix_kernels.vocab_tiles import (
     sftmix_tiles,
     sftmix_tiles_backward,
 )
+from tools.peak_memory import peak_extra_bytes
 
 from ..budget import assert_same_bits, check, run
 

@@ -12,9 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.interpreter import tidy_launches
-from benchmarks.measure import peak_extra_bytes
-from benchmarks.providers import BOTH, MIXUP, NTP
 from sftmix_kernels import (
     RowChunks,
     VocabTiles,
@@ -25,7 +22,8 @@ from sftmix_kernels import (
     streaming_perplexity,
 )
 from sftmix_kernels.build import build_info
-from sftmix_kernels.peaks import Shape, peak_bytes, perplexity_peak_bytes
+from sftmix_kernels.peaks import BOTH, MIXUP, NTP, Shape, peak_bytes, perplexity_peak_bytes
+from tools.peak_memory import peak_extra_bytes, tidy_launches
 
 every_task = pytest.mark.parametrize("task", [NTP, MIXUP, BOTH])
 

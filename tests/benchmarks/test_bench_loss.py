@@ -7,28 +7,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import peers
+from benchmarks import bench_loss, peers
+from benchmarks.bench_loss import in_race, race
 from benchmarks.errors import Oracle, step
 from benchmarks.inputs import Inputs, make_inputs, peakedness
 from benchmarks.providers import (
-    BARE,
-    BOTH,
-    COMPILED,
     COMPOSED,
-    DENSE,
     DENSE_LOSSES,
-    FILTERED,
-    NTP,
     OURS,
-    ROW_CHUNKS,
-    TASKS,
-    VOCAB_TILES,
     Products,
     Provider,
     find_providers,
     operations,
 )
-from benchmarks.race import BACKWARD, FORWARD, in_race, run_race
+from benchmarks.records import (
+    BARE,
+    BOTH,
+    COMPILED,
+    DENSE,
+    FILTERED,
+    FORWARD,
+    NTP,
+    ROW_CHUNKS,
+    STEP,
+    TASKS,
+    TORCH,
+    VOCAB_TILES,
+)
+from benchmarks.result_file import Results
 from benchmarks.settings import HEADS, RANDOM, TRAINED, Case, Settings
 
 QUICK = Settings(quick=True)
@@ -82,7 +88,7 @@ def test_a_peer_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_a_provider_that_is_wrong_or_fails_gets_no_time(ours: bool) -> None:
+def test_a_provider_that_is_wrong_or_fails_gets_no_time(ours: bool, results: Results) -> None:
     def wrong(x: Inputs) -> Tensor:
         return 1.1 * hard_labels(x.hidden, x.weight, x.labels)
 
@@ -99,27 +105,48 @@ def test_a_provider_that_is_wrong_or_fails_gets_no_time(ours: bool) -> None:
     losses = {"wrong": wrong, "nan": not_a_number, "raises": raises, "large": too_large}
     bad = [Provider(who, NTP, loss, ours=ours, limit=limit) for who, loss in losses.items()]
     right = Provider("right", NTP, DENSE_LOSSES[NTP], limit=0.02)
-    for measure, group in run_race(TINY, [*bad, right], {"absent": "no GPU"}, QUICK).items():
-        assert group.samples.keys() == {(BARE, NTP), right.key}
-        reasons = group.failed if ours else group.left_out
-        assert reasons["raises", NTP].endswith("RuntimeError: no kernel")
-        assert "relative errors" in reasons["wrong", NTP]
-        assert "relative errors" in reasons["nan", NTP]
-        assert len(group.failed) == (3 if ours else 0)
-        assert group.left_out["large", NTP] == "does not fit: tried to allocate 1 TiB"
-        assert group.left_out["absent", BOTH] == "no GPU"
-        figures = group.figures[right.key]
-        assert figures["relative_error"] < 1e-5
-        assert ("peak_bytes" in figures) == (measure == BACKWARD)
+    race(TINY, [*bad, right], QUICK, results)
+    report = results.report
+    reasons = report["failed" if ours else "left_out"]
+    assert reasons[f"raises, NTP, {TINY.name}"].endswith("RuntimeError: no kernel")
+    assert "relative errors" in reasons[f"wrong, NTP, {TINY.name}"]
+    assert "relative errors" in reasons[f"nan, NTP, {TINY.name}"]
+    assert len(report["failed"]) == (3 if ours else 0)
+    large = report["left_out"][f"large, NTP, {TINY.name}"]
+    assert large == "does not fit: tried to allocate 1 TiB"
+    for measure in (STEP, FORWARD):
+        found = {r["who"]: r for r in report["records"] if r["measure"] == measure}
+        assert found.keys() == {BARE, "right"}
+        assert {record["task"] for record in found.values()} == {NTP}
+        assert found["right"]["relative_error"] < 1e-5
+        assert ("peak_bytes" in found["right"]) == (measure == STEP)
+
+
+def test_a_case_that_does_not_fit_does_not_stop_the_next(
+    monkeypatch: pytest.MonkeyPatch, results: Results
+) -> None:
+    ran = []
+
+    def too_large(case: Case, *_: object) -> None:
+        ran.append(case)
+        if case is TINY:
+            raise torch.OutOfMemoryError("tried to allocate 1 TiB")
+
+    other = Case("tiny", 32)
+    monkeypatch.setattr(bench_loss, "race", too_large)
+    monkeypatch.setattr(Settings, "cases", lambda self: [TINY, other])
+    bench_loss.measure(Settings(quick=True, peers=False), results)
+    assert ran == [TINY, other]
+    assert results.report["left_out"][TINY.name] == "does not fit: tried to allocate 1 TiB"
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
 def test_the_grid_is_for_those_who_hold_no_logits() -> None:
     found, _ = find_providers(Settings("cuda"))
     grid = Case("Llama-3.1-8B", 8192, full=False)
-    names = {(one.who, one.task) for one in found if in_race(one, grid, BACKWARD)}
+    names = {(one.who, one.task) for one in found if in_race(one, grid, STEP)}
     assert (ROW_CHUNKS, BOTH) in names
-    assert (peers.TORCH_CHUNKED, BOTH) not in names
+    assert (TORCH, BOTH) not in names
     assert DENSE not in {who for who, _ in names}
     assert not any(in_race(one, grid, FORWARD) for one in found)
 

@@ -1,0 +1,77 @@
+"""Measure the memory that tensors hold at once, for tests and benchmarks."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+
+def peak_extra_bytes(step: Callable[[], object], device: str = "cpu") -> int:
+    """Return the highest sum of tensor bytes alive at once that ``step`` allocated.
+
+    Its results are included, and every allocation of PyTorch's allocator, inside of registered ops
+    too. On the CPU, scratch memory that a BLAS library takes for itself is not counted, for any
+    provider; on CUDA it is PyTorch's, made once, in the warm-up here.
+    """
+    # What is garbage already must not be freed, and so subtracted, while the step is measured.
+    gc.collect()
+    if device != "cpu":
+        return peak_extra_cuda_bytes(step)
+    # There is one cycle: torch 2.11 warns of events that other cycles would lose.
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
+        kept = step()
+    del kept
+    results = profile.profiler.kineto_results
+    changes = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in results.events()
+        if event.name() == "[memory]"
+    )
+    alive = peak = 0
+    for _, change in changes:
+        alive += change
+        peak = max(peak, alive)
+    return peak
+
+
+def peak_extra_cuda_bytes(step: Callable[[], object]) -> int:
+    """Return `peak_extra_bytes` by the caching allocator's own count, in the step's second run."""
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@contextlib.contextmanager
+def tidy_launches() -> Iterator[None]:
+    """Make Triton's interpreter hold memory as a GPU does: a launch leaves nothing behind.
+
+    The interpreter leaves a launch's tensors in a cycle of references; a GPU holds none. Frozen,
+    all older objects need not be searched for cycles after every launch.
+    """
+    from triton.runtime.interpreter import GridExecutor
+
+    launch = GridExecutor.__call__
+
+    def launch_and_collect(self: GridExecutor, *arguments: object, **options: object) -> None:
+        launch(self, *arguments, **options)
+        gc.collect()
+
+    gc.collect()
+    gc.freeze()
+    # It computes with NumPy, which warns of infinity; a GPU does not.
+    try:
+        with patch.object(GridExecutor, "__call__", launch_and_collect), np.errstate(all="ignore"):
+            yield
+    finally:
+        gc.unfreeze()
