@@ -19,18 +19,21 @@ bench: OUT ?= runs/bench-$(NOW)
 bench-quick: OUT ?= runs/bench-quick-$(NOW)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-isa test-versions lint types bench bench-quick results clean
+.PHONY: help demo test test-quick test-all test-isa test-versions lint format types docs bench \
+	bench-quick results clean
 
 help:
 	@echo "make demo    SFTMix on a small model; results in runs/demo-DATE (OUT=... to choose)"
 	@echo "make test    the tests that this machine can run; make test-all   the slow ones, too"
+	@echo "make test-quick   the losses, partition, collator, methods and config: under a minute"
 	@echo "make test-isa   what computes, capped to plain x86-64, to AVX2, and on the machine's own"
 	@echo "make test-versions   beside the oldest and newest torch, and the newest of Hugging Face"
-	@echo "make lint    ruff and clang-format"
+	@echo "make lint    ruff and clang-format; make format mends what they can"
 	@echo "make types   mypy --strict"
+	@echo "make docs    the site, in site/; dead links and pages without a place fail"
 	@echo "make bench   all benchmarks, with tables and pictures in runs/bench-DATE (OUT=...)"
 	@echo "make bench-quick   at tiny sizes: ratios beside those committed; fails on errors alone"
-	@echo "make results  tables and pictures from committed results, and README's"
+	@echo "make results  tables and pictures on pages, from committed results and the code"
 	@echo "make clean   removes build products and caches; keeps .venv and runs/"
 	@echo "PYTHON=/path/to/python uses that environment and installs nothing"
 
@@ -51,6 +54,15 @@ test: $(READY)
 NOT_SLOW := -m "not slow"
 test-all: $(READY)
 	$(MAKE) --no-print-directory test NOT_SLOW=
+
+# What most changes touch: the losses on the CPU, the partition, the collator, methods, options.
+QUICK := $(addprefix tests/sftmix_kernels/,test_checks.py test_cross_entropy.py \
+		test_mixup_loss.py::test_every_dtype_and_option \
+		test_sftmix_loss.py::test_every_dtype_and_option) \
+	$(addprefix tests/sftmix/,pairs/test_partition.py pairs/test_collator.py \
+		training/test_methods.py recipe/test_config_file.py) tests/test_layers.py
+test-quick: $(READY)
+	$(PYTEST) $(NOT_SLOW) $(QUICK)
 
 # Arithmetic differs by instruction set, and so may what holds by chance. PyTorch's own kernels, and
 # the extension's with them, are capped by the first variable, oneDNN and MKL by the others.
@@ -79,14 +91,33 @@ test-isa-%: $(READY)
 test-versions: $(READY)
 	"$(PYTHON)" tests/versions.py
 
+CLANG_FORMAT = "$(PYTHON)" -c "import clang_format; clang_format.clang_format()"
+CPP := $(foreach e,cpp cu cuh h,$(wildcard csrc/*.$e tests/csrc/*.$e))
+
 lint: $(READY)
 	"$(PYTHON)" -m ruff check .
 	"$(PYTHON)" -m ruff format --check .
-	"$(PYTHON)" -c "import clang_format; clang_format.clang_format()" \
-		--dry-run -Werror $(foreach e,cpp cu cuh h,$(wildcard csrc/*.$e tests/csrc/*.$e))
+	$(CLANG_FORMAT) --dry-run -Werror $(CPP)
+
+format: $(READY)
+	"$(PYTHON)" -m ruff check --fix .
+	"$(PYTHON)" -m ruff format .
+	$(CLANG_FORMAT) -i $(CPP)
 
 types: $(READY)
 	"$(PYTHON)" -m mypy
+
+# An environment of its own with the site's tools: kernels are described from their source.
+DOCS := .venvs/docs
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	"$(SYSTEM_PYTHON)" -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(DOCS)/bin/python -m pip install --quiet -c constraints.txt --group docs
+	touch $@
 
 bench: $(READY)
 	"$(PYTHON)" -m benchmarks run all --out "$(OUT)"
@@ -104,9 +135,10 @@ results: $(READY)
 		--document docs/memory.md
 	"$(PYTHON)" -m benchmarks.half_precision report benchmarks/half_precision/results \
 		--document docs/memory.md
+	"$(PYTHON)" -m tools.architecture
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f sftmix_kernels/*.so $(STAMP)
 	find $(wildcard sftmix sftmix_kernels tests benchmarks) -name __pycache__ -prune -exec rm -rf {} +
 

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from sftmix import demo_data
 from sftmix.cli import as_typed
 from sftmix.data.examples import OnBadRow, load_examples
-from sftmix.runs.failures import OneMessage
+from sftmix.runs.failures import OneMessage, OneSpelling
 from sftmix.templates.chat import PLAIN_TEMPLATE
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -141,7 +141,9 @@ def spellings(name: str) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line of `build_toy_model`; exits with status 2 and a message on wrong input."""
     parser = OneMessage(
-        prog="python -m sftmix.toy", description="Build a small random Llama with its tokenizer."
+        prog="python -m sftmix.toy",
+        description="Build a small random Llama with its tokenizer.",
+        formatter_class=OneSpelling,
     )
     parser.add_argument("--output", required=True, help="a new or empty folder")
     parser.add_argument(

@@ -72,6 +72,7 @@ def test_kernels_import_without_the_training_libraries():
 def _declared() -> dict[str, Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     groups = [project["build-system"]["requires"], project["project"]["dependencies"]]
+    groups += project["dependency-groups"].values()
     groups += project["project"]["optional-dependencies"].values()
     requirements = (Requirement(line) for group in groups for line in group)
     return {canonicalize_name(r.name): r for r in requirements if r.name != "sftmix"}

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main, read_reports
-from benchmarks.readme import BEGIN, END, readme_block
+from benchmarks.readme import BEGIN, END, NO_GPU, readme_block
 from benchmarks.tables import replace_block
-from sftmix.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,53 +26,21 @@ def test_the_ten_lines_run() -> None:
     assert names["weight"].grad.abs().sum() > 0
 
 
-def test_every_file_of_the_tree_exists() -> None:
-    tree = README.split("## Where things are")[1].split("## ")[0]
-    folder = ROOT
-    found = 0
-    for line in tree.splitlines():
-        if match := re.match(r" {4}(\w+)/", line):
-            folder = ROOT / match[1]
-            assert folder.is_dir(), line
-        elif match := re.match(r" {6}((?:[\w/]+(?:\.py)?,? )+) ", line):
-            for name in match[1].replace(",", " ").split():
-                assert (folder / name).exists(), name
-                found += 1
-    assert found > 20
+def test_it_is_one_page() -> None:
+    assert len(README.splitlines()) <= 150
 
 
-@pytest.mark.parametrize("package", ["sftmix", "sftmix_kernels"])
-def test_the_tree_names_every_module(package: str) -> None:
-    tree = README.split("## Where things are")[1].split("## ")[0]
-    modules = [file.name for file in (ROOT / package).glob("[!_]*.py")]
-    assert len(modules) > 10
-    assert [name for name in modules if not re.search(rf"(?<!\w){name}", tree)] == []
-
-
-def test_every_page_of_the_documentation_is_linked() -> None:
-    """And every link leads to a page, and to a heading of it."""
-    pages = {file.name for file in (ROOT / "docs").glob("*.md")}
-    assert pages <= set(re.findall(r"\]\(docs/([\w.]+)", README))
-    for page in (
-        ROOT / "README.md",
-        *(ROOT / "docs").glob("*.md"),
-        *(ROOT / "recipes").glob("*.md"),
-    ):
-        text = page.read_text(encoding="utf-8")
-        for path, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", text):
-            target = page.parent / path if path else page
-            assert target.exists(), (page.name, path)
-            if heading:
-                titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
-                anchors = {
-                    re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles
-                }
-                assert heading in anchors, (page.name, path, heading)
-
-
-def test_every_command_is_shown() -> None:
-    for command in COMMANDS:
-        assert re.search(rf"(sftmix|make) {command}\b", README), command
+def test_it_says_first_what_was_not_found() -> None:
+    """In the study's own words and figures, before any command."""
+    first = " ".join(README.split("## Two commands")[0].split())
+    study = (ROOT / "docs/study.md").read_text(encoding="utf-8")
+    for figure in re.findall(r"[+-]0\.\d+ \([^)]*significant\)", first):
+        assert figure in study, figure
+    assert first.count("significant)") == 2
+    assert "SFTMix did not beat NTP" in first
+    assert "SFTMix does not help here" in study
+    assert NO_GPU.rstrip(".") in first
+    assert NO_GPU in README.split("## What it costs")[1]
 
 
 def test_figures_and_pictures_are_those_of_the_committed_results(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ HEADING = """# Recipes
 Each is one YAML file for several commands: the reference model scores the data, the target is
 trained, and answers questions or, in medicine, is evaluated.
 
+<!-- tested: tests/sftmix/recipe/test_recipes.py::test_a_recipe_scores_and_trains -->
 ```sh
 sftmix score --config recipes/llama-3.1-8b-alpaca.yaml
 sftmix train --config recipes/llama-3.1-8b-alpaca.yaml
@@ -26,6 +27,7 @@ sftmix evaluate --config recipes/llama-3.1-8b-medalpaca.yaml
 
 On the paper's 8 GPUs, the weights sharded over them:
 
+<!-- not run: needs several GPUs -->
 ```sh
 torchrun --nproc_per_node 8 -m sftmix score --config recipes/llama-3.1-8b-alpaca.yaml --fsdp
 torchrun --nproc_per_node 8 -m sftmix train --config recipes/llama-3.1-8b-alpaca.yaml --fsdp

@@ -195,8 +195,8 @@ def plan(folder: Path, seed: int, sizes: DemoSizes) -> list[Step]:
 
     toy = (
         *("-m", "sftmix.toy", "--output", str(folder / "init"), "--seed", str(seed)),
-        *("--vocab-size", str(sizes.vocab_size), "--hidden-size", str(sizes.hidden_size)),
-        *("--num-layers", str(sizes.num_layers), "--max-length", str(sizes.max_length)),
+        *("--vocab_size", str(sizes.vocab_size), "--hidden_size", str(sizes.hidden_size)),
+        *("--num_layers", str(sizes.num_layers), "--max_length", str(sizes.max_length)),
     )
     base = (
         *("--method", "ntp", "--max_steps", str(sizes.base_steps)),

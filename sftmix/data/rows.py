@@ -55,7 +55,7 @@ class BadRows:
     def add(self, error: BadRowError) -> None:
         """Take note of a bad row; raises it, with the way out, where bad rows are errors."""
         if self.on_bad_row == "error":
-            reason = f"{error.reason} (--on-bad-row skip leaves such rows out)"
+            reason = f"{error.reason} (--on_bad_row skip leaves such rows out)"
             raise BadRowError(error.file, error.line, reason) from error
         self.count += 1
         if len(self.reasons) < REASONS_SHOWN:

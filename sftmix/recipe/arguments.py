@@ -17,7 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from sftmix.recipe.config_file import config_words
-from sftmix.runs.failures import Naming, OneMessage
+from sftmix.runs.failures import Naming, OneMessage, OneSpelling
 from sftmix.training.config import OF_MIXUP, ScoreConfig, SFTMixConfig, SFTMixOptions, option
 
 # Flags of transformers that the commands have flags of their own for.
@@ -240,12 +240,16 @@ def with_config(words: Sequence[str], parser: argparse.ArgumentParser) -> list[s
     return [*typed, *rest]
 
 
+class _Help(OneSpelling, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
 class _Parser(OneMessage, HfArgumentParser):
     pass
 
 
 def _parser(types: list[type[Any]], prog: str) -> HfArgumentParser:
-    parser = _Parser(cast(Any, types), prog=prog, allow_abbrev=False)
+    parser = _Parser(cast(Any, types), prog=prog, allow_abbrev=False, formatter_class=_Help)
     parser.add_argument("--config", help=CONFIG_HELP)
     for action in parser._actions:
         if action.required:

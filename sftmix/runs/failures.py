@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import errno
 import re
 import unicodedata
@@ -51,6 +52,20 @@ def _shown(character: str) -> str:
     if character not in "\n\t" and unicodedata.category(character) in ("Cc", "Cf", "Cs"):
         return character.encode("unicode_escape", "surrogatepass").decode("ascii")
     return character
+
+
+class OneSpelling(argparse.HelpFormatter):
+    """Help that shows a flag with underscores, and not its twin with dashes, which is taken too."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        flags = action.option_strings
+        shown.option_strings = [
+            flag
+            for flag in flags
+            if (twin := "--" + flag[2:].replace("-", "_")) == flag or twin not in flags
+        ]
+        return super()._format_action_invocation(shown)
 
 
 class OneMessage(argparse.ArgumentParser):

@@ -24,6 +24,8 @@ def test_help_says_where_defaults_come_from(
     assert "[paper]" in text
     assert "[ours]" in text
     assert "--adam_beta1" not in text
+    # One spelling is shown; dashes are taken, too.
+    assert set(re.findall(r"--\w+(?:-\w+)+", text)) <= {"--help-all"}
     for flag in ("--head", "--layout", "--row_length") if command == "train" else ():
         assert re.search(rf"^  {flag}[ ,][^[]*\[ours\]", text, re.MULTILINE), flag
     if command != "split":

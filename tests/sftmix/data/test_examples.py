@@ -175,7 +175,7 @@ def test_a_bad_row_names_file_line_and_reason(tmp_path: Path, row: Any, reason: 
         load_examples([path])
     assert (caught.value.file, caught.value.line) == (str(path), 3)
     assert str(caught.value) == f"{path}:3: {caught.value.reason}"
-    assert caught.value.reason.endswith(" (--on-bad-row skip leaves such rows out)")
+    assert caught.value.reason.endswith(" (--on_bad_row skip leaves such rows out)")
     assert len(load_examples([path], on_bad_row="skip")) == 2
 
 
