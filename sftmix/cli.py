@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -13,6 +14,8 @@ from types import ModuleType
 from typing import Any
 
 from sftmix import __version__
+from sftmix.recipe.config_file import place_of
+from sftmix.runs.failures import FAILED, USER_ERRORS, RankError, exit_code, printable, told
 from sftmix.runs.interrupts import Interrupted, handled
 
 COMMANDS = {
@@ -91,11 +94,11 @@ def _main(words: list[str]) -> int:
     if command not in COMMANDS:
         print(f"sftmix: error: no command {command!r}\n\n{usage()}", file=sys.stderr)
         return 2
+    if os.environ.get("RANK", "0") != "0":
+        # All ranks read the same data and options; the first one warns for all of them.
+        logging.getLogger("sftmix").setLevel(logging.ERROR)
     # A command's module brings transformers with it, which takes seconds to import.
     module = importlib.import_module(f"sftmix.commands.{command}")
-    from sftmix.runs.failures import FAILED, USER_ERRORS, exit_code, printable
-    from sftmix.runs.ranks import RankError
-
     try:
         code: int | None = module.main(words[1:])
     except RankError:
@@ -107,7 +110,7 @@ def _main(words: list[str]) -> int:
     except USER_ERRORS as error:
         if traceback:
             raise
-        text = as_typed(str(error), options_of(module))
+        text = as_typed(told(error), options_of(module), words[1:])
         print(f"sftmix {command}: error: {printable(text)}", file=sys.stderr)
         return exit_code(error)
     return code or 0
@@ -120,8 +123,11 @@ def options_of(module: ModuleType) -> set[str]:
     return {*fields, *(("config",) if fields else ()), *getattr(module, "OPTIONS", ())}
 
 
-def as_typed(message: str, options: Collection[str]) -> str:
-    """Return a message that begins with an option's name with the flag that was typed."""
+def as_typed(message: str, options: Collection[str], words: Sequence[str] = ()) -> str:
+    """Return a message that begins with an option's name with what the user wrote for it.
+
+    That is the flag, or the file of ``--config`` among ``words`` and the name in it.
+    """
     name, colon, rest = message.partition(": ")
     name = TYPED.get(name, name)
-    return f"--{name}{colon}{rest}" if colon and name in options else message
+    return f"{place_of(name, words)}: {rest}" if colon and name in options else message

@@ -135,7 +135,7 @@ def build_toy_model(
 
 def spellings(name: str) -> list[str]:
     """Return a flag in both forms, as the command line of sftmix takes them."""
-    return list(dict.fromkeys((f"--{name.replace('-', '_')}", f"--{name}")))
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -153,11 +153,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="files to train the tokenizer on (default: the bundled demo data)",
     )
     numbers = {
-        "vocab-size": (4096, "entries of the vocabulary at most"),
-        "hidden-size": (128, "size of the hidden states"),
-        "num-layers": (2, "layers"),
-        "num-heads": (4, "attention heads"),
-        "max-length": (1024, "positions"),
+        "vocab_size": (4096, "entries of the vocabulary at most"),
+        "hidden_size": (128, "size of the hidden states"),
+        "num_layers": (2, "layers"),
+        "num_heads": (4, "attention heads"),
+        "max_length": (1024, "positions"),
         "seed": (0, "seed of the weights"),
     }
     for name, (default, meaning) in numbers.items():
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             *spellings(name), type=int, default=default, help=f"{meaning} (default: {default})"
         )
     parser.add_argument(
-        *spellings("on-bad-row"),
+        *spellings("on_bad_row"),
         choices=("error", "skip"),
         default="error",
         help="a malformed row stops, or is left out and counted (default: error)",

@@ -144,7 +144,7 @@ def run_demo(output: str, seed: int, sizes: DemoSizes) -> None:
     if Path(output).is_dir() and any(Path(output).iterdir()):
         raise ValueError(f"output: {output!r} is not empty; the demo needs a new folder")
     folder = open_run(output, resume=False, name="output")
-    with lock_run(folder):
+    with lock_run(folder, name="output"):
         write_data(folder / "data", sizes.max_rows)
         steps = plan(folder, seed, sizes)
         for number, step in enumerate(steps, start=1):

@@ -33,9 +33,7 @@ SETTINGS = (
 def main(words: Sequence[str]) -> None:
     """Run the command."""
     parser = OneMessage(prog="sftmix doctor", description="What is installed and what would run.")
-    _, others = parser.parse_known_args(words)
-    if others:
-        raise ValueError(f"doctor: expected no arguments, got {' '.join(others)}")
+    parser.parse_args(words)
     for title, rows in report().items():
         print(title)
         for name, value in rows.items():

@@ -17,6 +17,7 @@ from sftmix.model.source import check_model, check_name
 from sftmix.recipe.arguments import CHAT_TEMPLATE_HELP, REVISION_HELP, RunArguments, parse_alone
 from sftmix.recipe.loading import load_tokenizer
 from sftmix.recipe.manifest import versions, what_differs
+from sftmix.runs.failures import Naming
 from sftmix.runs.folders import write_json
 from sftmix.runs.out_of_memory import ANSWERING_WAYS, advising
 from sftmix.runs.provenance import PARTS, provenance
@@ -108,7 +109,9 @@ def main(words: Sequence[str]) -> None:
     questions = {}
     for name in dict.fromkeys(arguments.tasks):
         ids = arguments.pubmedqa_ids if name == "pubmedqa" else None
-        questions[name] = read_questions(name, getattr(arguments, f"{name}_data"), ids)
+        among = {"pubmedqa_ids": "^pubmedqa_ids: "}
+        with Naming(f"{name}_data", other="data", among=among):
+            questions[name] = read_questions(name, getattr(arguments, f"{name}_data"), ids)
     require_harness()
     check_model(arguments.model, arguments.revision)
     asking = {"revision": arguments.revision, "chat_template": arguments.chat_template}

@@ -128,7 +128,7 @@ def generate(path: Path, run: Path, arguments: GenerateArguments) -> None:
         trust_remote_code=arguments.trust_remote_code,
     )
     form = FORMATS[arguments.format]
-    with Naming("questions"):
+    with Naming("questions", other="data"):
         questions = read_questions(arguments.questions, arguments.format)
     decoding = Decoding(
         form.max_new_tokens if arguments.max_new_tokens is None else arguments.max_new_tokens,

@@ -24,14 +24,20 @@ from sftmix.recipe.loading import (
     refuse_misfits,
 )
 from sftmix.recipe.lora import add_lora, check_lora
-from sftmix.recipe.manifest import kept_date, recipe, start_manifest, versions
+from sftmix.recipe.manifest import (
+    kept_date,
+    recipe,
+    start_manifest,
+    versions,
+    warn_of_other_template,
+)
 from sftmix.recipe.model_card import model_card
 from sftmix.runs import interrupts
 from sftmix.runs.checkpoints import list_checkpoints, step_of
-from sftmix.runs.failures import USER_ERRORS, Naming, RunFailure
+from sftmix.runs.failures import USER_ERRORS, Naming, RankError, RunFailure
 from sftmix.runs.folders import atomic_write
 from sftmix.runs.out_of_memory import MODEL_WAYS, advising
-from sftmix.runs.ranks import RankError, is_main, on_main, opened_run, refuse_differences, together
+from sftmix.runs.ranks import is_main, on_main, opened_run, refuse_differences, together
 from sftmix.templates.chat import set_template_date
 from sftmix.templates.rendering import today
 from sftmix.training.config import MIXED, SFTMixConfig
@@ -77,7 +83,8 @@ def main(words: Sequence[str]) -> None:
     interrupts.advise("before training began: nothing is lost; start it again")
     if config.method in MIXED and arguments.partition is None:
         raise ValueError(
-            f"partition: --method {config.method} needs --partition RUN/confidence.parquet"
+            f"partition: expected RUN/confidence.parquet of `sftmix score`, which --method "
+            f"{config.method} needs, got none"
         )
     check_lora(arguments)
     check_processes(config)
@@ -121,6 +128,7 @@ def train(
         if arguments.partition is not None:
             with Naming("partition"):
                 partition = read_partition(Path(arguments.partition))
+            warn_of_other_template(Path(arguments.partition), tokenizer)
             with naming_selections(Path(arguments.partition), arguments.select):
                 confident = match(partition, dataset["id"][:], dataset["content_hash"][:])
             scores_hash, subsets = partition_hash(partition), subset_counts(partition)

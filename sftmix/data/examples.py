@@ -107,22 +107,30 @@ def load_examples(
     where no example is left; TypeError where `data` is a single name.
     """
     if isinstance(data, str | Path):
-        raise TypeError(f"data must be a list of files or names, got the single name {data!r}")
+        raise TypeError(f"data: expected a list of files or names, got the single {data!r}")
     if not data:
-        raise ValueError("data must name at least one file, got none")
+        raise ValueError("data: expected at least one file or name, got none")
     bad = BadRows(on_bad_row)
     bar = functools.partial(tqdm, unit="row", delay=2, disable=disable_progress)
     examples: list[Example] = []
+    empty: list[str] = []
     number = 0
     for name in data:
         for source, read in open_sources(name, split):
             rows = list(bar(read, desc=printable(f"Reading {source}")))
+            if not rows and Path(name).is_dir():
+                empty.append(source)
+                continue
             checking = bar(rows, desc=printable(f"Checking {source}"))
             examples += _examples(checking, rows, source, number, bad, numbers)
             number += len(rows)
     bad.report(number)
+    if empty and not number:
+        raise ValueError(f"{', '.join(empty[:NAMES_SHOWN])}: holds no rows")
+    if empty:
+        logger.warning("%s", printable(f"no rows in {', '.join(empty[:NAMES_SHOWN])}"))
     if not examples:
-        raise ValueError(f"no examples are left: all {number} rows are bad")
+        raise ValueError(f"data: no examples are left: all {number} rows are bad")
     return examples
 
 

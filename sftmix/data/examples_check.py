@@ -9,6 +9,7 @@ of Python numbers.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from transformers import PreTrainedTokenizerBase
 from sftmix.conventions import IGNORE_INDEX
 from sftmix.data.token_rows import COLUMNS as TOKEN_COLUMNS
 from sftmix.data.token_rows import LOSS_MASKS, REFUSED
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ("input_ids", "labels")
 # Columns beside them, of which the collator reads none: they may say only what every row has.
@@ -72,6 +75,12 @@ def num_positions(model: nn.Module) -> int | None:
         if name.rpartition(".")[2] in _BUFFERS and buffer.dim() == 2
     ]
     return min(tables, default=None)
+
+
+def positions_made_for(model: Any) -> int | None:
+    """Return how many positions a model's config names; None where it names none."""
+    config = getattr(model, "config", None)
+    return getattr(config and config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_command(
@@ -132,15 +141,24 @@ def check_examples(model: Any, **data: Any) -> None:
     """
     require_rows(**data)
     limits = model_limits(model)
+    made_for = positions_made_for(model)
     for argument, dataset in data.items():
         if dataset is None:
             continue
         for name, part in _parts(argument, dataset):
             if len(part) == 0:
                 raise ValueError(f"{name}: expected at least one row, got none")
+            longest = 0
             for start, columns in _scanned(part, name):
                 _check_rows(name, start, columns, limits)
                 _check_beside(name, start, columns)
+                longest = max(longest, int(columns["input_ids"].lengths.max()))
+            if made_for is not None and longest > made_for:
+                logger.warning(
+                    "%s: the longest example has %d tokens, and the model was made for %d "
+                    "(max_position_embeddings); give a smaller max_length, or scale its positions",
+                    *(name, longest, made_for),
+                )
 
 
 class _Column(NamedTuple):

@@ -47,7 +47,7 @@ class BadRows:
 
     def __init__(self, on_bad_row: OnBadRow) -> None:
         if on_bad_row not in ("error", "skip"):
-            raise ValueError(f"on_bad_row must be 'error' or 'skip', got {on_bad_row!r}")
+            raise ValueError(f"on_bad_row: expected 'error' or 'skip', got {on_bad_row!r}")
         self.on_bad_row = on_bad_row
         self.count = 0
         self.reasons: list[str] = []

@@ -194,8 +194,8 @@ class Answerer:
         room = getattr(config, "max_position_embeddings", None)
         if room is not None and length > room:
             raise ValueError(
-                f"{question}: its prompts and answers of max_new_tokens="
-                f"{self.decoding.max_new_tokens} need {length} positions, the model has {room}"
+                f"max_new_tokens: {question} needs {length} positions with answers of "
+                f"{self.decoding.max_new_tokens} tokens, and the model has {room}; give fewer"
             )
 
     @torch.inference_mode()

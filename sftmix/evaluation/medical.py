@@ -32,6 +32,7 @@ from sftmix.data.sources import read_rows
 from sftmix.evaluation.tasks import FOLDER, PAPER_NAMES
 from sftmix.recipe.arguments import RunArguments
 from sftmix.recipe.loading import load_tokenizer, load_trained_model
+from sftmix.runs.failures import Naming
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +98,8 @@ def read_questions(name: str, file: str | None = None, ids: str | None = None) -
     if name == "pubmedqa":
         if file is None or ids is None:
             raise ValueError(
-                "pubmedqa: no data set of the hub has its test questions; give ori_pqal.json as "
-                "--pubmedqa_data and test_ground_truth.json as --pubmedqa_ids"
+                "pubmedqa_data: no data set of the hub has the test questions; give ori_pqal.json "
+                "as --pubmedqa_data and test_ground_truth.json as --pubmedqa_ids"
             )
         source, rows = file, _labelled_rows(Path(file), Path(ids))
     elif file is None:
@@ -117,7 +118,7 @@ def _hub_rows(name: str, config: Mapping[str, Any]) -> Iterator[Row]:
         rows = datasets.load_dataset(path, config.get("dataset_name"), split=split)
     except OSError as error:
         raise OSError(
-            f"{name}: the data set {path} could not be had; give a file as --{name}_data ({error})"
+            f"{name}_data: the data set {path} could not be had; give a file of its rows ({error})"
         ) from error
     return (Row(line, row) for line, row in enumerate(rows, start=1))
 
@@ -127,7 +128,7 @@ def _labelled_rows(file: Path, ids: Path) -> Iterator[Row]:
 
     The file of ids is sorted by answers: its first 50 questions are all answered with "yes".
     """
-    labelled, wanted = _read_json(file), _read_json(ids)
+    labelled, wanted = _read_json(file, "pubmedqa_data"), _read_json(ids, "pubmedqa_ids")
     if not isinstance(labelled, dict):
         raise ValueError(f"pubmedqa_data: {file} must map ids to questions, as ori_pqal.json does")
     if not isinstance(wanted, dict | list):
@@ -149,11 +150,9 @@ def _labelled_rows(file: Path, ids: Path) -> Iterator[Row]:
         yield Row(number, row)
 
 
-def _read_json(path: Path) -> Any:
-    try:
+def _read_json(path: Path, option: str) -> Any:
+    with Naming(option, f"{path} is not a JSON file"):
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
 
 
 def _checked(

@@ -117,7 +117,7 @@ def read_questions(file: str, form: str) -> list[Question]:
             raise BadRowError(file, row.line, str(error)) from None
         questions.append(question)
     if not questions:
-        raise ValueError(f"questions: {file} holds none")
+        raise ValueError(f"questions: {file} holds no questions")
     return questions
 
 
@@ -175,7 +175,7 @@ def answers_file(output: str, form: str, name: str) -> Path:
         ValueError: the judging tool would not find or not read it there.
     """
     if not name or name.startswith(".") or "/" in name:
-        raise ValueError(f"name: expected one that a file can have, got {name!r}; give --name")
+        raise ValueError(f"name: expected a name that a file can have, got {name!r}; give --name")
     if form == "mt_bench":
         return Path(output) / "model_answer" / f"{name}.jsonl"
     if not output.endswith(".json"):

@@ -9,14 +9,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NoReturn, cast
 
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from sftmix.recipe.config_file import config_words
+from sftmix.recipe.config_file import config_words, place_of
 from sftmix.runs.failures import Naming, OneMessage, OneSpelling
 from sftmix.training.config import OF_MIXUP, ScoreConfig, SFTMixConfig, SFTMixOptions, option
 
@@ -45,6 +46,22 @@ CONFIG_HELP = (
 
 
 REVISION_HELP = "Branch, tag or commit of a model on the hub; the manifest keeps the commit"
+
+
+def check_split(option_name: str, split: str, names: Sequence[str]) -> None:
+    """Refuse a split of what has none.
+
+    Raises:
+        ValueError: ``split`` is empty, or is not the default and one of ``names`` is a file.
+    """
+    if not split:
+        raise ValueError(f"{option_name}: expected a name, got an empty one")
+    file = next((name for name in names if Path(name).is_file()), None)
+    if split != "train" and file is not None:
+        raise ValueError(
+            f"{option_name}: expected a folder or a data set with splits, got {split!r} of the "
+            f"file {file}, which is read whole; leave --{option_name} out"
+        )
 
 
 @dataclasses.dataclass
@@ -108,8 +125,7 @@ class RunArguments:
     )
 
     def __post_init__(self) -> None:
-        if not self.data_split:
-            raise ValueError("data_split: expected a name, got an empty one")
+        check_split("data_split", self.data_split, self.data)
         if self.max_length < 2:
             raise ValueError(
                 f"max_length: expected at least 2, a token of prompt and one of response, "
@@ -131,6 +147,7 @@ class TrainRunArguments(RunArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_split("eval_split", self.eval_split, self.eval_data or ())
         self._check_partition()
 
     def _check_partition(self) -> None:
@@ -155,7 +172,14 @@ def parse(
         ValueError: a value that the config refuses.
         SystemExit: unknown or missing flags, or help was asked for.
     """
-    parser = _parser([run_type, config_type], prog)
+    parser = _parser([run_type, config_type], prog, words)
+    typed = {word.partition("=")[0].replace("-", "_") for word in words}
+    for name in idle_options(config_type):
+        if f"__{name}" in typed:
+            raise ValueError(
+                f"{name}: expected no such option, {prog} trains with next-token prediction, which "
+                "does not use it; leave it out"
+            )
     words = with_config(words, parser)
     parser.add_argument("--help-all", action="help", help="also show transformers' own options")
     if "--help-all" not in words:
@@ -174,6 +198,11 @@ def parse(
             way_out = "expected --eval_data with it" if "eval_data" in vars(run) else "leave it out"
             value = getattr(value, "value", value)
             raise ValueError(f"{name}: there is nothing to evaluate, got {value}; {way_out}")
+    if config.metric_for_best_model is not None and config.eval_strategy == "no":
+        raise ValueError(
+            "metric_for_best_model: expected --eval_strategy epoch or steps with it, got "
+            f"{config.metric_for_best_model!r} alone"
+        )
     _show_bars(not config.disable_tqdm)
     return run, config
 
@@ -185,7 +214,7 @@ def parse_alone(words: Sequence[str], arguments_type: type[Any], prog: str) -> A
         ValueError: a value that the dataclass refuses.
         SystemExit: unknown or missing flags, or help was asked for.
     """
-    parser = _parser([arguments_type], prog)
+    parser = _parser([arguments_type], prog, words)
     words = with_config(words, parser)
     (arguments,) = parsed(parser, words)
     _show_bars(not arguments.disable_tqdm)
@@ -245,11 +274,20 @@ class _Help(OneSpelling, argparse.ArgumentDefaultsHelpFormatter):
 
 
 class _Parser(OneMessage, HfArgumentParser):
-    pass
+    """A parser that names the config file where a wrong value comes from it."""
+
+    words: Sequence[str] = ()  # as typed, without those of the file
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2."""
+        if found := re.match(r"argument --(\w+)(/\S+)?: ", message):
+            message = f"{place_of(found[1], self.words)}: {message[found.end() :]}"
+        super().error(message)
 
 
-def _parser(types: list[type[Any]], prog: str) -> HfArgumentParser:
+def _parser(types: list[type[Any]], prog: str, words: Sequence[str]) -> HfArgumentParser:
     parser = _Parser(cast(Any, types), prog=prog, allow_abbrev=False, formatter_class=_Help)
+    parser.words = words
     parser.add_argument("--config", help=CONFIG_HELP)
     for action in parser._actions:
         if action.required:
@@ -265,6 +303,11 @@ def _show_bars(show: bool) -> None:
         disable_progress_bar()
 
 
+def idle_options(config_type: type[SFTMixConfig]) -> set[str]:
+    """Return the options that a command does not use: a reference model is trained with NTP."""
+    return {*OF_MIXUP, "kl_reg"} if issubclass(config_type, ScoreConfig) else set()
+
+
 def _hide_inherited(parser: argparse.ArgumentParser, config_type: type[SFTMixConfig]) -> None:
     ours = {
         name
@@ -272,11 +315,10 @@ def _hide_inherited(parser: argparse.ArgumentParser, config_type: type[SFTMixCon
         if issubclass(base, SFTMixOptions)
         for name in base.__annotations__
     }
-    # A reference model is trained with NTP.
-    idle = {*OF_MIXUP, "kl_reg"} if issubclass(config_type, ScoreConfig) else set()
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)} - ours
     for action in parser._actions:
         # `--no_X` comes with the help text of `--X`, whose opposite it is.
         negated = action.const is False
-        if negated or action.dest in inherited | idle | {"remove_unused_columns"}:
+        hidden = {*inherited, *idle_options(config_type), "remove_unused_columns"}
+        if negated or action.dest in hidden:
             action.help = argparse.SUPPRESS

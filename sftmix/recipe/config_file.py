@@ -12,9 +12,11 @@ code run (`FLAG_ALONE`).
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import difflib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from sftmix.recipe.yaml_core import load_yaml
 from sftmix.runs.reading import read_small
 
 # The commands that take --config; a mapping for any other would be read by none.
-COMMANDS = ("score", "train", "generate", "evaluate")
+WITH_CONFIG = ("score", "train", "generate", "evaluate")
 INCLUDE = "include"
 ENDINGS = (".yaml", ".yml")
 # Files in a chain of includes: the recipes' are 4.
@@ -51,7 +53,7 @@ def config_words(
         OSError: a file cannot be read.
     """
     content = read_config(Path(path))
-    shared = {name: value for name, value in content.items() if name not in COMMANDS}
+    shared = {name: value for name, value in content.items() if name not in WITH_CONFIG}
     own = content.get(command, {})
     for name, value in shared.items():
         if name not in {*options, *others}:
@@ -80,12 +82,27 @@ def read_config(path: Path) -> dict[str, Any]:
     return _read(path, path.parent.resolve(), ())
 
 
+def place_of(option: str, words: Sequence[str]) -> str:
+    """Return where an option's value was written: its flag, or its name in the config file."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    flags = {_flag(word.partition("=")[0].lstrip("-")) for word in words if word.startswith("--")}
+    file = parser.parse_known_args(words)[0].config if option not in flags else None
+    if file is not None:
+        with contextlib.suppress(ValueError, OSError):
+            content = read_config(Path(file))
+            names = {*content, *(name for one in WITH_CONFIG for name in content.get(one, ()))}
+            if option in map(_flag, names):
+                return f"--config: {file}: {option}"
+    return f"--{option}"
+
+
 def _read(path: Path, root: Path, including: tuple[Path, ...]) -> dict[str, Any]:
     place = f"config: {path}"
     content = load_yaml(read_small(path, "config"), place)
     if not isinstance(content, dict):
         raise ValueError(f"{place} must hold names and values, got {_kind(content)}")
-    for name in COMMANDS:
+    for name in WITH_CONFIG:
         own = content.get(name, {})
         if not isinstance(own, dict):
             raise ValueError(
@@ -101,7 +118,9 @@ def _read(path: Path, root: Path, including: tuple[Path, ...]) -> dict[str, Any]
     if len(files) == MAX_FILES:
         raise ValueError(f"{place}: include: expected at most {MAX_FILES} files, one in another")
     base = _read(included, root, files)
-    own = {name: _merged(base.get(name, {}), content[name]) for name in COMMANDS if name in content}
+    own = {
+        name: _merged(base.get(name, {}), content[name]) for name in WITH_CONFIG if name in content
+    }
     return {**_merged(base, content), **own}
 
 
@@ -149,10 +168,10 @@ def _refuse_code(path: str | Path, name: str, value: Any) -> None:
 
 
 def _unknown(message: str, name: str, options: Iterable[str]) -> ValueError:
-    known = sorted({*map(_flag, options), *COMMANDS})
+    known = sorted({*map(_flag, options), *WITH_CONFIG})
     near = difflib.get_close_matches(_flag(name), known)
     hint = f"did you mean {' or '.join(near)}?" if near else "--help-all shows the options"
-    return ValueError(f"{message}, expected one of {', '.join(COMMANDS)} or an option; {hint}")
+    return ValueError(f"{message}; {hint}")
 
 
 def _words(place: str, name: str, value: Any, single: bool) -> list[str]:

@@ -69,6 +69,12 @@ def add_lora(model: Any, arguments: RunArguments, seed: int) -> Any:
     if not options:
         return model
     peft = require_peft()
+    largest = largest_side(model)
+    if options["lora_rank"] > largest:
+        raise ValueError(
+            f"lora_rank: expected at most {largest:,}, the largest side of the model's layers, got "
+            f"{options['lora_rank']:,}"
+        )
     targets = options["lora_targets"]
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -83,6 +89,20 @@ def add_lora(model: Any, arguments: RunArguments, seed: int) -> Any:
         torch.default_generator.manual_seed(seed)
         with Naming("lora_targets"):
             return peft.get_peft_model(model, config)
+
+
+def largest_side(model: Any) -> int:
+    """Return the most rows or columns that a weight of the model's layers has."""
+    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    sides = [
+        int(side)
+        for module in model.modules()
+        if isinstance(weight := getattr(module, "weight", None), torch.Tensor)
+        and id(module) not in ends
+        and weight.dim() == 2
+        for side in weight.shape
+    ]
+    return max(sides)
 
 
 def require_peft() -> ModuleType:

@@ -151,6 +151,23 @@ def kept_date(*runs: Path) -> str | None:
     return None
 
 
+def warn_of_other_template(partition: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Log one line where the manifest beside a partition names another chat template.
+
+    Raises:
+        ValueError: the manifest is damaged.
+        OSError: it cannot be read.
+    """
+    manifest = partition.with_name(MANIFEST)
+    scored = read_manifest(manifest).get("template_hash") if manifest.exists() else None
+    if scored not in (None, template_hash(tokenizer)):
+        logger.warning(
+            "partition: %s was scored under another chat template than this run's: its "
+            "confidences are of other texts",
+            partition,
+        )
+
+
 def start_manifest(run: Path, recipe: dict[str, Any], **files: Any) -> None:
     """Write ``RUN/manifest.json``, or compare with the one that a resumed run has.
 

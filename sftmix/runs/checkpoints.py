@@ -20,10 +20,9 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from sftmix.conventions import TRAINER_STATE
-from sftmix.runs.failures import DISK_FAULTS, RunFailure
+from sftmix.runs.failures import DISK_FAULTS, RankError, RunFailure
 from sftmix.runs.folders import TEMPORARY_PREFIX, write_json
 from sftmix.runs.out_of_memory import is_out_of_memory
-from sftmix.runs.ranks import RankError
 
 logger = logging.getLogger(__name__)
 

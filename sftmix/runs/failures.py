@@ -20,6 +20,10 @@ class RunFailure(RuntimeError):
     """A run failed on its way; the message says why, and what is kept."""
 
 
+class RankError(RuntimeError):
+    """Another rank failed, and says why itself."""
+
+
 # Mended by another option, file, model or package; the message says which.
 REFUSALS = (ValueError, TypeError, OSError, ImportError)
 # The run itself failed: the same command may well succeed next time.
@@ -66,6 +70,17 @@ class OneSpelling(argparse.HelpFormatter):
             if (twin := "--" + flag[2:].replace("-", "_")) == flag or twin not in flags
         ]
         return super()._format_action_invocation(shown)
+
+
+def told(error: BaseException) -> str:
+    """Return an error's message; a missing file's without its number.
+
+    >>> told(FileNotFoundError(2, "No such file or directory", "rows.txt"))
+    "no such file or directory: 'rows.txt'"
+    """
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror[0].lower()}{error.strerror[1:]}: {str(error.filename)!r}"
+    return str(error)
 
 
 class OneMessage(argparse.ArgumentParser):
@@ -121,7 +136,7 @@ class Naming:
     ) -> None:
         if error is None or exit_code(error) != REFUSED or not is_library_error(error):
             return
-        text = str(error)
+        text = told(error)
         if text.startswith(f"{self.name}: "):
             return
         if self.other and text.startswith(f"{self.other}: "):
@@ -134,7 +149,8 @@ class Naming:
         raised = next((one for one in kinds if isinstance(error, one)), ValueError)
         mentioned = (name for name, pattern in self.among.items() if re.search(pattern, text))
         name = next(mentioned, self.name)
-        raise raised(f"{name}: {text.removeprefix(f'--{name} ')}") from error
+        text = text.removeprefix(f"--{name} ").removeprefix(f"{name}: ")
+        raise raised(f"{name}: {text}") from error
 
 
 def is_library_error(error: BaseException) -> bool:

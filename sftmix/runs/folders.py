@@ -48,7 +48,7 @@ def open_run(path: str | os.PathLike[str], *, resume: bool, name: str = "path") 
     used = folder.is_dir() and any(map(_is_content, folder.iterdir()))
     if resume and not folder.is_dir():
         raise ValueError(
-            f"{name}: there is no run to resume in {str(folder)!r}; --resume goes on with one"
+            f"{name}: there is no run to resume in {str(folder)!r}; leave --resume out to start one"
         )
     if used and not resume:
         raise ValueError(

@@ -20,14 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sftmix.runs.failures import USER_ERRORS
+from sftmix.runs.failures import USER_ERRORS, RankError
 from sftmix.runs.folders import lock_run, open_run, remove_leftovers
 
 Result = TypeVar("Result")
-
-
-class RankError(RuntimeError):
-    """Another rank failed, and says why itself."""
 
 
 def num_ranks() -> int:

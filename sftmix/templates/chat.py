@@ -89,8 +89,8 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
         return tokenizer.get_chat_template()
     if not tokenizer.eos_token:
         raise ValueError(
-            "the tokenizer has no chat_template, and the plain template needs an eos_token to end "
-            "a response with: set tokenizer.eos_token or tokenizer.chat_template"
+            "chat_template: expected one, as the tokenizer has none, nor the eos_token that ends "
+            "a response of the plain one; give --chat_template FILE or set tokenizer.chat_template"
         )
     return PLAIN_TEMPLATE
 

@@ -196,6 +196,9 @@ def _compiled(template: str) -> jinja2.Template:
     # The sandbox, filters and generation marks are those of transformers' empty template.
     environment: jinja2.Environment = _compile_jinja_template("").environment
     environment.filters.update(_FILTERS)
+    # These two draw from an unseeded generator, so that a run would read other text each time.
+    environment.filters.pop("random", None)
+    environment.globals.pop("lipsum", None)
     try:
         tree = _Counted().visit(environment.parse(template))
         tree.set_environment(environment)

@@ -125,11 +125,11 @@ def tokenize_examples(
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            "tokenizer must be a fast one, which says where in the text each token lies, "
+            "tokenizer: expected a fast one, which says where in the text each token lies, "
             f"got {type(tokenizer).__name__}"
         )
     if type(max_length) is not int or max_length < 2:
-        raise ValueError(f"max_length must be an integer of at least 2, got {max_length!r}")
+        raise ValueError(f"max_length: expected an integer of at least 2, got {max_length!r}")
     turns_of = None
     if any(example.messages is not None for example in examples):
         adopt_template(tokenizer)
@@ -150,7 +150,7 @@ def tokenize_examples(
     if turns_of is not None:
         turns_of.report()
     if not made:
-        raise ValueError(f"no examples are left of {len(examples)}")
+        raise ValueError(f"data: no examples are left of {len(examples)}")
     if making.truncated:
         logger.warning(
             "%d of %d rows were longer than max_length=%d and lost their end",
@@ -261,7 +261,7 @@ class _Dataset:
         [(encoding, more)] = _encoded([prompt], self.tokenizer, 4 * self.max_length)
         return (
             f"{left}: the prompt has {'more than ' if more else ''}{len(encoding):,} tokens; raise "
-            "--max_length, or leave such rows out"
+            "--max_length"
         )
 
 
