@@ -33,19 +33,19 @@ COMMANDS = {
 
 TRACEBACK = "--traceback"
 STOPPED = "before it was done"
-# What the options of the command line are called by the trainer that they go to.
+# The trainer's names for options of the command line.
 TYPED = {
     "train_dataset": "data",
     "eval_dataset": "eval_data",
     "confident": "partition",
     "schedule": "loss_schedule",
 }
-# Time for the rank that failed to print its message and end.
+# The failed rank has so much time to print its message and end.
 RANK_ERROR_SECONDS = 5.0
 
 
 def usage() -> str:
-    """Help of `sftmix` itself."""
+    """Return the help of `sftmix` itself."""
     rows = "\n".join(f"  {name:<8} {text}" for name, text in COMMANDS.items())
     return (
         "usage: sftmix COMMAND ... [--traceback]\n       sftmix --version\n\n"
@@ -57,10 +57,10 @@ def usage() -> str:
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    What a user can mend (an option, a row, a file, a model) is printed in one message and gives 2;
-    a run that fails on its way (a loss that is not finite, a full disk) gives 1. ``--traceback``,
-    anywhere among the words, shows where it came from. SIGINT gives 130 and SIGTERM 143, with one
-    line that says what is kept.
+    A mistake that the user can mend (an option, an example, a file, a model) is printed in one
+    message and gives 2; a run that fails on its way (a loss that is not finite, a full disk) gives
+    1. `--traceback`, anywhere among the words, shows where the message came from. SIGINT gives 130
+    and SIGTERM 143, with one line that says what was saved.
     """
     words = list(sys.argv[1:] if words is None else words)
     try:
@@ -97,12 +97,12 @@ def _main(words: list[str]) -> int:
     if os.environ.get("RANK", "0") != "0":
         # All ranks read the same data and options; the first one warns for all of them.
         logging.getLogger("sftmix").setLevel(logging.ERROR)
-    # A command's module brings transformers with it, which takes seconds to import.
+    # A command's module imports transformers, which takes seconds.
     module = importlib.import_module(f"sftmix.commands.{command}")
     try:
         code: int | None = module.main(words[1:])
     except RankError:
-        # A launcher ends all ranks with the first that ends, which is to be the one that says why.
+        # A launcher ends all ranks once one has ended; the one that says why has to be the first.
         time.sleep(RANK_ERROR_SECONDS)
         if traceback:
             raise
@@ -126,7 +126,7 @@ def options_of(module: ModuleType) -> set[str]:
 def as_typed(message: str, options: Collection[str], words: Sequence[str] = ()) -> str:
     """Return a message that begins with an option's name with what the user wrote for it.
 
-    That is the flag, or the file of ``--config`` among ``words`` and the name in it.
+    That is the flag, or the file of `--config` among `words` and the name in it.
     """
     name, colon, rest = message.partition(": ")
     name = TYPED.get(name, name)

@@ -1,4 +1,4 @@
-"""What several rooms have to agree on: the label without loss, and the names of a run's files."""
+"""Constants that several rooms share: the label without loss, and the names of a run's files."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def spellings(name: str) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line of `build_toy_model`; exits with status 2 and a message on wrong input."""
+    """Run the command line of `build_toy_model`; exit with 2 and a message on wrong input."""
     parser = OneMessage(
         prog="python -m sftmix.toy",
         description="Build a small random Llama with its tokenizer.",

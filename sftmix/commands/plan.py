@@ -1,4 +1,4 @@
-"""`sftmix plan`: the memory of a training step, before there is a GPU to run it on."""
+"""Plan the memory of a training step, before there is a GPU to run it on (`sftmix plan`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sftmix.plan.planned import (
 )
 from sftmix.plan.table import report
 
-# The exit code, another than that of a wrong option.
+# The exit code, which differs from that of a wrong option.
 DOES_NOT_FIT = 3
 
 
@@ -26,7 +26,7 @@ ARGUMENTS = (PlanArguments, PlanConfig)
 
 
 def main(words: Sequence[str]) -> int:
-    """Run the command; `DOES_NOT_FIT` where the step does not.
+    """Run the command; return `DOES_NOT_FIT` if the step does not fit.
 
     Raises:
         ValueError: what `plan_step` refuses, or a memory that is no number of bytes.

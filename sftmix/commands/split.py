@@ -1,4 +1,4 @@
-"""`sftmix split`: rewrite the halves of a scored run, or make levels of them."""
+"""Rewrite the halves of a scored run, or make levels of them (`sftmix split`)."""
 
 from __future__ import annotations
 

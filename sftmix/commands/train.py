@@ -1,4 +1,4 @@
-"""`sftmix train`: the target model, with SFTMix or a method it is compared with."""
+"""Train the target model, with SFTMix or a method it is compared with (`sftmix train`)."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ NOT_PUSHED = "it could not be pushed to the hub"
 
 
 class Saved:
-    """Says of whatever fails inside that the model is saved, as what comes after it may be redone.
+    """Say in whatever fails inside that the model is saved, since what comes after can be redone.
 
-    Nothing that a card, an evaluation or the hub raises is worth a trained model: each error is
-    told in one line, with where the model is.
+    No error of a card, an evaluation or the hub is worth a trained model: each becomes one line
+    that says where the model is.
     """
 
     def __init__(self, run: Path, lost: str) -> None:
-        """``lost``: what does not come of it then, as a clause."""
+        """Take in `lost` what is missing after a failure, as a clause."""
         self.run, self.lost = run, lost
 
     def __enter__(self) -> None:
@@ -101,7 +101,7 @@ def train(
     config: SFTMixConfig,
     hub: Repository | None = None,
 ) -> SFTMixTrainer:
-    """Train, save the model into the run folder, then evaluate where there is held-out data.
+    """Train, save the model into the run folder, then evaluate if there is held-out data.
 
     Raises:
         ValueError: bad data, a partition of other data, or a resumed run of another recipe.
@@ -121,7 +121,7 @@ def train(
         set_template_date(tokenizer, date)
         refuse_misfits(arguments, tokenizer)
         quiet = config.disable_tqdm
-        # What is short is read first, so that a wrong name in it is told at once.
+        # The short data are read first, which tells a wrong name in them at once.
         held_out = load_held_out(arguments, tokenizer, disable_progress=quiet)
         dataset = load_data(arguments, tokenizer, disable_progress=quiet)
         confident, scores_hash, subsets = None, None, None
@@ -166,13 +166,13 @@ def train(
 
 
 def say(text: str) -> None:
-    """Print a line, of several processes once."""
+    """Print a line; only the main rank prints."""
     if is_main():
         print(text)
 
 
 def is_finished(run: Path) -> bool:
-    """Whether all is done, by a run that has no checkpoint of its last step to go on from."""
+    """Tell whether all is done, for a run without a checkpoint of its last step to go on from."""
     if not (run / MODEL_CARD).exists() or not any((run / name).exists() for name in CONFIGS):
         return False
     if not (run / TRAINER_STATE).exists():
@@ -207,8 +207,8 @@ def finish(
 
 
 def push(run: Path, names: list[str], hub: Repository | None) -> None:
-    """Push the model's files and its card where a repository is named; a signal ends it at once."""
-    # An upload may take long, and nothing is lost with it.
+    """Push the model's files and its card if a repository is named; a signal ends it at once."""
+    # An upload may take long, and loses nothing if it ends early.
     interrupts.wait(wait=False)
     interrupts.end_if_requested()
     if hub is not None:
@@ -217,7 +217,7 @@ def push(run: Path, names: list[str], hub: Repository | None) -> None:
 
 @contextlib.contextmanager
 def resumable(trainer: SFTMixTrainer) -> Iterator[None]:
-    """Where a signal ends what is inside, leave a checkpoint for the run that makes up for it."""
+    """If a signal ends what is inside, leave a checkpoint for the run that makes up for it."""
     try:
         yield
     except interrupts.Interrupted:
@@ -228,7 +228,7 @@ def resumable(trainer: SFTMixTrainer) -> Iterator[None]:
 
 
 def save_model(trainer: SFTMixTrainer, run: Path) -> list[str]:
-    """The main process writes the final model, gathered from all ranks where it is sharded.
+    """Write the final model on the main process, gathered from all ranks if it is sharded.
 
     Returns:
         The names of its files.

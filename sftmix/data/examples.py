@@ -1,4 +1,4 @@
-"""Examples from files: rows are read, checked and brought to one form.
+"""Read examples from files, check them and bring them to one form.
 
 A file's format is found by its columns:
 
@@ -52,16 +52,15 @@ NAMES_SHOWN = 20  # columns in a warning; files in a line
 
 @dataclass(frozen=True)
 class Example:
-    """One row to learn from: a conversation, or a sequence that is already tokens.
+    """One line of data to learn from: a conversation, or a sequence of tokens.
 
-    `id` is the row's number over all files in order, from 0, bad rows counted. `source` is
-    "path:line". `content_hash` is the SHA-256 of what is learnt from, as canonical JSON, so it
-    depends neither on the tokenizer nor on the order of keys. Either `messages` is set, or
-    `input_ids` and `labels` are. Messages have the keys that chat templates read: `role`, `content`
-    and, where the row has them, `reasoning_content`, `thinking`, `tool_calls` and the like.
-    `tools` are the descriptions that a template writes for its tools. `learnt` says of each message
-    whether it carries loss; None: every assistant turn does. `numbers` are those of the columns
-    that were asked for.
+    `id` is the example's number over all files in order, from 0, bad ones counted. `source` is
+    "path:line". `content_hash` is the SHA-256 of the content as canonical JSON, so it depends
+    neither on the tokenizer nor on the order of keys. Either `messages` is set, or `input_ids` and
+    `labels` are. Messages have the keys that chat templates read: `role`, `content` and, if given,
+    `reasoning_content`, `thinking`, `tool_calls` and the like. `tools` describes the tools that the
+    template writes. `learnt` says for each message whether it carries loss; None means that every
+    assistant turn does. `numbers` holds the values of the columns that were asked for.
     """
 
     id: int
@@ -76,7 +75,7 @@ class Example:
 
 
 def content_hash(row: dict[str, Any]) -> str:
-    """The `Example.content_hash` of a row; of all its columns where it is of no known format."""
+    """Return the `Example.content_hash` of a row; a row of no known format is hashed as a whole."""
     try:
         for columns in FORMATS:
             if all(column in row for column in columns):
@@ -135,7 +134,7 @@ def load_examples(
 
 
 def rows_by_file(examples: Iterable[Example]) -> str:
-    """One line with the number of examples, altogether and of each file."""
+    """Return one line with the number of examples in all and in each file."""
     counts = Counter(example.source.rpartition(":")[0] for example in examples)
     files = [f"{file!r} {count:,}" for file, count in counts.items()]
     more = f", and {len(files) - NAMES_SHOWN} more files" if len(files) > NAMES_SHOWN else ""
@@ -150,7 +149,7 @@ def _examples(
     bad: BadRows,
     numbers: Sequence[str],
 ) -> Iterator[Example]:
-    """The good ones of a file's rows, the first of which is row ``number``."""
+    """Yield the good examples of a file, whose first row has the number `number`."""
     columns = _columns(rows, source)
     unused: Counter[str] = Counter()
     for place, row in enumerate(checking, start=number):
@@ -215,5 +214,5 @@ def _number(row: dict[str, Any], name: str) -> float:
 
 
 def data_hash(content_hashes: Iterable[str]) -> str:
-    """SHA-256 over content hashes in order: equal for equal content in equal order."""
+    """Return the SHA-256 of content hashes in order: equal for equal content in equal order."""
     return hashlib.sha256("\n".join(content_hashes).encode("ascii")).hexdigest()

@@ -1,4 +1,4 @@
-"""Benchmark questions, and their answers in the files that the judging tools read.
+"""Read benchmark questions, and write answers in the files that the judging tools read.
 
 AlpacaEval (`alpaca_eval --model_outputs FILE`): a JSON list of objects with `instruction`,
 `output`, `generator` and, where the question has one, `dataset`. It is joined with the reference's
@@ -99,7 +99,7 @@ def _question(row: Row, read: Callable[[dict[str, Any]], Question]) -> Question:
 
 
 def read_questions(file: str, form: str) -> list[Question]:
-    """The questions of a file (.json, .jsonl, .parquet) of the format `form`, in order.
+    """Return the questions of a file (.json, .jsonl, .parquet) of the format `form`, in order.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -122,7 +122,7 @@ def read_questions(file: str, form: str) -> list[Question]:
 
 
 def questions_hash(questions: Sequence[Question]) -> str:
-    """SHA-256 of what is asked, in order."""
+    """Return the SHA-256 of what is asked, in order."""
     asked = [[q.key, q.turns, q.temperature, q.dataset] for q in questions]
     return hashlib.sha256(json.dumps(asked).encode("ascii")).hexdigest()
 
@@ -169,7 +169,7 @@ FORMATS = {
 
 
 def answers_file(output: str, form: str, name: str) -> Path:
-    """Where the answers go: the output itself, or FastChat's place in that folder.
+    """Return the file of the answers: the output itself, or FastChat's place in that folder.
 
     Raises:
         ValueError: the judging tool would not find or not read it there.

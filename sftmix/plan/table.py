@@ -1,4 +1,4 @@
-"""What `sftmix plan` prints."""
+"""Write the text that `sftmix plan` prints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def report(
     rows: list[Row],
     advice: str,
 ) -> str:
-    """The whole of it, one screen."""
+    """Return the whole text, one screen."""
     lines = [*what(planned, config, plan), "", *parts(planned, plan, longer), ""]
     if memory is not None:
         lines += [verdict(plan, memory, advice), *length_line(config, largest), ""]
@@ -43,7 +43,7 @@ def report(
 
 
 def what(planned: Planned, config: PretrainedConfig, plan: Plan) -> list[str]:
-    """What is planned."""
+    """Return the lines that say what is planned."""
     options, arguments = planned.options, planned.arguments
     billions = f"{plan.parameters / 1e9:.2f} B parameters"
     if plan.trained < plan.parameters:
@@ -65,7 +65,7 @@ def what(planned: Planned, config: PretrainedConfig, plan: Plan) -> list[str]:
 
 
 def switched_on(planned: Planned) -> list[str]:
-    """The options that save memory and are on."""
+    """Return the options that save memory and are on."""
     options = planned.options
     found = ["--memory lean"] if options.memory == "lean" else []
     if options.checkpoints_activations:
@@ -81,7 +81,7 @@ def switched_on(planned: Planned) -> list[str]:
 
 
 def parts(planned: Planned, plan: Plan, longer: Plan) -> list[str]:
-    """What is held at the peak, and what one more token of the batch adds to it."""
+    """Return the lines of the peak's parts and of what one more token of the batch adds."""
     tokens = (longer.length - plan.length) * planned.options.per_device_train_batch_size
 
     def line(name: str, now: int, later: int) -> str:
@@ -96,14 +96,14 @@ def parts(planned: Planned, plan: Plan, longer: Plan) -> list[str]:
 
 
 def verdict(plan: Plan, memory: int, advice: str) -> str:
-    """Whether it fits."""
+    """Return the line that says whether the step fits."""
     if plan.peak <= memory:
         return f"fits: {plan.peak / GIB:.1f} GiB of {memory / GIB:.1f}"
     return f"does not fit: {plan.peak / GIB:.1f} GiB of {memory / GIB:.1f}; {advice}"
 
 
 def length_line(config: PretrainedConfig, largest: int | None) -> list[str]:
-    """The largest length."""
+    """Return the line that names the largest length."""
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if largest is None:
         return []
@@ -112,7 +112,7 @@ def length_line(config: PretrainedConfig, largest: int | None) -> list[str]:
 
 
 def table(rows: list[Row], memory: int | None) -> list[str]:
-    """The switches that are off."""
+    """Return the lines of the switches that are off."""
     if not rows:
         return ["every switch that saves memory is on"]
     width = max(len(row.says) + 2 * (not row.same) for row in rows)

@@ -1,7 +1,8 @@
-"""LoRA from the command line: a frozen model with trained low-rank updates, through PEFT.
+"""Train LoRA from the command line: a frozen model with low-rank updates, through PEFT.
 
-``W + alpha / rank * B A`` (Hu et al. 2022, arXiv 2106.09685) of every linear layer besides the LM
-head, which the loss reads as it is; ``A`` is random, drawn by the run's seed, ``B`` begins at 0.
+Every linear layer except the LM head, which the loss reads as it is, becomes
+`W + alpha / rank * B A` (Hu et al. 2022, arXiv 2106.09685). `A` is drawn by the run's seed, and `B`
+begins at 0.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import torch
 from sftmix.recipe.arguments import RunArguments
 from sftmix.runs.failures import Naming
 
-# PEFT's word for every linear layer but the head.
+# PEFT's word for every linear layer except the head.
 ALL_LINEAR = "all-linear"
 
 
 def lora_options(arguments: RunArguments) -> dict[str, Any]:
-    """The options as the manifest has them, all filled in; none without ``--lora_rank``.
+    """Return the options as the manifest records them, filled in; none without `--lora_rank`.
 
     Raises:
-        ValueError: an option is out of range, or one is given without ``--lora_rank``.
+        ValueError: an option is out of range, or one is given without `--lora_rank`.
     """
     rank, alpha, dropout, targets = (
         getattr(arguments, f"lora_{name}") for name in ("rank", "alpha", "dropout", "targets")
@@ -31,7 +32,7 @@ def lora_options(arguments: RunArguments) -> dict[str, Any]:
         given = {"alpha": alpha, "dropout": dropout or None, "targets": targets}
         for name, value in given.items():
             if value is not None:
-                raise ValueError(f"lora_{name}: expected --lora_rank with it, got {value!r} alone")
+                raise ValueError(f"lora_{name}: expected --lora_rank with it, got only {value!r}")
         return {}
     if rank < 1:
         raise ValueError(f"lora_rank: expected at least 1, got {rank}")
@@ -48,7 +49,7 @@ def lora_options(arguments: RunArguments) -> dict[str, Any]:
 
 
 def check_lora(arguments: RunArguments) -> None:
-    """Check the options and that PEFT is there, before anything is loaded.
+    """Check the options and that PEFT is installed, before anything is loaded.
 
     Raises:
         ImportError: PEFT is not there.
@@ -59,7 +60,7 @@ def check_lora(arguments: RunArguments) -> None:
 
 
 def add_lora(model: Any, arguments: RunArguments, seed: int) -> Any:
-    """The model with fresh updates as the options say; itself where they ask for none.
+    """Return the model with fresh updates as the options say; unchanged if they ask for none.
 
     Raises:
         ImportError: PEFT is not there.
@@ -106,7 +107,7 @@ def largest_side(model: Any) -> int:
 
 
 def require_peft() -> ModuleType:
-    """PEFT.
+    """Return the module `peft`.
 
     Raises:
         ImportError: it is not there.

@@ -1,4 +1,4 @@
-"""How a command that fails ends: an exit code and one message that is safe to print."""
+"""Exit codes and messages of a command that fails."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class RankError(RuntimeError):
     """Another rank failed, and says why itself."""
 
 
-# Mended by another option, file, model or package; the message says which.
+# The user mends these with another option, file, model or package; the message says which.
 REFUSALS = (ValueError, TypeError, OSError, ImportError)
 # The run itself failed: the same command may well succeed next time.
 RUN_FAILURES = (RunFailure, FloatingPointError, MemoryError, ChildProcessError)
 USER_ERRORS = (*REFUSALS, *RUN_FAILURES)
-# A disk that is full or broken, whatever was being written.
+# The disk is full or broken, whatever was being written.
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -84,7 +84,7 @@ def told(error: BaseException) -> str:
 
 
 class OneMessage(argparse.ArgumentParser):
-    """A parser whose refusal is one message, without the usage of a hundred options."""
+    """A parser that refuses in one message, without the usage of a hundred options."""
 
     def error(self, message: str) -> NoReturn:
         """End with exit code 2, as argparse does."""
@@ -94,11 +94,11 @@ class OneMessage(argparse.ArgumentParser):
 
 
 class Naming:
-    """A context that turns what a library raises for a wrong value into a message that names it.
+    """A context that names the value at fault in what a library raises.
 
-    ``ValueError``, ``OSError`` and ``ImportError`` keep their kind. Others that libraries raise
-    become a ``ValueError``: wrong keywords, keys and attributes, and the plain ``Exception`` of the
-    tokenizers library. A message that begins with the name, or with ``other``, is not named twice.
+    `ValueError`, `OSError` and `ImportError` keep their kind. Others that libraries raise
+    become a `ValueError`: wrong keywords, keys and attributes, and the plain `Exception` of the
+    tokenizers library. A message that begins with the name, or with `other`, is not named twice.
 
     >>> with Naming("seed"):
     ...     int("three")
@@ -120,7 +120,7 @@ class Naming:
             name: what the value is called, an option or an argument.
             what: what was being done, for the message.
             other: another name that a message may begin with, which is replaced.
-            among: names that come before ``name`` where a message matches their pattern.
+            among: names that come before `name` where a message matches their pattern.
         """
         self.name, self.what, self.other = name, f"{what}: " if what else "", other
         self.among = among or {}
@@ -154,7 +154,7 @@ class Naming:
 
 
 def is_library_error(error: BaseException) -> bool:
-    """Whether a library may raise this for a wrong value or file."""
+    """Tell whether a library may raise this error for a wrong value or file."""
     # tokenizers raises Exception itself, huggingface_hub and datasets have bases of their own.
     own = {base.__name__ for base in type(error).__mro__}
     return (

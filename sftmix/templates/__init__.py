@@ -1,1 +1,1 @@
-"""Chat templates: examples written as the model reads them, and cut into tokens."""
+"""Write examples as the model reads them, with chat templates, and cut them into tokens."""

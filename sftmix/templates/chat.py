@@ -1,12 +1,12 @@
-"""Conversations rendered by a chat template, and where the responses stand in the text.
+"""Render conversations with a chat template and find the responses in the text.
 
-An assistant turn is learnt from the end of the prompt that asks for it to the end of turn that the
-template writes after it. It is found by the first of these rules that applies (docs/templates.md):
+An assistant turn is learnt from the end of its prompt to the end of turn that the template writes
+after it. The first of these rules that applies finds it (docs/templates.md):
 
-1. The template marks what the assistant writes, with ``{% generation %}``: that, as it is marked.
+1. The template marks what the assistant writes with `{% generation %}`: the marked text is learnt.
 2. The conversation's text begins with the prompt of the turn (the messages before it and the
-   generation prompt) and goes on with the turn as it reads where it is the last message. Earlier
-   turns that a template writes otherwise once others follow (it drops their thoughts, say) carry no
+   generation prompt) and goes on with the turn as the template writes a last message. Earlier turns
+   that a template writes differently once others follow (it drops their thoughts, say) carry no
    loss, and a line says how many: no prompt is ever answered like that.
 3. The prompt opens a thought that the conversation's text lacks: the last turn is put after the
    prompt itself, its thought closed in the template's own form.
@@ -56,7 +56,7 @@ PLAIN_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"""
 
-# Words that stand for a message's text where a template is tried.
+# These words stand for a message's text when a template is tried.
 ANSWER, ASKED, THOUGHT = "sftmixanswer", "sftmixasked", "sftmixthought"
 
 # Tags around a thought: <think>, [THINK], <|thinking|>, <reasoning>.
@@ -67,20 +67,21 @@ _THOUGHT_END = re.compile(_TAG.format("/"), re.IGNORECASE)
 
 NOTES = {
     "turns": "%d assistant turns carry no loss (the first in %s): the chat template writes them "
-    "otherwise once later messages follow, so that no prompt is answered like that. Train them as "
-    "rows of their own, or give --chat_template FILE with one that marks what the assistant writes "
-    "({%% generation %%})",
-    "marks": "the marked responses of %d rows (the first in %s) do not follow the prompt that the "
-    "chat template asks with, so the model is asked later for what it has not learnt: give "
+    "differently once later messages follow, so no prompt is answered like that. Train them as "
+    "examples of their own, or give --chat_template FILE with one that marks what the assistant "
+    "writes ({%% generation %%})",
+    "marks": "the marked responses of %d examples (the first in %s) do not follow the prompt that "
+    "the chat template asks with, so the model will be asked for what it has not learnt: give "
     "--chat_template FILE with one whose generation prompt begins what it marks",
     "reasoning": "the reasoning of %d messages is not used (the first in %s): the chat template "
     "writes none",
-    "tools": "the tools of %d rows are not used (the first in %s): the chat template writes none",
+    "tools": "the tools of %d examples are not used (the first in %s): the chat template writes "
+    "none",
 }
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's own chat template, or `PLAIN_TEMPLATE` where it has none.
+    """Return the tokenizer's chat template, or `PLAIN_TEMPLATE` if it has none.
 
     Raises ValueError where the plain template is needed and the tokenizer has no eos_token, or
     where it has several templates and none is the default.
@@ -96,7 +97,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def adopt_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a tokenizer without a chat template the plain one, so that it is saved with it.
+    """Give a tokenizer without a chat template the plain one, to be saved with it.
 
     Raises ValueError as `chat_template` does.
     """
@@ -105,7 +106,7 @@ def adopt_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the chat templates in use and of the bos and eos tokens they may write.
+    """Return the SHA-256 of the chat templates in use and of the bos and eos tokens.
 
     Raises ValueError as `chat_template` does.
     """
@@ -118,13 +119,13 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _tool_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The template that transformers takes for conversations with tools, where there is one."""
+    """Return the template that transformers takes for conversations with tools, if there is one."""
     templates = tokenizer.chat_template
     return templates.get("tool_use") if isinstance(templates, dict) else None
 
 
 def template_date(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The date that the template tells, which is today's unless it was set; None for no date.
+    """Return the date that the template tells (today's unless it was set); None if it tells none.
 
     Raises ValueError as `chat_template` does.
     """
@@ -133,7 +134,7 @@ def template_date(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def set_template_date(tokenizer: PreTrainedTokenizerBase, date: str | None) -> None:
-    """Have the template tell this date ("2026-11-29"); None changes nothing.
+    """Make the template tell this date ("2026-11-29"); None changes nothing.
 
     Raises ValueError where it is no date.
     """
@@ -148,7 +149,7 @@ def _date(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def bad_row(example: Example, reason: str) -> BadRowError:
-    """The error of an example, with its file and line."""
+    """Return the error of an example, with its file and line."""
     file, _, line = example.source.rpartition(":")
     return BadRowError(file, int(line), reason)
 
@@ -185,7 +186,7 @@ class Turns:
         self.first: dict[str, str] = {}
 
     def spans(self, example: Example) -> tuple[str, list[Span]]:
-        """The text of a conversation and the span of every learnt assistant turn in it.
+        """Return the text of a conversation and the span of every learnt assistant turn in it.
 
         Raises BadRowError where the template refuses the conversation or leaves out what it says,
         and where a turn is not found or none is learnt.
@@ -217,7 +218,7 @@ class Turns:
     def render(
         self, messages: Sequence[dict[str, Any]], tools: list[Any] | None, *, prompt: bool = False
     ) -> str:
-        """The text of a conversation, with the beginning of the next response or without.
+        """Return the text of a conversation; `prompt` adds the beginning of the next response.
 
         Raises RenderError where the template refuses it or fails.
         """
@@ -286,7 +287,7 @@ class Turns:
         return text, found
 
     def _turn(self, messages: Messages, tools: list[Any] | None, i: int, text: str) -> Span | None:
-        """Where message i stands in `text`; None where it is not there as it was asked for."""
+        """Return where message i stands in `text`; None if it is not there as it was asked for."""
         before = self.render(messages[:i], tools, prompt=True)
         if not text.startswith(before):
             return None
@@ -308,7 +309,7 @@ class Turns:
         return len(before), end
 
     def _opening(self, following: str) -> str:
-        """The token that opens the next turn, where it is one of its own."""
+        """Return the token that opens the next turn, if it is a token of its own."""
         found = self._added.match(following)
         return found.group() if found else ""
 
@@ -321,7 +322,7 @@ class Turns:
         )
 
     def _with_thought(self, example: Example, messages: Messages, text: str) -> str:
-        """The prompt of the last message, and the message after it with its thought closed.
+        """Return the last message's prompt and, after it, the message with its thought closed.
 
         Raises BadRowError where the prompt opens no thought, or more than that.
         """
@@ -388,7 +389,7 @@ class Turns:
         return self._same((*messages[:i], other, *messages[i + 1 :]), tools, text)
 
     def _same(self, messages: Messages, tools: list[Any] | None, text: str) -> bool:
-        """Whether the template writes the same of this; what it cannot render is not the same."""
+        """Tell whether the template writes the same text; what it cannot render is not the same."""
         return self._tried(messages, tools) == text
 
     def _tried(
@@ -441,7 +442,7 @@ _TOLD = {"content": THOUGHT, "name": "f", "tool_call_id": "abcdefghi"}
 
 
 def _kept(end: str, followed: str) -> str:
-    """The words and white space that both begin with; a token in brackets is a word."""
+    """Return the words and white space that both texts begin with; `<...>` is a word."""
     kept = ""
     words = (re.findall(r"<[^<>\s]*>|\s|[^\s<]+|<", text) for text in (end, followed))
     for word, other in zip(*words, strict=False):
@@ -465,7 +466,7 @@ def _unlike(before: str, text: str, i: int) -> str:
 
 
 def prompt_tokens(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens before the next response: those that `tokenize_examples` has there.
+    """Return the tokens before the next response, as `tokenize_examples` makes them.
 
     Raises ValueError where the template refuses the conversation, and as `chat_template` does.
     """
@@ -477,7 +478,7 @@ def prompt_tokens(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def without_thought(text: str, *, opened: bool) -> str:
-    """What a model answered, behind the thought that its text or its prompt (``opened``) begins.
+    """Return a model's answer without the thought that its text or prompt (`opened`) begins.
 
     The text as it is, where there is no thought or none that ended.
     """
@@ -488,7 +489,7 @@ def without_thought(text: str, *, opened: bool) -> str:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What training teaches to write after a response; empty where it is nothing.
+    """Return the text that training teaches to write after a response; it may be empty.
 
     Raises ValueError where the template refuses a question and its answer, and as `chat_template`
     does.

@@ -1,13 +1,13 @@
-"""Examples to tokens: each conversation is rendered and tokenised once, as a whole.
+"""Turn examples into tokens: each conversation is rendered and tokenised once, as a whole.
 
-A token that would join a prompt with its response is parted (see `boundaries.py`).
+A token that would join a prompt with its response is split (see `boundaries.py`).
 
-Labels are not shifted: `labels[i]` is `input_ids[i]` where token i belongs to a response (see
-`templates.py`), and -100 elsewhere.
+Labels are not shifted: `labels[i]` is `input_ids[i]` if token i belongs to a response (see
+`chat.py`), and -100 otherwise.
 
-Of a text far longer than `max_length` only the beginning is tokenised. A tokenizer may look ahead,
-so the beginning is cut at two places, until both agree on the first `max_length + 1` tokens and
-where each lies; else they are taken twice as far, up to the whole text.
+Only the beginning of a text far longer than `max_length` is tokenised. A tokenizer may look ahead,
+so the text is cut at two places; if both cuts agree on the first `max_length + 1` tokens and their
+places, these are taken, else both cuts are moved twice as far, up to the whole text.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from sftmix.templates.rendering import Span
 
 logger = logging.getLogger(__name__)
 
-# Texts tokenised together, whichever comes first: enough to keep the tokenizer's threads busy, few
-# enough that what it holds meanwhile, about 150 bytes a token, stays small beside the tokens kept.
+# Texts are tokenised together up to either limit: enough to keep the tokenizer's threads busy, and
+# few enough to keep its own memory, about 150 bytes a token, small beside the tokens kept.
 BATCH_ROWS = 1000
 BATCH_CHARACTERS = 500_000
-# Of a long text so many characters for each token of max_length are tokenised at first: English has
-# 4 to 5, and twice as many hold for most others.
+# A long text is first tokenised up to so many characters for each token of max_length: English has
+# 4 to 5 a token, and twice as many suffice for most others.
 CHARACTERS_PER_TOKEN = 8
 SPARE_CHARACTERS = 1024
-# From one cut to the other. A prime: how a run of one letter is parted may depend on the remainder
-# of its length by the length of a token, which is another one then.
+# Characters from one cut to the other. It is a prime, since how a run of one letter is split may
+# depend on its length modulo a token's length, which then differs between the cuts.
 BETWEEN_CUTS = 1009
 
 _COLUMNS = datasets.Features(
@@ -75,7 +75,7 @@ class _Tokens:
 
 
 def _labels(input_ids: Sequence[int], offsets: Sequence[Span], turns: Sequence[Span]) -> list[int]:
-    """The tokens that start inside a span, -100 elsewhere."""
+    """Return the tokens that start inside a span, and -100 for all others."""
     labels = [IGNORE_INDEX] * len(input_ids)
     for begin, end in turns:
         first, last = (bisect_left(offsets, place, key=lambda o: o[0]) for place in (begin, end))
@@ -111,11 +111,10 @@ def tokenize_examples(
     """Tokenise examples into a dataset of `id`, `content_hash`, `input_ids` and `labels`.
 
     A conversation is rendered with `chat_template(tokenizer)`, which a tokenizer without one is
-    given, and tokenised as a whole, as far as
-    `max_length` needs; a token is a response token where it starts inside an assistant turn.
-    Sequences longer than `max_length` are cut from the right, so a response loses its tail; one log
-    line says how many were. Labels are not shifted and the first token is never predicted, so a row
-    needs a label after it.
+    given, and tokenised as a whole, as far as `max_length` needs; a token is a response token if it
+    starts inside an assistant turn. Sequences longer than `max_length` are cut from the right, so a
+    response loses its tail; one log line says how many were. Labels are not shifted and the first
+    token is never predicted, so an example needs a label after it.
 
     Raises BadRowError (or leaves the row out, with `on_bad_row="skip"`) where no response token is
     left within `max_length`, where the template refuses the conversation, leaves out what it says
@@ -162,7 +161,7 @@ def tokenize_examples(
 
 
 class _Dataset:
-    """Takes examples one by one, tokenises them in batches, and puts the rows into tables."""
+    """Take examples one by one, tokenise them in batches, and put them into tables."""
 
     def __init__(
         self,
@@ -196,7 +195,7 @@ class _Dataset:
             self._tokenize()
 
     def finished(self) -> list[datasets.Dataset]:
-        """The tables with a row in them."""
+        """Return the tables that hold examples."""
         self._tokenize()
         self._write_table()
         return self.tables
@@ -268,7 +267,7 @@ class _Dataset:
 def _encoded(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[tuple[Encoding, bool]]:
-    """Each text's first `max_length` tokens, and whether there are more."""
+    """Return each text's first `max_length` tokens, and whether there are more."""
     size = CHARACTERS_PER_TOKEN * max_length + SPARE_CHARACTERS
     whole = iter(_tokenized([text for text in texts if len(text) <= 2 * size], tokenizer))
     found = []
@@ -281,7 +280,7 @@ def _encoded(
 
 
 def _head(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoding:
-    """The first `max_length + 1` tokens of a long text; fewer where it has no more."""
+    """Return the first `max_length + 1` tokens of a long text; fewer if it has no more."""
     size = CHARACTERS_PER_TOKEN * max_length + SPARE_CHARACTERS
     while 2 * size < len(text):
         heads = _tokenized([text[:size], text[: size + BETWEEN_CUTS]], tokenizer)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 
-# The tables' names of the tasks, in the order of their columns.
+# The paper's names of the tasks, in the order of its tables' columns.
 PAPER_NAMES = {
     "medqa": "MedQA",
     "medqa_5": "MedQA-5",

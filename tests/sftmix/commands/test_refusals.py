@@ -386,7 +386,7 @@ def test_other_commands(
         ("--batch_size 0", "--batch_size: expected at least 1, got 0"),
         ("--max_new_tokens 0", "--max_new_tokens: expected at least 1, got 0"),
         ("--temperature -1", "--temperature: expected at least 0, got -1.0"),
-        ("--top_k -1", "--top_k: expected at least 0, which is all, got -1"),
+        ("--top_k -1", "--top_k: expected at least 0, which means all, got -1"),
         ("--format x", "--format: invalid choice: 'x'"),
     ],
 )
