@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainerState
 
-from sftmix.conventions import MODEL_CARD, TRAINER_STATE
+from sftmix.conventions import CONFIGS, MODEL_CARD, TRAINER_STATE
 from sftmix.data.examples import data_hash
 from sftmix.data.selection import naming_selections
-from sftmix.model.source import CONFIGS, check_model
+from sftmix.model.source import check_model
 from sftmix.pairs.partition import match, partition_hash, read_partition, subset_counts
 from sftmix.recipe.arguments import TrainRunArguments, parse
 from sftmix.recipe.loading import (

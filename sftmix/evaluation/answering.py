@@ -62,7 +62,7 @@ class Decoding:
         return np.random.default_rng(seed).random(self.max_new_tokens)
 
 
-def draw(scores: Tensor, temperatures: Tensor, uniform: Tensor, top_k: int) -> Tensor:
+def sampled(scores: Tensor, temperatures: Tensor, uniform: Tensor, top_k: int) -> Tensor:
     """Return tokens drawn from softmax(scores / temperature) among the `top_k` likeliest (0: all).
 
     Args:
@@ -84,7 +84,7 @@ def draw(scores: Tensor, temperatures: Tensor, uniform: Tensor, top_k: int) -> T
 class Draws(LogitsProcessor):
     """Leave each row only the token that it takes, which greedy search then takes.
 
-    Rows of temperature 0 take the likeliest token, the others what `draw` says of their numbers.
+    Rows of temperature 0 take the likeliest token, the others what `sampled` says of their numbers.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Draws(LogitsProcessor):
         if len(self.sampled):
             uniform = self.uniform[:, input_ids.shape[1] - self.prompt_length]
             rows = self.sampled.to(scores.device)
-            drawn = draw(scores[rows], self.temperatures, uniform, self.top_k)
+            drawn = sampled(scores[rows], self.temperatures, uniform, self.top_k)
             tokens[rows] = drawn.to(scores.device)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 

@@ -7,6 +7,8 @@
 - `planned`: the options, the switches and the advice; `table` writes them
 """
 
+from __future__ import annotations
+
 from sftmix.plan.step import Plan, plan_step
 
 __all__ = ["Plan", "plan_step"]

@@ -28,7 +28,7 @@ UNITS = {"": 0, "B": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Alternative:
     """A switch that is off and what it would do; `error` says why it cannot be turned on."""
 
     says: str
@@ -189,14 +189,16 @@ def parse_bytes(text: str) -> int:
     return int(float(found[1]) * (1024 if found[3] else 1000) ** UNITS[found[2]])
 
 
-def row_of(planned: Planned, one: Switch, config: PretrainedConfig, memory: int | None) -> Row:
+def row_of(
+    planned: Planned, one: Switch, config: PretrainedConfig, memory: int | None
+) -> Alternative:
     """Return what a switch would change, or why it cannot be turned on."""
     try:
         other = Planned([*planned.words, *one.words])
         plan = other.plan(config, planned.length)
     except (ValueError, ImportError) as error:
-        return Row(one.says, same=one.same, error=str(error).splitlines()[0])
-    return Row(
+        return Alternative(one.says, same=one.same, error=str(error).splitlines()[0])
+    return Alternative(
         one.says,
         same=one.same,
         peak=plan.peak,
@@ -208,7 +210,9 @@ def row_of(planned: Planned, one: Switch, config: PretrainedConfig, memory: int 
     )
 
 
-def advised(planned: Planned, config: PretrainedConfig, memory: int, rows: list[Row]) -> str:
+def advised(
+    planned: Planned, config: PretrainedConfig, memory: int, rows: list[Alternative]
+) -> str:
     """Return the switch that would help most, or the few that would help together.
 
     Switches that leave results unchanged go first.

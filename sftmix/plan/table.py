@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from sftmix.plan.planned import Planned, Row
+from sftmix.plan.planned import Alternative, Planned
 from sftmix.plan.step import Plan
 from sftmix.plan.trace import PARTS
 
@@ -19,21 +19,21 @@ ROUNDED = (
 )
 
 
-def report(
+def plan_text(
     planned: Planned,
     config: PretrainedConfig,
     plan: Plan,
     longer: Plan,
     memory: int | None,
     largest: int | None,
-    rows: list[Row],
+    rows: list[Alternative],
     advice: str,
 ) -> str:
     """Return the whole text, one screen."""
-    lines = [*what(planned, config, plan), "", *parts(planned, plan, longer), ""]
+    lines = [*heading(planned, config, plan), "", *part_lines(planned, plan, longer), ""]
     if memory is not None:
-        lines += [verdict(plan, memory, advice), *length_line(config, largest), ""]
-    lines += [*table(rows, memory), ""]
+        lines += [fit_line(plan, memory, advice), *length_line(config, largest), ""]
+    lines += [*switch_lines(rows, memory), ""]
     if planned.arguments.lora_rank is None and "bf16_stochastic_round" not in str(
         planned.options.optim_args
     ):
@@ -42,7 +42,7 @@ def report(
     return "\n".join(lines)
 
 
-def what(planned: Planned, config: PretrainedConfig, plan: Plan) -> list[str]:
+def heading(planned: Planned, config: PretrainedConfig, plan: Plan) -> list[str]:
     """Return the lines that say what is planned."""
     options, arguments = planned.options, planned.arguments
     billions = f"{plan.parameters / 1e9:.2f} B parameters"
@@ -80,7 +80,7 @@ def switched_on(planned: Planned) -> list[str]:
     return found
 
 
-def parts(planned: Planned, plan: Plan, longer: Plan) -> list[str]:
+def part_lines(planned: Planned, plan: Plan, longer: Plan) -> list[str]:
     """Return the lines of the peak's parts and of what one more token of the batch adds."""
     tokens = (longer.length - plan.length) * planned.options.per_device_train_batch_size
 
@@ -95,7 +95,7 @@ def parts(planned: Planned, plan: Plan, longer: Plan) -> list[str]:
     return lines
 
 
-def verdict(plan: Plan, memory: int, advice: str) -> str:
+def fit_line(plan: Plan, memory: int, advice: str) -> str:
     """Return the line that says whether the step fits."""
     if plan.peak <= memory:
         return f"fits: {plan.peak / GIB:.1f} GiB of {memory / GIB:.1f}"
@@ -111,7 +111,7 @@ def length_line(config: PretrainedConfig, largest: int | None) -> list[str]:
     return [f"longest that fits: {largest} tokens{beyond}" if largest else "no length fits"]
 
 
-def table(rows: list[Row], memory: int | None) -> list[str]:
+def switch_lines(rows: list[Alternative], memory: int | None) -> list[str]:
     """Return the lines of the switches that are off."""
     if not rows:
         return ["every switch that saves memory is on"]

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from sftmix.conventions import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from sftmix.data.examples import Example, load_examples, rows_by_file
 from sftmix.data.examples_check import check_command
 from sftmix.data.selection import columns_of, parse_selection, say, select
@@ -19,7 +20,6 @@ from sftmix.model.source import ReadingModel
 from sftmix.model.weights import refuse_not_finite, refuse_other_tensors, without_message
 from sftmix.recipe.arguments import RunArguments, TrainRunArguments
 from sftmix.runs.failures import Naming
-from sftmix.runs.provenance import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from sftmix.templates.chat import adopt_template
 from sftmix.templates.files import use_template
 from sftmix.templates.tokenizing import tokenize_examples
@@ -211,7 +211,7 @@ def refuse_misfits(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) 
             than the model has positions for.
         OSError: the model's config is not found.
     """
-    if (Path(arguments.model) / "adapter_config.json").exists():
+    if (Path(arguments.model) / ADAPTER_CONFIG).exists():
         return  # `load_model` says what to do
     remote = arguments.trust_remote_code
     with ReadingModel(arguments.model, "the config"):

@@ -9,6 +9,8 @@
 Nothing here imports torch or matplotlib before it is needed.
 """
 
+from __future__ import annotations
+
 from sftmix.report.assembly import report_runs
 from sftmix.report.drawing import require_plots
 from sftmix.report.page import Page, Section, Table, write_page

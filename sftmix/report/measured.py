@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from sftmix.conventions import ADAPTER_CONFIG
 from sftmix.data.examples import Example, data_hash, load_examples
 from sftmix.model.head import HeadAdapter
 from sftmix.pairs.partition import Partition, from_scores, read_partition, write_partition
@@ -40,7 +41,6 @@ from sftmix_kernels import StreamingPerplexity
 logger = logging.getLogger(__name__)
 
 FOLDER = "report"
-ADAPTER = "adapter_config.json"
 SAMPLE_SEED = 0
 When = Literal["before", "after"]
 
@@ -229,7 +229,7 @@ def _base(run: Run) -> str:
 def _load(run: Run, when: When) -> Any:
     if when == "before":
         return load_model(_arguments(run, _base(run)))
-    base = _base(run) if (run.folder / ADAPTER).exists() else None
+    base = _base(run) if (run.folder / ADAPTER_CONFIG).exists() else None
     return load_trained_model(_arguments(run, str(run.folder)), base)
 
 

@@ -5,6 +5,8 @@ or the new one, also after a power cut. Temporary names begin with `.tmp-`, whic
 leftovers of a killed process. This module needs a POSIX system.
 """
 
+from __future__ import annotations
+
 import fcntl
 import json
 import os

@@ -19,13 +19,16 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from sftmix.conventions import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    GENERATION_CONFIG,
+    MODEL_CONFIG,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+)
 from sftmix.runs.checkpoints import checksum
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-CONFIGS = ("config.json", "generation_config.json")
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Keys of a config that say where it lay and what wrote it.
 OF_PLACE = {
     "_name_or_path",
@@ -99,9 +102,9 @@ def model_parts(
     for name in weight_files(model, revision):
         path = find_file(model, name, revision)
         if path is None:
-            raise OSError(f"model: {model} has no {name}, which {INDEX} names")
+            raise OSError(f"model: {model} has no {name}, which {WEIGHTS_INDEX} names")
         parts[name] = checksum(path)
-    for name in CONFIGS:
+    for name in (MODEL_CONFIG, GENERATION_CONFIG):
         path = find_file(model, name, revision)
         if path is not None:
             parts[name] = _config_sum(path)
@@ -118,10 +121,10 @@ def weight_files(model: str, revision: str | None = None) -> list[str]:
     """
     if find_file(model, WEIGHTS, revision) is not None:
         return [WEIGHTS]
-    index = find_file(model, INDEX, revision)
+    index = find_file(model, WEIGHTS_INDEX, revision)
     if index is None:
         raise OSError(
-            f"model: expected safetensors ({WEIGHTS} or {INDEX}) in {model}, found none; "
+            f"model: expected safetensors ({WEIGHTS} or {WEIGHTS_INDEX}) in {model}, found none; "
             "save_pretrained writes them"
         )
     shards = _json(index).get("weight_map")
@@ -147,7 +150,7 @@ def commit_of(model: str, revision: str | None = None) -> str | None:
     """Return the commit of a hub model's revision; None for a folder."""
     if Path(model).is_dir():
         return None
-    found = find_file(model, CONFIGS[0], revision) or find_file(model, ADAPTER_CONFIG, revision)
+    found = find_file(model, MODEL_CONFIG, revision) or find_file(model, ADAPTER_CONFIG, revision)
     # A file of the cache lies in snapshots/COMMIT.
     parts = [] if found is None else found.parts
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None

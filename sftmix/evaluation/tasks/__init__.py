@@ -4,6 +4,8 @@
 `sftmix evaluate` runs all, from local files too.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
