@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 from transformers import PreTrainedTokenizerBase, TrainerState
 
 from sftmix.conventions import CONFIGS, MODEL_CARD, TRAINER_STATE
 from sftmix.data.examples import data_hash
 from sftmix.data.selection import naming_selections
 from sftmix.model.source import check_model
-from sftmix.pairs.partition import match, partition_hash, read_partition, subset_counts
+from sftmix.pairs.partition import Partition, match, partition_hash, read_partition, subset_counts
 from sftmix.recipe.arguments import TrainRunArguments, parse
 from sftmix.recipe.loading import (
     load_data,
@@ -124,14 +125,7 @@ def train(
         # The short data are read first, which tells a wrong name in them at once.
         held_out = load_held_out(arguments, tokenizer, disable_progress=quiet)
         dataset = load_data(arguments, tokenizer, disable_progress=quiet)
-        confident, scores_hash, subsets = None, None, None
-        if arguments.partition is not None:
-            with Naming("partition"):
-                partition = read_partition(Path(arguments.partition))
-            warn_of_other_template(Path(arguments.partition), tokenizer)
-            with naming_selections(Path(arguments.partition), arguments.select):
-                confident = match(partition, dataset["id"][:], dataset["content_hash"][:])
-            scores_hash, subsets = partition_hash(partition), subset_counts(partition)
+        confident, scores_hash, subsets = read_subsets(arguments, dataset, tokenizer)
         trainer = SFTMixTrainer(
             model=add_lora(
                 load_model(arguments, arguments.attn_implementation), arguments, config.seed
@@ -163,6 +157,25 @@ def train(
         say(f"all {trainer.begun_at} steps were trained already")
     finish(trainer, run, numbers, subsets, hub)
     return trainer
+
+
+def read_subsets(
+    arguments: TrainRunArguments, dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Partition | None, str | None, dict[str, int] | None]:
+    """Return the partition in the order of the data, its hash and its counts; None without one.
+
+    Raises:
+        ValueError: the partition is damaged, or of other data.
+    """
+    if arguments.partition is None:
+        return None, None, None
+    path = Path(arguments.partition)
+    with Naming("partition"):
+        partition = read_partition(path)
+    warn_of_other_template(path, tokenizer)
+    with naming_selections(path, arguments.select):
+        matched = match(partition, dataset["id"][:], dataset["content_hash"][:])
+    return matched, partition_hash(partition), subset_counts(partition)
 
 
 def say(text: str) -> None:

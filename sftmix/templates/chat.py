@@ -22,15 +22,14 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from sftmix.data.examples import Example, Messages
 from sftmix.data.rows import BadRowError
+from sftmix.templates.form import ANSWER, PROBE, Form, added_tokens, form_of
 from sftmix.templates.rendering import (
-    CALL_PROBE,
     RenderError,
     Span,
     is_marked,
@@ -55,9 +54,6 @@ PLAIN_TEMPLATE = """\
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"""
-
-# These words stand for a message's text when a template is tried.
-ANSWER, ASKED, THOUGHT = "sftmixanswer", "sftmixasked", "sftmixthought"
 
 # Tags around a thought: <think>, [THINK], <|thinking|>, <reasoning>.
 _TAG = r"(?P<left>[<\[]\|?){}(?P<name>[\w:]*(?:think|thought|reason)\w*)(?P<right>\|?[>\]])"
@@ -152,24 +148,6 @@ def bad_row(example: Example, reason: str) -> BadRowError:
     """Return the error of an example, with its file and line."""
     file, _, line = example.source.rpartition(":")
     return BadRowError(file, int(line), reason)
-
-
-@dataclass(frozen=True)
-class _Form:
-    """How a template writes a turn, found by trying it.
-
-    `end`: what follows an answer that is last; None where the template cannot be tried. `kept`: the
-    part of it that is there too where a message follows. `opening`: where nothing ends a turn, the
-    token that opens the next one and so ends it. `closing`: what stands between a thought and the
-    answer; None where the template writes no thoughts. `silent`: roles whose text it does not
-    write.
-    """
-
-    end: str | None
-    kept: str
-    opening: str
-    closing: str | None
-    silent: frozenset[str]
 
 
 class Turns:
@@ -315,11 +293,7 @@ class Turns:
 
     @functools.cached_property
     def _added(self) -> re.Pattern[str]:
-        tokens = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
-        longest_first = sorted(tokens - {""}, key=lambda token: (-len(token), token))
-        return re.compile(
-            rf"\s*(?:{'|'.join(map(re.escape, longest_first))})" if tokens else "(?!)"
-        )
+        return added_tokens(self.tokenizer)
 
     def _with_thought(self, example: Example, messages: Messages, text: str) -> str:
         """Return the last message's prompt and, after it, the message with its thought closed.
@@ -404,52 +378,14 @@ class Turns:
     def opens_thought(self) -> bool:
         """Whether the prompt begins a thought, which the response then ends."""
         try:
-            prompt = self.render(_PROBE[:1], None, prompt=True)
+            prompt = self.render(PROBE[:1], None, prompt=True)
         except RenderError:
             return False
         return OPENED_THOUGHT.search(prompt) is not None
 
     @functools.cached_property
-    def _form(self) -> _Form:
-        text = self._tried(_PROBE) or ""
-        thinking = self._tried((_PROBE[0], {**_PROBE[1], "reasoning_content": THOUGHT})) or ""
-        between = thinking.partition(THOUGHT)[2].partition(ANSWER)
-        closing = between[0] if between[1] else None
-        silent = {
-            message["role"]
-            for message, asked in zip(_PROBE, (ASKED, ANSWER), strict=True)
-            if text and asked not in text
-        }
-        for role, before in (("system", ()), ("developer", ()), ("tool", CALL_PROBE)):
-            one = {**_TOLD, "role": role}
-            tried = self._tried((*before, one, *(_PROBE[1:] if before else _PROBE)))
-            if tried is not None and THOUGHT not in tried:
-                silent.add(role)
-        if ANSWER not in text:
-            return _Form(None, "", "", closing, frozenset(silent))
-        end = text.partition(ANSWER)[2]
-        again = {"role": "user", "content": THOUGHT}
-        followed = (self._tried((*_PROBE, again)) or "").partition(ANSWER)[2].partition(THOUGHT)[0]
-        opening = "" if end.strip() else self._opening(followed)
-        return _Form(end, _kept(end, followed), opening, closing, frozenset(silent))
-
-
-_PROBE: Messages = (
-    {"role": "user", "content": ASKED},
-    {"role": "assistant", "content": ANSWER},
-)
-_TOLD = {"content": THOUGHT, "name": "f", "tool_call_id": "abcdefghi"}
-
-
-def _kept(end: str, followed: str) -> str:
-    """Return the words and white space that both texts begin with; `<...>` is a word."""
-    kept = ""
-    words = (re.findall(r"<[^<>\s]*>|\s|[^\s<]+|<", text) for text in (end, followed))
-    for word, other in zip(*words, strict=False):
-        if word != other:
-            break
-        kept += word
-    return kept
+    def _form(self) -> Form:
+        return form_of(self._tried, self._opening)
 
 
 def _unlike(before: str, text: str, i: int) -> str:
@@ -495,7 +431,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
     does.
     """
     try:
-        text, turns = Turns(tokenizer).spans(Example(0, "probe:1", "", messages=_PROBE))
+        text, turns = Turns(tokenizer).spans(Example(0, "probe:1", "", messages=PROBE))
     except BadRowError as error:
         raise ValueError(error.reason) from None
     return text[: turns[-1][1]].rpartition(ANSWER)[2].rstrip()
