@@ -95,12 +95,13 @@ def build_toy_model(
 ) -> None:
     """Train a tokenizer on `data`, build a random Llama for it, and save both into `output`.
 
-    `vocab_size` is the most entries the vocabulary may have; little text yields fewer, and the
-    model gets as many as there are. The same arguments give the same files. Both load with
+    The vocabulary has at most `vocab_size` entries; little text yields fewer, and the model gets as
+    many as there are. The same arguments give the same files. Both load with
     `from_pretrained(output)`.
 
-    Raises ValueError where `output` is a file or a folder with something in it, where a size does
-    not fit, or where a row of `data` is tokens instead of text; else as `load_examples` does.
+    Raises:
+        ValueError: `output` is a file or a folder with something in it, a size does not fit, or an
+            example of `data` is tokens instead of text; else as `load_examples` does.
     """
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -85,7 +85,7 @@ class GenerateArguments:
     )
     revision: str | None = option(None, REVISION_HELP, "ours")
     trust_remote_code: bool = option(False, "Run Python code that comes with the model", "ours")
-    use_cpu: bool = option(False, "Use the CPU where there is an accelerator", "ours")
+    use_cpu: bool = option(False, "Use the CPU even if there is an accelerator", "ours")
     disable_tqdm: bool = option(False, "Show no progress bars", "ours")
 
     def __post_init__(self) -> None:

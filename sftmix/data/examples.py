@@ -9,9 +9,9 @@ A file's format is found by its columns:
     input_ids, labels                 two lists of integers, -100 where nothing is learnt
     input_ids, completion_mask        (or assistant_masks, loss_mask) 1 where a token is learnt
 
-The format is the one whose columns are all present in the most rows; on a tie the first in this
-list. What stands beside is read where it has a meaning (`tools`, `system`, `history`, masks),
-refused where that would be lost, and else named once for each file (docs/data.md).
+A file has the format whose columns are all present in the most rows; on a tie the first in this
+list. Other columns are read if they have a meaning (`tools`, `system`, `history`, masks), refused
+if a meaning would be lost, and otherwise named once for each file (docs/data.md).
 """
 
 from __future__ import annotations
@@ -99,11 +99,13 @@ def load_examples(
     name (`someone/name`, `someone/name:config`) are read, and how `split` chooses among what they
     hold. The formats are those of this module's docstring. `on_bad_row="skip"` leaves bad rows out
     and logs one warning; another one for each file names columns and fields that are not used.
-    `numbers`: columns besides whose numbers examples keep; a row where one is missing is bad.
+    `numbers` names columns whose numbers examples keep; a row that lacks one is bad.
 
-    Raises BadRowError for a bad row, with its file, line and reason; FileNotFoundError for a
-    missing file; ValueError for an unknown ending or unknown columns, for a file without rows and
-    where no example is left; TypeError where `data` is a single name.
+    Raises:
+        BadRowError: a row is bad, with its file, line and reason.
+        FileNotFoundError: a file is missing.
+        ValueError: an ending or the columns are unknown, a file has no rows, or no example is left.
+        TypeError: `data` is a single name.
     """
     if isinstance(data, str | Path):
         raise TypeError(f"data: expected a list of files or names, got the single {data!r}")

@@ -42,7 +42,8 @@ class BadRowError(ValueError):
 class BadRows:
     """Raise at the first bad row ("error"), or count bad rows and report them once ("skip").
 
-    Raises ValueError where `on_bad_row` is neither.
+    Raises:
+        ValueError: `on_bad_row` is neither.
     """
 
     def __init__(self, on_bad_row: OnBadRow) -> None:
@@ -170,8 +171,11 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 def read_file(path: Path) -> Iterator[Row]:
     """Return the rows of a JSON, JSONL or parquet file.
 
-    A line that cannot be read is a row with a `problem`. Raises BadRowError for a JSON array whose
-    syntax is broken, and ValueError for an unknown ending or a broken parquet file.
+    A line that cannot be read is a row with a `problem`.
+
+    Raises:
+        BadRowError: the syntax of a JSON array is broken.
+        ValueError: the ending is unknown, or a parquet file is broken.
     """
     ending = path.suffix.lower()
     if ending not in ENDINGS:

@@ -1,12 +1,12 @@
 """Find where rows come from: a file, a folder of files, a saved data set, or one of the hub.
 
 FILE                 .json, .jsonl or .parquet
-FOLDER               all such files in it and in its folders, by name in order, hidden ones
-                     apart. A file is of the split that its name or its folder's name has as a
-                     word (train, training; validation, valid, val, dev; test, testing, eval,
-                     evaluation) or that stands before -00000-of-00001, and else of train; the
-                     split chooses. What is not read is named in one line
-FOLDER               of `datasets`' save_to_disk; of several splits the split chooses
+FOLDER               all such files in it and in its folders, in order of their names, without
+                     hidden ones. A word in the name of the file or of its folder tells the split
+                     (train, training; validation, valid, val, dev; test, testing, eval,
+                     evaluation), as does the word before -00000-of-00001; other files belong to
+                     train. `split` chooses, and one line names the files that are not read
+FOLDER               of `datasets`' save_to_disk; `split` chooses among several
 NAME, NAME:CONFIG    what `datasets.load_dataset(NAME, CONFIG, split=split)` gives; a folder
                      whose README.md has `configs:` is read so, too
 """

@@ -267,7 +267,7 @@ class Answerer:
         return tuple(logits[row].float() for logits in output.logits)
 
     def _append(self, answer: Answer, tokens: list[int]) -> None:
-        """Add a turn: its text up to where it ends, without thought and white space around it."""
+        """Add a turn: its text up to its end, without the thought and white space around it."""
         length = next((i for i, token in enumerate(tokens) if token in self.stops), None)
         tokens = tokens[:length]
         while tokens and tokens[-1] == self.pad:

@@ -1,8 +1,8 @@
 """Read benchmark questions, and write answers in the files that the judging tools read.
 
 AlpacaEval (`alpaca_eval --model_outputs FILE`): a JSON list of objects with `instruction`,
-`output`, `generator` and, where the question has one, `dataset`. It is joined with the reference's
-on the text of the instruction.
+`output`, `generator` and, if the question has one, `dataset`. The judge joins it with the
+reference's answers on the text of the instruction.
 
 MT-Bench (FastChat's `gen_judgment.py`): `model_answer/NAME.jsonl`, a line for each question with
 `question_id`, `answer_id`, `model_id`, `choices` (one, with the answers to all turns) and `tstamp`.

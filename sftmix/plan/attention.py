@@ -60,10 +60,10 @@ def causal_products(query: Tensor, products: int) -> int:
 def backward_bytes(query: Tensor, key: Tensor) -> int:
     """Return the bytes that flash attention 2's backward holds besides dQ, dK and dV.
 
-    `mha_bwd` of PyTorch's and Dao's flash attention alike: dQ in float32 where inputs are of half
-    precision (in float32 another kernel adds to dQ itself), the row sums `dO . O` in float32,
-    and, where heads share keys and values, dK and dV of every head, added up afterwards. To
-    `enable_gqa` that is all: keys and values are never copied for every head.
+    `mha_bwd` of PyTorch's and of Dao's flash attention hold the same: dQ in float32 if inputs are
+    of half precision (in float32 another kernel adds to dQ itself), the row sums `dO . O` in
+    float32, and, if heads share keys and values, dK and dV of every head, which are added up
+    afterwards. `enable_gqa` holds no more: keys and values are never copied for every head.
     """
     batch, heads, length, size = query.shape
     tokens = batch * heads * (length + -length % TOKENS_OF_TILE)
@@ -85,8 +85,8 @@ def planned_attention(
 ) -> tuple[Tensor, None]:
     """Stand for any of the linear-memory kernels, with the signature that transformers calls.
 
-    With a mask that is the memory-efficient kernel, which takes no shared heads, and a mask as what
-    is added to the scores, in their dtype and kept for backward.
+    With a mask it stands for the memory-efficient kernel, which takes no shared heads, and adds the
+    mask to the scores, in their dtype, and keeps it for backward.
     """
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")

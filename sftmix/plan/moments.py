@@ -1,8 +1,8 @@
 """Name the moments of a planned step, by hooks on the head and on the layers.
 
-Each is a stretch of the step in which the most that is held is a linear function of the number of
-layers: forward and update hold the more the more layers there are, and backward is at its peak at
-one of its ends, whichever of a layer's activations and gradients is larger.
+A moment is a stretch of the step whose peak is a linear function of the number of layers. Forward
+and update hold more with every layer; backward is at its peak at one of its ends, depending on
+whether a layer's activations or its gradients are larger.
 """
 
 from __future__ import annotations

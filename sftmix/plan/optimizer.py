@@ -1,6 +1,6 @@
 """Plan the optimizer's memory: run the real one on tensors without values, or use a formula.
 
-What cannot run on such tensors, or need not be installed to be planned for, is counted by what its
+An optimizer that cannot run on such tensors, or that may not be installed, is counted by what its
 source allocates for each trained parameter of n numbers:
 
 - `adamw_torch_8bit` (torchao's `AdamW8bit`): two states of n bytes, a float32 scale for each

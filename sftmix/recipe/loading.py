@@ -52,7 +52,7 @@ class ModelArguments(Protocol):
 def load_model(arguments: ModelArguments, attn_implementation: str | None = None) -> Any:
     """Return the model, loaded only from safetensors: a pickle would run code.
 
-    `attn_implementation`: as in `from_pretrained`.
+    `attn_implementation` is that of `from_pretrained`.
 
     Raises:
         OSError: there is no such model; it has no safetensors, or they are cut off, lack tensors,
@@ -73,7 +73,7 @@ def load_model(arguments: ModelArguments, attn_implementation: str | None = None
 def load_trained_model(arguments: ModelArguments, base: str | None = None) -> Any:
     """Return the model of a folder, or of an adapter's folder on top of its base model.
 
-    `base`: folder or hub name of that, where it is not what the adapter says.
+    `base` is the base model's folder or hub name, if it is not the one that the adapter names.
 
     Raises:
         ImportError: it is an adapter and PEFT is not installed.

@@ -155,7 +155,7 @@ def kept_date(*runs: Path) -> str | None:
 
 
 def warn_of_other_template(partition: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Log one line where the manifest beside a partition names another chat template.
+    """Log one line if the manifest beside a partition names another chat template.
 
     Raises:
         ValueError: the manifest is damaged.

@@ -5,7 +5,8 @@ value[s] - baseline[s] over the common seeds s:
 
     t = mean(d) / (std(d) / sqrt(n))        n - 1 degrees of freedom, two-sided
 
-Standard deviations are those of a sample (n - 1). Needs scipy (`pip install 'sftmix[plots]'`).
+Standard deviations are those of a sample (n - 1). The test needs scipy
+(`pip install 'sftmix[plots]'`).
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ class Comparison:
 
     @property
     def significant(self) -> bool | None:
-        """Whether the difference is significant at 1 - LEVEL; None where it was not tested."""
+        """Whether the difference is significant at 1 - LEVEL; None if it was not tested."""
         return None if self.p_value is None else self.p_value < 1 - LEVEL
 
 
 def compare(values: Mapping[int, float], baseline: Mapping[int, float]) -> Comparison:
     """Compare one finite value for each seed with a baseline's (`scipy.stats.ttest_rel`).
 
-    The test needs two common seeds and differences that are not all the same, up to rounding: of
-    equal ones the spread would be estimated as zero. Without it `interval` and `p_value` are
+    The test needs two common seeds and differences that are not all the same, up to rounding: the
+    spread of equal ones would be estimated as zero. Without it `interval` and `p_value` are
     None.
 
     Raises:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:  # an optional extra
 def shown_range(perplexity: NDArray[np.float64]) -> tuple[float, int]:
     """Return a limit for perplexity axes, and how many values (infinite ones too) lie beyond it.
 
-    The limit is twice the 99th percentile of the finite values, or the largest where smaller.
+    The limit is twice the 99th percentile of the finite values, or the largest value if that is
+    smaller.
     """
     finite = perplexity[np.isfinite(perplexity)]
     if not len(finite):

@@ -167,7 +167,7 @@ class Truncation:
 
     @property
     def lost(self) -> NDArray[np.float64]:
-        """Share of the tokens that are not mixed; NaN where none was drawn."""
+        """Share of the tokens that are not mixed; NaN if none was drawn."""
         with np.errstate(invalid="ignore"):
             return 1 - self.mixed / self.tokens
 
@@ -230,7 +230,7 @@ def truncation_picture(name: str, drawn: Sequence[Drawn], logged: float | None) 
         f"Truncation losses: {name}",
         f"A pair is mixed up to its shorter response. Of all response tokens drawn {share:.1f} % "
         f"were not mixed ({by_subset}), counted over the pairs of the logged steps.{check} They "
-        "still carry the NTP term, where the method has one.",
+        "still carry the NTP term, if the method has one.",
         f"Bar chart of the share of response tokens that were not mixed by length of the response: "
         f"{by_subset}.",
         draw(f"truncation {name}", plot, height=3.4),

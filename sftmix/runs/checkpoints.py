@@ -37,8 +37,8 @@ PIECE = 2**24
 class writing:
     """Turn the errors that libraries raise on a full disk into a `RunFailure` that names the path.
 
-    Safetensors and torch.save have errors of their own, tokenizers raises `Exception` itself, and
-    Python's does not say which file it was writing.
+    safetensors and torch.save have errors of their own, tokenizers raises a plain `Exception`, and
+    Python's error does not say which file was being written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,7 +50,7 @@ class writing:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
-        """Replace the error where it is the disk's."""
+        """Replace the error if it is the disk's."""
         if error is not None and _is_of_disk(error):
             raise RunFailure(f"cannot write {self.path}, is the disk full? ({error})") from error
 
@@ -129,7 +129,7 @@ def fault(checkpoint: Path) -> str | None:
 def latest_checkpoint(run: Path) -> Path | None:
     """Return the newest checkpoint that is not damaged; None if the run has no checkpoint.
 
-    A warning names each one passed over.
+    A warning names each damaged one that is passed over.
 
     Raises:
         ValueError: there are checkpoints, and all of them are damaged.

@@ -34,7 +34,7 @@ DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def exit_code(error: BaseException) -> int:
-    """Return 1 where a run failed on its way, 2 where something that was asked for is refused."""
+    """Return 1 if a run failed on its way, 2 if something that was asked for is refused."""
     failed = isinstance(error, RUN_FAILURES) or getattr(error, "errno", None) in DISK_FAULTS
     return FAILED if failed else REFUSED
 
@@ -42,8 +42,8 @@ def exit_code(error: BaseException) -> int:
 def printable(text: str) -> str:
     r"""Return the text without secrets, with control characters spelled out, lines indented.
 
-    Names of files, columns and templates come from others: what a terminal would obey, such as an
-    escape sequence or a change of the writing direction, is shown as Python would escape it.
+    Names of files, columns and templates come from others. Characters that a terminal would obey,
+    such as an escape sequence or a change of the writing direction, are shown as Python's escapes.
 
     >>> printable("no file \x1b[31mred\nsftmix: all is well")
     'no file \\x1b[31mred\n  sftmix: all is well'
@@ -96,9 +96,9 @@ class OneMessage(argparse.ArgumentParser):
 class Naming:
     """A context that names the value at fault in what a library raises.
 
-    `ValueError`, `OSError` and `ImportError` keep their kind. Others that libraries raise
-    become a `ValueError`: wrong keywords, keys and attributes, and the plain `Exception` of the
-    tokenizers library. A message that begins with the name, or with `other`, is not named twice.
+    `ValueError`, `OSError` and `ImportError` keep their kind. Other errors of libraries become a
+    `ValueError`: wrong keywords, keys and attributes, and the plain `Exception` of tokenizers. A
+    message that begins with the name, or with `other`, is not named twice.
 
     >>> with Naming("seed"):
     ...     int("three")
@@ -120,7 +120,7 @@ class Naming:
             name: what the value is called, an option or an argument.
             what: what was being done, for the message.
             other: another name that a message may begin with, which is replaced.
-            among: names that come before `name` where a message matches their pattern.
+            among: names that replace `name` if a message matches their pattern.
         """
         self.name, self.what, self.other = name, f"{what}: " if what else "", other
         self.among = among or {}

@@ -51,8 +51,8 @@ def provenance(
 ) -> dict[str, Any]:
     """Return the entries of a manifest that describe a model and its tokenizer.
 
-    `model_hash` and `tokenizer_hash` are compared when a run goes on; `parts` tell what of
-    them differs; `revision` and `commit` are for people.
+    `model_hash` and `tokenizer_hash` are compared when a run goes on; `parts` tell which
+    of their parts differ; `revision` and `commit` are for people.
 
     Raises:
         OSError: there is no such model, or a file of it cannot be read.

@@ -52,8 +52,8 @@ def _following(offsets: Sequence[Span], begin: int) -> int:
 def _is_joined(offsets: Sequence[Span], begin: int) -> bool:
     """Tell whether a token reaches from before `begin` to behind it.
 
-    Byte-level tokenizers may leave the space of " hello" out of its offsets: then no token ends
-    at `begin`.
+    Byte-level tokenizers may leave the space of " hello" out of its offsets; then no token ends at
+    `begin`.
     """
     following = _following(offsets, begin)
     if not 0 < following < len(offsets):

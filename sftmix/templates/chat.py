@@ -79,8 +79,9 @@ NOTES = {
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the tokenizer's chat template, or `PLAIN_TEMPLATE` if it has none.
 
-    Raises ValueError where the plain template is needed and the tokenizer has no eos_token, or
-    where it has several templates and none is the default.
+    Raises:
+        ValueError: the plain template is needed and the tokenizer has no eos_token, or it has
+            several templates and none is the default.
     """
     if tokenizer.chat_template:
         return tokenizer.get_chat_template()
@@ -95,7 +96,8 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def adopt_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Give a tokenizer without a chat template the plain one, to be saved with it.
 
-    Raises ValueError as `chat_template` does.
+    Raises:
+        ValueError: as `chat_template` does.
     """
     if not tokenizer.chat_template:
         tokenizer.chat_template = chat_template(tokenizer)
@@ -104,7 +106,8 @@ def adopt_template(tokenizer: PreTrainedTokenizerBase) -> None:
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the SHA-256 of the chat templates in use and of the bos and eos tokens.
 
-    Raises ValueError as `chat_template` does.
+    Raises:
+        ValueError: as `chat_template` does.
     """
     template = chat_template(tokenizer)
     parts = [template, tokenizer.bos_token, tokenizer.eos_token]
@@ -123,7 +126,8 @@ def _tool_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def template_date(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the date that the template tells (today's unless it was set); None if it tells none.
 
-    Raises ValueError as `chat_template` does.
+    Raises:
+        ValueError: as `chat_template` does.
     """
     templates = chat_template(tokenizer), _tool_template(tokenizer) or ""
     return _date(tokenizer) if any(map(reads_the_date, templates)) else None
@@ -132,7 +136,8 @@ def template_date(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def set_template_date(tokenizer: PreTrainedTokenizerBase, date: str | None) -> None:
     """Make the template tell this date ("2026-11-29"); None changes nothing.
 
-    Raises ValueError where it is no date.
+    Raises:
+        ValueError: it is no date.
     """
     if date is not None:
         datetime.date.fromisoformat(date)
@@ -153,7 +158,8 @@ def bad_row(example: Example, reason: str) -> BadRowError:
 class Turns:
     """Finds the assistant turns in conversations, by the rules of this module's docstring.
 
-    Raises ValueError as `chat_template` does.
+    Raises:
+        ValueError: as `chat_template` does.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -166,8 +172,9 @@ class Turns:
     def spans(self, example: Example) -> tuple[str, list[Span]]:
         """Return the text of a conversation and the span of every learnt assistant turn in it.
 
-        Raises BadRowError where the template refuses the conversation or leaves out what it says,
-        and where a turn is not found or none is learnt.
+        Raises:
+            BadRowError: the template refuses the conversation or leaves out a text of it, a turn is
+                not found, or none is learnt.
         """
         assert example.messages is not None
         learnt = [
@@ -198,7 +205,8 @@ class Turns:
     ) -> str:
         """Return the text of a conversation; `prompt` adds the beginning of the next response.
 
-        Raises RenderError where the template refuses it or fails.
+        Raises:
+            RenderError: the template refuses it or fails.
         """
         return self._rendered(messages, tools, prompt=prompt)[0]
 
@@ -298,7 +306,8 @@ class Turns:
     def _with_thought(self, example: Example, messages: Messages, text: str) -> str:
         """Return the last message's prompt and, after it, the message with its thought closed.
 
-        Raises BadRowError where the prompt opens no thought, or more than that.
+        Raises:
+            BadRowError: the prompt opens no thought, or more than that.
         """
         before = self.render(messages[:-1], example.tools, prompt=True)
         opened = OPENED_THOUGHT.search(before)
@@ -322,7 +331,7 @@ class Turns:
     def _refuse_losses(self, example: Example, learnt: list[int], text: str) -> None:
         """Refuse a conversation of which the template leaves out what is learnt or asked.
 
-        What it leaves out beside that is noted.
+        Other things that it leaves out are noted.
         """
         messages, tools = example.messages, example.tools
         assert messages is not None
@@ -404,7 +413,8 @@ def _unlike(before: str, text: str, i: int) -> str:
 def prompt_tokens(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens before the next response, as `tokenize_examples` makes them.
 
-    Raises ValueError where the template refuses the conversation, and as `chat_template` does.
+    Raises:
+        ValueError: the template refuses the conversation; or as `chat_template` does.
     """
     try:
         text = Turns(tokenizer).render(messages, None, prompt=True)
@@ -416,7 +426,7 @@ def prompt_tokens(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> lis
 def without_thought(text: str, *, opened: bool) -> str:
     """Return a model's answer without the thought that its text or prompt (`opened`) begins.
 
-    The text as it is, where there is no thought or none that ended.
+    A text without a thought, or with one that does not end, is returned unchanged.
     """
     if not opened and _WITH_THOUGHT.match(text) is None:
         return text

@@ -116,11 +116,13 @@ def tokenize_examples(
     response loses its tail; one log line says how many were. Labels are not shifted and the first
     token is never predicted, so an example needs a label after it.
 
-    Raises BadRowError (or leaves the row out, with `on_bad_row="skip"`) where no response token is
-    left within `max_length`, where the template refuses the conversation, leaves out what it says
-    or does not show where its response is, and where given `input_ids` or `labels` lie outside the
-    vocabulary; ValueError for a wrong `max_length` or `on_bad_row` and where no example is left;
-    ValueError for a tokenizer that gives no offsets (a slow one).
+    Raises:
+        BadRowError: no response token is left within `max_length`; the template refuses the
+            conversation, leaves out a text of it or does not show where its response is; or given
+            `input_ids` or `labels` lie outside the vocabulary. `on_bad_row="skip"` leaves such
+            examples out.
+        ValueError: `max_length` or `on_bad_row` is wrong, no example is left, or the tokenizer is a
+            slow one, which gives no offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
@@ -229,7 +231,7 @@ class _Dataset:
         text, n = row.text, self.max_length
         assert text is not None
         if truncated:
-            # Enough that where the text is cut changes none of the first tokens.
+            # So much more text that the place of the cut changes none of the first tokens.
             text = text[: encoding.offsets[-1][1] + SPARE_CHARACTERS]
         turns = [turn for turn in row.turns if turn[0] < len(text)]
         ids, offsets = parted_at_responses(

@@ -23,7 +23,10 @@ logger = logging.getLogger(__name__)
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the token that ends a turn: the first special or added one of `end_of_turn`.
 
-    None where the template ends no turn, or with words. Raises ValueError as `end_of_turn` does.
+    It is None if the template ends no turn, or ends it with words.
+
+    Raises:
+        ValueError: as `end_of_turn` does.
     """
     added = tokenizer.added_tokens_decoder
     marker = tokenizer(end_of_turn(tokenizer), add_special_tokens=False, verbose=False)
@@ -61,7 +64,7 @@ class TurnEnds:
             config.eos_token_id = [*known, self.token] if known else self.token
 
     def warn(self) -> None:
-        """Log one warning where a trained model would not end its turns by a token."""
+        """Log one warning if a trained model would not end its turns by a token."""
         if self.marker is None or self.token is not None or not is_main():
             return
         if self.marker:
@@ -96,12 +99,13 @@ class TurnEnds:
 def stop_advice(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a sentence for a model's card: how to tell `generate` where a turn ends.
 
-    Raises ValueError as `end_of_turn` does.
+    Raises:
+        ValueError: as `end_of_turn` does.
     """
     token = end_token(tokenizer)
     if token is not None:
         return (
-            f"That is token {token}: where the generation config has it not, as the base model's "
-            f"under an adapter, give `generate` the `eos_token_id`."
+            f"That is token {token}: if the generation config lacks it, as the base model's under "
+            "an adapter does, pass it to `generate` as `eos_token_id`."
         )
     return "No token stands for it: give `generate` this text in `stop_strings`."
