@@ -222,7 +222,7 @@ def advised(
     for choice in ([row for row in fitting if row.same], fitting):
         if choice:
             best = min(choice, key=lambda row: row.peak)
-            return f"most helps {best.says} ({best.peak / 2**30:.1f} GiB)"
+            return f"it fits best with {best.says} ({best.peak / 2**30:.1f} GiB)"
     words, says, peak = list(planned.words), [], planned.plan(config, planned.length).peak
     for row in sorted(possible, key=lambda row: (not row.same, row.peak)):
         other = Planned([*words, *row.says.split()])
@@ -232,6 +232,6 @@ def advised(
             words, peak = other.words, with_it
             says.append(row.says)
         if peak <= memory:
-            return f"together help {', '.join(says)} ({peak / 2**30:.1f} GiB)"
-    together = f": {', '.join(says)}" if says else " from any switch"
-    return f"too little help{together} ({peak / 2**30:.1f} GiB)"
+            return f"it fits with {', '.join(says)} together ({peak / 2**30:.1f} GiB)"
+    tried = f"even with {', '.join(says)}" if says else "with any switch"
+    return f"it does not fit {tried} ({peak / 2**30:.1f} GiB)"

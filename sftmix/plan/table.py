@@ -87,7 +87,7 @@ def part_lines(planned: Planned, plan: Plan, longer: Plan) -> list[str]:
     def line(name: str, now: int, later: int) -> str:
         return f"{name:<16} {now / GIB:>9.2f} {(later - now) / tokens / KIB:>16.1f}"
 
-    lines = [f"{'at the peak':<16} {'GiB':>9} {'KiB a token more':>16}"]
+    lines = [f"{'at the peak':<16} {'GiB':>9} {'KiB per token':>16}"]
     lines += [line(name, plan.parts.get(name, 0), longer.parts.get(name, 0)) for name in PARTS]
     lines += [f"{line('peak', plan.peak, longer.peak)}   in {plan.moment}"]
     if plan.host:
@@ -131,5 +131,5 @@ def switch_lines(rows: list[Alternative], memory: int | None) -> list[str]:
             f"{row.work:>7.2f}x {longest:>9}{host}".rstrip()
         )
     if not all(row.same for row in rows):
-        lines.append("* trains something else, or in other numbers")
+        lines.append("* changes what is trained, or its precision")
     return lines

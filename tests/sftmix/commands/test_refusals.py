@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -404,6 +405,17 @@ def test_generate(
     words += ["--questions", "questions.json", "--output", "out.json", "--use_cpu", "true"]
     assert refused(capsys, [*words, *flags.split()]).startswith(message)
     assert not Path("out.json").exists()
+
+
+def test_only_the_first_rank_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger("sftmix")
+    for rank, level in (("0", logging.NOTSET), ("1", logging.ERROR)):
+        monkeypatch.setenv("RANK", rank)
+        try:
+            assert main(["split", "nowhere"]) == 2
+            assert logger.level == level
+        finally:
+            logger.setLevel(logging.NOTSET)
 
 
 def test_no_message_shows_the_terminal_a_command(

@@ -302,7 +302,7 @@ def test_the_command_says_what_fits_and_what_helps(plan: Callable[..., tuple[int
     assert "loses small updates" not in said  # LoRA's are float32
     code, said = plan("--gpu-memory", "1KB", "--max-length", "64", *ALL_ON[:-2])
     assert code == DOES_NOT_FIT
-    assert re.search(r"does not fit: .*; too little help", said)
+    assert re.search(r"does not fit: .*; it does not fit (even )?with", said)
     assert "--optim adamw_torch_8bit *" in said
     assert "no length fits" in said
 
@@ -376,12 +376,12 @@ def test_advice(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) ->
     )
     says = [advised(planned, config, memory, [lean, lora]) for memory in (700, 550)]
     assert [text.split(" (")[0] for text in says] == [
-        "most helps --memory lean",
-        "most helps --lora_rank 4",
+        "it fits best with --memory lean",
+        "it fits best with --lora_rank 4",
     ]
     alone = Planned([*words, "--lora_rank", "4"]).plan(config, 64).peak
     both = advised(planned, config, alone, [Alternative("--lora_rank 4", False, peak=alone + 1)])
-    assert both.startswith("together help --lora_rank 4")
+    assert both.startswith("it fits with --lora_rank 4 together")
 
 
 def test_bytes() -> None:
