@@ -1,1 +1,1 @@
-"""Read files and hub names into examples."""
+"""Data: read files and hub names into examples."""

@@ -1,1 +1,1 @@
-"""Answer questions for judges, and measure accuracy in the paper's medical tasks."""
+"""Evaluation: answer questions for judges, and measure accuracy in the paper's medical tasks."""

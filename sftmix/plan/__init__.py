@@ -1,4 +1,4 @@
-"""Plan the memory of a training step (`sftmix plan`) before there is a GPU to run it on.
+"""`sftmix plan`: plan the memory of a training step before there is a GPU to run it on.
 
 - `trace`: counts the tensors of a piece of code that runs without values
 - `step`: the real step under such a trace; `attention`, `tiles` and `optimizer` stand for what is

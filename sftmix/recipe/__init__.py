@@ -1,1 +1,1 @@
-"""Read the command line and config files, load what they name, and record it."""
+"""A recipe: read the command line and config files, load what they name, and record it."""

@@ -1,4 +1,4 @@
-"""Compare runs in one self-contained HTML file (`sftmix report`).
+"""`sftmix report`: compare runs in one self-contained HTML file.
 
 - `runs`: what is read of a run, and which runs differ only in their seed
 - `tables`: the comparison, the paper's figures, what differs, recipes

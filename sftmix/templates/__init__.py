@@ -1,1 +1,1 @@
-"""Write examples as the model reads them, with chat templates, and cut them into tokens."""
+"""Chat templates: write examples as the model reads them, and cut them into tokens."""
