@@ -12,7 +12,7 @@ __all__ = ["SFTMixConfig", "SFTMixMixin", "SFTMixTrainer", "__version__", "make_
 
 
 def __getattr__(name: str) -> Any:
-    # transformers takes seconds to import, which `sftmix --help` need not wait for.
+    # transformers takes seconds to import, and `sftmix --help` does not need it.
     if name in ("SFTMixConfig", "SFTMixMixin", "SFTMixTrainer", "make_collator"):
         from sftmix.training import config, trainer
 

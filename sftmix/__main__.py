@@ -1,5 +1,7 @@
 """`python -m sftmix`."""
 
+from __future__ import annotations
+
 import sys
 
 from sftmix.cli import main

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -13,6 +14,8 @@ from types import ModuleType
 from typing import Any
 
 from sftmix import __version__
+from sftmix.recipe.config_file import place_of
+from sftmix.runs.failures import FAILED, USER_ERRORS, RankError, exit_code, printable, told
 from sftmix.runs.interrupts import Interrupted, handled
 
 COMMANDS = {
@@ -30,19 +33,19 @@ COMMANDS = {
 
 TRACEBACK = "--traceback"
 STOPPED = "before it was done"
-# What the options of the command line are called by the trainer that they go to.
+# The trainer's names for options of the command line.
 TYPED = {
     "train_dataset": "data",
     "eval_dataset": "eval_data",
     "confident": "partition",
     "schedule": "loss_schedule",
 }
-# Time for the rank that failed to print its message and end.
+# The failed rank has so much time to print its message and end.
 RANK_ERROR_SECONDS = 5.0
 
 
 def usage() -> str:
-    """Help of `sftmix` itself."""
+    """Return the help of `sftmix` itself."""
     rows = "\n".join(f"  {name:<8} {text}" for name, text in COMMANDS.items())
     return (
         "usage: sftmix COMMAND ... [--traceback]\n       sftmix --version\n\n"
@@ -54,10 +57,10 @@ def usage() -> str:
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    What a user can mend (an option, a row, a file, a model) is printed in one message and gives 2;
-    a run that fails on its way (a loss that is not finite, a full disk) gives 1. ``--traceback``,
-    anywhere among the words, shows where it came from. SIGINT gives 130 and SIGTERM 143, with one
-    line that says what is kept.
+    A mistake that the user can mend (an option, an example, a file, a model) is printed in one
+    message and gives 2; a run that fails on its way (a loss that is not finite, a full disk) gives
+    1. `--traceback`, anywhere among the words, shows where the message came from. SIGINT gives 130
+    and SIGTERM 143, with one line that says what was saved.
     """
     words = list(sys.argv[1:] if words is None else words)
     try:
@@ -91,15 +94,15 @@ def _main(words: list[str]) -> int:
     if command not in COMMANDS:
         print(f"sftmix: error: no command {command!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    # A command's module brings transformers with it, which takes seconds to import.
+    if os.environ.get("RANK", "0") != "0":
+        # All ranks read the same data and options; the first one warns for all of them.
+        logging.getLogger("sftmix").setLevel(logging.ERROR)
+    # A command's module imports transformers, which takes seconds.
     module = importlib.import_module(f"sftmix.commands.{command}")
-    from sftmix.runs.failures import FAILED, USER_ERRORS, exit_code, printable
-    from sftmix.runs.ranks import RankError
-
     try:
         code: int | None = module.main(words[1:])
     except RankError:
-        # A launcher ends all ranks with the first that ends, which is to be the one that says why.
+        # A launcher ends all ranks once one has ended; the one that says why has to be the first.
         time.sleep(RANK_ERROR_SECONDS)
         if traceback:
             raise
@@ -107,7 +110,7 @@ def _main(words: list[str]) -> int:
     except USER_ERRORS as error:
         if traceback:
             raise
-        text = as_typed(str(error), options_of(module))
+        text = as_typed(told(error), options_of(module), words[1:])
         print(f"sftmix {command}: error: {printable(text)}", file=sys.stderr)
         return exit_code(error)
     return code or 0
@@ -120,8 +123,11 @@ def options_of(module: ModuleType) -> set[str]:
     return {*fields, *(("config",) if fields else ()), *getattr(module, "OPTIONS", ())}
 
 
-def as_typed(message: str, options: Collection[str]) -> str:
-    """Return a message that begins with an option's name with the flag that was typed."""
+def as_typed(message: str, options: Collection[str], words: Sequence[str] = ()) -> str:
+    """Return a message that begins with an option's name with what the user wrote for it.
+
+    That is the flag, or the file of `--config` among `words` and the name in it.
+    """
     name, colon, rest = message.partition(": ")
     name = TYPED.get(name, name)
-    return f"--{name}{colon}{rest}" if colon and name in options else message
+    return f"{place_of(name, words)}: {rest}" if colon and name in options else message

@@ -95,12 +95,13 @@ def build_toy_model(
 ) -> None:
     """Train a tokenizer on `data`, build a random Llama for it, and save both into `output`.
 
-    `vocab_size` is the most entries the vocabulary may have; little text yields fewer, and the
-    model gets as many as there are. The same arguments give the same files. Both load with
+    The vocabulary has at most `vocab_size` entries; little text yields fewer, and the model gets as
+    many as there are. The same arguments give the same files. Both load with
     `from_pretrained(output)`.
 
-    Raises ValueError where `output` is a file or a folder with something in it, where a size does
-    not fit, or where a row of `data` is tokens instead of text; else as `load_examples` does.
+    Raises:
+        ValueError: `output` is a file or a folder with something in it, a size does not fit, or an
+            example of `data` is tokens instead of text; else as `load_examples` does.
     """
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -135,11 +136,11 @@ def build_toy_model(
 
 def spellings(name: str) -> list[str]:
     """Return a flag in both forms, as the command line of sftmix takes them."""
-    return list(dict.fromkeys((f"--{name.replace('-', '_')}", f"--{name}")))
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line of `build_toy_model`; exits with status 2 and a message on wrong input."""
+    """Run the command line of `build_toy_model`; exit with 2 and a message on wrong input."""
     parser = OneMessage(
         prog="python -m sftmix.toy",
         description="Build a small random Llama with its tokenizer.",
@@ -153,11 +154,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="files to train the tokenizer on (default: the bundled demo data)",
     )
     numbers = {
-        "vocab-size": (4096, "entries of the vocabulary at most"),
-        "hidden-size": (128, "size of the hidden states"),
-        "num-layers": (2, "layers"),
-        "num-heads": (4, "attention heads"),
-        "max-length": (1024, "positions"),
+        "vocab_size": (4096, "entries of the vocabulary at most"),
+        "hidden_size": (128, "size of the hidden states"),
+        "num_layers": (2, "layers"),
+        "num_heads": (4, "attention heads"),
+        "max_length": (1024, "positions"),
         "seed": (0, "seed of the weights"),
     }
     for name, (default, meaning) in numbers.items():
@@ -165,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             *spellings(name), type=int, default=default, help=f"{meaning} (default: {default})"
         )
     parser.add_argument(
-        *spellings("on-bad-row"),
+        *spellings("on_bad_row"),
         choices=("error", "skip"),
         default="error",
         help="a malformed row stops, or is left out and counted (default: error)",

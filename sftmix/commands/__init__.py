@@ -1,1 +1,1 @@
-"""The commands: one module each, with a `main` that takes the words after its name."""
+"""The commands: one module each, with a `main` that takes the words after the command's name."""

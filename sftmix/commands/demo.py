@@ -1,7 +1,7 @@
-"""`sftmix demo`: the whole method on a small model, with the commands that a user would type.
+"""Run the whole method on a small model, with the commands that a user would type.
 
-Every training runs in a process of its own, through the command line, so that its peak memory is
-its own. This process imports torch after them, and leaves them the memory until then.
+Every training runs in a process of its own, through the command line, so its peak memory is its
+own. This process imports torch only after them, and leaves them the memory until then.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ DESCRIPTION = """\
 The whole method on a small model: build a tokenizer and a random Llama of 1.7 million parameters,
 train a base model on a third of the bundled data, score the rest with a reference model, split it
 at the median confidence, and train with NTP and with SFTMix from the same base, on the same
-batches. Ends with a table, DIR/results.json and DIR/report.html.
+batches. The demo ends with a table, DIR/results.json and DIR/report.html.
 
-Takes four to five minutes on two cores; needs no network and no GPU. The numbers of the
-recipe (steps, learning rates, sizes) are the demo's, not the paper's. Needs matplotlib
+The demo takes four to five minutes on two cores, without a network or a GPU. The numbers of
+the recipe (steps, learning rates, sizes) are the demo's, not the paper's. It needs matplotlib
 and scikit-learn: pip install 'sftmix[plots]'."""
 
 EXPECT = (
@@ -66,7 +66,7 @@ FOLDERS = {BASE: "base", NTP: "ntp", SFTMIX: "sftmix"}
 
 @dataclass(frozen=True)
 class DemoSizes:
-    """What decides how long the demo takes; the defaults are the real thing."""
+    """The sizes that decide how long the demo takes; the defaults are the real demo's."""
 
     max_rows: int | None = None  # of each bundled file; None takes all
     vocab_size: int = 2000
@@ -84,7 +84,7 @@ class DemoSizes:
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the demo, as it is typed after ``python``."""
+    """One command of the demo, as it is typed after `python`."""
 
     title: str
     words: tuple[str, ...]
@@ -97,7 +97,7 @@ class Step:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """What was measured of one model; None where there is nothing comparable or finite."""
+    """The figures measured for one model; None if there is nothing comparable or finite."""
 
     held_out_loss: float
     confidence_mean: float | None
@@ -108,7 +108,7 @@ class ModelResult:
 
     @property
     def held_out_perplexity(self) -> float:
-        """Of the held-out data, per token."""
+        """The perplexity per token of the held-out data."""
         return math.exp(self.held_out_loss)
 
 
@@ -130,7 +130,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def run_demo(output: str, seed: int, sizes: DemoSizes) -> None:
-    """Run all steps, print the table, write ``results.json`` and ``report.html``.
+    """Run all steps, print the table, write `results.json` and `report.html`.
 
     Raises:
         ImportError: a package for the pictures is not installed.
@@ -144,7 +144,7 @@ def run_demo(output: str, seed: int, sizes: DemoSizes) -> None:
     if Path(output).is_dir() and any(Path(output).iterdir()):
         raise ValueError(f"output: {output!r} is not empty; the demo needs a new folder")
     folder = open_run(output, resume=False, name="output")
-    with lock_run(folder):
+    with lock_run(folder, name="output"):
         write_data(folder / "data", sizes.max_rows)
         steps = plan(folder, seed, sizes)
         for number, step in enumerate(steps, start=1):
@@ -160,7 +160,7 @@ def run_demo(output: str, seed: int, sizes: DemoSizes) -> None:
 
 
 def write_data(folder: Path, max_rows: int | None) -> None:
-    """Part the bundled training data: every third row for the base model, the rest to tune on."""
+    """Split the bundled training data: every third row for the base model, the rest to tune on."""
     folder.mkdir()
     rows = TRAIN.read_text(encoding="utf-8").splitlines()[:max_rows]
     parts = {
@@ -173,7 +173,7 @@ def write_data(folder: Path, max_rows: int | None) -> None:
 
 
 def plan(folder: Path, seed: int, sizes: DemoSizes) -> list[Step]:
-    """The commands of the demo, in order."""
+    """Return the commands of the demo, in order."""
     data = folder / "data"
     held_out = ("--eval_data", str(data / "held_out.jsonl"), "--save_strategy", "no")
     common = (
@@ -219,8 +219,8 @@ def run_step(step: Step, number: str) -> None:
         ChildProcessError: it failed.
     """
     print(f"\n{number} {step.title}\n$ {step.command}", flush=True)
-    # Threads that spin while they wait make a training several times slower where another process
-    # uses one of the cores (two cores, 40 steps: 47 s, and 13 s without); results are the same.
+    # Threads that spin while they wait make a training several times slower if another process uses
+    # one of the cores (two cores, 40 steps: 47 s, and 13 s without); results are the same.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     status = subprocess.run([sys.executable, *step.words], check=False, env=environment).returncode
     if status:
@@ -230,8 +230,8 @@ def run_step(step: Step, number: str) -> None:
 
 
 def score_models(folder: Path) -> dict[str, Partition]:
-    """One scoring of all training examples under each of the three models, kept for the report."""
-    # Imported late, for the reason that this module's docstring gives.
+    """Score all training examples under each of the three models, and keep this for the report."""
+    # These import torch, which the module's docstring says to do late.
     from sftmix.report.measured import measured, sample_examples
     from sftmix.report.runs import read_run
 
@@ -245,14 +245,14 @@ def score_models(folder: Path) -> dict[str, Partition]:
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """``log_history`` of a finished run."""
+    """Return `log_history` of a finished run."""
     state = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))
     log: list[dict[str, Any]] = state["log_history"]
     return log
 
 
 def result(log: Sequence[Mapping[str, Any]], scores: Partition, *, rates: bool) -> ModelResult:
-    """What a run's log and one scoring of its model say; ``rates``: speed and memory too.
+    """Return what a run's log and one scoring of its model say; `rates` adds speed and memory.
 
     Raises:
         ValueError: the log lacks a value.
@@ -276,7 +276,7 @@ def result(log: Sequence[Mapping[str, Any]], scores: Partition, *, rates: bool) 
 
 
 def results_table(results: Mapping[str, ModelResult]) -> Table:
-    """The results as cells, one row for each model."""
+    """Return the results as a table with one row for each model."""
 
     def cell(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
@@ -297,7 +297,7 @@ def results_table(results: Mapping[str, ModelResult]) -> Table:
 
 
 def notes(results: Mapping[str, ModelResult]) -> list[str]:
-    """What a reader of the table must know."""
+    """Return the notes that a reader of the table needs."""
     infinite = [
         f"{name}: {found.infinite_perplexities} examples have an infinite perplexity and are left "
         "out of the confidence."
@@ -342,7 +342,7 @@ def finish(
         title="SFTMix demo",
         paragraphs=(
             "A small language model is fine-tuned twice from the same base, on the same batches "
-            "in the same order: with next-token prediction alone (NTP), and with SFTMix, which "
+            "in the same order: with next-token prediction (NTP), and with SFTMix, which "
             "adds a Mixup loss between examples that a reference model is sure of and examples "
             "that it is not sure of (arXiv 2410.05248).",
             EXPECT,

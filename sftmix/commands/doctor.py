@@ -1,4 +1,4 @@
-"""`sftmix doctor`: what is installed and what would run."""
+"""Print what is installed and what would run (`sftmix doctor`)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from sftmix.runs.failures import OneMessage, printable
 from sftmix_kernels import RowChunks
 from sftmix_kernels.build import build_info
 
-# Packages by what they are imported as, and by what pip calls them.
+# Packages by their names for import and for pip.
 OPTIONAL = {
     **{name: name for name in ("triton", "peft", "trl", "lm_eval", "matplotlib", "tensorboard")},
     **{"sklearn": "scikit-learn", "wandb": "wandb", "bitsandbytes": "bitsandbytes"},
     **{"torchao": "torchao", "deepspeed": "deepspeed", "flash_attn": "flash-attn"},
 }
-# What a run depends on beside its options; none of these holds a secret.
+# Environment variables that a run depends on; none of these holds a secret.
 SETTINGS = (
     *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY", "PYTORCH_ALLOC_CONF"),
     *("HF_HOME", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"),
@@ -33,9 +33,7 @@ SETTINGS = (
 def main(words: Sequence[str]) -> None:
     """Run the command."""
     parser = OneMessage(prog="sftmix doctor", description="What is installed and what would run.")
-    _, others = parser.parse_known_args(words)
-    if others:
-        raise ValueError(f"doctor: expected no arguments, got {' '.join(others)}")
+    parser.parse_args(words)
     for title, rows in report().items():
         print(title)
         for name, value in rows.items():
@@ -44,7 +42,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def report() -> dict[str, dict[str, str]]:
-    """Sections of names and values, in the order they are printed."""
+    """Return sections of names and values, in the order they are printed."""
     optional = {name: installed(name, package) for name, package in OPTIONAL.items()}
     settings = {name: os.environ[name] for name in SETTINGS if name in os.environ}
     built = build_info()
@@ -66,7 +64,7 @@ def report() -> dict[str, dict[str, str]]:
 
 
 def installed(name: str, package: str) -> str:
-    """A package's version, or that it is not there."""
+    """Return a package's version, or "not installed"."""
     if importlib.util.find_spec(name) is None:
         return "not installed"
     try:
@@ -76,12 +74,12 @@ def installed(name: str, package: str) -> str:
 
 
 def memory() -> int:
-    """The host's memory in bytes."""
+    """Return the host's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def device() -> dict[str, str]:
-    """The device that training takes by default."""
+    """Describe the device that training takes by default."""
     if not torch.cuda.is_available():
         return {
             "type": "cpu",
@@ -100,7 +98,7 @@ def device() -> dict[str, str]:
 
 
 def loss_kernels() -> dict[str, str]:
-    """The schedule that ``auto`` picks, and its chunk for a vocabulary of 128,256 in bfloat16."""
+    """Describe the schedule of `auto`, and its chunk for a vocabulary of 128,256 in bfloat16."""
     where = "cuda" if torch.cuda.is_available() else "cpu"
     hidden = torch.empty(0, dtype=torch.bfloat16, device=where)
     return {

@@ -1,4 +1,4 @@
-"""`sftmix evaluate`: the paper's medical evaluation of a saved model."""
+"""Evaluate a saved model in the paper's medical tasks (`sftmix evaluate`)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from sftmix.model.source import check_model, check_name
 from sftmix.recipe.arguments import CHAT_TEMPLATE_HELP, REVISION_HELP, RunArguments, parse_alone
 from sftmix.recipe.loading import load_tokenizer
 from sftmix.recipe.manifest import versions, what_differs
+from sftmix.runs.failures import Naming
 from sftmix.runs.folders import write_json
 from sftmix.runs.out_of_memory import ANSWERING_WAYS, advising
 from sftmix.runs.provenance import PARTS, provenance
@@ -27,9 +28,9 @@ from sftmix.training.config import option
 logger = logging.getLogger(__name__)
 
 MEAN = "mean"
-# What two tasks must have in common for a mean over them.
+# A mean over tasks needs results that are alike in these.
 COMPARED = ("limit", "apply_chat_template", "dtype")
-# What a result must have been made with for --resume to keep it; batches change rounding alone.
+# --resume keeps a result only if these are the same; batches change only rounding.
 DECISIVE = ("task", "data_hash", "template_hash", *COMPARED)
 
 
@@ -38,7 +39,7 @@ class EvaluateArguments:
     """The options of the command."""
 
     model: str = dataclasses.field(
-        metadata={"help": "Folder of a run or hub name; an adapter's folder, too"}
+        metadata={"help": "Folder of a run or of an adapter, or hub name of a model"}
     )
     tasks: list[str] = dataclasses.field(
         default_factory=lambda: list(PAPER_NAMES),
@@ -62,9 +63,7 @@ class EvaluateArguments:
     output: str | None = option(
         None, f"File to write or to add to; by default {EVALUATION} in the model's folder", "ours"
     )
-    resume: bool = option(
-        False, "Ask only what has no result in the file yet: go on with a killed run", "ours"
-    )
+    resume: bool = option(False, "Ask only the tasks that have no result in the file yet", "ours")
     batch_size: int = option(8, "Prompts at once", "ours")
     limit: int | None = option(None, "Only the first questions of each task", "ours")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
@@ -73,19 +72,21 @@ class EvaluateArguments:
     revision: str | None = option(None, REVISION_HELP, "ours")
     apply_chat_template: bool = option(
         False,
-        "Ask in the model's chat template; without, as the harness does by default",
+        "Ask in the model's chat template, which the harness by default does not",
         "ours",
     )
     chat_template: str | None = option(
         None, f"With --apply_chat_template: {CHAT_TEMPLATE_HELP}", "ours"
     )
-    disable_tqdm: bool = option(False, "Show no bars of loading; the harness has its own", "ours")
+    disable_tqdm: bool = option(
+        False, "Show no bars while loading; the harness shows its own", "ours"
+    )
 
     def __post_init__(self) -> None:
         if self.chat_template is not None and not self.apply_chat_template:
             raise ValueError(
-                "chat_template: expected --apply_chat_template with it; without, no template is "
-                "asked in"
+                "chat_template: expected --apply_chat_template with it; without it, no template is "
+                "used"
             )
         for name in self.tasks:
             if name not in PAPER_NAMES:
@@ -108,7 +109,9 @@ def main(words: Sequence[str]) -> None:
     questions = {}
     for name in dict.fromkeys(arguments.tasks):
         ids = arguments.pubmedqa_ids if name == "pubmedqa" else None
-        questions[name] = read_questions(name, getattr(arguments, f"{name}_data"), ids)
+        among = {"pubmedqa_ids": "^pubmedqa_ids: "}
+        with Naming(f"{name}_data", other="data", among=among):
+            questions[name] = read_questions(name, getattr(arguments, f"{name}_data"), ids)
     require_harness()
     check_model(arguments.model, arguments.revision)
     asking = {"revision": arguments.revision, "chat_template": arguments.chat_template}
@@ -182,7 +185,7 @@ def refuse_another_model(
 
 
 def done(path: Path, earlier: Mapping[str, Any], name: str, wanted: Mapping[str, Any]) -> bool:
-    """Whether a task that is to be asked has its result already.
+    """Tell whether a task that is to be asked has its result already.
 
     Raises:
         ValueError: it has one of other questions or settings.
@@ -201,7 +204,7 @@ def done(path: Path, earlier: Mapping[str, Any], name: str, wanted: Mapping[str,
 
 
 def output_file(model: str, output: str | None) -> Path:
-    """Where the evaluation goes.
+    """Return the file that the evaluation is written to.
 
     Raises:
         ValueError: the model is no folder, and no file is named; or that file's folder is missing.
@@ -219,7 +222,7 @@ def output_file(model: str, output: str | None) -> Path:
 
 
 def read_evaluation(path: Path, arguments: EvaluateArguments) -> dict[str, Any]:
-    """What the file holds so far; nothing where there is none.
+    """Return the content of the file so far; an empty one if it does not exist.
 
     Raises:
         ValueError: it is no evaluation, or that of another model in a file that was named.
@@ -230,7 +233,7 @@ def read_evaluation(path: Path, arguments: EvaluateArguments) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"output: {path} is not JSON: {error}") from error
-    # A judge's figures may have been put in by hand, without details.
+    # Somebody may have put in a judge's figures by hand, without details.
     if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
         raise ValueError(f"output: {path} is no evaluation")
     named = arguments.output is not None and "model_hash" not in content
@@ -245,7 +248,7 @@ def read_evaluation(path: Path, arguments: EvaluateArguments) -> dict[str, Any]:
 def describe(
     arguments: EvaluateArguments, questions: Questions, template: str | None
 ) -> dict[str, Any]:
-    """What a score came from, besides the model; ``template`` is the hash of the one that asks."""
+    """Describe what a score came from, besides the model; `template` is the template's hash."""
     return {
         "task": questions.config["task"],
         "data": questions.source,
@@ -263,7 +266,7 @@ def merge(
     scores: Mapping[str, Score],
     details: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The file's content with the new scores; the mean where all four were asked alike."""
+    """Return the file's content with the new scores, and the mean if all four were asked alike."""
     columns = ("metrics", "stderr", "num_examples", "details")
     content: dict[str, Any] = {name: dict(earlier.get(name, {})) for name in columns}
     content["model"] = model
@@ -288,7 +291,7 @@ def merge(
 
 
 def table(content: Mapping[str, Any]) -> str:
-    """The accuracies as they are printed."""
+    """Return the accuracies as they are printed."""
     rows = [("", "accuracy", "stderr", "questions")]
     for name in (*PAPER_NAMES.values(), MEAN):
         if name in content["metrics"]:

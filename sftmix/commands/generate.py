@@ -1,7 +1,7 @@
-"""`sftmix generate`: a model's answers to benchmark questions, in the files their judges read.
+"""Answer benchmark questions in the files that their judges read (`sftmix generate`).
 
-While it runs, and for a later `--resume`, `OUTPUT.run` beside the file keeps a manifest and the
-answers so far, a line for each batch. The answers are deleted once the file is written.
+While the command runs, and for a later `--resume`, `OUTPUT.run` beside the file keeps a manifest
+and the answers so far, a line for each batch. The answers are deleted once the file is written.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class GenerateArguments:
     )
     revision: str | None = option(None, REVISION_HELP, "ours")
     trust_remote_code: bool = option(False, "Run Python code that comes with the model", "ours")
-    use_cpu: bool = option(False, "Use the CPU where there is an accelerator", "ours")
+    use_cpu: bool = option(False, "Use the CPU even if there is an accelerator", "ours")
     disable_tqdm: bool = option(False, "Show no progress bars", "ours")
 
     def __post_init__(self) -> None:
@@ -128,7 +128,7 @@ def generate(path: Path, run: Path, arguments: GenerateArguments) -> None:
         trust_remote_code=arguments.trust_remote_code,
     )
     form = FORMATS[arguments.format]
-    with Naming("questions"):
+    with Naming("questions", other="data"):
         questions = read_questions(arguments.questions, arguments.format)
     decoding = Decoding(
         form.max_new_tokens if arguments.max_new_tokens is None else arguments.max_new_tokens,
@@ -166,7 +166,7 @@ def generate(path: Path, run: Path, arguments: GenerateArguments) -> None:
             load_trained_model(arguments).to(device(arguments)), tokenizer, decoding
         )
         lengths = {question.key: answerer.check(question) for question in questions}
-        if not begun:  # what is refused before leaves no run that another would have to resume
+        if not begun:  # a run that is refused before needs no --resume
             start_manifest(run, numbers)
         rest = sorted(questions, key=lambda question: -lengths[question.key])
         answers += answer_all(answerer, rest, answers, run / PARTIAL, arguments)
@@ -176,13 +176,13 @@ def generate(path: Path, run: Path, arguments: GenerateArguments) -> None:
 
 
 def device(arguments: GenerateArguments) -> torch.device:
-    """The accelerator where there is one, else the CPU."""
+    """Return the accelerator if there is one, else the CPU."""
     found = None if arguments.use_cpu else torch.accelerator.current_accelerator()
     return found or torch.device("cpu")
 
 
 def read_partial(path: Path) -> list[Answer]:
-    """The answers that a killed run has left; a line that was cut off is deleted.
+    """Return the answers that a killed run has left; delete a line that was cut off.
 
     Raises:
         ValueError: a line is not what this command writes.
@@ -207,8 +207,8 @@ def answer_all(
 ) -> list[Answer]:
     """Answer the other questions in their order, and append each batch.
 
-    The batches of a run that was killed and goes on are those of one that was not: each is written
-    as a line, so the first of them are there and no part of another.
+    A run that was killed and resumed has the batches of one that was not: each is written as a
+    line, so the first ones are there whole and no part of another.
     """
     done = {answer.key for answer in answered}
     rest = [question for question in questions if question.key not in done]

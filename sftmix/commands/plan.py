@@ -1,4 +1,4 @@
-"""`sftmix plan`: the memory of a training step, before there is a GPU to run it on."""
+"""Plan the memory of a training step, before there is a GPU to run it on (`sftmix plan`)."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from tqdm import tqdm
 
 from sftmix.plan.planned import (
     SWITCHES,
+    Alternative,
     PlanArguments,
     PlanConfig,
     Planned,
-    Row,
     advised,
     memory_of,
     row_of,
 )
-from sftmix.plan.table import report
+from sftmix.plan.table import plan_text
 
-# The exit code, another than that of a wrong option.
+# The exit code, which differs from that of a wrong option.
 DOES_NOT_FIT = 3
 
 
@@ -26,7 +26,7 @@ ARGUMENTS = (PlanArguments, PlanConfig)
 
 
 def main(words: Sequence[str]) -> int:
-    """Run the command; `DOES_NOT_FIT` where the step does not.
+    """Run the command; return `DOES_NOT_FIT` if the step does not fit.
 
     Raises:
         ValueError: what `plan_step` refuses, or a memory that is no number of bytes.
@@ -37,7 +37,7 @@ def main(words: Sequence[str]) -> int:
     config = planned.read_config()
     others = [one for one in SWITCHES if planned.is_off(one)]
     plan = planned.plan(config, planned.length)
-    rows: list[Row] = []
+    rows: list[Alternative] = []
     with tqdm(
         total=1 + len(others), unit="plan", leave=False, disable=planned.options.disable_tqdm
     ) as bar:
@@ -49,5 +49,5 @@ def main(words: Sequence[str]) -> int:
             bar.update()
     fits = memory is None or plan.peak <= memory
     advice = "" if memory is None or fits else advised(planned, config, memory, rows)
-    print(report(planned, config, plan, longer, memory, largest, rows, advice))
+    print(plan_text(planned, config, plan, longer, memory, largest, rows, advice))
     return 0 if fits else DOES_NOT_FIT

@@ -1,4 +1,4 @@
-"""`sftmix report`: read runs, measure what is missing, and write the page."""
+"""Read runs, measure what is missing, and write the page (`sftmix report`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sftmix.runs.failures import OneMessage
 DESCRIPTION = """\
 One HTML file about runs of `sftmix score` and `sftmix train`: what they reached beside each other,
 with tests over seeds; the paper's figures; losses, confidence, representations, and what was mixed.
-Runs that differ in their seed alone form a row. A part that cannot be made is left out and the
+Runs that differ only in their seed form a row. A part that cannot be made is left out, and the
 page says why. Needs matplotlib and scikit-learn: pip install 'sftmix[plots]'."""
 
 

@@ -1,4 +1,4 @@
-"""`sftmix score`: one epoch of the reference model, C scorings, the partition at the median."""
+"""Train the reference model for an epoch, score it, and split the data (`sftmix score`)."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def main(words: Sequence[str]) -> None:
 
 
 def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
-    """Train the reference model, score, split, and write ``confidence.parquet``.
+    """Train the reference model, score, split, and write `confidence.parquet`.
 
-    A run that has it already is finished: nothing is trained again. The checkpoints are deleted
-    then, unless a ``save_strategy`` asks for some.
+    A run that has the file already is finished, and nothing is trained again. Its checkpoints are
+    then deleted, unless a `save_strategy` asks for some.
 
     Raises:
         ValueError: bad data, fewer steps than scorings, a resumed run of another recipe, or a
-            ``confidence.parquet`` that is damaged or not of this run.
+            `confidence.parquet` that is damaged or not of this run.
         RunFailure: training ended before its last scoring.
         Interrupted: a signal asked for it; a checkpoint holds what was trained and scored.
     """
@@ -95,7 +95,7 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
 
 
 def read_finished(path: Path, dataset: Any, num_scorings: int) -> Partition:
-    """The partition of a run that is finished already.
+    """Return the partition of a run that is finished already.
 
     Raises:
         ValueError: it is damaged, or of other data or another number of scorings.

@@ -1,4 +1,4 @@
-"""`sftmix split`: rewrite the halves of a scored run, or make levels of them."""
+"""Rewrite the halves of a scored run, or make levels of them (`sftmix split`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main(words: Sequence[str]) -> None:
         prog="sftmix split",
         description="Rewrite the `subset` column of RUN/confidence.parquet.",
     )
-    parser.add_argument("run", help="Folder written by `sftmix score`")
+    parser.add_argument("run", metavar="RUN", help="Folder written by `sftmix score`")
     parser.add_argument(
         "--by",
         default="confidence",

@@ -1,4 +1,4 @@
-"""`sftmix train`: the target model, with SFTMix or a method it is compared with."""
+"""Train the target model, with SFTMix or a method it is compared with (`sftmix train`)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 from transformers import PreTrainedTokenizerBase, TrainerState
 
-from sftmix.conventions import MODEL_CARD, TRAINER_STATE
+from sftmix.conventions import CONFIGS, MODEL_CARD, TRAINER_STATE
 from sftmix.data.examples import data_hash
 from sftmix.data.selection import naming_selections
-from sftmix.model.source import CONFIGS, check_model
-from sftmix.pairs.partition import match, partition_hash, read_partition, subset_counts
+from sftmix.model.source import check_model
+from sftmix.pairs.partition import Partition, match, partition_hash, read_partition, subset_counts
 from sftmix.recipe.arguments import TrainRunArguments, parse
 from sftmix.recipe.loading import (
     load_data,
@@ -24,14 +25,20 @@ from sftmix.recipe.loading import (
     refuse_misfits,
 )
 from sftmix.recipe.lora import add_lora, check_lora
-from sftmix.recipe.manifest import kept_date, recipe, start_manifest, versions
+from sftmix.recipe.manifest import (
+    kept_date,
+    recipe,
+    start_manifest,
+    versions,
+    warn_of_other_template,
+)
 from sftmix.recipe.model_card import model_card
 from sftmix.runs import interrupts
 from sftmix.runs.checkpoints import list_checkpoints, step_of
-from sftmix.runs.failures import USER_ERRORS, Naming, RunFailure
+from sftmix.runs.failures import USER_ERRORS, Naming, RankError, RunFailure
 from sftmix.runs.folders import atomic_write
 from sftmix.runs.out_of_memory import MODEL_WAYS, advising
-from sftmix.runs.ranks import RankError, is_main, on_main, opened_run, refuse_differences, together
+from sftmix.runs.ranks import is_main, on_main, opened_run, refuse_differences, together
 from sftmix.templates.chat import set_template_date
 from sftmix.templates.rendering import today
 from sftmix.training.config import MIXED, SFTMixConfig
@@ -45,14 +52,14 @@ NOT_PUSHED = "it could not be pushed to the hub"
 
 
 class Saved:
-    """Says of whatever fails inside that the model is saved, as what comes after it may be redone.
+    """Say in whatever fails inside that the model is saved, since what comes after can be redone.
 
-    Nothing that a card, an evaluation or the hub raises is worth a trained model: each error is
-    told in one line, with where the model is.
+    No error of a card, an evaluation or the hub is worth a trained model: each becomes one line
+    that says where the model is.
     """
 
     def __init__(self, run: Path, lost: str) -> None:
-        """``lost``: what does not come of it then, as a clause."""
+        """Take in `lost` what is missing after a failure, as a clause."""
         self.run, self.lost = run, lost
 
     def __enter__(self) -> None:
@@ -77,7 +84,8 @@ def main(words: Sequence[str]) -> None:
     interrupts.advise("before training began: nothing is lost; start it again")
     if config.method in MIXED and arguments.partition is None:
         raise ValueError(
-            f"partition: --method {config.method} needs --partition RUN/confidence.parquet"
+            f"partition: expected RUN/confidence.parquet of `sftmix score`, which --method "
+            f"{config.method} needs, got none"
         )
     check_lora(arguments)
     check_processes(config)
@@ -94,7 +102,7 @@ def train(
     config: SFTMixConfig,
     hub: Repository | None = None,
 ) -> SFTMixTrainer:
-    """Train, save the model into the run folder, then evaluate where there is held-out data.
+    """Train, save the model into the run folder, then evaluate if there is held-out data.
 
     Raises:
         ValueError: bad data, a partition of other data, or a resumed run of another recipe.
@@ -114,16 +122,10 @@ def train(
         set_template_date(tokenizer, date)
         refuse_misfits(arguments, tokenizer)
         quiet = config.disable_tqdm
-        # What is short is read first, so that a wrong name in it is told at once.
+        # The short data are read first, which tells a wrong name in them at once.
         held_out = load_held_out(arguments, tokenizer, disable_progress=quiet)
         dataset = load_data(arguments, tokenizer, disable_progress=quiet)
-        confident, scores_hash, subsets = None, None, None
-        if arguments.partition is not None:
-            with Naming("partition"):
-                partition = read_partition(Path(arguments.partition))
-            with naming_selections(Path(arguments.partition), arguments.select):
-                confident = match(partition, dataset["id"][:], dataset["content_hash"][:])
-            scores_hash, subsets = partition_hash(partition), subset_counts(partition)
+        confident, scores_hash, subsets = read_subsets(arguments, dataset, tokenizer)
         trainer = SFTMixTrainer(
             model=add_lora(
                 load_model(arguments, arguments.attn_implementation), arguments, config.seed
@@ -157,14 +159,33 @@ def train(
     return trainer
 
 
+def read_subsets(
+    arguments: TrainRunArguments, dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Partition | None, str | None, dict[str, int] | None]:
+    """Return the partition in the order of the data, its hash and its counts; None without one.
+
+    Raises:
+        ValueError: the partition is damaged, or of other data.
+    """
+    if arguments.partition is None:
+        return None, None, None
+    path = Path(arguments.partition)
+    with Naming("partition"):
+        partition = read_partition(path)
+    warn_of_other_template(path, tokenizer)
+    with naming_selections(path, arguments.select):
+        matched = match(partition, dataset["id"][:], dataset["content_hash"][:])
+    return matched, partition_hash(partition), subset_counts(partition)
+
+
 def say(text: str) -> None:
-    """Print a line, of several processes once."""
+    """Print a line; only the main rank prints."""
     if is_main():
         print(text)
 
 
 def is_finished(run: Path) -> bool:
-    """Whether all is done, by a run that has no checkpoint of its last step to go on from."""
+    """Tell whether all is done, for a run without a checkpoint of its last step to go on from."""
     if not (run / MODEL_CARD).exists() or not any((run / name).exists() for name in CONFIGS):
         return False
     if not (run / TRAINER_STATE).exists():
@@ -199,8 +220,8 @@ def finish(
 
 
 def push(run: Path, names: list[str], hub: Repository | None) -> None:
-    """Push the model's files and its card where a repository is named; a signal ends it at once."""
-    # An upload may take long, and nothing is lost with it.
+    """Push the model's files and its card if a repository is named; a signal ends it at once."""
+    # An upload may take long, and loses nothing if it ends early.
     interrupts.wait(wait=False)
     interrupts.end_if_requested()
     if hub is not None:
@@ -209,7 +230,7 @@ def push(run: Path, names: list[str], hub: Repository | None) -> None:
 
 @contextlib.contextmanager
 def resumable(trainer: SFTMixTrainer) -> Iterator[None]:
-    """Where a signal ends what is inside, leave a checkpoint for the run that makes up for it."""
+    """If a signal ends what is inside, leave a checkpoint for the run that makes up for it."""
     try:
         yield
     except interrupts.Interrupted:
@@ -220,7 +241,7 @@ def resumable(trainer: SFTMixTrainer) -> Iterator[None]:
 
 
 def save_model(trainer: SFTMixTrainer, run: Path) -> list[str]:
-    """The main process writes the final model, gathered from all ranks where it is sharded.
+    """Write the final model on the main process, gathered from all ranks if it is sharded.
 
     Returns:
         The names of its files.

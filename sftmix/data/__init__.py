@@ -1,1 +1,1 @@
-"""Data: files and hub names read into examples, row by row."""
+"""Data: read files and hub names into examples."""

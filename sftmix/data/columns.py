@@ -1,4 +1,4 @@
-"""Formats of rows, by their columns, and the columns beside them that have a meaning.
+"""Find the format of a row by its columns, and read the columns beside them that have a meaning.
 
 docs/data.md is the table for users: which columns are read, refused, or named as not used.
 """
@@ -41,21 +41,21 @@ REFUSED = {
     "documents": "write them into the prompt",
     "chat_template_kwargs": "give a --chat_template that needs none",
 }
-# Of a row as a whole: 1 is what every row has.
+# Weights of a whole row: every row has 1.
 WEIGHTS = ("weight", "loss_weight", "sample_weight", "train", "trainable")
 # Parts of a prompt in one format, or of a comparison: beside another format's text they would be
-# lost. Beside whole messages they are where those came from, and are named alone.
+# lost. Beside whole messages they are where those came from, and are only named.
 OF_A_PAIR = {
     "instruction": "write it into the prompt",
     "input": "write it into the prompt",
     "context": "write it into the prompt",
-    "rejected": "it is what not to learn; give rows of what to learn alone",
+    "rejected": "it is what not to learn; give only rows of what to learn",
 }
 
 
 @dataclass(frozen=True)
 class Content:
-    """What is learnt from a row: messages, or tokens with labels."""
+    """The content of an example: messages, or tokens with labels."""
 
     messages: Messages | None = None
     tools: list[Any] | None = None
@@ -64,13 +64,13 @@ class Content:
     labels: list[int] | None = None
 
     def digest(self) -> str:
-        """SHA-256 of it as canonical JSON; of plain messages alone where there is no more."""
+        """Return the SHA-256 of the content as canonical JSON."""
         found = {name: value for name, value in vars(self).items() if value is not None}
         return digest(found)
 
 
 def digest(content: object) -> str:
-    """SHA-256 of canonical JSON: the order of keys does not matter."""
+    """Return the SHA-256 of canonical JSON, in which the order of keys does not matter."""
     text = json.dumps(
         content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str
     )
@@ -78,7 +78,7 @@ def digest(content: object) -> str:
 
 
 def field(row: dict[str, Any], name: str) -> Any:
-    """The value of a column.
+    """Return the value of a column.
 
     Raises:
         BadField: the row has no such column.
@@ -99,7 +99,7 @@ def _pair(row: dict[str, Any], prompt: str, response: str) -> _Found:
 
 
 def _history(value: object) -> list[tuple[str, str]]:
-    """Earlier turns, as files of the Alpaca family have them: pairs of a prompt and a response."""
+    """Return earlier turns from pairs of a prompt and a response, as Alpaca's files have them."""
     pairs = listed(value, "history")
     turns = []
     for i, pair in enumerate(pairs or ()):
@@ -126,7 +126,7 @@ def _from_prompt(row: dict[str, Any], unused: Counter[str]) -> _Found:
             raise BadField("'completion' is empty")
         if carries(row.get("history")):
             raise BadField("'history' beside a 'prompt' of messages is not read; write it into it")
-        # Only the completion is learnt, but where the prompt's own masks say otherwise.
+        # Only the completion is learnt, unless the prompt's own masks say otherwise.
         before_masks = [bool(mask) for mask in before_masks]
         return checked(before + replies, "prompt + completion"), before_masks + reply_masks
     if isinstance(prompt, list) or isinstance(completion, list):
@@ -157,7 +157,7 @@ def _from_question(row: dict[str, Any], unused: Counter[str]) -> _Found:
 
 @dataclass(frozen=True)
 class _Format:
-    """How a row of some columns is read, and the columns that are read besides."""
+    """The reader of a row with some columns, and the columns that it reads besides."""
 
     read: Callable[[dict[str, Any], Counter[str]], _Found]
     besides: tuple[str, ...] = ()
@@ -183,10 +183,10 @@ def read_content(
     unused: Counter[str],
     asked: Collection[str] = (),
 ) -> Content:
-    """What is learnt from a row of the format ``columns``.
+    """Return the content to learn from a row of the format `columns`.
 
-    ``unused`` counts the columns and the fields of messages that carry a value and are not read,
-    but for the columns in ``asked``, which something else reads.
+    `unused` counts the columns and the fields of messages that carry a value and are not read,
+    except the columns in `asked`, which something else reads.
 
     Raises:
         BadField: the row is malformed, or has a column whose meaning would be lost.
@@ -217,7 +217,7 @@ def _read(
 
 
 def _with_system(row: dict[str, Any], messages: Messages, masks: Masks) -> _Found:
-    """The messages behind the row's system prompt, where it has one and they do not."""
+    """Return the messages, preceded by the row's system prompt if only the row has one."""
     texts = {
         name: text_of(row[name], name, empty=True)
         for name in ("system", "system_prompt")
@@ -240,7 +240,7 @@ def _with_system(row: dict[str, Any], messages: Messages, masks: Masks) -> _Foun
 
 
 def _tools(value: object) -> list[Any] | None:
-    """Descriptions of tools: a list of objects or of their JSON texts, or JSON text of the list."""
+    """Return descriptions of tools, given as a list of objects or JSON texts, or as JSON text."""
     tools = listed(value, "tools")
     if tools is None:
         return None
@@ -276,7 +276,7 @@ def _refuse_or_count(
 
 
 def format_of(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    """The format whose columns are all present in the most rows; on a tie the first.
+    """Return the format whose columns are all present in the most rows; the first on a tie.
 
     Raises:
         ValueError: no row has all columns of any format.

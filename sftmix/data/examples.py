@@ -1,4 +1,4 @@
-"""Examples from files: rows are read, checked and brought to one form.
+"""Read examples from files, check them and bring them to one form.
 
 A file's format is found by its columns:
 
@@ -9,9 +9,9 @@ A file's format is found by its columns:
     input_ids, labels                 two lists of integers, -100 where nothing is learnt
     input_ids, completion_mask        (or assistant_masks, loss_mask) 1 where a token is learnt
 
-The format is the one whose columns are all present in the most rows; on a tie the first in this
-list. What stands beside is read where it has a meaning (`tools`, `system`, `history`, masks),
-refused where that would be lost, and else named once for each file (docs/data.md).
+A file has the format whose columns are all present in the most rows; on a tie the first in this
+list. Other columns are read if they have a meaning (`tools`, `system`, `history`, masks), refused
+if a meaning would be lost, and otherwise named once for each file (docs/data.md).
 """
 
 from __future__ import annotations
@@ -52,16 +52,15 @@ NAMES_SHOWN = 20  # columns in a warning; files in a line
 
 @dataclass(frozen=True)
 class Example:
-    """One row to learn from: a conversation, or a sequence that is already tokens.
+    """One line of data to learn from: a conversation, or a sequence of tokens.
 
-    `id` is the row's number over all files in order, from 0, bad rows counted. `source` is
-    "path:line". `content_hash` is the SHA-256 of what is learnt from, as canonical JSON, so it
-    depends neither on the tokenizer nor on the order of keys. Either `messages` is set, or
-    `input_ids` and `labels` are. Messages have the keys that chat templates read: `role`, `content`
-    and, where the row has them, `reasoning_content`, `thinking`, `tool_calls` and the like.
-    `tools` are the descriptions that a template writes for its tools. `learnt` says of each message
-    whether it carries loss; None: every assistant turn does. `numbers` are those of the columns
-    that were asked for.
+    `id` is the example's number over all files in order, from 0, bad ones counted. `source` is
+    "path:line". `content_hash` is the SHA-256 of the content as canonical JSON, so it depends
+    neither on the tokenizer nor on the order of keys. Either `messages` is set, or `input_ids` and
+    `labels` are. Messages have the keys that chat templates read: `role`, `content` and, if given,
+    `reasoning_content`, `thinking`, `tool_calls` and the like. `tools` describes the tools that the
+    template writes. `learnt` says for each message whether it carries loss; None means that every
+    assistant turn does. `numbers` holds the values of the columns that were asked for.
     """
 
     id: int
@@ -76,7 +75,7 @@ class Example:
 
 
 def content_hash(row: dict[str, Any]) -> str:
-    """The `Example.content_hash` of a row; of all its columns where it is of no known format."""
+    """Return the `Example.content_hash` of a row; a row of no known format is hashed as a whole."""
     try:
         for columns in FORMATS:
             if all(column in row for column in columns):
@@ -100,34 +99,44 @@ def load_examples(
     name (`someone/name`, `someone/name:config`) are read, and how `split` chooses among what they
     hold. The formats are those of this module's docstring. `on_bad_row="skip"` leaves bad rows out
     and logs one warning; another one for each file names columns and fields that are not used.
-    `numbers`: columns besides whose numbers examples keep; a row where one is missing is bad.
+    `numbers` names columns whose numbers examples keep; a row that lacks one is bad.
 
-    Raises BadRowError for a bad row, with its file, line and reason; FileNotFoundError for a
-    missing file; ValueError for an unknown ending or unknown columns, for a file without rows and
-    where no example is left; TypeError where `data` is a single name.
+    Raises:
+        BadRowError: a row is bad, with its file, line and reason.
+        FileNotFoundError: a file is missing.
+        ValueError: an ending or the columns are unknown, a file has no rows, or no example is left.
+        TypeError: `data` is a single name.
     """
     if isinstance(data, str | Path):
-        raise TypeError(f"data must be a list of files or names, got the single name {data!r}")
+        raise TypeError(f"data: expected a list of files or names, got the single {data!r}")
     if not data:
-        raise ValueError("data must name at least one file, got none")
+        raise ValueError("data: expected at least one file or name, got none")
     bad = BadRows(on_bad_row)
     bar = functools.partial(tqdm, unit="row", delay=2, disable=disable_progress)
     examples: list[Example] = []
+    empty: list[str] = []
     number = 0
     for name in data:
         for source, read in open_sources(name, split):
             rows = list(bar(read, desc=printable(f"Reading {source}")))
+            if not rows and Path(name).is_dir():
+                empty.append(source)
+                continue
             checking = bar(rows, desc=printable(f"Checking {source}"))
             examples += _examples(checking, rows, source, number, bad, numbers)
             number += len(rows)
     bad.report(number)
+    if empty and not number:
+        raise ValueError(f"{', '.join(empty[:NAMES_SHOWN])}: holds no rows")
+    if empty:
+        logger.warning("%s", printable(f"no rows in {', '.join(empty[:NAMES_SHOWN])}"))
     if not examples:
-        raise ValueError(f"no examples are left: all {number} rows are bad")
+        raise ValueError(f"data: no examples are left: all {number} rows are bad")
     return examples
 
 
 def rows_by_file(examples: Iterable[Example]) -> str:
-    """One line with the number of examples, altogether and of each file."""
+    """Return one line with the number of examples in all and in each file."""
     counts = Counter(example.source.rpartition(":")[0] for example in examples)
     files = [f"{file!r} {count:,}" for file, count in counts.items()]
     more = f", and {len(files) - NAMES_SHOWN} more files" if len(files) > NAMES_SHOWN else ""
@@ -142,7 +151,7 @@ def _examples(
     bad: BadRows,
     numbers: Sequence[str],
 ) -> Iterator[Example]:
-    """The good ones of a file's rows, the first of which is row ``number``."""
+    """Yield the good examples of a file, whose first row has the number `number`."""
     columns = _columns(rows, source)
     unused: Counter[str] = Counter()
     for place, row in enumerate(checking, start=number):
@@ -207,5 +216,5 @@ def _number(row: dict[str, Any], name: str) -> float:
 
 
 def data_hash(content_hashes: Iterable[str]) -> str:
-    """SHA-256 over content hashes in order: equal for equal content in equal order."""
+    """Return the SHA-256 of content hashes in order: equal for equal content in equal order."""
     return hashlib.sha256("\n".join(content_hashes).encode("ascii")).hexdigest()

@@ -1,14 +1,15 @@
-"""Rows of tokens against the model that is to read them, before its first forward pass.
+"""Check tokenised examples against the model before its first forward pass.
 
 A token beyond the model's embeddings, a label beyond its head or a sequence beyond its table of
-positions is an IndexError on the CPU and a device-side assert on a GPU, when its batch comes; a row
-without a target is a loss of NaN. A scan of a million rows of 500 tokens takes about 7 s of one
-core where they lie in Arrow's memory (`datasets.Dataset`), 30 s behind a shuffle, and 80 s in lists
-of Python numbers.
+positions raises an IndexError on the CPU and a device-side assert on a GPU, once its batch comes;
+an example without a target gives a loss of NaN. Scanning a million examples of 500 tokens takes
+about 7 s on one core in Arrow's memory (`datasets.Dataset`), 30 s behind a shuffle, and 80 s in
+lists of Python numbers.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -24,8 +25,10 @@ from sftmix.conventions import IGNORE_INDEX
 from sftmix.data.token_rows import COLUMNS as TOKEN_COLUMNS
 from sftmix.data.token_rows import LOSS_MASKS, REFUSED
 
+logger = logging.getLogger(__name__)
+
 COLUMNS = ("input_ids", "labels")
-# Columns beside them, of which the collator reads none: they may say only what every row has.
+# The collator reads no column beside them, so these may hold only the usual values.
 BESIDE = TOKEN_COLUMNS[2:]
 # Rows scanned together: some megabytes.
 SCAN_ROWS = 10_000
@@ -38,7 +41,7 @@ Integers = NDArray[np.int64]
 
 
 class Limits(NamedTuple):
-    """What a model can read: ids below, labels below, and tokens in a sequence; None: no end."""
+    """The ids, labels and tokens in a sequence that a model can read; None means no limit."""
 
     ids: int | None
     labels: int | None
@@ -46,12 +49,12 @@ class Limits(NamedTuple):
 
 
 def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The largest id that the tokenizer can give; its vocabulary may have gaps."""
+    """Return the largest id that the tokenizer can give; its vocabulary may have gaps."""
     return max(tokenizer.get_vocab().values())
 
 
 def model_limits(model: Any) -> Limits:
-    """The rows of a model's embeddings and of its head, and of its table of positions."""
+    """Return the numbers of rows of a model's embeddings, head and table of positions."""
     return Limits(
         _rows(model.get_input_embeddings()),
         _rows(model.get_output_embeddings()),
@@ -60,7 +63,7 @@ def model_limits(model: Any) -> Limits:
 
 
 def num_positions(model: nn.Module) -> int | None:
-    """How many positions a model has a table for; None where it computes them."""
+    """Return how many positions a model has a table for; None if it computes them."""
     tables = [
         module.num_embeddings - _first_position(module)
         for name, module in model.named_modules()
@@ -74,10 +77,16 @@ def num_positions(model: nn.Module) -> int | None:
     return min(tables, default=None)
 
 
+def positions_made_for(model: Any) -> int | None:
+    """Return how many positions a model's config names; None where it names none."""
+    config = getattr(model, "config", None)
+    return getattr(config and config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_command(
     model: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
 ) -> None:
-    """Refuse a model whose tokenizer gives other ids, or which ends before `max_length`.
+    """Refuse a tokenizer with ids that the model lacks, and a `max_length` beyond its positions.
 
     Raises:
         ValueError: naming the flags.
@@ -98,7 +107,7 @@ def check_command(
 
 
 def require_rows(**data: Any) -> None:
-    """Refuse data sets that cannot be counted and looked up; a dict is of several.
+    """Refuse data sets whose examples cannot be counted and looked up; a dict holds several.
 
     Raises:
         TypeError: a stream, or another object without a length or without rows; several data sets
@@ -123,7 +132,7 @@ def require_rows(**data: Any) -> None:
 
 
 def check_examples(model: Any, **data: Any) -> None:
-    """Check every row of the data sets, named by their arguments, before the first forward pass.
+    """Check every example of the data sets, which are named by their arguments.
 
     Raises:
         TypeError: as `require_rows`.
@@ -132,15 +141,24 @@ def check_examples(model: Any, **data: Any) -> None:
     """
     require_rows(**data)
     limits = model_limits(model)
+    made_for = positions_made_for(model)
     for argument, dataset in data.items():
         if dataset is None:
             continue
         for name, part in _parts(argument, dataset):
             if len(part) == 0:
                 raise ValueError(f"{name}: expected at least one row, got none")
+            longest = 0
             for start, columns in _scanned(part, name):
                 _check_rows(name, start, columns, limits)
                 _check_beside(name, start, columns)
+                longest = max(longest, int(columns["input_ids"].lengths.max()))
+            if made_for is not None and longest > made_for:
+                logger.warning(
+                    "%s: the longest example has %d tokens, and the model was made for %d "
+                    "(max_position_embeddings); give a smaller max_length, or scale its positions",
+                    *(name, longest, made_for),
+                )
 
 
 class _Column(NamedTuple):
@@ -150,7 +168,7 @@ class _Column(NamedTuple):
     lengths: Integers
 
     def place(self, index: int, start: int) -> tuple[int, int]:
-        """The row, counted from ``start``, and the position in it of a value."""
+        """Return the example, counted from `start`, and the position in it of a value."""
         ends = np.cumsum(self.lengths)
         row = int(np.searchsorted(ends, index, side="right"))
         return start + row, index - int(ends[row] - self.lengths[row])
@@ -164,7 +182,7 @@ def _parts(argument: str, dataset: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _scanned(dataset: Any, name: str) -> Iterator[tuple[int, dict[str, _Column]]]:
-    """Blocks of rows as arrays, each with the number of its first row."""
+    """Yield blocks of examples as arrays, each with the number of its first example."""
     # A transform, or another format, gives other rows than Arrow has.
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None:
         _require_columns(dataset.column_names, f"{name}: ")
@@ -210,7 +228,7 @@ def _require_columns(columns: Any, place: str) -> None:
 
 
 def _kinds(key: str) -> str:
-    """The kinds of NumPy's numbers that a column may have: integers, and bools in a mask."""
+    """Return the NumPy kinds that a column may have: integers, and bools in a mask."""
     return "iu" if key in COLUMNS else "iub"
 
 
@@ -265,7 +283,7 @@ def _check_beside(name: str, start: int, columns: dict[str, _Column]) -> None:
             row, position = column.place(int(wrong.argmax()), start)
             raise ValueError(
                 f"{name}: row {row}: {key}[{position}] is {int(column.values[wrong.argmax()])}, "
-                f"which is not read: input_ids and labels alone are; {way}"
+                f"which is not read, as only input_ids and labels are; {way}"
             )
 
 
@@ -299,7 +317,7 @@ def _check_rows(name: str, start: int, columns: dict[str, _Column], limits: Limi
 
 def _check_values(name: str, key: str, column: _Column, start: int, most: int | None) -> None:
     values = column.values
-    # Looking at the ends is fast, and almost always all: a mask is made for what they do not clear.
+    # The smallest and largest value are fast to find, and almost always enough.
     if not len(values) or (values.min() >= 0 and (most is None or values.max() < most)):
         return
     outside = (values < 0) & (values != (IGNORE_INDEX if key == "labels" else 0))
@@ -321,9 +339,9 @@ def _check_values(name: str, key: str, column: _Column, start: int, most: int | 
 
 
 def _rows(module: Any) -> int | None:
-    """The rows of an embedding or a head, also where ranks hold parts of them."""
+    """Return the number of rows of an embedding or head, also if ranks hold parts of it."""
     weight = getattr(module, "weight", None)
-    # PEFT's copies of tied heads have the sizes of another module; ZeRO-3 leaves a weight empty.
+    # PEFT's copies of tied heads report another module's sizes; ZeRO-3 leaves a weight empty.
     if weight is not None and weight.dim() == 2 and weight.is_floating_point():
         return int(weight.shape[0])
     for name in ("num_embeddings", "out_features"):
@@ -333,6 +351,6 @@ def _rows(module: Any) -> int | None:
 
 
 def _first_position(table: nn.Embedding) -> int:
-    """The row of a table that the first position reads: after an offset, or after padding's."""
+    """Return the row of a table that the first position reads, after an offset or padding's row."""
     offset = int(getattr(table, "offset", 0))
     return offset if table.padding_idx is None else offset + table.padding_idx + 1

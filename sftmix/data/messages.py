@@ -1,9 +1,10 @@
-"""Conversations as rows give them: roles, contents, tool calls, thoughts and masks.
+"""Read conversations: roles, contents, tool calls, thoughts and masks.
 
-A message keeps what chat templates read: `role`, `content`, `reasoning_content`, `thinking`,
-`tool_calls`, `tool_call_id` and `name`. Masks (`weight`, `train` and the like) say which assistant
-messages are learnt and never reach the template. Fields that would change what is said or learnt
-and are not read are refused; all other fields with a value are counted, so that they can be named.
+A message keeps the keys that chat templates read: `role`, `content`, `reasoning_content`,
+`thinking`, `tool_calls`, `tool_call_id` and `name`. Masks (`weight`, `train` and the like) say
+which assistant messages are learnt and never reach the template. Fields that would change what is
+said or learnt, and that nothing reads, are refused; all other fields with a value are counted, and
+named later.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Masks = list[bool | None]  # of each message: learnt, not learnt, or not said
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXTS = ("reasoning_content", "thinking", "tool_call_id", "name")
-# Names that OpenAI, Mistral, axolotl, ms-swift and slime give to the same mask.
+# OpenAI, Mistral, axolotl, ms-swift and slime have these names for the same mask.
 MASKS = (
     *("weight", "loss_weight", "loss", "loss_mask", "step_loss_mask"),
     *("train", "training", "trainable"),
@@ -41,21 +42,21 @@ REFUSED = {
 
 
 class BadField(ValueError):
-    """What is wrong with a row; its place is added where it is known."""
+    """A row is malformed; the caller that knows its place adds it."""
 
 
 def kind(value: object) -> str:
-    """The type's name as JSON's users know it."""
+    """Return the name of a value's type, null for None."""
     return "null" if value is None else type(value).__name__
 
 
 def carries(value: object) -> bool:
-    """Whether a value is anything: null and what is empty carry nothing."""
+    """Tell whether a value says anything: null, an empty string, list or object do not."""
     return value is not None and not (isinstance(value, str | list | dict) and not value)
 
 
 def text_of(value: object, name: str, *, empty: bool = False) -> str:
-    """The string as it is; with ``empty`` it may be so.
+    """Return a string after checking it; `empty` lets it be empty.
 
     Raises:
         BadField: it is none, empty, or holds a lone surrogate.
@@ -74,7 +75,7 @@ def text_of(value: object, name: str, *, empty: bool = False) -> str:
 
 
 def plain(value: Any, name: str) -> Any:
-    """A nested value with its strings checked, without keys whose value is null.
+    """Return a nested value with its strings checked, without keys whose value is null.
 
     Arrow gives every object of a list the keys of all others, null where they were absent.
 
@@ -93,7 +94,7 @@ def plain(value: Any, name: str) -> Any:
 
 
 def listed(value: object, name: str) -> list[Any] | None:
-    """A list, or JSON text of one; None where there is nothing in it.
+    """Return a list, given as such or as JSON text; None if it is empty.
 
     Raises:
         BadField: it is neither.
@@ -110,7 +111,7 @@ def listed(value: object, name: str) -> list[Any] | None:
 
 
 def from_json(text: str, name: str) -> Any:
-    """What a field's JSON text says.
+    """Return the value that a field's JSON text holds.
 
     Raises:
         BadField: it is not JSON.
@@ -124,7 +125,7 @@ def from_json(text: str, name: str) -> Any:
 
 
 def conversation(value: object, name: str, unused: Counter[str]) -> tuple[Messages, Masks]:
-    """The messages and their masks; ``unused`` counts the fields that nothing reads.
+    """Return the messages and their masks; count in `unused` the fields that nothing reads.
 
     Raises:
         BadField: it is no list of messages, or one of them is malformed.
@@ -140,7 +141,7 @@ def conversation(value: object, name: str, unused: Counter[str]) -> tuple[Messag
 
 
 def checked(messages: Messages, name: str) -> Messages:
-    """The messages, where they are a conversation that ends with an answer.
+    """Return the messages after checking that they are a conversation that ends with an answer.
 
     Raises:
         BadField: they have no assistant message, or begin with one, or do not end with one.
@@ -155,7 +156,7 @@ def checked(messages: Messages, name: str) -> Messages:
 
 
 def learnt(messages: Messages, masks: Masks) -> tuple[bool, ...] | None:
-    """Whether each message is learnt; None where every assistant turn is, and nothing else.
+    """Return for each message whether it is learnt; None if exactly the assistant's turns are.
 
     Raises:
         BadField: none is.
@@ -209,7 +210,7 @@ def _count_unused(
 
 
 def _content(value: Any, name: str, unused: Counter[str]) -> Any:
-    """A string or null as it is; a list of text parts as one string."""
+    """Return a string or null as it is, and a list of text parts as one string."""
     if not isinstance(value, list):
         return value
     texts = []
@@ -227,7 +228,7 @@ def _content(value: Any, name: str, unused: Counter[str]) -> Any:
 
 
 def _tool_calls(value: object, name: str) -> list[Any] | None:
-    """The calls, their arguments as objects: chat templates and servers write those as JSON."""
+    """Return the calls with their arguments as objects; chat templates and servers write JSON."""
     calls = listed(value, name)
     if calls is None:
         return None
@@ -264,7 +265,7 @@ def _mask(message: dict[str, Any], name: str) -> bool | None:
 
 
 def flag_of(value: object, name: str) -> bool:
-    """A mask's value as a bool.
+    """Return a mask's value as a bool.
 
     Raises:
         BadField: it is neither 0 nor 1.

@@ -1,4 +1,4 @@
-"""Rows from files, each with its place; and what happens to the bad ones."""
+"""Read rows from files, each with its place, and decide what happens to bad ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[")
 
 
 class BadRowError(ValueError):
-    """A row that cannot be learnt from: `file`, `line` (or row number, from 1) and `reason`."""
+    """A row that nothing can be learnt from: its `file`, `line` (from 1) and the `reason`."""
 
     def __init__(self, file: str, line: int, reason: str) -> None:
         super().__init__(file, line, reason)
@@ -40,20 +40,21 @@ class BadRowError(ValueError):
 
 
 class BadRows:
-    """Raises the first bad row ("error"), or counts them and reports them once ("skip").
+    """Raise at the first bad row ("error"), or count bad rows and report them once ("skip").
 
-    Raises ValueError where `on_bad_row` is neither.
+    Raises:
+        ValueError: `on_bad_row` is neither.
     """
 
     def __init__(self, on_bad_row: OnBadRow) -> None:
         if on_bad_row not in ("error", "skip"):
-            raise ValueError(f"on_bad_row must be 'error' or 'skip', got {on_bad_row!r}")
+            raise ValueError(f"on_bad_row: expected 'error' or 'skip', got {on_bad_row!r}")
         self.on_bad_row = on_bad_row
         self.count = 0
         self.reasons: list[str] = []
 
     def add(self, error: BadRowError) -> None:
-        """Take note of a bad row; raises it, with the way out, where bad rows are errors."""
+        """Count a bad row, or raise it with the way out if bad rows are errors."""
         if self.on_bad_row == "error":
             reason = f"{error.reason} (--on_bad_row skip leaves such rows out)"
             raise BadRowError(error.file, error.line, reason) from error
@@ -90,7 +91,7 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 
 
 def _read_lines(path: Path) -> Iterator[Row]:
-    """One row per line; blank lines are no rows."""
+    """Yield one row per line; blank lines are no rows."""
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
             data = raw.removeprefix(_BOM) if line == 1 else raw
@@ -107,9 +108,9 @@ def _read_lines(path: Path) -> Iterator[Row]:
 
 
 def _read_array(data: bytes, path: Path) -> Iterator[Row]:
-    """The rows of a JSON array, each with the line it begins on.
+    """Yield the rows of a JSON array, each with the line on which it begins.
 
-    What follows broken syntax cannot be told apart, so that raises whatever `on_bad_row` says.
+    Rows after broken syntax cannot be told apart: that raises whatever `on_bad_row` says.
     """
     try:
         text = data.removeprefix(_BOM).decode("utf-8")
@@ -168,10 +169,13 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 
 def read_file(path: Path) -> Iterator[Row]:
-    """The rows of a JSON, JSONL or parquet file.
+    """Return the rows of a JSON, JSONL or parquet file.
 
-    A line that cannot be read is a row with a `problem`. Raises BadRowError for a JSON array whose
-    syntax is broken, and ValueError for an unknown ending or a broken parquet file.
+    A line that cannot be read is a row with a `problem`.
+
+    Raises:
+        BadRowError: the syntax of a JSON array is broken.
+        ValueError: the ending is unknown, or a parquet file is broken.
     """
     ending = path.suffix.lower()
     if ending not in ENDINGS:

@@ -1,4 +1,4 @@
-"""Selections: which rows of the data are scored and learnt from.
+"""Select which examples of the data are scored and learnt.
 
     score>=4.5:COLUMN   rows whose number in COLUMN is so (also > <= <): AlpaGasus (Chen et al.
                         2024, arXiv 2307.08701) keeps what a judge scored at least 4.5
@@ -6,10 +6,10 @@
     keys:FILE           rows that FILE allows: data in a format that `examples` reads, matched by
                         content; or a .txt with the id or the content hash of a row in each line
 
-Several are applied one after another. A row keeps its id, its number in the whole data, so that
-what is known by id stays so. A length is counted in characters of all responses of a row that are
-learnt, so that every tokenizer selects the same rows (ours); that of a row of tokens is its number
-of labels. Of equal lengths the smaller id comes first.
+Several selections are applied one after another. An example keeps its id, its number in the whole
+data. Its length is the number of characters of all its learnt responses, so every tokenizer
+selects the same examples (ours); the length of an example of tokens is its number of labels. Of
+equal lengths the smaller id comes first.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Score:
     threshold: float
 
     def __call__(self, examples: Sequence[Example]) -> list[Example]:
-        """The examples whose ``numbers`` hold up."""
+        """Return the examples whose number passes the comparison."""
         holds = COMPARISONS[self.comparison]
         numbers = (one.numbers or {} for one in examples)
         kept = (holds(number[self.column], self.threshold) for number in numbers)
@@ -62,7 +62,7 @@ class Longest:
     number: int
 
     def __call__(self, examples: Sequence[Example]) -> list[Example]:
-        """The ``number`` longest examples, in the order of the data.
+        """Return the `number` longest examples, in the order of the data.
 
         Raises:
             ValueError: there are fewer, or some are text and some tokens.
@@ -90,7 +90,7 @@ class Keys:
     on_bad_row: OnBadRow = "error"
 
     def __call__(self, examples: Sequence[Example]) -> list[Example]:
-        """The examples whose id or content hash is on the list; says how many keys were found.
+        """Return the examples whose id or content hash is listed; print how many keys were found.
 
         Raises:
             ValueError: none of the keys is found, or a line of a .txt is no key.
@@ -105,7 +105,7 @@ class Keys:
         return [one for one in examples if one.id in found or one.content_hash in found]
 
     def read(self) -> set[int | str]:
-        """Ids and content hashes."""
+        """Return the ids and content hashes of the file."""
         path = Path(self.file)
         if path.suffix.lower() == ".txt":
             try:
@@ -126,7 +126,7 @@ Selection = Score | Longest | Keys
 def parse_selection(
     text: str, *, split: str = "train", on_bad_row: OnBadRow = "error"
 ) -> Selection:
-    """What ``text`` says; ``split`` and ``on_bad_row`` are for reading a file of keys.
+    """Return the selection that `text` describes; the keywords are for reading a file of keys.
 
     Raises:
         ValueError: it is none of the forms of this module's docstring.
@@ -143,12 +143,12 @@ def parse_selection(
 
 
 def columns_of(selections: Mapping[str, Selection]) -> list[str]:
-    """The columns whose numbers decide."""
+    """Return the columns whose numbers decide."""
     return [one.column for one in selections.values() if isinstance(one, Score)]
 
 
 def select(examples: Sequence[Example], selections: Mapping[str, Selection]) -> list[Example]:
-    """What is left of the examples after all selections, by their texts; says how many.
+    """Return the examples that all selections keep, and print how many.
 
     Raises:
         ValueError: nothing is left, or a selection does not fit the data.
@@ -163,7 +163,7 @@ def select(examples: Sequence[Example], selections: Mapping[str, Selection]) -> 
 
 
 def response_length(example: Example) -> int:
-    """Characters of all responses that are learnt; labels where the row is tokens."""
+    """Return the characters of all learnt responses; for tokens, the number of labels."""
     if example.messages is None:
         assert example.labels is not None
         return sum(label != IGNORE_INDEX for label in example.labels[1:])
@@ -174,9 +174,9 @@ def response_length(example: Example) -> int:
 
 @contextlib.contextmanager
 def naming_selections(partition: Path, selected: list[str] | None) -> Iterator[None]:
-    """Has a refused partition's message say so where it was scored under another selection.
+    """Add to a refused partition's message that it was scored under another selection.
 
-    That is what the ``manifest.json`` beside the partition says; without one nothing is added.
+    The `manifest.json` beside the partition names the selection; without one nothing is added.
     """
     try:
         yield
@@ -194,7 +194,7 @@ def naming_selections(partition: Path, selected: list[str] | None) -> Iterator[N
 
 
 def say(line: str) -> None:
-    """Print a line without its secrets, of several ranks on the main one."""
+    """Print a line without its secrets; only the main rank prints."""
     if is_main():
         print(redacted(line), flush=True)
 

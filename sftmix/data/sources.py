@@ -1,12 +1,12 @@
-"""Where rows come from: a file, a folder of files, a saved data set, or one of the hub.
+"""Find where rows come from: a file, a folder of files, a saved data set, or one of the hub.
 
 FILE                 .json, .jsonl or .parquet
-FOLDER               all such files in it and in its folders, by name in order, hidden ones
-                     apart. A file is of the split that its name or its folder's name has as a
-                     word (train, training; validation, valid, val, dev; test, testing, eval,
-                     evaluation) or that stands before -00000-of-00001, and else of train; the
-                     split chooses. What is not read is named in one line
-FOLDER               of `datasets`' save_to_disk; of several splits the split chooses
+FOLDER               all such files in it and in its folders, in order of their names, without
+                     hidden ones. A word in the name of the file or of its folder tells the split
+                     (train, training; validation, valid, val, dev; test, testing, eval,
+                     evaluation), as does the word before -00000-of-00001; other files belong to
+                     train. `split` chooses, and one line names the files that are not read
+FOLDER               of `datasets`' save_to_disk; `split` chooses among several
 NAME, NAME:CONFIG    what `datasets.load_dataset(NAME, CONFIG, split=split)` gives; a folder
                      whose README.md has `configs:` is read so, too
 """
@@ -28,7 +28,7 @@ from sftmix.data.rows import ENDINGS, Row, read_file
 
 logger = logging.getLogger(__name__)
 
-# One of the rows' file and the rows themselves.
+# A file's name and its rows.
 Source = tuple[str, Iterator[Row]]
 
 # As `datasets` names the splits of files (data_files.py there).
@@ -41,12 +41,12 @@ WAY_OUT = "choose one with --data_split (of --eval_data: --eval_split)"
 NAMES_SHOWN = 10
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.+-]+)?")
-# JSON, but of `datasets` itself.
+# These JSON files are of `datasets` itself.
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 def open_sources(name: str | Path, split: str) -> Iterator[Source]:
-    """The files behind a name, one after another, each with its rows.
+    """Yield the files behind a name, one after another, each with its rows.
 
     Raises:
         FileNotFoundError: there is no such file, folder or data set.
@@ -70,7 +70,7 @@ def open_sources(name: str | Path, split: str) -> Iterator[Source]:
 
 
 def read_rows(name: str | Path, split: str) -> Iterator[Row]:
-    """The rows of all files behind a name, as `open_sources` finds them."""
+    """Return the rows of all files behind a name, as `open_sources` finds them."""
     return itertools.chain.from_iterable(rows for _, rows in open_sources(name, split))
 
 
@@ -136,7 +136,7 @@ def _some(files: list[Path], folder: Path, splits: dict[Path, str] | None = None
 
 
 def _split_of(file: Path) -> str:
-    """The split that the nearest part of a file's place names; train where none does."""
+    """Return the split that the nearest part of a file's path names; train if none does."""
     if shard := _SHARD.match(file.name):
         return shard[1]
     for part in (file.stem, *reversed(file.parent.parts)):
@@ -147,7 +147,7 @@ def _split_of(file: Path) -> str:
 
 
 def _has_configs(folder: Path) -> bool:
-    """Whether a data set's card says which files belong to which config and split."""
+    """Tell whether a data set's card says which files belong to which config and split."""
     card = folder / "README.md"
     if not card.is_file():
         return False
@@ -178,7 +178,7 @@ def _of_disk(folder: Path, split: str) -> Iterator[Source]:
 
 
 def _of_name(name: str, split: str) -> Iterator[Row]:
-    """The rows of `datasets.load_dataset`; of a folder, or of a name with or without a config."""
+    """Return the rows of `datasets.load_dataset` for a folder, or a name with or without config."""
     path, config = name, ""
     if not Path(name).is_dir():
         if not _HUB_NAME.fullmatch(name):

@@ -1,7 +1,8 @@
-"""Rows that are tokens already: padding is cut off, masks become labels, packed rows are refused.
+"""Read examples that are tokens already.
 
-`input_ids` come with `labels` (-100: not learnt), or with masks of 0 and 1 as TRL and others write
-them; with both, a token is learnt where its label and all masks say so.
+Padding is cut off, masks become labels, and packed rows are refused. `input_ids` come with `labels`
+(-100: not learnt), or with masks of 0 and 1 as TRL and others write them; with both, a token is
+learnt if its label and all masks say so.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from sftmix.data.messages import BadField, carries, kind
 
 LOSS_MASKS = ("completion_mask", "assistant_masks", "loss_mask")
 COLUMNS = ("input_ids", "labels", *LOSS_MASKS, "attention_mask", "position_ids", "token_type_ids")
-# What a packed row, or one made for another loss, comes with; each has a value for many rows.
+# Columns of packed rows, and of rows made for another loss; one value stands for many rows.
 _PACKED = "give every packed example as a row; --layout packed packs them again"
 REFUSED = {
     "seq_lengths": _PACKED,
@@ -28,7 +29,7 @@ REFUSED = {
 
 
 def read_tokens(row: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """The `input_ids` and `labels` that are learnt from.
+    """Return the `input_ids` and `labels` to learn from.
 
     Raises:
         BadField: lists of another length or of other values, padding in the midst, a packed row,
@@ -61,7 +62,7 @@ def read_tokens(row: dict[str, Any]) -> tuple[list[int], list[int]]:
 
 
 def _lists(row: dict[str, Any]) -> tuple[list[int], dict[str, list[int]]]:
-    """The ids, and the other lists that there are, all of one length."""
+    """Return the ids and the other lists of the row, all of one length."""
     ids = _integers(row, "input_ids")
     lists = {name: _integers(row, name) for name in COLUMNS[1:] if row.get(name) is not None}
     if not lists.keys() & {"labels", *LOSS_MASKS}:
@@ -95,20 +96,20 @@ def _zeros_and_ones(values: list[int], name: str, hint: str = "") -> list[int]:
 
 
 def _unpadded(mask: list[int] | None, length: int) -> tuple[int, int]:
-    """From where to where the mask is 1: padding is on the left and on the right."""
+    """Return where the mask's ones begin and end: padding lies on the left and on the right."""
     if mask is None:
         return 0, length
     hint = f" (a packed row? {_PACKED})"
     _zeros_and_ones(mask, "attention_mask", hint)
     if not any(mask):
-        raise BadField("'attention_mask' is 0 everywhere: the row is padding alone")
+        raise BadField("'attention_mask' is 0 everywhere: the row is only padding")
     begin = mask.index(1)
     end = length - mask[::-1].index(1)
     if 0 in mask[begin:end]:
         hole = mask.index(0, begin)
         raise BadField(
-            f"'attention_mask[{hole}]' is 0 between tokens that are read; expected 0 on the left "
-            "and on the right alone"
+            f"'attention_mask[{hole}]' is 0 between tokens that are read; expected 0 only on the "
+            "left and on the right"
         )
     return begin, end
 

@@ -1,5 +1,7 @@
 """Small bundled data: instructions of very different difficulty, from `tools/demo_data` (CC0)."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 TRAIN = Path(__file__).parent / "train.jsonl"

@@ -1,1 +1,1 @@
-"""Evaluation: answers for judges, and accuracy in the paper's medical tasks."""
+"""Evaluation: answer questions for judges, and measure accuracy in the paper's medical tasks."""

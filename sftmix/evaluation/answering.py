@@ -1,9 +1,9 @@
-"""Answers of a model to batches of questions, turn by turn.
+"""Let a model answer batches of questions, turn by turn.
 
 A question's sampled tokens depend on the seed, the question and its turn, not on the questions
-beside it: token t is the inverse of the distribution's cumulative sum at the t-th number of a
-generator of the question's own. What a batch still changes is rounding: a matrix product of
-another shape, and padding, move the logits' last bits, so that a near tie may fall the other way.
+beside it: token t is the inverse of the distribution's cumulative sum at the t-th number of the
+question's own generator. Only rounding depends on the batch: a matrix product of another shape, and
+padding, change the logits' last bits, so a near tie may fall the other way.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GREEDY_BELOW = 1e-4
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are drawn."""
+    """The options of sampling."""
 
     max_new_tokens: int
     temperature: float | None = None  # None: that of each question
@@ -48,22 +48,22 @@ class Decoding:
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature: expected at least 0, got {self.temperature}")
         if self.top_k < 0:
-            raise ValueError(f"top_k: expected at least 0, which is all, got {self.top_k}")
+            raise ValueError(f"top_k: expected at least 0, which means all, got {self.top_k}")
 
     def temperature_of(self, question: Question) -> float:
-        """The temperature a question is asked at; 0: the likeliest token."""
+        """Return the temperature of a question; 0 means the likeliest token."""
         asked = question.temperature if self.temperature is None else self.temperature
         return asked if asked >= GREEDY_BELOW else 0.0
 
     def draws(self, question: Question, turn: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """A number in [0, 1) for each new token of a turn."""
+        """Return a number in [0, 1) for each new token of a turn."""
         text = repr((self.seed, question.key, turn))
         seed = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest(), "big")
         return np.random.default_rng(seed).random(self.max_new_tokens)
 
 
-def draw(scores: Tensor, temperatures: Tensor, uniform: Tensor, top_k: int) -> Tensor:
-    """Tokens drawn from softmax(scores / temperature) among the `top_k` likeliest (0: all).
+def sampled(scores: Tensor, temperatures: Tensor, uniform: Tensor, top_k: int) -> Tensor:
+    """Return tokens drawn from softmax(scores / temperature) among the `top_k` likeliest (0: all).
 
     Args:
         scores: (B, V) floats on any device.
@@ -74,8 +74,7 @@ def draw(scores: Tensor, temperatures: Tensor, uniform: Tensor, top_k: int) -> T
     Returns:
         (B,) int64 on the CPU.
     """
-    # The few that are left are drawn from on the CPU: alike for all devices, some of which have no
-    # float64.
+    # The draw is on the CPU, and so alike for all devices, some of which have no float64.
     best = scores.topk(min(top_k or scores.shape[-1], scores.shape[-1]))
     cdf = (best.values.cpu().double() / temperatures[:, None]).softmax(-1).cumsum(-1)
     place = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
@@ -83,9 +82,9 @@ def draw(scores: Tensor, temperatures: Tensor, uniform: Tensor, top_k: int) -> T
 
 
 class Draws(LogitsProcessor):
-    """Leaves each row the one token it takes, so that greedy search takes it.
+    """Leave each row only the token that it takes, which greedy search then takes.
 
-    Rows of temperature 0 take the likeliest token, the others what `draw` says of their numbers.
+    Rows of temperature 0 take the likeliest token, the others what `sampled` says of their numbers.
     """
 
     def __init__(
@@ -100,7 +99,7 @@ class Draws(LogitsProcessor):
         self.uniform, self.top_k, self.prompt_length = uniform[self.sampled], top_k, prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, T), (B, V)
-        """The scores with all but one of each row at minus infinity.
+        """Return the scores with all but one of each row at minus infinity.
 
         Raises:
             FloatingPointError: a score is not a number.
@@ -111,13 +110,13 @@ class Draws(LogitsProcessor):
         if len(self.sampled):
             uniform = self.uniform[:, input_ids.shape[1] - self.prompt_length]
             rows = self.sampled.to(scores.device)
-            drawn = draw(scores[rows], self.temperatures, uniform, self.top_k)
+            drawn = sampled(scores[rows], self.temperatures, uniform, self.top_k)
             tokens[rows] = drawn.to(scores.device)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 
 class Answerer:
-    """A model, its tokenizer, and where its answers end.
+    """A model, its tokenizer, and the end of its answers.
 
     An answer ends at the tokenizer's or the model's end-of-sequence tokens, or at what the chat
     template writes after a response, and begins behind a thought. Nothing else of the model's
@@ -140,7 +139,7 @@ class Answerer:
             pad_token_id=self.pad,
             stop_strings=self.stop_text or None,
         )
-        # PEFT's wrapper hands on what it finds in the model.
+        # PEFT's wrapper uses the config of the model inside.
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         inner.generation_config = config
 
@@ -161,7 +160,7 @@ class Answerer:
         return answers
 
     def prompt(self, question: Question, earlier: Sequence[str]) -> list[int]:
-        """The tokens before the next answer.
+        """Return the tokens before the next answer.
 
         Raises:
             ValueError: they and the new tokens are more than the model has positions, or the chat
@@ -179,7 +178,7 @@ class Answerer:
         return tokens
 
     def check(self, question: Question) -> int:
-        """The length of the first prompt, where all turns have room for answers of full length.
+        """Return the length of the first prompt, after checking the room for full-length answers.
 
         Raises:
             ValueError: they have not; or as `prompt`.
@@ -194,15 +193,15 @@ class Answerer:
         room = getattr(config, "max_position_embeddings", None)
         if room is not None and length > room:
             raise ValueError(
-                f"{question}: its prompts and answers of max_new_tokens="
-                f"{self.decoding.max_new_tokens} need {length} positions, the model has {room}"
+                f"max_new_tokens: {question} needs {length} positions with answers of "
+                f"{self.decoding.max_new_tokens} tokens, and the model has {room}; give fewer"
             )
 
     @torch.inference_mode()
     def generate(
         self, questions: Sequence[Question], prompts: Sequence[list[int]], turn: int
     ) -> list[list[int]]:
-        """The new tokens of each prompt, padded where another's answer is longer."""
+        """Return the new tokens of each prompt, padded to the longest answer."""
         longest, device = max(map(len, prompts)), self.model.device
         padding = [longest - len(prompt) for prompt in prompts]
         ids = [[self.pad] * n + prompt for n, prompt in zip(padding, prompts, strict=True)]
@@ -227,19 +226,19 @@ class Answerer:
         return new
 
     def check_batch(self, ids: list[list[int]], mask: list[list[int]], padding: list[int]) -> None:
-        """Compare the logits of two new tokens in a batch with those of the prompt alone.
+        """Compare the logits of two new tokens in a batch with those of the prompt by itself.
 
-        That is the prompt with the most padding, and the second token comes from what the model
-        kept of the first. Half the digits are let go as rounding.
+        The prompt is the one with the most padding, and the second token comes from the model's
+        cache of the first. Differences up to half the digits count as rounding.
 
         Raises:
             ValueError: they differ: the model reads padding as text, or mixes its rows.
         """
         row = padding.index(max(padding))
-        alone = [ids[row][padding[row] :]]
+        single = [ids[row][padding[row] :]]
         together = self.first_logits(ids, mask, row)
         for step, (found, own) in enumerate(
-            zip(together, self.first_logits(alone, [[1] * len(alone[0])], 0), strict=True)
+            zip(together, self.first_logits(single, [[1] * len(single[0])], 0), strict=True)
         ):
             difference = (found - own).abs().max()
             if difference > torch.finfo(self.model.dtype).eps ** 0.5 * own.abs().max():
@@ -255,7 +254,7 @@ class Answerer:
     def first_logits(
         self, ids: list[list[int]], mask: list[list[int]], row: int
     ) -> tuple[Tensor, ...]:
-        """A row's logits of the first two new tokens, each (V,)."""
+        """Return a row's logits of the first two new tokens, each (V,)."""
         output = self.model.generate(
             input_ids=torch.tensor(ids, device=self.model.device),
             attention_mask=torch.tensor(mask, device=self.model.device),
@@ -268,12 +267,12 @@ class Answerer:
         return tuple(logits[row].float() for logits in output.logits)
 
     def _append(self, answer: Answer, tokens: list[int]) -> None:
-        """Add a turn: its text up to where it ends, without thought and white space around it."""
+        """Add a turn: its text up to its end, without the thought and white space around it."""
         length = next((i for i, token in enumerate(tokens) if token in self.stops), None)
         tokens = tokens[:length]
         while tokens and tokens[-1] == self.pad:
             tokens = tokens[:-1]
-        # What decoding mends is not what the model wrote: "a , b" would become "a, b".
+        # Cleaning up would change what the model wrote: "a , b" would become "a, b".
         text = cast(
             str,
             self.tokenizer.decode(
@@ -290,7 +289,7 @@ class Answerer:
 
 
 def stops(tokenizer: PreTrainedTokenizerBase, of_model: Any) -> tuple[set[int], str]:
-    """The tokens that end an answer; and the text that does, where none of its tokens is special.
+    """Return the tokens that end an answer, and the text that ends it if no special token does.
 
     `of_model`: the end-of-sequence token or tokens of the model's generation config, or None.
     """

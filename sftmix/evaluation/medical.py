@@ -1,8 +1,8 @@
-"""The paper's four medical tasks, answered by a model in EleutherAI's lm-evaluation-harness.
+"""Let a model answer the paper's four medical tasks in EleutherAI's lm-evaluation-harness.
 
-A task is a file of `sftmix/tasks`, in the harness's own form. Its questions come from the data set
-that it names or from a local file with the same columns; either is checked before a model is run.
-The model's answer is the choice that it finds likeliest after the prompt:
+A task is a file of `sftmix/evaluation/tasks` in the harness's own form. Its questions come from the
+data set that it names, or from a local file with the same columns; either is checked before a model
+runs. The model's answer is the choice that it finds likeliest after the prompt:
 
     answer = argmax over choices c of log p(" " + c | prompt)
 """
@@ -32,6 +32,7 @@ from sftmix.data.sources import read_rows
 from sftmix.evaluation.tasks import FOLDER, PAPER_NAMES
 from sftmix.recipe.arguments import RunArguments
 from sftmix.recipe.loading import load_tokenizer, load_trained_model
+from sftmix.runs.failures import Naming
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Questions:
 
 @dataclass(frozen=True)
 class Score:
-    """What a model reached in a task: accuracy and its standard error in percent.
+    """The accuracy of a model in a task and its standard error, in percent.
 
     `stderr` is None for a single question. `num_cut` prompts were longer than the model's context.
     `prompts_hash` is the SHA-256 of all prompts, choices and answers.
@@ -71,7 +72,7 @@ class Score:
 
 
 def require_harness() -> None:
-    """Check that the harness is there, before a model is loaded for nothing.
+    """Check that the harness is installed, before a model is loaded for nothing.
 
     Raises:
         ImportError: lm_eval is not installed, saying how to install it.
@@ -81,7 +82,7 @@ def require_harness() -> None:
 
 
 def read_questions(name: str, file: str | None = None, ids: str | None = None) -> Questions:
-    """The documents of a task, from a local file or from the task's data set on the hub.
+    """Return the documents of a task, from a local file or the task's data set on the hub.
 
     PubMedQA takes two files, the labelled part and the ids of its test questions (with or without
     their answers); the other tasks take the rows of a .json, .jsonl or .parquet file.
@@ -97,8 +98,8 @@ def read_questions(name: str, file: str | None = None, ids: str | None = None) -
     if name == "pubmedqa":
         if file is None or ids is None:
             raise ValueError(
-                "pubmedqa: no data set of the hub has its test questions; give ori_pqal.json as "
-                "--pubmedqa_data and test_ground_truth.json as --pubmedqa_ids"
+                "pubmedqa_data: no data set of the hub has the test questions; give ori_pqal.json "
+                "as --pubmedqa_data and test_ground_truth.json as --pubmedqa_ids"
             )
         source, rows = file, _labelled_rows(Path(file), Path(ids))
     elif file is None:
@@ -117,17 +118,17 @@ def _hub_rows(name: str, config: Mapping[str, Any]) -> Iterator[Row]:
         rows = datasets.load_dataset(path, config.get("dataset_name"), split=split)
     except OSError as error:
         raise OSError(
-            f"{name}: the data set {path} could not be had; give a file as --{name}_data ({error})"
+            f"{name}_data: the data set {path} could not be had; give a file of its rows ({error})"
         ) from error
     return (Row(line, row) for line, row in enumerate(rows, start=1))
 
 
 def _labelled_rows(file: Path, ids: Path) -> Iterator[Row]:
-    """The rows of PubMedQA that the ids name, in the order of the labelled part.
+    """Yield the rows of PubMedQA that the ids name, in the order of the labelled part.
 
     The file of ids is sorted by answers: its first 50 questions are all answered with "yes".
     """
-    labelled, wanted = _read_json(file), _read_json(ids)
+    labelled, wanted = _read_json(file, "pubmedqa_data"), _read_json(ids, "pubmedqa_ids")
     if not isinstance(labelled, dict):
         raise ValueError(f"pubmedqa_data: {file} must map ids to questions, as ori_pqal.json does")
     if not isinstance(wanted, dict | list):
@@ -149,17 +150,15 @@ def _labelled_rows(file: Path, ids: Path) -> Iterator[Row]:
         yield Row(number, row)
 
 
-def _read_json(path: Path) -> Any:
-    try:
+def _read_json(path: Path, option: str) -> Any:
+    with Naming(option, f"{path} is not a JSON file"):
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
 
 
 def _checked(
     rows: Iterable[Row], config: Mapping[str, Any], source: str
 ) -> Iterator[dict[str, Any]]:
-    """The columns that the task reads, of rows that have them all."""
+    """Yield the columns that the task reads, of rows that have them all."""
     answer, choices = config["doc_to_target"], config["doc_to_choice"]
     template = jinja2.Environment().parse(config["doc_to_text"])
     columns = sorted(jinja2.meta.find_undeclared_variables(template) | {answer})
@@ -171,14 +170,14 @@ def _checked(
 
 
 def _problem(row: Any, columns: list[str], answer: str, choices: list[str]) -> str | None:
-    """Why a row is no question with one right answer among the choices."""
+    """Return why a row is no question with one right answer among the choices, or None."""
     if not isinstance(row, dict):
         return f"a row must be an object, got {type(row).__name__}"
     missing = [name for name in columns if row.get(name) is None]
     if missing:
         return f"no {', '.join(map(repr, missing))}; the task reads {', '.join(columns)}"
     right, count = row[answer], len(choices)
-    # The number of a choice counts from 0; True is no number.
+    # Choices are numbered from 0; True is no number.
     if right not in choices and not (type(right) is int and 0 <= right < count):
         return f"{answer!r} must be one of {choices}, or its number from 0, got {right!r}"
     if "CONTEXTS" in columns and not isinstance(row["CONTEXTS"], list):
@@ -189,7 +188,7 @@ def _problem(row: Any, columns: list[str], answer: str, choices: list[str]) -> s
 
 
 def _keys(options: Any) -> list[str] | None:
-    """The letters of options in either form, if each has a text."""
+    """Return the letters of options in either form; None if one has no text."""
     try:
         pairs = options if isinstance(options, dict) else {o["key"]: o["value"] for o in options}
     except (TypeError, KeyError):
@@ -203,13 +202,14 @@ def load(
     revision: str | None = None,
     chat_template: str | None = None,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
-    """A saved model in evaluation mode, on a GPU where there is one, and its tokenizer.
+    """Return a saved model in evaluation mode (on a GPU if there is one) and its tokenizer.
 
-    From safetensors alone, running no code that comes with it. An adapter is put on its base model.
+    The model is read only from safetensors, and none of its code runs. An adapter is put on its
+    base model.
 
     Raises:
         OSError: there is no such model, it has no safetensors, or they are damaged.
-        ValueError: it is a folder, which has no revision; or ``chat_template`` names no template.
+        ValueError: it is a folder, which has no revision; or `chat_template` names no template.
         ImportError: it is an adapter, and PEFT is not installed.
         ValueError: its tokenizer has ids beyond its embeddings.
     """
@@ -288,7 +288,7 @@ def refuse_no_numbers(name: str, likelihoods: Sequence[float]) -> None:
 
 
 def make_tasks(questions: Mapping[str, Questions]) -> dict[str, Any]:
-    """The harness's task for each of the questions, under the same names."""
+    """Return the harness's task for each of the questions, under the same names."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_defaults=False)
@@ -301,7 +301,7 @@ def make_tasks(questions: Mapping[str, Questions]) -> dict[str, Any]:
 
 
 def _score(task: Any, results: Mapping[str, Any], wrapped: Any) -> Score:
-    """The task's numbers among the results, and what is known of its prompts."""
+    """Return the task's score from the results, with facts about its prompts."""
     longest: dict[int, str] = {}
     digest = hashlib.sha256()
     for instance in task.instances:
@@ -324,7 +324,7 @@ def _score(task: Any, results: Mapping[str, Any], wrapped: Any) -> Score:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings of the harness: of a model that came loaded, and of each prompt that it cuts."""
+    """Silence the harness's warnings of a loaded model and of each prompt that it cuts."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
-"""Benchmark questions, and their answers in the files that the judging tools read.
+"""Read benchmark questions, and write answers in the files that the judging tools read.
 
 AlpacaEval (`alpaca_eval --model_outputs FILE`): a JSON list of objects with `instruction`,
-`output`, `generator` and, where the question has one, `dataset`. It is joined with the reference's
-on the text of the instruction.
+`output`, `generator` and, if the question has one, `dataset`. The judge joins it with the
+reference's answers on the text of the instruction.
 
 MT-Bench (FastChat's `gen_judgment.py`): `model_answer/NAME.jsonl`, a line for each question with
 `question_id`, `answer_id`, `model_id`, `choices` (one, with the answers to all turns) and `tstamp`.
@@ -99,7 +99,7 @@ def _question(row: Row, read: Callable[[dict[str, Any]], Question]) -> Question:
 
 
 def read_questions(file: str, form: str) -> list[Question]:
-    """The questions of a file (.json, .jsonl, .parquet) of the format `form`, in order.
+    """Return the questions of a file (.json, .jsonl, .parquet) of the format `form`, in order.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -117,12 +117,12 @@ def read_questions(file: str, form: str) -> list[Question]:
             raise BadRowError(file, row.line, str(error)) from None
         questions.append(question)
     if not questions:
-        raise ValueError(f"questions: {file} holds none")
+        raise ValueError(f"questions: {file} holds no questions")
     return questions
 
 
 def questions_hash(questions: Sequence[Question]) -> str:
-    """SHA-256 of what is asked, in order."""
+    """Return the SHA-256 of what is asked, in order."""
     asked = [[q.key, q.turns, q.temperature, q.dataset] for q in questions]
     return hashlib.sha256(json.dumps(asked).encode("ascii")).hexdigest()
 
@@ -169,13 +169,13 @@ FORMATS = {
 
 
 def answers_file(output: str, form: str, name: str) -> Path:
-    """Where the answers go: the output itself, or FastChat's place in that folder.
+    """Return the file of the answers: the output itself, or FastChat's place in that folder.
 
     Raises:
         ValueError: the judging tool would not find or not read it there.
     """
     if not name or name.startswith(".") or "/" in name:
-        raise ValueError(f"name: expected one that a file can have, got {name!r}; give --name")
+        raise ValueError(f"name: expected a name that a file can have, got {name!r}; give --name")
     if form == "mt_bench":
         return Path(output) / "model_answer" / f"{name}.jsonl"
     if not output.endswith(".json"):

@@ -12,15 +12,21 @@ from huggingface_hub.utils._validators import validate_repo_id
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from sftmix.conventions import (
+    ADAPTER_WEIGHTS,
+    CONFIGS,
+    GENERATION_CONFIG,
+    MODEL_CONFIG,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+)
 from sftmix.runs.failures import Naming
 
-CONFIGS = ("config.json", "adapter_config.json")
 JSON_FILES = (
-    *CONFIGS,
-    *("model.safetensors.index.json", "generation_config.json"),
+    *(*CONFIGS, WEIGHTS_INDEX, GENERATION_CONFIG),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+WEIGHT_FILES = (WEIGHTS, WEIGHTS_INDEX, ADAPTER_WEIGHTS)
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "*.bpe", "*.spm")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 ATTENTION = r"attn_implementation|(?i:flash.?attention|sdpa|flex_attention)"
@@ -85,7 +91,7 @@ def check_model(
         raise ValueError(f"model: expected a folder or a hub name, got the file {model}")
     if folder.is_dir():
         check_folder(folder, weights=weights)
-        if not (folder / "config.json").exists():
+        if not (folder / MODEL_CONFIG).exists():
             return  # an adapter, whose base is checked when it is loaded
     else:
         check_name(model)
@@ -120,20 +126,20 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
     if not weights:
         return
     has_tokenizer = any(any(folder.glob(pattern)) for pattern in TOKENIZERS)
-    if (folder / "config.json").exists() and not has_tokenizer:
+    if (folder / MODEL_CONFIG).exists() and not has_tokenizer:
         raise ValueError(f"model: {folder} has no tokenizer: expected tokenizer.json")
-    if any((folder / name).exists() for name in WEIGHTS):
+    if any((folder / name).exists() for name in WEIGHT_FILES):
         return
     pickles = [name for name in PICKLES if (folder / name).exists()]
     why = f"; {pickles[0]} is a pickle, which could run code, and is not opened" if pickles else ""
-    own = (folder / "config.json").exists()
+    own = (folder / MODEL_CONFIG).exists()
     expected = "model.safetensors, nor its index" if own else "adapter_model.safetensors"
     raise OSError(f"model: {folder} has no {expected}{why}")
 
 
 def check_type(folder: Path) -> None:
     """Check that transformers knows the type of a model in a folder."""
-    path = folder / "config.json"
+    path = folder / MODEL_CONFIG
     if not path.exists():
         return
     content = json.loads(path.read_text(encoding="utf-8"))

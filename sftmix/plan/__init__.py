@@ -1,4 +1,4 @@
-"""`sftmix plan`: the memory of a training step, before there is a GPU to run it on.
+"""`sftmix plan`: plan the memory of a training step before there is a GPU to run it on.
 
 - `trace`: counts the tensors of a piece of code that runs without values
 - `step`: the real step under such a trace; `attention`, `tiles` and `optimizer` stand for what is
@@ -6,6 +6,8 @@
 - `search`: the largest length that fits
 - `planned`: the options, the switches and the advice; `table` writes them
 """
+
+from __future__ import annotations
 
 from sftmix.plan.step import Plan, plan_step
 

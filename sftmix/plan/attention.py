@@ -1,8 +1,8 @@
-"""Attention as memory knows it: what the kernels of `sftmix train` allocate, and no numbers.
+"""Attention without numbers: allocate what the kernels of `sftmix train` allocate.
 
 transformers cannot see in tensors without values that nothing is padded, and would make L x L masks
-for all of them. These implementations, registered under names of their own, know it from the
-layout: every sequence of a batch is as long as the others.
+for all of them. These implementations, registered under names of their own, take it from the
+layout: all sequences of a batch are of one length.
 
 Legend: B sequences, H heads, K heads of keys and values, L tokens, D head size.
 """
@@ -20,12 +20,12 @@ from transformers.masking_utils import sdpa_mask
 
 from sftmix.plan.trace import ACTIVATIONS, active_trace
 
-# Kernels round a sequence and a head up to whole tiles where they add up dQ.
+# Kernels round a sequence and a head up to whole tiles when they add up dQ.
 TOKENS_OF_TILE, HEAD_OF_TILE = 128, 32
 
 
 class PlannedAttention(torch.autograd.Function):
-    """Out and LSE of flash attention; dQ, dK, dV, and what its backward needs beside them."""
+    """Allocate out and LSE of flash attention; dQ, dK, dV, and its backward's workspace."""
 
     @staticmethod
     def forward(
@@ -52,18 +52,18 @@ class PlannedAttention(torch.autograd.Function):
 
 
 def causal_products(query: Tensor, products: int) -> int:
-    """Operations of ``products`` matrix products over the lower half of the scores."""
+    """Return the operations of `products` matrix products over the lower half of the scores."""
     batch, heads, length, size = query.shape
     return products * batch * heads * length * length * size
 
 
 def backward_bytes(query: Tensor, key: Tensor) -> int:
-    """What the backward of flash attention 2 holds beside dQ, dK and dV.
+    """Return the bytes that flash attention 2's backward holds besides dQ, dK and dV.
 
-    ``mha_bwd`` of PyTorch's and Dao's flash attention alike: dQ in float32 where inputs are of half
-    precision (in float32 another kernel adds to dQ itself), the row sums ``dO . O`` in float32,
-    and, where heads share keys and values, dK and dV of every head, added up afterwards. To
-    ``enable_gqa`` that is all: keys and values are never copied for every head.
+    `mha_bwd` of PyTorch's and of Dao's flash attention hold the same: dQ in float32 if inputs are
+    of half precision (in float32 another kernel adds to dQ itself), the row sums `dO . O` in
+    float32, and, if heads share keys and values, dK and dV of every head, which are added up
+    afterwards. `enable_gqa` holds no more: keys and values are never copied for every head.
     """
     batch, heads, length, size = query.shape
     tokens = batch * heads * (length + -length % TOKENS_OF_TILE)
@@ -83,10 +83,10 @@ def planned_attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Any of the linear-memory kernels, as transformers calls an attention implementation.
+    """Stand for any of the linear-memory kernels, with the signature that transformers calls.
 
-    With a mask that is the memory-efficient kernel, which takes no shared heads, and a mask as what
-    is added to the scores, in their dtype and kept for backward.
+    With a mask it stands for the memory-efficient kernel, which takes no shared heads, and adds the
+    mask to the scores, in their dtype, and keeps it for backward.
     """
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
@@ -108,11 +108,11 @@ def planned_sdpa(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """What PyTorch chooses on a GPU.
+    """Stand for the attention that PyTorch chooses on a GPU.
 
-    That is a linear-memory kernel, but for float32 whose heads share keys and values: flash
-    attention and cuDNN take half precision alone, the memory-efficient kernel no shared heads
-    (``check_batch_size_and_num_heads_dense`` of `sdp_utils.cpp`), and what is left makes the
+    That is a linear-memory kernel, except in float32 with heads that share keys and values: flash
+    attention and cuDNN take only half precision, the memory-efficient kernel takes no shared heads
+    (`check_batch_size_and_num_heads_dense` of `sdp_utils.cpp`), and the remaining kernel makes the
     scores (B, H, L, L).
     """
     in_float32 = query.itemsize == 4 and not torch.is_autocast_enabled("cpu")
@@ -126,10 +126,10 @@ def planned_sdpa(
 def planned_mask(
     packed: bool, *, kv_length: int, local_size: int | None = None, **options: Any
 ) -> Tensor | None:
-    """The mask that transformers makes for SDPA where no token is padding.
+    """Return the mask that transformers makes for SDPA if no token is padding.
 
-    None, unless several sequences share a row, the model brings a pattern of its own, or a window
-    of attention is no longer than the sequence.
+    It is None unless several sequences share a row, the model brings a pattern of its own, or a
+    window of attention is no longer than the sequence.
     """
     in_window = local_size is None or kv_length < local_size
     if in_window and not packed and not options.get("use_vmap", False):
@@ -140,11 +140,11 @@ def planned_mask(
 
 
 def no_mask(**options: Any) -> None:
-    """Flash attention is told of windows and of where sequences end in other ways."""
+    """Return no mask: flash attention is told of windows and sequence ends in other ways."""
 
 
 def planned_implementation(real: str, *, packed: bool, on_cpu: bool) -> str:
-    """The name to run a model with that would run with ``real``."""
+    """Return the name of the implementation that stands for `real`."""
     if real == "eager":
         return real
     if real != "sdpa":

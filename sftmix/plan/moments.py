@@ -1,8 +1,8 @@
-"""The moments of a planned step, named by hooks on the head and on the layers.
+"""Name the moments of a planned step, by hooks on the head and on the layers.
 
-Each is a stretch of the step in which the most that is held is a linear function of the number of
-layers: forward and update hold the more the more layers there are, and backward is at its peak at
-one of its ends, whichever of a layer's activations and gradients is larger.
+A moment is a stretch of the step whose peak is a linear function of the number of layers. Forward
+and update hold more with every layer; backward is at its peak at one of its ends, depending on
+whether a layer's activations or its gradients are larger.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ AGAIN, UPPER, LOWER, EMBEDDINGS = (
 
 
 def decoder_layers(model: nn.Module, count: int) -> Sequence[nn.Module]:
-    """The model's list of ``count`` layers; empty where it has none."""
+    """Return the model's list of `count` layers; an empty list if it has none."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return list(module)
@@ -31,7 +31,7 @@ def decoder_layers(model: nn.Module, count: int) -> Sequence[nn.Module]:
 
 
 def name_moments(trace: MemoryTrace, head: HeadAdapter) -> None:
-    """Let the trace know where in a step it is."""
+    """Make the trace follow where in a step it is."""
 
     def enter_loss(*_: Any) -> None:
         trace.part, trace.moment = LOSS, OF_LOSS
@@ -51,8 +51,10 @@ def name_moments(trace: MemoryTrace, head: HeadAdapter) -> None:
 
 
 def on_gradient(trace: MemoryTrace, moment: str) -> Callable[..., None]:
-    """A hook of a layer that begins a moment when the gradient of its output is there; as one that
-    runs before the layer, of its input.
+    """Return a hook that begins a moment once a layer's gradient is there.
+
+    As a forward hook it waits for the gradient of the layer's output, as a pre-hook for that of its
+    input.
     """
 
     def begin(_: Tensor) -> None:

@@ -1,13 +1,13 @@
-"""The optimizer of a planned step: the real one on tensors without values, or a formula.
+"""Plan the optimizer's memory: run the real one on tensors without values, or use a formula.
 
-What cannot run on such tensors, or need not be installed to be planned for, is counted by what its
+An optimizer that cannot run on such tensors, or that may not be installed, is counted by what its
 source allocates for each trained parameter of n numbers:
 
-- ``adamw_torch_8bit`` (torchao's ``AdamW8bit``): two states of n bytes, a float32 scale for each
+- `adamw_torch_8bit` (torchao's `AdamW8bit`): two states of n bytes, a float32 scale for each
   256 numbers and a table of 256 float32 each; below 4096 numbers, or where 256 does not divide n,
   two states of the parameter's dtype. Its step is compiled and leaves no temporary, rounding at
-  random included. ``adamw_torch_4bit``: half the bytes, and tables of 16.
-- ``adamw_bnb_8bit``, ``adamw_8bit``, ``paged_adamw_8bit`` (bitsandbytes' ``AdamW``): the same with
+  random included. `adamw_torch_4bit`: half the bytes, and tables of 16.
+- `adamw_bnb_8bit`, `adamw_8bit`, `paged_adamw_8bit` (bitsandbytes' `AdamW`): the same with
   any rest of 256, two tables for all, and float32 states below 4096 numbers and for embeddings,
   which `transformers.Trainer` asks for. Paged states may lie on the host; here they count.
 """
@@ -30,7 +30,7 @@ FEW_BITS = (*TORCHAO, "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit")
 
 
 class FewBits:
-    """States of an AdamW of few bits, as tensors that are held; a step of it allocates nothing."""
+    """The states of an AdamW of few bits, held as tensors; its step allocates nothing."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         embeddings = {
@@ -51,7 +51,7 @@ class FewBits:
 
 
 def ao_states(parameter: Tensor, bits: int) -> list[Tensor]:
-    """One of torchao's two states: codes, scales and their table."""
+    """Return one of torchao's two states: codes, scales and their table."""
     count = parameter.numel()
     if count < SMALLEST or count % BLOCK:
         return [torch.empty_like(parameter)]
@@ -60,7 +60,7 @@ def ao_states(parameter: Tensor, bits: int) -> list[Tensor]:
 
 
 def bnb_states(parameter: Tensor, is_embedding: bool) -> list[Tensor]:
-    """One of bitsandbytes' two states: codes and scales, or float32."""
+    """Return one of bitsandbytes' two states: codes and scales, or float32."""
     count = parameter.numel()
     if count < SMALLEST or is_embedding:
         return [torch.empty_like(parameter, dtype=torch.float32)]
@@ -69,12 +69,12 @@ def bnb_states(parameter: Tensor, is_embedding: bool) -> list[Tensor]:
 
 
 def trained(model: nn.Module) -> Iterable[nn.Parameter]:
-    """The parameters that get gradients."""
+    """Return the parameters that get gradients."""
     return (parameter for parameter in model.parameters() if parameter.requires_grad)
 
 
 def planned_optimizer(model: nn.Module, options: TrainingArguments, *, on_cpu: bool) -> Any:
-    """What `transformers.Trainer` would build, with a ``step`` that allocates what its does.
+    """Return the optimizer of `transformers.Trainer`, or one whose `step` allocates the same.
 
     Raises:
         ValueError: an optimizer that is none of those in this file.
@@ -87,7 +87,7 @@ def planned_optimizer(model: nn.Module, options: TrainingArguments, *, on_cpu: b
         raise ValueError(f"optim: expected one that the plan knows, {known}; got {name!r}")
     cls, settings = Trainer.get_optimizer_cls_and_kwargs(options)
     if not on_cpu and name != "adafactor" and not settings.get("fused"):
-        # What PyTorch chooses on a GPU, where all parameters are updated at once.
+        # PyTorch chooses this on a GPU, and updates all parameters at once.
         settings["foreach"] = True
     decayed = set(get_parameter_names(model, [nn.LayerNorm]))
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}

@@ -1,4 +1,4 @@
-"""What `sftmix plan` is asked: its options, the switches that save memory, and its advice."""
+"""Read the options of `sftmix plan`, try the switches that save memory, and give advice."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ UNITS = {"": 0, "B": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """A switch that is off, and what it would do; an ``error`` where it cannot be turned on."""
+class Alternative:
+    """A switch that is off and what it would do; `error` says why it cannot be turned on."""
 
     says: str
     same: bool  # results stay the same up to rounding
@@ -44,7 +44,7 @@ class Row:
 
 @dataclasses.dataclass
 class PlanArguments(TrainRunArguments):
-    """`sftmix train`'s own, of which data, output and partition are not needed."""
+    """The arguments of `sftmix train`, of which data, output and partition are not needed."""
 
     data: list[str] = dataclasses.field(default_factory=list, metadata={"help": "Not read [ours]"})
     output: str = option("", "Not written", "ours")
@@ -53,22 +53,22 @@ class PlanArguments(TrainRunArguments):
     )
 
     def _check_partition(self) -> None:
-        # A recipe names the one that scoring will write.
+        # A recipe may name the partition that scoring will write.
         pass
 
 
 @dataclasses.dataclass
 class PlanConfig(SFTMixConfig):
-    """`sftmix train`'s training options; ``use_cpu`` plans for the CPU, else for a GPU."""
+    """The training options of `sftmix train`; `use_cpu` plans for the CPU instead of a GPU."""
 
     def __post_init__(self) -> None:
         self.on_cpu = bool(self.use_cpu)
-        # Without a GPU transformers would refuse what only a GPU can do.
+        # Without a GPU transformers would refuse options that only a GPU has.
         self.use_cpu = self.on_cpu or not torch.cuda.is_available()
         super().__post_init__()
 
     def _check_settled(self) -> None:
-        # The device is not the one that is planned for, nor do the optimizer's packages matter.
+        # This device is not the planned one, and the optimizer's packages do not matter.
         check_schedule(self)
 
 
@@ -89,7 +89,7 @@ class Switch:
 
 
 def switch(name: str, value: str, off: tuple[Any, ...], **facts: bool) -> Switch:
-    """``--name value``."""
+    """Return the switch `--name value`."""
     return Switch(name, (f"--{name}", value), off, **facts)
 
 
@@ -113,7 +113,7 @@ SWITCHES = (
 
 
 class Planned:
-    """Plans of one set of words, by length."""
+    """The plans of one set of words, by length."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self.words = list(words)
@@ -122,7 +122,7 @@ class Planned:
         self.plans: dict[int, Plan] = {}
 
     def read_config(self) -> PretrainedConfig:
-        """The model's config."""
+        """Return the model's config."""
         model, trust_remote_code = self.arguments.model, self.arguments.trust_remote_code
         revision = self.arguments.revision
         check_model(model, revision, trust_remote_code=trust_remote_code, weights=False)
@@ -134,7 +134,7 @@ class Planned:
         return config
 
     def plan(self, config: PretrainedConfig, length: int) -> Plan:
-        """The step at this length."""
+        """Return the plan of a step at this length."""
         if length not in self.plans:
             self.plans[length] = plan_step(
                 config, self.arguments, self.options, length, on_cpu=self.options.on_cpu
@@ -147,18 +147,18 @@ class Planned:
         return self.length + max(GRID, self.length // 4)
 
     def bytes_of_token(self, config: PretrainedConfig) -> float:
-        """More at the peak for one more token of the batch."""
+        """Return the bytes that one more token of the batch adds to the peak."""
         more = self.plan(config, self.longer).peak - self.plan(config, self.length).peak
         batch: int = self.options.per_device_train_batch_size
         return more / ((self.longer - self.length) * batch)
 
     def largest(self, config: PretrainedConfig, memory: int, *, proven: bool) -> int:
-        """The largest length that fits."""
+        """Return the largest length that fits."""
         known = {n: self.plan(config, n).peak for n in (self.length, self.longer)}
         return largest_length(lambda n: self.plan(config, n).peak, memory, known, proven=proven)
 
     def is_off(self, one: Switch) -> bool:
-        """Whether a switch would change something."""
+        """Tell whether a switch would change something."""
         if one.on_gpu and self.options.on_cpu:
             return False
         if one.name == "loss_max_bytes" and self.options.loss_schedule == "vocab_tiles":
@@ -169,7 +169,7 @@ class Planned:
 
 
 def memory_of(planned: Planned) -> int | None:
-    """Bytes to fit into; None where nobody says."""
+    """Return the bytes to fit into; None if neither an option nor a GPU says."""
     if planned.arguments.gpu_memory is not None:
         return parse_bytes(planned.arguments.gpu_memory)
     if torch.cuda.is_available() and not planned.options.on_cpu:
@@ -178,7 +178,7 @@ def memory_of(planned: Planned) -> int | None:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of ``80GiB``, ``80GB``, ``80e9``.
+    """Return the bytes of a text such as `80GiB`, `80GB` or `80e9`.
 
     Raises:
         ValueError: it is none of these, or not above 0.
@@ -189,14 +189,16 @@ def parse_bytes(text: str) -> int:
     return int(float(found[1]) * (1024 if found[3] else 1000) ** UNITS[found[2]])
 
 
-def row_of(planned: Planned, one: Switch, config: PretrainedConfig, memory: int | None) -> Row:
-    """What a switch would change, or why it cannot be turned on."""
+def row_of(
+    planned: Planned, one: Switch, config: PretrainedConfig, memory: int | None
+) -> Alternative:
+    """Return what a switch would change, or why it cannot be turned on."""
     try:
         other = Planned([*planned.words, *one.words])
         plan = other.plan(config, planned.length)
     except (ValueError, ImportError) as error:
-        return Row(one.says, same=one.same, error=str(error).splitlines()[0])
-    return Row(
+        return Alternative(one.says, same=one.same, error=str(error).splitlines()[0])
+    return Alternative(
         one.says,
         same=one.same,
         peak=plan.peak,
@@ -208,26 +210,28 @@ def row_of(planned: Planned, one: Switch, config: PretrainedConfig, memory: int 
     )
 
 
-def advised(planned: Planned, config: PretrainedConfig, memory: int, rows: list[Row]) -> str:
-    """The switch that would help most, or the few that together would do.
+def advised(
+    planned: Planned, config: PretrainedConfig, memory: int, rows: list[Alternative]
+) -> str:
+    """Return the switch that would help most, or the few that would help together.
 
-    What leaves results alone goes first.
+    Switches that leave results unchanged go first.
     """
     possible = [row for row in rows if not row.error]
     fitting = [row for row in possible if row.peak <= memory]
     for choice in ([row for row in fitting if row.same], fitting):
         if choice:
             best = min(choice, key=lambda row: row.peak)
-            return f"most helps {best.says} ({best.peak / 2**30:.1f} GiB)"
+            return f"it fits best with {best.says} ({best.peak / 2**30:.1f} GiB)"
     words, says, peak = list(planned.words), [], planned.plan(config, planned.length).peak
     for row in sorted(possible, key=lambda row: (not row.same, row.peak)):
         other = Planned([*words, *row.says.split()])
         with_it = other.plan(config, planned.length).peak
-        # What hardly helps beside the others is not worth a word.
+        # A switch that hardly helps beside the others is left out.
         if with_it < 0.99 * peak:
             words, peak = other.words, with_it
             says.append(row.says)
         if peak <= memory:
-            return f"together help {', '.join(says)} ({peak / 2**30:.1f} GiB)"
-    together = f": {', '.join(says)}" if says else " from any switch"
-    return f"too little help{together} ({peak / 2**30:.1f} GiB)"
+            return f"it fits with {', '.join(says)} together ({peak / 2**30:.1f} GiB)"
+    tried = f"even with {', '.join(says)}" if says else "with any switch"
+    return f"it does not fit {tried} ({peak / 2**30:.1f} GiB)"

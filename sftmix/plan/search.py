@@ -1,7 +1,7 @@
-"""The largest length whose peak fits, from few plans.
+"""Find the largest length whose peak fits, from few plans.
 
-Away from quadratic masks a peak is piecewise linear in the length, so that the line through two
-lengths next to the limit points at the answer; a plan on either side of it proves it.
+Without quadratic masks a peak is piecewise linear in the length: the line through two lengths next
+to the limit points at the answer, and a plan on either side of it proves it.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from collections.abc import Callable
 
 GRID = 256
 LONGEST = 2**27
-# A length whose peak is so near the limit is good enough where no proof is asked for.
+# Without a proof, a length whose peak is so near the limit is good enough.
 NEAR = 0.01
 
 
 def step_of(length: int) -> int:
-    """Tokens from one length to the next: 256, or 1/256 of the length in multiples of it."""
+    """Return the step from one length to the next: 256 tokens, or 1/256 of the length if more."""
     return max(GRID, length // 256 // GRID * GRID)
 
 
 def largest_length(
     peak_of: Callable[[int], int], memory: int, known: dict[int, int], *, proven: bool = True
 ) -> int:
-    """The largest multiple of 256 whose peak is within ``memory`` bytes; 0 where 256 is too long.
+    """Return the largest multiple of 256 whose peak fits into `memory` bytes; 0 if 256 is too long.
 
     Args:
         peak_of: bytes at the peak for a length; it never falls as the length grows.
@@ -51,7 +51,7 @@ def largest_length(
 
 
 def pointed_at(known: dict[int, int], memory: int, fitting: int, beyond: int) -> int:
-    """Where the line through the two lengths nearest the limit reaches it."""
+    """Return the length at which the line through the two nearest lengths reaches the limit."""
     lengths = sorted(known)
     below = [n for n in lengths if n <= fitting]
     above = [n for n in lengths if n >= beyond]

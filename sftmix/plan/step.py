@@ -1,10 +1,10 @@
-"""A training step on tensors without values: what it would hold, and how much it would multiply.
+"""Run a training step on tensors without values to find its memory and its operations.
 
 `plan_step` runs the model's own code, the project's loss and the real optimizer under a
-`MemoryTrace`. Layers of a decoder are alike, so that two short models are traced and the rest
+`MemoryTrace`. The layers of a decoder are alike, so two short models are traced and the rest
 follows: in each moment of a step the peak is a linear function of the number of layers.
 
-Every sequence is as long as the others, and has loss at every token but the first. Not counted:
+All sequences are of one length, with loss at every token except the first. The plan does not count
 the device's context, libraries' workspaces, the allocator's fragments, and wrappers' buffers.
 """
 
@@ -47,13 +47,13 @@ from sftmix.training.trainer import make_collator
 from sftmix_kernels import RowChunks, VocabTiles
 from sftmix_kernels.peaks import op_products, op_workspace
 
-# Layers of the short models; a whole one that has no more is traced as it is.
+# Layers of the short models; a model that has no more is traced as it is.
 SHORT = (2, 4)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one optimizer step takes; bytes and operations."""
+    """The memory (bytes) and the operations of one optimizer step."""
 
     length: int  # tokens of a sequence
     parts: dict[str, int]  # held at the peak, by `sftmix.plan.trace.PARTS`
@@ -88,7 +88,7 @@ def plan_step(
     *,
     on_cpu: bool = False,
 ) -> Plan:
-    """The step of ``options.per_device_train_batch_size`` sequences of ``length`` tokens.
+    """Plan the step of `options.per_device_train_batch_size` sequences of `length` tokens.
 
     Args:
         config: of the model; no weights are read or made.
@@ -105,7 +105,7 @@ def plan_step(
     check_options(config, options, length)
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     short: Sequence[int | None] = SHORT
-    # Of some layers alone the peak is no line through two short models.
+    # If only some layers checkpoint, two short models do not tell the peak of a longer one.
     some = "every_n_layers" in (getattr(options, f"{CHECKPOINTING}_kwargs") or {})
     if layers is None or layers <= max(SHORT) or some or not alike(config, arguments):
         short, layers = (None,), 0
@@ -137,7 +137,7 @@ def check_options(config: PretrainedConfig, options: SFTMixConfig, length: int) 
         )
     for name in ("torch_compile", "use_liger_kernel"):
         if getattr(options, name):
-            raise ValueError(f"{name}: the plan knows the model's own code alone; leave it off")
+            raise ValueError(f"{name}: the plan knows only the model's own code; leave it off")
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("model: expected weights that are not quantised; the plan knows no others")
 
@@ -153,7 +153,7 @@ def check_experts(model: Any) -> None:
 
 
 def with_layers(config: PretrainedConfig, count: int | None) -> PretrainedConfig:
-    """A copy with the first ``count`` layers; with all for None."""
+    """Return a copy of the config with the first `count` layers, or with all for None."""
     config = copy.deepcopy(config)
     if count is not None:
         text = config.get_text_config()
@@ -164,7 +164,7 @@ def with_layers(config: PretrainedConfig, count: int | None) -> PretrainedConfig
 
 
 def alike(config: PretrainedConfig, arguments: RunArguments) -> bool:
-    """Whether all layers have the same parameters and the same kind of attention."""
+    """Tell whether all layers have the same parameters and the same kind of attention."""
     text = config.get_text_config()
     layers = decoder_layers(empty_model(copy.deepcopy(config), arguments), text.num_hidden_layers)
     shapes = [{name: p.shape for name, p in layer.named_parameters()} for layer in layers]
@@ -173,7 +173,7 @@ def alike(config: PretrainedConfig, arguments: RunArguments) -> bool:
 
 
 def extended(two: Traced, four: Traced, layers: int) -> Traced:
-    """The step of a model with ``layers`` from those of the `SHORT` ones, moment by moment."""
+    """Return the step of a model with `layers` layers, extended from the two `SHORT` ones."""
     first, second = SHORT
 
     def along(start: int, end: int) -> int:
@@ -237,7 +237,7 @@ def traced_step(
 
 
 def loss_schedule(options: SFTMixConfig) -> RowChunks | VocabTiles:
-    """``options.loss_plan`` with its numbers."""
+    """Return `options.loss_plan` as a schedule with its numbers."""
     plan = options.loss_plan
     if isinstance(plan, str):
         return VocabTiles() if plan == "vocab_tiles" else RowChunks()
@@ -245,7 +245,7 @@ def loss_schedule(options: SFTMixConfig) -> RowChunks | VocabTiles:
 
 
 def empty_model(config: PretrainedConfig, arguments: RunArguments) -> Any:
-    """The model on the meta device, its attention as `transformers` would choose it.
+    """Return the model on the meta device, with the attention that `transformers` would choose.
 
     Raises:
         ValueError: the config is of no causal language model.
@@ -264,7 +264,7 @@ def empty_model(config: PretrainedConfig, arguments: RunArguments) -> Any:
 
 
 def fill(model: nn.Module) -> None:
-    """Put tensors without values where the meta device's are; what is tied stays tied."""
+    """Replace the meta device's tensors by tensors without values; tied ones stay tied."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -279,7 +279,7 @@ def fill(model: nn.Module) -> None:
 
 
 def planned_batch(options: SFTMixConfig, length: int) -> dict[str, Any]:
-    """The collator's batch of equal sequences, in pairs where the method mixes them."""
+    """Return the collator's batch of equal sequences, in pairs if the method mixes them."""
     tokens = np.zeros(length, dtype=np.int64)
     example: dict[str, Any] = {"input_ids": tokens, "labels": tokens}
     if options.method in MIXED:
@@ -290,7 +290,7 @@ def planned_batch(options: SFTMixConfig, length: int) -> dict[str, Any]:
 def follow(
     trace: MemoryTrace, model: Any, options: SFTMixConfig, batch: dict[str, Any], *, on_cpu: bool
 ) -> None:
-    """The steps of `transformers.Trainer`, each under the name of its moment."""
+    """Run the steps of `transformers.Trainer`, each under the name of its moment."""
     with trace.counting_as(OPTIMIZER):
         optimizer = planned_optimizer(model, options, on_cpu=on_cpu)
         make_states(model, optimizer)
@@ -303,7 +303,7 @@ def follow(
     name_moments(trace, head)
     for parameter in trained(model):
         parameter.register_post_accumulate_grad_hook(lambda p: trace.recount(p.grad, GRADIENTS))
-    # From here on it counts.
+    # Only the peaks from here on count.
     trace.peaks.clear()
     inputs = {
         name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
@@ -327,11 +327,11 @@ def micro_step(
     options: SFTMixConfig,
     inputs: dict[str, Any],
 ) -> None:
-    """Forward, loss and backward of one batch."""
+    """Run forward, loss and backward of one batch."""
     counts = batch_counts([inputs], torch.device("cpu"))
     trace.moment = FORWARD
     with autocast(options):
-        # Half of the way is done: no schedule of mu is at 0 there.
+        # No schedule of mu is at 0 half way through.
         loss = batch_loss(model, head, inputs, options, counts, options.mixup_weight(0.5))
     trace.part, trace.moment = ACTIVATIONS, BACKWARD
     total = loss.loss if loss.router is None else loss.loss + head.router_coefficient * loss.router
@@ -339,14 +339,14 @@ def micro_step(
 
 
 def autocast(options: SFTMixConfig) -> contextlib.AbstractContextManager[Any]:
-    """Mixed precision as the trainer turns it on, of the CPU's kind: weights are cast once."""
+    """Return the trainer's mixed precision, of the CPU's kind, which casts weights once."""
     if not (options.bf16 or options.fp16):
         return contextlib.nullcontext()
     return torch.autocast("cpu", dtype=torch.bfloat16 if options.bf16 else torch.float16)
 
 
 def make_states(model: nn.Module, optimizer: Any) -> None:
-    """The optimizer's states, which are there from the second step on."""
+    """Make the optimizer's states, which exist from the second step on."""
     for parameter in trained(model):
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()
@@ -355,7 +355,7 @@ def make_states(model: nn.Module, optimizer: Any) -> None:
 
 
 def enable_checkpointing(model: Any, options: SFTMixConfig) -> None:
-    """As `transformers.Trainer` does, under the name that its version has for it."""
+    """Enable checkpointing as `transformers.Trainer` does, under this version's name for it."""
     if not getattr(options, CHECKPOINTING):
         return
     settings = dict(getattr(options, f"{CHECKPOINTING}_kwargs") or {})

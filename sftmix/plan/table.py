@@ -1,10 +1,10 @@
-"""What `sftmix plan` prints."""
+"""Write the text that `sftmix plan` prints."""
 
 from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from sftmix.plan.planned import Planned, Row
+from sftmix.plan.planned import Alternative, Planned
 from sftmix.plan.step import Plan
 from sftmix.plan.trace import PARTS
 
@@ -19,21 +19,21 @@ ROUNDED = (
 )
 
 
-def report(
+def plan_text(
     planned: Planned,
     config: PretrainedConfig,
     plan: Plan,
     longer: Plan,
     memory: int | None,
     largest: int | None,
-    rows: list[Row],
+    rows: list[Alternative],
     advice: str,
 ) -> str:
-    """The whole of it, one screen."""
-    lines = [*what(planned, config, plan), "", *parts(planned, plan, longer), ""]
+    """Return the whole text, one screen."""
+    lines = [*heading(planned, config, plan), "", *part_lines(planned, plan, longer), ""]
     if memory is not None:
-        lines += [verdict(plan, memory, advice), *length_line(config, largest), ""]
-    lines += [*table(rows, memory), ""]
+        lines += [fit_line(plan, memory, advice), *length_line(config, largest), ""]
+    lines += [*switch_lines(rows, memory), ""]
     if planned.arguments.lora_rank is None and "bf16_stochastic_round" not in str(
         planned.options.optim_args
     ):
@@ -42,8 +42,8 @@ def report(
     return "\n".join(lines)
 
 
-def what(planned: Planned, config: PretrainedConfig, plan: Plan) -> list[str]:
-    """What is planned."""
+def heading(planned: Planned, config: PretrainedConfig, plan: Plan) -> list[str]:
+    """Return the lines that say what is planned."""
     options, arguments = planned.options, planned.arguments
     billions = f"{plan.parameters / 1e9:.2f} B parameters"
     if plan.trained < plan.parameters:
@@ -65,7 +65,7 @@ def what(planned: Planned, config: PretrainedConfig, plan: Plan) -> list[str]:
 
 
 def switched_on(planned: Planned) -> list[str]:
-    """The options that save memory and are on."""
+    """Return the options that save memory and are on."""
     options = planned.options
     found = ["--memory lean"] if options.memory == "lean" else []
     if options.checkpoints_activations:
@@ -80,14 +80,14 @@ def switched_on(planned: Planned) -> list[str]:
     return found
 
 
-def parts(planned: Planned, plan: Plan, longer: Plan) -> list[str]:
-    """What is held at the peak, and what one more token of the batch adds to it."""
+def part_lines(planned: Planned, plan: Plan, longer: Plan) -> list[str]:
+    """Return the lines of the peak's parts and of what one more token of the batch adds."""
     tokens = (longer.length - plan.length) * planned.options.per_device_train_batch_size
 
     def line(name: str, now: int, later: int) -> str:
         return f"{name:<16} {now / GIB:>9.2f} {(later - now) / tokens / KIB:>16.1f}"
 
-    lines = [f"{'at the peak':<16} {'GiB':>9} {'KiB a token more':>16}"]
+    lines = [f"{'at the peak':<16} {'GiB':>9} {'KiB per token':>16}"]
     lines += [line(name, plan.parts.get(name, 0), longer.parts.get(name, 0)) for name in PARTS]
     lines += [f"{line('peak', plan.peak, longer.peak)}   in {plan.moment}"]
     if plan.host:
@@ -95,15 +95,15 @@ def parts(planned: Planned, plan: Plan, longer: Plan) -> list[str]:
     return lines
 
 
-def verdict(plan: Plan, memory: int, advice: str) -> str:
-    """Whether it fits."""
+def fit_line(plan: Plan, memory: int, advice: str) -> str:
+    """Return the line that says whether the step fits."""
     if plan.peak <= memory:
         return f"fits: {plan.peak / GIB:.1f} GiB of {memory / GIB:.1f}"
     return f"does not fit: {plan.peak / GIB:.1f} GiB of {memory / GIB:.1f}; {advice}"
 
 
 def length_line(config: PretrainedConfig, largest: int | None) -> list[str]:
-    """The largest length."""
+    """Return the line that names the largest length."""
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if largest is None:
         return []
@@ -111,8 +111,8 @@ def length_line(config: PretrainedConfig, largest: int | None) -> list[str]:
     return [f"longest that fits: {largest} tokens{beyond}" if largest else "no length fits"]
 
 
-def table(rows: list[Row], memory: int | None) -> list[str]:
-    """The switches that are off."""
+def switch_lines(rows: list[Alternative], memory: int | None) -> list[str]:
+    """Return the lines of the switches that are off."""
     if not rows:
         return ["every switch that saves memory is on"]
     width = max(len(row.says) + 2 * (not row.same) for row in rows)
@@ -131,5 +131,5 @@ def table(rows: list[Row], memory: int | None) -> list[str]:
             f"{row.work:>7.2f}x {longest:>9}{host}".rstrip()
         )
     if not all(row.same for row in rows):
-        lines.append("* trains something else, or in other numbers")
+        lines.append("* changes what is trained, or its precision")
     return lines

@@ -1,6 +1,6 @@
-"""Tiled MLPs of a planned step: two tiles stand for all, since one is as large as another.
+"""Plan tiled MLPs: two tiles stand for all, since all are of one size.
 
-What `tiled_mlp.py` allocates, in its order; a long sequence has too many tiles to go through them.
+It allocates what `tiled_mlp.py` does, in its order; a long sequence has too many tiles to run all.
 
 Legend: N tokens, D hidden size.
 """
@@ -22,7 +22,7 @@ TILES = 2
 
 
 class PlannedTiles(torch.autograd.Function):
-    """`tiled_mlp.TiledMLP` of the first tiles, with the rest's tensors beside them."""
+    """Run `tiled_mlp.TiledMLP` on the first tiles, with the other tiles' tensors beside them."""
 
     @staticmethod
     def forward(
@@ -38,7 +38,7 @@ class PlannedTiles(torch.autograd.Function):
         traced = TILES * tokens
         with active_trace().standing_for(hidden.shape[1] / traced):
             first = run(hidden[:, :tokens])
-            # The last tile finds the output of all others.
+            # The last tile runs while the output of all others is held.
             others = first.new_empty(1, hidden.shape[1] - traced, first.shape[2])
             last = run(hidden[:, tokens:traced])
         return torch.cat([first, others, last], dim=1)
@@ -57,7 +57,7 @@ class PlannedTiles(torch.autograd.Function):
 
 
 def plan_tiles(model: nn.Module, tokens: int) -> None:
-    """`tiled_mlp.tile_mlps` for a planned step.
+    """Tile the MLPs of a planned step, as `tiled_mlp.tile_mlps` does for a real one.
 
     Raises:
         ValueError: the layers have no MLP of a known name.
@@ -70,7 +70,7 @@ def plan_tiles(model: nn.Module, tokens: int) -> None:
 def planned_tiles(
     run: Callable[[Tensor], Tensor], tokens: int, hidden: Tensor, *weights: Tensor
 ) -> Tensor:
-    """`PlannedTiles` where there are more tokens than two tiles hold."""
+    """Run `PlannedTiles` if there are more tokens than two tiles hold, else `TiledMLP`."""
     function = PlannedTiles if hidden.shape[1] > TILES * tokens else TiledMLP
     tiled: Tensor = function.apply(run, tokens, hidden, *weights)  # type: ignore[no-untyped-call]
     return tiled

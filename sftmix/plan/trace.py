@@ -1,8 +1,8 @@
-"""What a piece of PyTorch code holds at its peak, followed on tensors that have no values.
+"""Measure what PyTorch code holds at its peak, on tensors that have no values.
 
-Under PyTorch's ``FakeTensorMode`` an op makes tensors of the right shapes and computes nothing. A
-`MemoryTrace` over it counts their storages: from the op that makes one until nobody holds it, so
-that views and in-place ops count nothing, and what autograd keeps is seen to be kept.
+Under PyTorch's `FakeTensorMode` an op makes tensors of the right shapes and computes nothing. A
+`MemoryTrace` over it counts their storages, from the op that makes one until nobody holds it. So
+views and in-place ops count nothing, and tensors that autograd saves count until they are freed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WEIGHTS, GRADIENTS, OPTIMIZER = "weights", "gradients", "optimizer"
 ACTIVATIONS, LOSS = "activations", "loss workspace"
 PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOSS)
 
-# The fused losses, whose ops tell nobody what they hold inside.
+# The fused losses are ops that allocate inside, unseen.
 LOSS_OPS = "sftmix_kernels::"
 
 # Name and positional arguments of a fused loss's op -> its own bytes, and its products' operations.
@@ -31,11 +31,10 @@ LossCost = Callable[[str, Sequence[Any]], tuple[int, int]]
 
 
 class MemoryTrace(TorchDispatchMode):
-    """Bytes held now and at the peak of each moment, by part, and operations of matrix products.
+    """Count bytes held now and at each moment's peak, by part, and matrix products' operations.
 
-    ``part`` is what new storages count as, ``moment`` the name that peaks are kept under; both are
-    set from outside as the code goes on. A value that is asked for is answered with True: nothing
-    is padded, all is finite. Tracing what was made under the trace is up to whoever made it.
+    New storages count as `part`, and peaks are kept under the name `moment`; the caller sets both
+    as the code goes on. Code that asks for a value gets True: nothing is padded, all is finite.
     """
 
     def __init__(self, loss_cost: LossCost) -> None:
@@ -93,7 +92,7 @@ class MemoryTrace(TorchDispatchMode):
         self.held[part] -= size
 
     def recount(self, tensor: Tensor, part: str) -> None:
-        """Let a tensor that is held already count as another part from now on."""
+        """Count a tensor that is held already as another part from now on."""
         key = id(tensor.untyped_storage())
         if key in self.storages:
             before, size = self.storages[key]
@@ -102,20 +101,20 @@ class MemoryTrace(TorchDispatchMode):
             self.held[part] += size
 
     def hold_briefly(self, size: int, part: str) -> None:
-        """Bytes that an op takes and gives back before it returns."""
+        """Count bytes that an op takes and gives back before it returns."""
         self.held[part] += size
         self.note_peak()
         self.held[part] -= size
 
     def note_peak(self) -> None:
-        """Keep what is held now where it is the most so far of this moment."""
+        """Keep the bytes held now if they are the most so far in this moment."""
         peak = self.peaks.get(self.moment)
         if peak is None or self.held.total() > sum(peak.values()):
             self.peaks[self.moment] = dict(self.held)
 
     @contextlib.contextmanager
     def counting_as(self, part: str) -> Iterator[None]:
-        """New storages count as this part."""
+        """Count new storages as this part."""
         before, self.part = self.part, part
         try:
             yield
@@ -124,7 +123,7 @@ class MemoryTrace(TorchDispatchMode):
 
     @contextlib.contextmanager
     def standing_for(self, times: float) -> Iterator[None]:
-        """Matrix products count so many times: only some of several equal ones are made."""
+        """Count matrix products so many times, when only some of several equal ones are made."""
         before, self.times = self.times, times
         try:
             yield
@@ -145,7 +144,7 @@ _active: list[MemoryTrace] = []
 
 
 def active_trace() -> MemoryTrace:
-    """The trace that is running, for ops that have something to say to it."""
+    """Return the trace that is running, for ops that report to it."""
     return _active[-1]
 
 
@@ -160,7 +159,7 @@ class OnHost:
         weakref.finalize(self, _leave_host, trace, size)
 
     def back(self) -> Tensor:
-        """A new tensor on the device, the bytes on the host still there."""
+        """Return a new tensor on the device; the bytes on the host stay."""
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
 
@@ -169,5 +168,5 @@ def _leave_host(trace: MemoryTrace, size: int) -> None:
 
 
 def saved_on_host() -> contextlib.AbstractContextManager[Any]:
-    """What autograd keeps in this context lies on the host, as ``save_on_cpu`` does on a GPU."""
+    """Return a context in which autograd saves on the host, as `save_on_cpu` does on a GPU."""
     return torch.autograd.graph.saved_tensors_hooks(OnHost, OnHost.back)

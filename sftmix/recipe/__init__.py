@@ -1,1 +1,1 @@
-"""A recipe: the command line's options, config files, what is loaded and what is recorded."""
+"""A recipe: read the command line and config files, load what they name, and record it."""

@@ -1,7 +1,7 @@
-"""Command-line arguments: dataclasses, YAML files and help.
+"""Parse command-line arguments: dataclasses, YAML files and help.
 
-A YAML file (``--config``, see `config_file.py`) is read as if it had been typed before the flags,
-so that flags override it and both are checked alike.
+A YAML file (`--config`, see `config_file.py`) is read as if it had been typed before the flags:
+flags override it, and both are checked alike.
 """
 
 from __future__ import annotations
@@ -9,21 +9,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NoReturn, cast
 
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from sftmix.recipe.config_file import config_words
+from sftmix.recipe.config_file import config_words, place_of
 from sftmix.runs.failures import Naming, OneMessage, OneSpelling
 from sftmix.training.config import OF_MIXUP, ScoreConfig, SFTMixConfig, SFTMixOptions, option
 
-# Flags of transformers that the commands have flags of their own for.
+# The commands have flags of their own in place of these of transformers.
 ELSEWHERE = {"output_dir": "the folder as --output", "resume_from_checkpoint": "--resume"}
 
-# What options are called in other tools, or were in older versions of transformers.
+# Names of options in other tools or in older versions of transformers, and ours.
 CALLED = {
     "--warmup_ratio": "--warmup_steps, a share of all steps where below 1",
     "--batch_size": "--per_device_train_batch_size",
@@ -38,33 +39,47 @@ CHAT_TEMPLATE_HELP = (
     "own, or a plain one"
 )
 CONFIG_HELP = (
-    "YAML file with the same names; flags override it. What a mapping named after a command holds "
-    "is that command's own (score: {output: ...}, train: {output: ...}); include: names a YAML "
-    "file in the same folder, whose values come first"
+    "YAML file with the names of the flags, which override it. A mapping named after a command "
+    "holds values for that command (score: {output: ...}, train: {output: ...}); include: names a "
+    "YAML file in the same folder, whose values come first"
 )
 
 
 REVISION_HELP = "Branch, tag or commit of a model on the hub; the manifest keeps the commit"
 
 
+def check_split(option_name: str, split: str, names: Sequence[str]) -> None:
+    """Refuse a split of what has none.
+
+    Raises:
+        ValueError: `split` is empty, or is not the default and one of `names` is a file.
+    """
+    if not split:
+        raise ValueError(f"{option_name}: expected a name, got an empty one")
+    file = next((name for name in names if Path(name).is_file()), None)
+    if split != "train" and file is not None:
+        raise ValueError(
+            f"{option_name}: expected a folder or a data set with splits, got {split!r} of the "
+            f"file {file}, which is read whole; leave --{option_name} out"
+        )
+
+
 @dataclasses.dataclass
 class RunArguments:
-    """What every command that runs a model needs."""
+    """The arguments of every command that runs a model."""
 
     model: str = dataclasses.field(metadata={"help": "Folder or hub name of the model"})
     data: list[str] = dataclasses.field(
         metadata={
             "help": "Data files (.json, .jsonl, .parquet), folders of them, or names of data sets: "
-            "NAME, or NAME:CONFIG where there are several"
+            "NAME, or NAME:CONFIG if it has several configs"
         }
     )
     output: str = dataclasses.field(metadata={"help": "Folder of the run; must be new or empty"})
-    data_split: str = option(
-        "train", "Split of what --data names, where it is a folder or a data set", "ours"
-    )
+    data_split: str = option("train", "Split to read of a folder or a data set in --data", "ours")
     select: list[str] | None = option(
         None,
-        "Rows to keep, one selection after another: score>=NUMBER:COLUMN (or > <= <), "
+        "Examples to keep, one selection after another: score>=NUMBER:COLUMN (or > <= <), "
         "longest:NUMBER (responses, in characters), keys:FILE (data, or a .txt of ids or content "
         "hashes)",
         "ours",
@@ -73,43 +88,42 @@ class RunArguments:
     chat_template: str | None = option(None, CHAT_TEMPLATE_HELP, "ours")
     max_length: int = option(2048, "Longest sequence in tokens; the response's tail is cut", "ours")
     on_bad_row: Literal["error", "skip"] = option(
-        "error", "A malformed row stops the run, or is left out and counted", "ours"
+        "error", "Stop at a malformed row, or leave such rows out and count them", "ours"
     )
     dtype: Literal["float32", "bfloat16", "auto"] = option(
         "float32",
         "Dtype of the weights; --bf16 true adds bfloat16 autocast to float32. Weights in bfloat16 "
-        "lose small updates but with --optim adamw_torch_8bit --optim_args "
-        "bf16_stochastic_round=True (torchao)",
+        "lose small updates, unless --optim adamw_torch_8bit --optim_args "
+        "bf16_stochastic_round=True (torchao) rounds them at random",
         "ours",
     )
     attn_implementation: str | None = option(
         None,
-        "How attention is computed, as in from_pretrained: sdpa, flash_attention_2, eager, ...; "
+        "Implementation of attention, as in from_pretrained: sdpa, flash_attention_2, eager, ...; "
         "by default transformers' choice",
         "ours",
     )
     lora_rank: int | None = option(
         None,
-        "Train LoRA's updates of this rank, the model stays as it is; saves an adapter",
+        "Train LoRA's updates of this rank instead of the model, and save an adapter",
         "ours",
     )
     lora_alpha: float | None = option(
-        None, "LoRA's updates are scaled by alpha / rank; by default alpha = 2 * rank", "ours"
+        None, "Scale LoRA's updates by alpha / rank; by default alpha = 2 * rank", "ours"
     )
     lora_dropout: float = option(0.0, "Dropout before LoRA's updates", "ours")
     lora_targets: list[str] | None = option(
         None,
-        "Names of the layers that get updates; by default all linear ones but the head",
+        "Names of the layers that get updates; by default all linear ones except the head",
         "ours",
     )
     revision: str | None = option(None, REVISION_HELP, "ours")
     trust_remote_code: bool = option(
-        False, "Run Python code that comes with the model; only a flag can say so", "ours"
+        False, "Run Python code that comes with the model; a config file cannot ask for it", "ours"
     )
 
     def __post_init__(self) -> None:
-        if not self.data_split:
-            raise ValueError("data_split: expected a name, got an empty one")
+        check_split("data_split", self.data_split, self.data)
         if self.max_length < 2:
             raise ValueError(
                 f"max_length: expected at least 2, a token of prompt and one of response, "
@@ -119,18 +133,21 @@ class RunArguments:
 
 @dataclasses.dataclass
 class TrainRunArguments(RunArguments):
-    """`sftmix train` besides `SFTMixConfig`."""
+    """The arguments of `sftmix train` besides `SFTMixConfig`."""
 
     partition: str | None = option(
         None, "confidence.parquet of `sftmix score`; needed for a method with Mixup", "ours"
     )
     eval_data: list[str] | None = option(
-        None, "Held-out data as --data names it, scored at the end", "ours"
+        None, "Held-out data, named as in --data, to evaluate on at the end", "ours"
     )
-    eval_split: str = option("train", "Split of what --eval_data names", "ours")
+    eval_split: str = option(
+        "train", "Split to read of a folder or a data set in --eval_data", "ours"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_split("eval_split", self.eval_split, self.eval_data or ())
         self._check_partition()
 
     def _check_partition(self) -> None:
@@ -146,16 +163,23 @@ class TrainRunArguments(RunArguments):
 def parse(
     words: Sequence[str], run_type: type[RunArguments], config_type: type[SFTMixConfig], prog: str
 ) -> tuple[Any, Any]:
-    """Run arguments and training config of a command.
+    """Return the run arguments and the training config of a command.
 
-    ``--help`` shows the options that this project defines or gives another default; ``--help-all``
+    `--help` shows the options that this project defines or gives another default; `--help-all`
     adds the rest of `transformers.TrainingArguments`.
 
     Raises:
         ValueError: a value that the config refuses.
         SystemExit: unknown or missing flags, or help was asked for.
     """
-    parser = _parser([run_type, config_type], prog)
+    parser = _parser([run_type, config_type], prog, words)
+    typed = {word.partition("=")[0].replace("-", "_") for word in words}
+    for name in idle_options(config_type):
+        if f"__{name}" in typed:
+            raise ValueError(
+                f"{name}: expected no such option, {prog} trains with next-token prediction, which "
+                "does not use it; leave it out"
+            )
     words = with_config(words, parser)
     parser.add_argument("--help-all", action="help", help="also show transformers' own options")
     if "--help-all" not in words:
@@ -174,18 +198,23 @@ def parse(
             way_out = "expected --eval_data with it" if "eval_data" in vars(run) else "leave it out"
             value = getattr(value, "value", value)
             raise ValueError(f"{name}: there is nothing to evaluate, got {value}; {way_out}")
+    if config.metric_for_best_model is not None and config.eval_strategy == "no":
+        raise ValueError(
+            "metric_for_best_model: expected --eval_strategy epoch or steps with it, got only "
+            f"{config.metric_for_best_model!r}"
+        )
     _show_bars(not config.disable_tqdm)
     return run, config
 
 
 def parse_alone(words: Sequence[str], arguments_type: type[Any], prog: str) -> Any:
-    """The arguments of a command that trains nothing: one dataclass, with ``disable_tqdm`` in it.
+    """Return the arguments of a command that trains nothing: one dataclass with `disable_tqdm`.
 
     Raises:
         ValueError: a value that the dataclass refuses.
         SystemExit: unknown or missing flags, or help was asked for.
     """
-    parser = _parser([arguments_type], prog)
+    parser = _parser([arguments_type], prog, words)
     words = with_config(words, parser)
     (arguments,) = parsed(parser, words)
     _show_bars(not arguments.disable_tqdm)
@@ -193,7 +222,7 @@ def parse_alone(words: Sequence[str], arguments_type: type[Any], prog: str) -> A
 
 
 def parsed(parser: HfArgumentParser, words: Sequence[str]) -> list[Any]:
-    """The parser's dataclasses, filled in.
+    """Return the parser's dataclasses, filled in.
 
     Raises:
         ValueError: a word is no option, or a dataclass refuses a value.
@@ -207,12 +236,12 @@ def parsed(parser: HfArgumentParser, words: Sequence[str]) -> list[Any]:
         near = [CALLED[word]] if word in CALLED else difflib.get_close_matches(word, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; `{parser.prog} --help` lists them"
         raise ValueError(f"{word}: {parser.prog} has no such option{hint}")
-    # What is left is the namespace of --config, which has been read.
+    # The rest is the namespace of --config, which has been read.
     return [one for one in filled if dataclasses.is_dataclass(one)]
 
 
 def with_config(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
-    """The words, those of the ``--config`` file before the others.
+    """Return the words of the `--config` file followed by the typed ones.
 
     Raises:
         ValueError: as `config_words` does.
@@ -225,7 +254,7 @@ def with_config(words: Sequence[str], parser: argparse.ArgumentParser) -> list[s
     takes = {
         flag.lstrip("-"): action.nargs
         for flag, action in parser._option_string_actions.items()
-        # Neither --help nor --no_X, which take no value, nor another file, which nobody reads.
+        # --help and --no_X take no value, and nobody would read another config file.
         if action.nargs != 0 and action.dest != "config"
     }
     single = [name for name, nargs in takes.items() if nargs not in ("+", "*")]
@@ -233,7 +262,7 @@ def with_config(words: Sequence[str], parser: argparse.ArgumentParser) -> list[s
         field.name for cls in (TrainRunArguments, ScoreConfig) for field in dataclasses.fields(cls)
     }
     command = parser.prog.split()[-1]
-    # A plan is of a training.
+    # `sftmix plan` plans a training.
     command = "train" if command == "plan" else command
     with Naming("config"):
         typed = config_words(given.config, command, takes, training, single=single)
@@ -245,11 +274,20 @@ class _Help(OneSpelling, argparse.ArgumentDefaultsHelpFormatter):
 
 
 class _Parser(OneMessage, HfArgumentParser):
-    pass
+    """A parser that names the config file where a wrong value comes from it."""
+
+    words: Sequence[str] = ()  # as typed, without those of the file
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2."""
+        if found := re.match(r"argument --(\w+)(/\S+)?: ", message):
+            message = f"{place_of(found[1], self.words)}: {message[found.end() :]}"
+        super().error(message)
 
 
-def _parser(types: list[type[Any]], prog: str) -> HfArgumentParser:
+def _parser(types: list[type[Any]], prog: str, words: Sequence[str]) -> HfArgumentParser:
     parser = _Parser(cast(Any, types), prog=prog, allow_abbrev=False, formatter_class=_Help)
+    parser.words = words
     parser.add_argument("--config", help=CONFIG_HELP)
     for action in parser._actions:
         if action.required:
@@ -258,11 +296,16 @@ def _parser(types: list[type[Any]], prog: str) -> HfArgumentParser:
 
 
 def _show_bars(show: bool) -> None:
-    # Reading and writing weights has bars of its own.
+    # transformers shows bars of its own when it reads and writes weights.
     if show:
         enable_progress_bar()
     else:
         disable_progress_bar()
+
+
+def idle_options(config_type: type[SFTMixConfig]) -> set[str]:
+    """Return the options that a command does not use: a reference model is trained with NTP."""
+    return {*OF_MIXUP, "kl_reg"} if issubclass(config_type, ScoreConfig) else set()
 
 
 def _hide_inherited(parser: argparse.ArgumentParser, config_type: type[SFTMixConfig]) -> None:
@@ -272,11 +315,10 @@ def _hide_inherited(parser: argparse.ArgumentParser, config_type: type[SFTMixCon
         if issubclass(base, SFTMixOptions)
         for name in base.__annotations__
     }
-    # A reference model is trained with NTP.
-    idle = {*OF_MIXUP, "kl_reg"} if issubclass(config_type, ScoreConfig) else set()
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)} - ours
     for action in parser._actions:
-        # `--no_X` comes with the help text of `--X`, whose opposite it is.
+        # `--no_X` has the help text of `--X`, which is its opposite.
         negated = action.const is False
-        if negated or action.dest in inherited | idle | {"remove_unused_columns"}:
+        hidden = {*inherited, *idle_options(config_type), "remove_unused_columns"}
+        if negated or action.dest in hidden:
             action.help = argparse.SUPPRESS

@@ -1,33 +1,35 @@
-"""A YAML file (``--config``) as command-line words, read as if typed before the flags.
+"""Read a YAML file (`--config`) as command-line words, as if typed before the flags.
 
     include: paper.yaml             another file, in this one's folder, whose values come first
     model: meta-llama/Llama-3.1-8B  shared by the commands that have such an option
     score: {output: runs/score}     a command's own values, which come last
 
 Names are those of the flags. A null leaves the option at its default, whatever was said before.
-Values are read by `yaml_core`: ``no``, ``on`` and ``1:30`` are text. Whoever sends a file can
-choose options, and no more: it reads no other file but YAML in its own folder, and cannot have
-code run (`FLAG_ALONE`).
+`yaml_core` reads the values: `no`, `on` and `1:30` are text. Whoever sends a file can choose
+options, and no more: the file can include only YAML in its own folder, and cannot make code run
+(`FLAG_ALONE`).
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import difflib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sftmix.recipe.yaml_core import load_yaml
 from sftmix.runs.reading import read_small
 
-# The commands that take --config; a mapping for any other would be read by none.
-COMMANDS = ("score", "train", "generate", "evaluate")
+# The commands that take --config; nothing would read a mapping for another one.
+WITH_CONFIG = ("score", "train", "generate", "evaluate")
 INCLUDE = "include"
 ENDINGS = (".yaml", ".yml")
-# Files in a chain of includes: the recipes' are 4.
+# Most files in a chain of includes; the recipes have 4.
 MAX_FILES = 16
-# What runs code that comes with a model is for the user to type.
+# Running code that comes with a model is for the user to type.
 FLAG_ALONE = "trust_remote_code"
 NOTHING = ("false", "no", "n", "f", "0")
 
@@ -40,10 +42,10 @@ def config_words(
     *,
     single: Collection[str] = (),
 ) -> list[str]:
-    """Return the words of a command whose flags have the names ``options``.
+    """Return the words of a command whose flags have the names `options`.
 
-    Shared names that only other commands know, ``others``, are left out. Options that are
-    ``single`` take one value each.
+    Shared names that only other commands know, `others`, are left out. Options that are
+    `single` take one value each.
 
     Raises:
         ValueError: the file is no mapping of names to values; a name in it is none of the
@@ -51,7 +53,7 @@ def config_words(
         OSError: a file cannot be read.
     """
     content = read_config(Path(path))
-    shared = {name: value for name, value in content.items() if name not in COMMANDS}
+    shared = {name: value for name, value in content.items() if name not in WITH_CONFIG}
     own = content.get(command, {})
     for name, value in shared.items():
         if name not in {*options, *others}:
@@ -80,12 +82,27 @@ def read_config(path: Path) -> dict[str, Any]:
     return _read(path, path.parent.resolve(), ())
 
 
+def place_of(option: str, words: Sequence[str]) -> str:
+    """Return where an option's value was written: its flag, or its name in the config file."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    flags = {_flag(word.partition("=")[0].lstrip("-")) for word in words if word.startswith("--")}
+    file = parser.parse_known_args(words)[0].config if option not in flags else None
+    if file is not None:
+        with contextlib.suppress(ValueError, OSError):
+            content = read_config(Path(file))
+            names = {*content, *(name for one in WITH_CONFIG for name in content.get(one, ()))}
+            if option in map(_flag, names):
+                return f"--config: {file}: {option}"
+    return f"--{option}"
+
+
 def _read(path: Path, root: Path, including: tuple[Path, ...]) -> dict[str, Any]:
     place = f"config: {path}"
     content = load_yaml(read_small(path, "config"), place)
     if not isinstance(content, dict):
         raise ValueError(f"{place} must hold names and values, got {_kind(content)}")
-    for name in COMMANDS:
+    for name in WITH_CONFIG:
         own = content.get(name, {})
         if not isinstance(own, dict):
             raise ValueError(
@@ -101,12 +118,14 @@ def _read(path: Path, root: Path, including: tuple[Path, ...]) -> dict[str, Any]
     if len(files) == MAX_FILES:
         raise ValueError(f"{place}: include: expected at most {MAX_FILES} files, one in another")
     base = _read(included, root, files)
-    own = {name: _merged(base.get(name, {}), content[name]) for name in COMMANDS if name in content}
+    own = {
+        name: _merged(base.get(name, {}), content[name]) for name in WITH_CONFIG if name in content
+    }
     return {**_merged(base, content), **own}
 
 
 def _included(path: Path, name: Any, root: Path) -> Path:
-    """The file that ``path`` includes, which is YAML in the folder ``root``, links followed."""
+    """Return the file that `path` includes: YAML in the folder `root`, links followed."""
     place = f"config: {path}: {INCLUDE}"
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise ValueError(f"{place}: expected a file's name, got {_kind(name)}")
@@ -125,7 +144,7 @@ def _flag(name: str) -> str:
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Both, the second one's values where both have a name, with a dash or an underscore in it."""
+    """Return both mappings as one; the second wins, with dashes or underscores in its names."""
     anew = {_flag(name) for name in over} - over.keys()
     return {**{name: base[name] for name in base if _flag(name) not in anew}, **over}
 
@@ -149,14 +168,14 @@ def _refuse_code(path: str | Path, name: str, value: Any) -> None:
 
 
 def _unknown(message: str, name: str, options: Iterable[str]) -> ValueError:
-    known = sorted({*map(_flag, options), *COMMANDS})
+    known = sorted({*map(_flag, options), *WITH_CONFIG})
     near = difflib.get_close_matches(_flag(name), known)
     hint = f"did you mean {' or '.join(near)}?" if near else "--help-all shows the options"
-    return ValueError(f"{message}, expected one of {', '.join(COMMANDS)} or an option; {hint}")
+    return ValueError(f"{message}; {hint}")
 
 
 def _words(place: str, name: str, value: Any, single: bool) -> list[str]:
-    """A flag and its values; text that begins with a dash cannot pass for another flag."""
+    """Return a flag and its values; text that begins with a dash cannot pass for another flag."""
     if isinstance(value, list):
         if single:
             raise ValueError(f"{place}: expected one value, got a list")
@@ -185,7 +204,7 @@ def _is_number(text: str) -> bool:
 
 
 def _kind(value: Any) -> str:
-    """What a value is; never what it says, which may be another file's content."""
+    """Return the kind of a value, never its text, which may be another file's content."""
     names = {dict: "names and values", list: "a list", str: "text", bool: "a boolean"}
     if value is None:
         return "nothing"

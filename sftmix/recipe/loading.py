@@ -1,4 +1,4 @@
-"""Model, tokenizer and data of a command, and its final model."""
+"""Load the model, tokenizer and data of a command."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from sftmix.conventions import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from sftmix.data.examples import Example, load_examples, rows_by_file
 from sftmix.data.examples_check import check_command
 from sftmix.data.selection import columns_of, parse_selection, say, select
@@ -19,14 +20,13 @@ from sftmix.model.source import ReadingModel
 from sftmix.model.weights import refuse_not_finite, refuse_other_tensors, without_message
 from sftmix.recipe.arguments import RunArguments, TrainRunArguments
 from sftmix.runs.failures import Naming
-from sftmix.runs.provenance import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from sftmix.templates.chat import adopt_template
 from sftmix.templates.files import use_template
 from sftmix.templates.tokenizing import tokenize_examples
 
 
 class ModelArguments(Protocol):
-    """What loading a model takes of a command's arguments."""
+    """The arguments that loading a model needs."""
 
     @property
     def model(self) -> str:
@@ -50,9 +50,9 @@ class ModelArguments(Protocol):
 
 
 def load_model(arguments: ModelArguments, attn_implementation: str | None = None) -> Any:
-    """The model, from safetensors alone: a pickle would run code on loading.
+    """Return the model, loaded only from safetensors: a pickle would run code.
 
-    ``attn_implementation``: as in `from_pretrained`.
+    `attn_implementation` is that of `from_pretrained`.
 
     Raises:
         OSError: there is no such model; it has no safetensors, or they are cut off, lack tensors,
@@ -71,9 +71,9 @@ def load_model(arguments: ModelArguments, attn_implementation: str | None = None
 
 
 def load_trained_model(arguments: ModelArguments, base: str | None = None) -> Any:
-    """The model as `load_model` reads it, or an adapter's folder on top of its base model.
+    """Return the model of a folder, or of an adapter's folder on top of its base model.
 
-    ``base``: folder or hub name of that, where it is not what the adapter says.
+    `base` is the base model's folder or hub name, if it is not the one that the adapter names.
 
     Raises:
         ImportError: it is an adapter and PEFT is not installed.
@@ -109,7 +109,7 @@ def load_trained_model(arguments: ModelArguments, base: str | None = None) -> An
 
 
 def base_model(adapter: Path) -> tuple[str, str | None]:
-    """Folder or hub name of the model that an adapter belongs to, and its revision.
+    """Return the folder or hub name of an adapter's base model, and its revision.
 
     Raises:
         OSError: its config does not say, or is damaged.
@@ -122,12 +122,12 @@ def base_model(adapter: Path) -> tuple[str, str | None]:
         raise OSError(f"model: {path} is damaged: {error}") from error
     if not base:
         raise OSError(f"model: {path} has no base_model_name_or_path")
-    # PEFT writes a revision for folders, too.
+    # PEFT writes a revision also for folders.
     return str(base), None if Path(base).exists() else revision
 
 
 def refuse_revision(arguments: ModelArguments) -> None:
-    """Refuse a revision of what has none.
+    """Refuse a revision of a folder, which has none.
 
     Raises:
         ValueError: the model is a folder.
@@ -140,7 +140,7 @@ def refuse_revision(arguments: ModelArguments) -> None:
 
 
 def _adapter_info(model: Any, folder: Path) -> dict[str, set[str]]:
-    """The tensors that an adapter's file lacks or has besides, as of `from_pretrained`."""
+    """Return the tensors that an adapter's file lacks or has besides, as `from_pretrained` does."""
     from peft import get_peft_model_state_dict
 
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
@@ -160,7 +160,7 @@ def _from_safetensors(
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     found: Any
     try:
-        # transformers' table of tensors that do not fit: `refuse_other_tensors` says so.
+        # transformers prints a table of tensors that do not fit; `refuse_other_tensors` names them.
         silent = without_message("transformers.modeling_utils", "LOAD REPORT")
         with ReadingModel(model, "the model"), silent:
             found = AutoModelForCausalLM.from_pretrained(
@@ -171,7 +171,7 @@ def _from_safetensors(
                 use_safetensors=True,
                 trust_remote_code=arguments.trust_remote_code,
                 output_loading_info=True,
-                # Refused below, naming them.
+                # `refuse_other_tensors` refuses them by name.
                 ignore_mismatched_sizes=True,
             )
     except SafetensorError as error:
@@ -183,10 +183,10 @@ def _from_safetensors(
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with the chat template that is used: named, its own, or the plain one.
+    """Return the model's tokenizer with the chat template in use: named, its own, or the plain one.
 
     Raises:
-        ValueError: ``--chat_template`` names no template; there is none, and no eos_token to end a
+        ValueError: `--chat_template` names no template; there is none, and no eos_token to end a
             response of the plain one with; or there is a revision and the model is a folder.
         OSError: there is no such model.
     """
@@ -207,11 +207,11 @@ def refuse_misfits(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) 
     """Check the model's sizes before any data is read, on an empty model made from its config.
 
     Raises:
-        ValueError: the tokenizer has ids beyond the model's embeddings, or ``max_length`` is more
+        ValueError: the tokenizer has ids beyond the model's embeddings, or `max_length` is more
             than the model has positions for.
         OSError: the model's config is not found.
     """
-    if (Path(arguments.model) / "adapter_config.json").exists():
+    if (Path(arguments.model) / ADAPTER_CONFIG).exists():
         return  # `load_model` says what to do
     remote = arguments.trust_remote_code
     with ReadingModel(arguments.model, "the config"):
@@ -229,7 +229,7 @@ def load_data(
     *,
     disable_progress: bool | None = False,
 ) -> datasets.Dataset:
-    """The examples of ``--data`` that ``--select`` keeps, as tokens."""
+    """Return the examples of `--data` that `--select` keeps, as tokens."""
     split, on_bad_row = arguments.data_split, arguments.on_bad_row
     selections = {
         text: parse_selection(text, split=split, on_bad_row=on_bad_row)
@@ -254,7 +254,7 @@ def load_held_out(
     *,
     disable_progress: bool | None = False,
 ) -> datasets.Dataset | None:
-    """The examples of ``--eval_data``, all of them, as tokens; None where none are given."""
+    """Return all examples of `--eval_data` as tokens; None if it is not given."""
     if not arguments.eval_data:
         return None
     with Naming("eval_data", other="data"):

@@ -1,7 +1,8 @@
-"""LoRA from the command line: a frozen model with trained low-rank updates, through PEFT.
+"""Train LoRA from the command line: a frozen model with low-rank updates, through PEFT.
 
-``W + alpha / rank * B A`` (Hu et al. 2022, arXiv 2106.09685) of every linear layer besides the LM
-head, which the loss reads as it is; ``A`` is random, drawn by the run's seed, ``B`` begins at 0.
+Every linear layer except the LM head, which the loss reads as it is, becomes
+`W + alpha / rank * B A` (Hu et al. 2022, arXiv 2106.09685). `A` is drawn by the run's seed, and `B`
+begins at 0.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import torch
 from sftmix.recipe.arguments import RunArguments
 from sftmix.runs.failures import Naming
 
-# PEFT's word for every linear layer but the head.
+# PEFT's word for every linear layer except the head.
 ALL_LINEAR = "all-linear"
 
 
 def lora_options(arguments: RunArguments) -> dict[str, Any]:
-    """The options as the manifest has them, all filled in; none without ``--lora_rank``.
+    """Return the options as the manifest records them, filled in; none without `--lora_rank`.
 
     Raises:
-        ValueError: an option is out of range, or one is given without ``--lora_rank``.
+        ValueError: an option is out of range, or one is given without `--lora_rank`.
     """
     rank, alpha, dropout, targets = (
         getattr(arguments, f"lora_{name}") for name in ("rank", "alpha", "dropout", "targets")
@@ -31,7 +32,7 @@ def lora_options(arguments: RunArguments) -> dict[str, Any]:
         given = {"alpha": alpha, "dropout": dropout or None, "targets": targets}
         for name, value in given.items():
             if value is not None:
-                raise ValueError(f"lora_{name}: expected --lora_rank with it, got {value!r} alone")
+                raise ValueError(f"lora_{name}: expected --lora_rank with it, got only {value!r}")
         return {}
     if rank < 1:
         raise ValueError(f"lora_rank: expected at least 1, got {rank}")
@@ -48,7 +49,7 @@ def lora_options(arguments: RunArguments) -> dict[str, Any]:
 
 
 def check_lora(arguments: RunArguments) -> None:
-    """Check the options and that PEFT is there, before anything is loaded.
+    """Check the options and that PEFT is installed, before anything is loaded.
 
     Raises:
         ImportError: PEFT is not there.
@@ -59,7 +60,7 @@ def check_lora(arguments: RunArguments) -> None:
 
 
 def add_lora(model: Any, arguments: RunArguments, seed: int) -> Any:
-    """The model with fresh updates as the options say; itself where they ask for none.
+    """Return the model with fresh updates as the options say; unchanged if they ask for none.
 
     Raises:
         ImportError: PEFT is not there.
@@ -69,6 +70,12 @@ def add_lora(model: Any, arguments: RunArguments, seed: int) -> Any:
     if not options:
         return model
     peft = require_peft()
+    largest = largest_side(model)
+    if options["lora_rank"] > largest:
+        raise ValueError(
+            f"lora_rank: expected at most {largest:,}, the largest side of the model's layers, got "
+            f"{options['lora_rank']:,}"
+        )
     targets = options["lora_targets"]
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -85,8 +92,22 @@ def add_lora(model: Any, arguments: RunArguments, seed: int) -> Any:
             return peft.get_peft_model(model, config)
 
 
+def largest_side(model: Any) -> int:
+    """Return the most rows or columns that a weight of the model's layers has."""
+    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    sides = [
+        int(side)
+        for module in model.modules()
+        if isinstance(weight := getattr(module, "weight", None), torch.Tensor)
+        and id(module) not in ends
+        and weight.dim() == 2
+        for side in weight.shape
+    ]
+    return max(sides)
+
+
 def require_peft() -> ModuleType:
-    """PEFT.
+    """Return the module `peft`.
 
     Raises:
         ImportError: it is not there.

@@ -1,6 +1,6 @@
-"""What a run was made from, written when it starts and compared when it is resumed.
+"""Record what a run was made from when it starts, and compare it when the run is resumed.
 
-Model, tokenizer and data are compared by content: names and paths are kept for people.
+Model, tokenizer and data are compared by content; names and paths are recorded for people.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from sftmix.training.config import SFTMixConfig
 
 logger = logging.getLogger(__name__)
 
-# What tells hashes' differences apart, and what `sftmix split` noted since, besides the facts.
+# Entries that are not compared: facts, the parts of hashes, and the note of `sftmix split`.
 NOT_RECIPE = ("versions", "files", "split", PARTS)
-# Names of what has a hash: equal content elsewhere, or chosen otherwise, is the same.
+# Options whose content has a hash: equal content elsewhere, or chosen otherwise, is the same.
 BY_CONTENT = {
     "model": "model_hash",
     "revision": "model_hash",
@@ -47,13 +47,16 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "n
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages, and the threads: they decide a run's last bits."""
+    """Return versions of Python and of packages, and the number of threads.
+
+    They decide a run's last bits.
+    """
     found = {name: version(name) for name in PACKAGES}
     return {
         "sftmix": __version__,
         "python": platform.python_version(),
         **found,
-        # Sums over threads round differently with another number of them.
+        # Another number of threads rounds sums differently.
         "torch_threads": str(torch.get_num_threads()),
     }
 
@@ -106,7 +109,7 @@ def recipe(
     tokenizer: PreTrainedTokenizerBase,
     **more: Any,
 ) -> dict[str, Any]:
-    """What decides the results of a run: model, data, template, and every number."""
+    """Return what decides the results of a run: model, data, template, and every number."""
     numbers = {name: getattr(config, name) for name in RECIPE_FIELDS if hasattr(config, name)}
     return {
         "model": arguments.model,
@@ -134,9 +137,9 @@ def recipe(
 
 
 def kept_date(*runs: Path) -> str | None:
-    """The date that the chat template told in the first of these runs that has one.
+    """Return the date that the chat template told in the first of these runs that has one.
 
-    A run that goes on another day reads the tokens that it began with; and one that trains on a
+    A run that goes on another day reads the tokens that it began with; a run that trains on a
     partition reads those that were scored.
 
     Raises:
@@ -151,11 +154,28 @@ def kept_date(*runs: Path) -> str | None:
     return None
 
 
-def start_manifest(run: Path, recipe: dict[str, Any], **files: Any) -> None:
-    """Write ``RUN/manifest.json``, or compare with the one that a resumed run has.
+def warn_of_other_template(partition: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Log one line if the manifest beside a partition names another chat template.
 
-    ``files`` are kept for reports and not compared, as they may have been moved; so is the folder
-    that relative ones, and those of the recipe, are relative to.
+    Raises:
+        ValueError: the manifest is damaged.
+        OSError: it cannot be read.
+    """
+    manifest = partition.with_name(MANIFEST)
+    scored = read_manifest(manifest).get("template_hash") if manifest.exists() else None
+    if scored not in (None, template_hash(tokenizer)):
+        logger.warning(
+            "partition: %s was scored under another chat template than this run's: its "
+            "confidences are of other texts",
+            partition,
+        )
+
+
+def start_manifest(run: Path, recipe: dict[str, Any], **files: Any) -> None:
+    """Write `RUN/manifest.json`, or compare it with that of the resumed run.
+
+    `files` are recorded for reports but not compared, since they may have been moved. `folder`
+    records the directory against which relative paths are resolved.
 
     Raises:
         ValueError: the run was started from another recipe, naming what differs; or its manifest
@@ -168,7 +188,7 @@ def start_manifest(run: Path, recipe: dict[str, Any], **files: Any) -> None:
         write_json(path, {**recipe, "versions": versions(), "files": redacted(places)})
         return
     earlier = read_manifest(path)
-    # Versions before this one kept names alone.
+    # Versions before this one kept only names.
     unknown = [
         name for name in recipe if name.endswith("_hash") and recipe[name] and name not in earlier
     ]
@@ -193,7 +213,7 @@ def start_manifest(run: Path, recipe: dict[str, Any], **files: Any) -> None:
 
 
 def what_differs(name: str, earlier: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
-    """Of a hash the parts, such as files, that are not the same; and where they were then."""
+    """Return a text that names the parts of a hash (files, say) that differ, and their places."""
     parts, before = ((one.get(PARTS) or {}).get(name) or {} for one in (recipe, earlier))
     changed = [one for one in {**before, **parts} if before.get(one) != parts.get(one)]
     told = [f"{', '.join(changed[:5])} differ{'' if len(changed) > 1 else 's'}"] if changed else []

@@ -1,8 +1,8 @@
-"""YAML by the core rules of YAML 1.2, which are those of JSON with less to type.
+"""Read YAML by the core rules of YAML 1.2, which are those of JSON with less to type.
 
-PyYAML follows YAML 1.1, where ``no`` and ``on`` are booleans, ``1e-7`` is text, ``010`` is 8,
-``1:30`` is 90 and ``2024-01-01`` a date. Here ``true`` and ``false`` are the booleans, ``null`` and
-``~`` nothing, every decimal number a number; all else is text. Names are text, each given once.
+PyYAML follows YAML 1.1, where `no` and `on` are booleans, `1e-7` is text, `010` is 8,
+`1:30` is 90 and `2024-01-01` a date. Here `true` and `false` are the booleans, `null` and
+`~` nothing, every decimal number a number; all else is text. Names are text, each given once.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-# Nodes with aliases written out: ten aliases of ten aliases and so on would fill any memory. A
-# recipe has 50.
+# Nodes are counted with aliases written out: ten aliases of ten aliases and so on would fill any
+# memory. A recipe has 50 nodes.
 MAX_NODES = 10_000
 MERGE = "tag:yaml.org,2002:merge"
-# Long quotations in PyYAML's messages are a file's content.
+# Long quotations in PyYAML's messages may show a file's content, so they are cut out.
 QUOTED = re.compile(r"'[^']{7,}'")
 
 
 class Whole(int):
-    """An integer that is printed as it was written: ``007`` may be a name."""
+    """An integer that is printed as it was written: `007` may be a name."""
 
     written = ""
 
@@ -31,7 +31,7 @@ class Whole(int):
 
 
 class Real(float):
-    """A number that is printed as it was written: ``12e4567`` may be a commit."""
+    """A number that is printed as it was written: `12e4567` may be a commit."""
 
     written = ""
 
@@ -40,7 +40,7 @@ class Real(float):
 
 
 class CoreLoader(yaml.SafeLoader):
-    """PyYAML's safe loader with the core schema's types alone, and merge keys (``<<``)."""
+    """PyYAML's safe loader with only the types of the core schema, and merge keys (`<<`)."""
 
 
 CoreLoader.yaml_implicit_resolvers = {}
@@ -88,7 +88,7 @@ CoreLoader.add_constructor("tag:yaml.org,2002:float", _real)
 
 
 def load_yaml(text: str, place: str) -> Any:
-    """Return the value of a YAML document; ``place`` begins the messages, which quote none of it.
+    """Return the value of a YAML document; `place` begins the messages, which quote none of it.
 
     Raises:
         ValueError: it is not YAML, or more than one document; it has a name twice, a name that is
@@ -111,14 +111,14 @@ def load_yaml(text: str, place: str) -> Any:
     except RecursionError:
         raise ValueError(f"{place}: lists and mappings are nested too deep") from None
     except (ValueError, OverflowError) as error:
-        # Of a tag that the value does not fit (`!!int a`), or a number of thousands of digits.
+        # A tag does not fit its value (`!!int a`), or a number has thousands of digits.
         if str(error).startswith(place):
             raise
         raise ValueError(f"{place} is not YAML: a value is not of the type it is given") from None
 
 
 def _check(node: Node, place: str, sizes: dict[int, int | None]) -> int:
-    """The node's size with aliases written out; raises as `load_yaml` does."""
+    """Return the node's size with aliases written out; raise as `load_yaml` does."""
     known = sizes.get(id(node), 0)
     if known is None:
         raise ValueError(f"{place}: an alias in line {_line(node)} stands for what it is part of")
@@ -140,7 +140,7 @@ def _check(node: Node, place: str, sizes: dict[int, int | None]) -> int:
 
 
 def _check_names(node: MappingNode, place: str) -> None:
-    """No name twice, which would be one value lost, and no name but text."""
+    """Refuse a name that is given twice, since one value would be lost, or that is no text."""
     lines: dict[str, int] = {}
     for key, _ in node.value:
         line = _line(key)
@@ -150,7 +150,7 @@ def _check_names(node: MappingNode, place: str) -> None:
             raise ValueError(
                 f'{place}: the name in line {line} is no text; write it in quotes ("")'
             )
-        # Flags have either form.
+        # Flags are taken with dashes or underscores.
         name = key.value.replace("-", "_")
         if name in lines:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""A report: runs read and measured, and the page written."""
+"""Read and measure runs, and write the report's page."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def report_runs(
     first: Sequence[Section] = (),
     last: Sequence[Section] = (),
 ) -> Page:
-    """Write the report about these runs; ``first`` and ``last`` are sections around its own.
+    """Write the report about these runs; `first` and `last` are sections around its own.
 
     Raises:
-        ValueError: a folder is no run, the output is a folder, or ``examples`` is below 0.
+        ValueError: a folder is no run, the output is a folder, or `examples` is below 0.
         ImportError: a package for the pictures is not installed.
         OSError: the file cannot be written.
     """
@@ -46,7 +46,7 @@ def report_runs(
 
 
 def introduction(findings: Findings) -> list[str]:
-    """What the page is about, and what it finds, in a few sentences."""
+    """Return sentences that say what the page is about and which runs it has."""
     trained = sum(not run.scored for run in findings.runs)
     scored = len(findings.runs) - trained
     text = [

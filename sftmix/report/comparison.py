@@ -1,11 +1,12 @@
-"""A measurement over seeds beside a baseline's: means, spreads, and a paired t-test.
+"""Compare a measurement over seeds with a baseline's: means, spreads, and a paired t-test.
 
-Runs of one seed share their batches, so that what a seed does to both cancels in the difference
-d[s] = value[s] - baseline[s] over the common seeds s:
+Runs of one seed share their batches, so a seed's effect on both cancels in the difference d[s] =
+value[s] - baseline[s] over the common seeds s:
 
     t = mean(d) / (std(d) / sqrt(n))        n - 1 degrees of freedom, two-sided
 
-Standard deviations are those of a sample (n - 1). Needs scipy (``pip install 'sftmix[plots]'``).
+Standard deviations are those of a sample (n - 1). The test needs scipy
+(`pip install 'sftmix[plots]'`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ LEVEL = 0.95  # of the confidence interval; a p-value below 1 - LEVEL is called 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` computes; in the unit of the values. None: not enough seeds to say."""
+    """The result of `compare`, in the unit of the values; None means too few seeds."""
 
     n: int  # seeds of the values
     mean: float
@@ -33,15 +34,15 @@ class Comparison:
 
     @property
     def significant(self) -> bool | None:
-        """Whether the difference is significant at 1 - LEVEL; None where it was not tested."""
+        """Whether the difference is significant at 1 - LEVEL; None if it was not tested."""
         return None if self.p_value is None else self.p_value < 1 - LEVEL
 
 
 def compare(values: Mapping[int, float], baseline: Mapping[int, float]) -> Comparison:
-    """Compares one finite value for each seed with a baseline's (`scipy.stats.ttest_rel`).
+    """Compare one finite value for each seed with a baseline's (`scipy.stats.ttest_rel`).
 
-    The test needs two common seeds and differences that are not all the same, up to rounding: of
-    equal ones the spread would be estimated as zero. Without it ``interval`` and ``p_value`` are
+    The test needs two common seeds and differences that are not all the same, up to rounding: the
+    spread of equal ones would be estimated as zero. Without it `interval` and `p_value` are
     None.
 
     Raises:
@@ -73,7 +74,7 @@ def compare(values: Mapping[int, float], baseline: Mapping[int, float]) -> Compa
 
 
 def paired_test(first: list[float], second: list[float]) -> tuple[tuple[float, float], float]:
-    """The interval of the mean of ``first - second`` at LEVEL, and the p-value of no difference.
+    """Return the interval of the mean of `first - second` at LEVEL, and the p-value.
 
     Raises:
         ImportError: scipy is not installed.

@@ -1,4 +1,4 @@
-"""Pictures of confidence: of a partition, and before and after training.
+"""Draw confidence: of a partition, and before and after training.
 
 Legend: S examples, C scorings.
 """
@@ -27,9 +27,10 @@ if TYPE_CHECKING:  # an optional extra
 
 
 def shown_range(perplexity: NDArray[np.float64]) -> tuple[float, int]:
-    """A limit for perplexity axes, and how many values lie beyond it (infinite ones count).
+    """Return a limit for perplexity axes, and how many values (infinite ones too) lie beyond it.
 
-    The limit is twice the 99th percentile of the finite values, or the largest where smaller.
+    The limit is twice the 99th percentile of the finite values, or the largest value if that is
+    smaller.
     """
     finite = perplexity[np.isfinite(perplexity)]
     if not len(finite):
@@ -41,14 +42,14 @@ def shown_range(perplexity: NDArray[np.float64]) -> tuple[float, int]:
 
 
 def outside_note(number: int, total: int, limit: float) -> str:
-    """A sentence on the examples beyond an axis' end."""
+    """Return a sentence on the examples beyond an axis' end."""
     if not number:
         return f"All {total:,} examples are shown."
     return f"{number:,} of {total:,} examples lie below -{limit:.3g} and are not shown."
 
 
 def _confidence_axis(axis: Any, limit: float) -> None:
-    """Values are at most -1: logarithmic in the perplexity, the surest at the far end."""
+    """Make an axis of values up to -1 logarithmic in the perplexity, the surest at the far end."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
     ticks = [
@@ -66,7 +67,7 @@ def _plain(value: float, _position: float | None) -> str:
 
 
 def histogram_picture(partition: Partition, name: str = "") -> Picture:
-    """How many examples have which confidence, and where the median lies."""
+    """Draw how many examples have which confidence, and where the median lies."""
     confidence = partition.confidence
     limit, outside = shown_range(-confidence)
     median = float(np.median(confidence))
@@ -99,7 +100,7 @@ def histogram_picture(partition: Partition, name: str = "") -> Picture:
 
 
 def map_picture(partition: Partition, name: str = "") -> Picture:
-    """Confidence against its spread over the scorings, coloured by half."""
+    """Draw confidence against its spread over the scorings, coloured by half."""
     limit, outside = shown_range(-partition.confidence)
 
     def plot(axes: Axes) -> None:
@@ -115,7 +116,7 @@ def map_picture(partition: Partition, name: str = "") -> Picture:
                 label=subset,
                 rasterized=True,  # the file's size does not grow with the data
             )
-        # Few scorings can agree exactly, so zero must have a place.
+        # A few scorings can agree exactly, so the axis needs a zero.
         axes.set_xscale("symlog", linthresh=0.1)
         axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(_plain)
@@ -141,10 +142,10 @@ def groups_picture(
     partition: Partition,
     groups: Sequence[str],  # (S,), a name for the group of each example
 ) -> Picture:
-    """The share of each group's examples that are in the confident half.
+    """Draw the share of each group's examples that are in the confident half.
 
     Raises:
-        ValueError: ``groups`` is not one name for each example of ``partition``.
+        ValueError: `groups` is not one name for each example of `partition`.
     """
     if len(groups) != len(partition.id):
         raise ValueError(
@@ -176,7 +177,7 @@ def groups_picture(
 
 
 def spread(partition: Partition) -> float:
-    """Standard deviation of the finite confidences; NaN where there are none."""
+    """Return the standard deviation of the finite confidences; NaN if there are none."""
     finite = partition.confidence[np.isfinite(partition.confidence)]
     return float(finite.std()) if len(finite) else math.nan
 
@@ -184,7 +185,7 @@ def spread(partition: Partition) -> float:
 def change_picture(
     before: Partition | None, after: Mapping[str, Sequence[Partition]], colours: Mapping[str, str]
 ) -> Picture:
-    """Confidence of the same examples before training (if known) and after, of each row's seeds.
+    """Draw the confidence of the same examples before training (if known) and after each run.
 
     Raises:
         ValueError: nothing was scored.

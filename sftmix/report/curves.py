@@ -1,4 +1,4 @@
-"""Losses while training, a colour for each row of the comparison."""
+"""Draw losses while training, with a colour for each row of the comparison."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SEVERAL = "Thin lines are single seeds, thick ones their mean where all have log
 TERMS = {
     "loss": (
         "Training loss",
-        "What is minimised, a mean over the steps since the point before. Each method has a sum of "
-        "its own, so that rows of different methods do not compare.",
+        "Total training loss, a mean over the steps since the point before. It is not comparable "
+        "between methods, each of which minimises a sum of its own.",
         "loss (nats)",
     ),
     "ntp_loss": (
         "Next-token loss while training",
-        "The NTP term alone, without the Mixup term, so that runs compare: the mean over the "
+        "The NTP term without the Mixup term, which makes runs comparable: the mean over the "
         "response tokens of the steps since the point before. Lower is a closer fit to the "
         "training data, which says nothing about new data.",
         "NTP loss (nats per token)",
@@ -42,7 +42,7 @@ TERMS = {
 
 
 def term_picture(groups: Sequence[Group], key: str) -> Picture:
-    """One term of the loss, of the rows that have it.
+    """Draw one term of the loss, for the rows that have it.
 
     Raises:
         ValueError: no run has logged it.
@@ -56,7 +56,7 @@ def term_picture(groups: Sequence[Group], key: str) -> Picture:
 
 
 def halves_picture(groups: Sequence[Group]) -> Picture:
-    """The NTP term of both halves of the data.
+    """Draw the NTP term of both halves of the data.
 
     Raises:
         ValueError: no run has logged it.
@@ -100,7 +100,7 @@ def _picture(
 
     def plot(axes: Axes) -> None:
         for number, line in enumerate(lines):
-            # The lines below are the wider ones, so that curves that coincide are both seen.
+            # The lines below are wider, which shows both of two curves that coincide.
             _draw(axes, *line, width=1.4 + 2 * (1 - (number + 1) / len(lines)))
         axes.set_xlabel("optimizer steps")
         axes.set_ylabel(unit)
@@ -128,7 +128,7 @@ def _draw(
 
 
 def mean(curves: Sequence[Curve]) -> Curve:
-    """The mean at the steps that all curves have; of curves without a common step the first."""
+    """Return the mean at the steps that all curves have; without a common step, the first curve."""
     common = sorted(set.intersection(*(set(steps) for steps, _ in curves)))
     if not common:
         return curves[0]

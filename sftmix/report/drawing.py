@@ -1,4 +1,4 @@
-"""Pictures as inline SVG whose ink is a CSS variable, so that they follow light and dark mode."""
+"""Draw pictures as inline SVG whose ink is a CSS variable, to follow light and dark mode."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from sftmix.pairs.partition import CONFIDENT, UNCONFIDENT
 if TYPE_CHECKING:  # an optional extra
     from matplotlib.axes import Axes
 
-# Rows that fit into a figure, and the height of each other one in inches.
+# Legend rows that fit into a figure, and the height in inches that each further row adds.
 ROWS_OF_LEGEND, ROW_OF_LEGEND = 4, 0.18
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Colours that stand out on white and on near-black alike (told apart by colour-blind readers too).
+# Colours that stand out on white and near-black, and that colour-blind readers tell apart.
 COLOURS = ("#3b82c4", "#d9772b", "#2a9d6f", "#b565a7", "#8a8f98", "#c4a000")
 INK, _GRID = "#010203", "#040506"  # replaced by CSS variables in the SVG
 _STYLE: Any = {
@@ -49,7 +49,7 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class Picture:
-    """One figure of the report; ``alt`` says in words what it shows."""
+    """A figure of the report; `alt` says in words what it shows."""
 
     title: str
     caption: str
@@ -66,7 +66,7 @@ class LeftOut:
 
 
 def attempt(title: str, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | LeftOut:
-    """What ``make`` makes, or why it cannot: what lacks is a sentence in the report.
+    """Return what `make` makes, or why it cannot, which becomes a sentence in the report.
 
     The errors are those that the command line prints without a traceback.
     """
@@ -88,12 +88,12 @@ def require_plots() -> None:
 
 
 def draw(name: str, plot: Callable[[Axes], None], height: float = 3.1) -> Markup:
-    """One figure as an inline SVG; ``name`` keeps its ids apart from those of other figures."""
+    """Return a figure as inline SVG; `name` keeps its ids apart from those of other figures."""
     import matplotlib  # an optional extra
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        # Narrow, so that ten points are still ten on a phone.
+        # The figure is narrow: its text of ten points keeps its size on a phone.
         figure = Figure(figsize=(4.8, height), layout="constrained")
         plot(figure.add_subplot())
         file = io.StringIO()
@@ -106,7 +106,7 @@ def draw(name: str, plot: Callable[[Axes], None], height: float = 3.1) -> Markup
 
 
 def legend_above(axes: Axes, columns: int = 1, **options: Any) -> None:
-    """A legend over the axes, where it hides nothing; many rows make the figure higher."""
+    """Put a legend above the axes, where it hides nothing; many rows make the figure higher."""
     legend = axes.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1),
@@ -124,12 +124,12 @@ def legend_above(axes: Axes, columns: int = 1, **options: Any) -> None:
 
 
 def colour(number: int) -> str:
-    """The colour of a row of the comparison in every picture."""
+    """Return the colour of a row of the comparison in every picture."""
     return COLOURS[number % len(COLOURS)]
 
 
 def subset_colours(names: Sequence[str]) -> dict[str, str]:
-    """A colour for each half or level, the most confident first: two halves, or blue to orange."""
+    """Return a colour for each half or level, the most confident first, from blue to orange."""
     found = set(names)
     if found <= {CONFIDENT, UNCONFIDENT}:
         return {CONFIDENT: COLOURS[0], UNCONFIDENT: COLOURS[1]}

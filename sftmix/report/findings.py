@@ -1,4 +1,4 @@
-"""What there is to show of some runs: partitions, and scores before and after training."""
+"""Collect what a report shows of runs: partitions, and scores before and after training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # brings torch
 
 @dataclass
 class Findings:
-    """Runs in rows, and what was found or measured for them."""
+    """The runs in rows, and what was found or measured for them."""
 
     runs: Sequence[Run]
     groups: Sequence[Group]
@@ -29,10 +29,9 @@ class Findings:
     failures: list[LeftOut] = field(default_factory=list)
 
     def partition(self, group: Group) -> Partition:
-        """That of a row; of a row trained without one that of another run on the same data.
+        """Return the group's partition.
 
-        Raises:
-            ValueError: there is none.
+        A group that was trained without one gets that of another run on the same data.
         """
         own = self.partitions[group.runs[0].name]
         if isinstance(own, Partition):
@@ -45,7 +44,7 @@ class Findings:
         raise ValueError(own.reason)
 
     def values(self, group: Group) -> dict[str, Mapping[int, float]]:
-        """All figures of a row, by measure and seed."""
+        """Return all figures of a group, by measure and seed."""
         spreads = {
             seed: confidence.spread(one.scores) for seed, one in self.after[group.name].items()
         }
@@ -54,7 +53,7 @@ class Findings:
 
 
 def find(runs: Sequence[Run], examples: int | None) -> Findings:
-    """Look for partitions, and score what is to be scored; ``examples``: None takes all."""
+    """Look for partitions, and score `examples` examples of each group; None takes all."""
     findings = Findings(runs, grouped(runs))
     for run in runs:
         title = f"The partition of {run.name}"

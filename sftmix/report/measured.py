@@ -1,8 +1,8 @@
-"""One scoring of the same training examples before and after training, kept in the run's folder.
+"""Score the same training examples before and after training, and keep the scores with the run.
 
-RUN/report/before.parquet and after.parquet hold the scores, the .safetensors beside them the
-representations (`representations.py`) and what all of it was made from: where that has changed
-since, it is made again. Legend: S sampled examples, D hidden size.
+RUN/report/before.parquet and after.parquet hold the scores. The .safetensors files beside them hold
+the representations (`representations.py`) and what all of it was made from: if that has changed, it
+is made again. Legend: S sampled examples, D hidden size.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from sftmix.conventions import ADAPTER_CONFIG
 from sftmix.data.examples import Example, data_hash, load_examples
 from sftmix.model.head import HeadAdapter
 from sftmix.pairs.partition import Partition, from_scores, read_partition, write_partition
@@ -40,14 +41,13 @@ from sftmix_kernels import StreamingPerplexity
 logger = logging.getLogger(__name__)
 
 FOLDER = "report"
-ADAPTER = "adapter_config.json"
 SAMPLE_SEED = 0
 When = Literal["before", "after"]
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Of the sampled examples under one model; arrays are None where they cannot be made."""
+    """Scores and arrays of the sampled examples under one model; None if they cannot be made."""
 
     scores: Partition  # one scoring; its subsets are of no meaning
     representations: NDArray[np.float32] | None  # (S, D)
@@ -55,14 +55,14 @@ class Measured:
 
 
 class ScoresAndMeans(StreamingPerplexity):
-    """Adds up the hidden states that the head reads, besides the losses."""
+    """Add up the hidden states that the head reads, besides the losses."""
 
     hidden_sum: Tensor | None = None  # (S, D) float32; None without a fused head
 
     def update(
         self, hidden: Tensor, weight: Tensor, labels: Tensor, sample_ids: Tensor, **options: Any
     ) -> None:
-        """As the base class's, and the rows ``hidden`` (N, D) to their examples' sums."""
+        """Update the losses, and add the rows of `hidden` (N, D) to their examples' sums."""
         super().update(hidden, weight, labels, sample_ids, **options)
         if self.hidden_sum is None:
             shape = (self.num_samples, hidden.shape[-1])
@@ -70,7 +70,7 @@ class ScoresAndMeans(StreamingPerplexity):
         self.hidden_sum.index_add_(0, sample_ids, hidden.float())
 
     def means(self) -> NDArray[np.float32] | None:
-        """Mean over an example's response tokens: (S, D)."""
+        """Return the mean over each example's response tokens: (S, D)."""
         if self.hidden_sum is None:
             return None
         means: NDArray[np.float32] = (self.hidden_sum / self.num_tokens[:, None]).cpu().numpy()
@@ -78,7 +78,7 @@ class ScoresAndMeans(StreamingPerplexity):
 
 
 def sample_examples(run: Run, partition: Partition | None, number: int | None) -> list[Example]:
-    """``number`` of the run's training examples, the same for every run on these data; None: all.
+    """Return `number` of the run's training examples, alike for all runs on the data; None: all.
 
     Raises:
         ValueError: the data are not found, or are not those that the run was trained on.
@@ -108,9 +108,9 @@ def sample_examples(run: Run, partition: Partition | None, number: int | None) -
 def measured(
     run: Run, when: When, examples: Sequence[Example], others: Sequence[Run] = ()
 ) -> Measured:
-    """Scores and representations under the model before or after training.
+    """Return scores and representations under the model before or after training.
 
-    They are taken from what this run keeps, or ``others`` that were made from the same, if there.
+    They are read if this run, or one of `others`, has kept them for the same model and examples.
 
     Raises:
         ValueError: the run is not finished, its model is not found or not understood.
@@ -142,7 +142,7 @@ def measured(
 
 
 def _fingerprint(run: Run, when: When) -> str:
-    """The model by name and, where it is a folder, by its weights' sizes and times."""
+    """Return the model's name and, of a folder, the sizes and times of its weights."""
     names = [run.recipe["model"]] if when == "before" else [run.recipe["model"], str(run.folder)]
     parts = []
     for name in names:
@@ -191,7 +191,7 @@ def _score(run: Run, when: When, examples: Sequence[Example]) -> Measured:
 def _context(
     model: Any, device: torch.device
 ) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """Bfloat16 autocast on a GPU that has it, as scoring does; before and after alike."""
+    """Return bfloat16 autocast on a GPU that has it, as scoring uses; before and after alike."""
     if (
         device.type == "cuda"
         and model.dtype == torch.float32
@@ -216,7 +216,7 @@ def _head(run: Run) -> str:
 
 
 def _base(run: Run) -> str:
-    """The model that training began from: a folder that is there, or a hub name."""
+    """Return the model that training began from: an existing folder, or a hub name."""
     name = str(run.recipe["model"])
     place = run.place(name)
     if place.exists():
@@ -229,12 +229,12 @@ def _base(run: Run) -> str:
 def _load(run: Run, when: When) -> Any:
     if when == "before":
         return load_model(_arguments(run, _base(run)))
-    base = _base(run) if (run.folder / ADAPTER).exists() else None
+    base = _base(run) if (run.folder / ADAPTER_CONFIG).exists() else None
     return load_trained_model(_arguments(run, str(run.folder)), base)
 
 
 def _read(cache: Path, when: When, wanted: dict[str, str]) -> Measured | None:
-    """What is kept, if it was made from the same; None where it was not, or is damaged."""
+    """Return the kept scores if they were made from the same and are not damaged, else None."""
     try:
         with safe_open(cache / f"{when}.safetensors", framework="numpy") as file:
             if file.metadata() != wanted:
@@ -254,7 +254,7 @@ def _write(cache: Path, when: When, made_from: dict[str, str], found: Measured) 
     arrays = {name: array for name, array in named.items() if array is not None}
     arrays = arrays or {"none": np.zeros(1, dtype=np.float32)}  # a file has to hold an array
     with lock_run(cache):
-        # What it was made from comes last: without it the scores are not believed.
+        # The file with the scores' origin is written last: without it they do not count.
         (cache / f"{when}.safetensors").unlink(missing_ok=True)
         write_partition(cache / f"{when}.parquet", found.scores)
         atomic_write(

@@ -1,7 +1,7 @@
-"""What Mixup did with the data: the pairs that a run drew, their lam, and what truncation lost.
+"""Show what Mixup did with the data: the pairs that a run drew, their lam, and truncation's loss.
 
-A pair's responses are mixed up to the shorter one, so that of two responses of n and m tokens
-``|n - m|`` are left out. Legend: E examples drawn (two for each pair), P pairs.
+A pair's responses are mixed up to the end of the shorter one: of two responses of n and m tokens,
+`|n - m|` tokens are left out. Legend: E examples drawn (two for each pair), P pairs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LENGTH_BINS = 8
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """The pairs of a run in the order of training, c, u, c, u, ...; lam NaN where not mixed."""
+    """The pairs of a run in the order of training (c, u, c, u, ...); lam is NaN if not mixed."""
 
     partition: Partition
     rows: NDArray[np.int64]  # (E,) of the partition
@@ -43,7 +43,7 @@ class Drawn:
 
     @property
     def mixed_tokens(self) -> NDArray[np.int64]:
-        """Those of them that are mixed: (E,)."""
+        """The number of those tokens that are mixed: (E,)."""
         return np.repeat(self.tokens.reshape(-1, 2).min(axis=1) * ~np.isnan(self.lam), 2)
 
     @property
@@ -53,7 +53,7 @@ class Drawn:
 
 
 def paired_sampler(run: Run, partition: Partition) -> PairedSampler:
-    """What a run drew its pairs with; the partition is in the order of its data."""
+    """Return the sampler that drew a run's pairs, for a partition in the order of its data."""
     from sftmix.pairs.pools import pools_of
     from sftmix.pairs.sampling import PairedSampler
 
@@ -68,17 +68,17 @@ def paired_sampler(run: Run, partition: Partition) -> PairedSampler:
 
 
 def step_size(run: Run) -> int:
-    """Examples of an optimizer step over all ranks."""
+    """Return the examples of an optimizer step over all ranks."""
     return batch_size(run) * int(run.recipe.get("gradient_accumulation_steps") or 1)
 
 
 def batch_size(run: Run) -> int:
-    """Examples of a micro-batch over all ranks."""
+    """Return the examples of a micro-batch over all ranks."""
     return int(run.recipe["per_device_train_batch_size"]) * int(run.recipe.get("world_size") or 1)
 
 
 def drawn_pairs(run: Run, partition: Partition) -> Drawn:
-    """The pairs of the steps that a run has logged, drawn again from its seed.
+    """Draw the pairs of the steps that a run has logged again from its seed.
 
     Raises:
         ValueError: the run has logged nothing, or the partition is in another order than the data.
@@ -101,10 +101,10 @@ def drawn_pairs(run: Run, partition: Partition) -> Drawn:
 
 
 def steps_of(sampler: PairedSampler, run: Run) -> Iterator[tuple[int, list[tuple[int, float]]]]:
-    """The keys of each optimizer step, over all ranks, epoch after epoch without end.
+    """Yield the keys of each optimizer step over all ranks, epoch after epoch without end.
 
-    A rank's batch is its share of consecutive keys; the accumulation window that an epoch ends in
-    is a step of its own. Of several ranks the last batch is filled up, with examples without loss.
+    A rank's batch is its share of consecutive keys; the accumulation window in which an epoch ends
+    is a step of its own. With several ranks the last batch is filled up with examples without loss.
     """
     batch, size = batch_size(run), step_size(run)
     step, epoch = 0, 0
@@ -122,7 +122,7 @@ def steps_of(sampler: PairedSampler, run: Run) -> Iterator[tuple[int, list[tuple
 
 
 def lam_picture(name: str, drawn: Sequence[Drawn], alpha: float) -> Picture:
-    """The lam of all pairs drawn beside the density that they come from."""
+    """Draw the lam of all pairs beside the density that they come from."""
     lam = np.concatenate([one.lam for one in drawn])
     lam = lam[~np.isnan(lam)]
     edges = np.linspace(0, 1, 41)
@@ -151,14 +151,14 @@ def lam_picture(name: str, drawn: Sequence[Drawn], alpha: float) -> Picture:
 
 
 def beta_density(x: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:
-    """Of Beta(alpha, alpha)."""
+    """Return the density of Beta(alpha, alpha)."""
     log_norm = math.lgamma(2 * alpha) - 2 * math.lgamma(alpha)
     return np.exp(log_norm + (alpha - 1) * (np.log(x) + np.log1p(-x)))
 
 
 @dataclass(frozen=True, eq=False)
 class Truncation:
-    """Response tokens drawn and mixed, by half or level (rows) and by length (columns)."""
+    """The response tokens drawn and mixed, by half or level (rows) and by length (columns)."""
 
     subsets: Sequence[str]
     edges: NDArray[np.float64]  # of the lengths, one more than columns
@@ -167,13 +167,13 @@ class Truncation:
 
     @property
     def lost(self) -> NDArray[np.float64]:
-        """Share of the tokens that are not mixed; NaN where none was drawn."""
+        """Share of the tokens that are not mixed; NaN if none was drawn."""
         with np.errstate(invalid="ignore"):
             return 1 - self.mixed / self.tokens
 
 
 def truncation(drawn: Sequence[Drawn]) -> Truncation:
-    """How many tokens of which examples were mixed; bins of about equally many examples each."""
+    """Count the mixed tokens by subset and length, in bins of about equally many examples."""
     tokens = np.concatenate([one.tokens for one in drawn])
     mixed = np.concatenate([one.mixed_tokens for one in drawn])
     subset = np.concatenate([one.partition.subset[one.rows] for one in drawn])
@@ -197,7 +197,7 @@ def truncation(drawn: Sequence[Drawn]) -> Truncation:
 
 
 def truncation_picture(name: str, drawn: Sequence[Drawn], logged: float | None) -> Picture:
-    """The share of response tokens that were not mixed, by half or level and by length."""
+    """Draw the share of response tokens that were not mixed, by half or level and by length."""
     found = truncation(drawn)
     colours = subset_colours(found.subsets)
     lost = 100 * found.lost
@@ -230,7 +230,7 @@ def truncation_picture(name: str, drawn: Sequence[Drawn], logged: float | None) 
         f"Truncation losses: {name}",
         f"A pair is mixed up to its shorter response. Of all response tokens drawn {share:.1f} % "
         f"were not mixed ({by_subset}), counted over the pairs of the logged steps.{check} They "
-        "still carry the NTP term, where the method has one.",
+        "still carry the NTP term, if the method has one.",
         f"Bar chart of the share of response tokens that were not mixed by length of the response: "
         f"{by_subset}.",
         draw(f"truncation {name}", plot, height=3.4),

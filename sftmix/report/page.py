@@ -1,4 +1,4 @@
-"""The report as a file: sections of text, tables and pictures, all text escaped."""
+"""Write the report as a file: sections of text, tables and pictures, all text escaped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sftmix.runs.folders import atomic_write
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are shown; the first column names the row."""
+    """A table of cells as they are shown; the first column names the row."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -22,7 +22,7 @@ class Table:
     notes: Sequence[str] = ()
 
     def text(self) -> str:
-        """The table in plain text, the first column to the left and the others to the right."""
+        """Return the table as plain text, the first column left and the others right."""
         lines = [self.columns, *self.rows]
         widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
         return "\n".join(
@@ -36,7 +36,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; what was left out is said at its end. ``folded``: tables to open."""
+    """A part of the page; it ends with what was left out. Tables in `folded` are shown closed."""
 
     title: str
     paragraphs: Sequence[str] = ()

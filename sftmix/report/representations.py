@@ -1,4 +1,4 @@
-"""t-SNE of response representations: do the halves lie apart?
+"""Map response representations by t-SNE to see whether the halves lie apart.
 
 An example's representation is the mean, over its response tokens, of the hidden state that the LM
 head reads to predict the token: the last layer's, after the final norm. Legend: S examples, D
@@ -24,7 +24,7 @@ SEED = 0
 
 
 def places_of(representations: NDArray[np.float32]) -> NDArray[np.float32]:
-    """t-SNE in two dimensions, (S, 2), from a fixed seed; perplexity 30, less of few examples.
+    """Return t-SNE's map (S, 2) from a fixed seed, of perplexity 30 or less for few examples.
 
     Raises:
         ValueError: too few examples, or representations that are not finite.
@@ -41,23 +41,23 @@ def places_of(representations: NDArray[np.float32]) -> NDArray[np.float32]:
         raise ImportError("t-SNE needs scikit-learn: pip install 'sftmix[plots]'") from error
     tsne = TSNE(perplexity=min(30.0, (number - 1) / 3), init="pca", random_state=SEED)
     with warnings.catch_warnings():
-        # Its own start divides by a spread that is zero where all examples are alike.
+        # Its start divides by a spread, which is zero if all examples are alike.
         warnings.simplefilter("ignore", RuntimeWarning)
         found: NDArray[np.float32] = tsne.fit_transform(representations)
     return found
 
 
 def own_neighbours(representations: NDArray[np.float32], subset: NDArray[np.str_]) -> float:
-    """Share of the nearest neighbours of an example that are of its own subset, in all D."""
+    """Return the share of an example's nearest neighbours (in all D) that are of its own subset."""
     from sklearn.neighbors import NearestNeighbors  # an optional extra
 
-    # Of the finder's own examples an example is no neighbour of itself.
+    # Among the finder's own examples, no example is its own neighbour.
     nearest = NearestNeighbors(n_neighbors=NEIGHBOURS).fit(representations).kneighbors()[1]
     return float((subset[nearest] == subset[:, None]).mean())
 
 
 def by_chance(subset: NDArray[np.str_]) -> float:
-    """What `own_neighbours` would be on average if subsets were dealt out at random."""
+    """Return the average of `own_neighbours` if subsets were dealt out at random."""
     number = len(subset)
     counts = np.unique(subset, return_counts=True)[1]
     return float((counts * (counts - 1)).sum() / (number * (number - 1)))
@@ -69,7 +69,7 @@ def places_picture(
     places: NDArray[np.float32],  # (S, 2)
     subset: NDArray[np.str_],  # (S,)
 ) -> Picture:
-    """The map of representations, coloured by half or level."""
+    """Draw the map of representations, coloured by half or level."""
 
     def plot(axes: Axes) -> None:
         for half, colour in subset_colours(subset.tolist()).items():

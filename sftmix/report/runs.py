@@ -12,10 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sftmix.conventions import EVALUATION, MANIFEST, PARTITION, TRAINER_STATE
+from sftmix.conventions import CONFIGS, EVALUATION, MANIFEST, PARTITION, TRAINER_STATE
 from sftmix.pairs.partition import Partition, partition_hash, read_partition
 
-CONFIGS = ("config.json", "adapter_config.json")  # written last of a final model
 # Of a manifest, not of the recipe.
 NOT_RECIPE = ("versions", "files", "split", "parts")
 METHODS = {

@@ -1,4 +1,4 @@
-"""The sections of the page, in order."""
+"""Make the sections of the page, in order."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Parts = list[Picture | LeftOut]
 
 
 def sections(findings: Findings) -> list[Section]:
-    """All of them, without those that these runs have nothing for."""
+    """Return all sections, without those that these runs have nothing for."""
     of_groups = [
         curves_section,
         confidence_section,
@@ -37,7 +37,7 @@ def sections(findings: Findings) -> list[Section]:
 
 
 def results_section(findings: Findings) -> Section:
-    """The comparison, the tests, the paper's figures, and what differs."""
+    """Return the comparison, the tests, the paper's figures, and what differs."""
     groups = findings.groups
     if not groups:
         return Section(RESULTS, ["No run of sftmix train was given: there is nothing to compare."])
@@ -64,7 +64,7 @@ def results_section(findings: Findings) -> Section:
 
 
 def curves_section(findings: Findings) -> Section:
-    """Losses while training."""
+    """Return the section of losses while training."""
     parts: Parts = []
     for key in ("ntp_loss", "loss", "mixup_loss") if findings.groups else ():
         title = curves.TERMS[key][0]
@@ -76,7 +76,7 @@ def curves_section(findings: Findings) -> Section:
 
 
 def confidence_section(findings: Findings) -> Section:
-    """Confidence before and after, a picture for each model and data set that rows began from."""
+    """Return confidence before and after, a picture for each model and data that rows share."""
     starts: dict[object, list[Group]] = {}
     for group in findings.groups:
         starts.setdefault(group.start, []).append(group)
@@ -140,7 +140,7 @@ def _several(values: Sequence[float]) -> str:
 
 
 def partitions_section(findings: Findings) -> Section:
-    """The partitions that runs were scored into or trained with, each once."""
+    """Return the partitions that runs were scored into or trained with, each once."""
     found: dict[str, tuple[Partition, list[Run]]] = {}
     left_out: dict[str, LeftOut] = {}
     for run in findings.runs:
@@ -164,7 +164,7 @@ def partitions_section(findings: Findings) -> Section:
 
 
 def representations_section(findings: Findings) -> Section:
-    """t-SNE before training and of each row's first seed."""
+    """Return t-SNE before training and for each row's first seed."""
     parts: Parts = []
     begun = set()
     for group in findings.groups:
@@ -194,7 +194,7 @@ def _places(findings: Findings, group: Group, name: str, found: Measured) -> Pic
 
 
 def mixing_section(findings: Findings) -> Section:
-    """The pairs of the rows that have a Mixup term."""
+    """Return the pairs of the rows that have a Mixup term."""
     parts: Parts = []
     for group in (group for group in findings.groups if group.method in MIXED):
         name = group.name
@@ -219,7 +219,7 @@ def _lam(findings: Findings, group: Group) -> Picture:
 
 
 def _drawn(findings: Findings, group: Group) -> list[mixing.Drawn]:
-    """The pairs of all runs of a row, each of its own partition."""
+    """Return the pairs of all runs of a row, each of its own partition."""
     found = []
     for run in group.runs:
         partition = findings.partitions[run.name]
@@ -230,7 +230,7 @@ def _drawn(findings: Findings, group: Group) -> list[mixing.Drawn]:
 
 
 def recipes_section(findings: Findings) -> Section:
-    """How to run it again."""
+    """Return the commands and recipes that repeat the runs."""
     rows = [*findings.groups, *(Group(run.name, [run]) for run in findings.runs if run.scored)]
     return Section(
         "Commands, recipes and versions",

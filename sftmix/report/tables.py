@@ -1,4 +1,4 @@
-"""The tables: runs beside each other, the paper's figures, what differs, and recipes."""
+"""Make the tables: runs beside each other, the paper's figures, what differs, and recipes."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ TRAINING = (
     Measure("tokens_per_second", "tokens/s", ",.0f", tested=False),
     Measure("peak_memory_gib", "peak memory (GiB)", ".3f", tested=False),
 )
-# Of the recipe, but no options: what training found in its files.
+# Entries of the recipe that are no options: training found them in its files.
 FOUND = (
     *("data_hash", "num_examples", "template_hash", "template_date", "partition", "world_size"),
     *("model_hash", "commit", "tokenizer_hash", "eval_data_hash"),
 )
 
-# What the paper's rows of a method were mixed with.
+# The options that the paper mixed a method's rows with.
 _PAIRS = {"alpha": 0.5, "pairing": "outer"}
 PAPERS_OPTIONS: dict[str, dict[str, Any]] = {
     "sftmix": {"mu": 0.2, "mu_schedule": "constant", **_PAIRS},
@@ -63,7 +63,7 @@ Values = Mapping[str, Mapping[int, float]]  # by measure, then by seed
 
 
 def measures_of(values: Sequence[Values]) -> list[Measure]:
-    """The measures that any row has, those of evaluations last."""
+    """Return the measures that any row has, those of evaluations last."""
     known = {measure.key for measure in MEASURES + TRAINING}
     own = [measure for measure in MEASURES if any(row.get(measure.key) for row in values)]
     names = dict.fromkeys(key for row in values for key in row if key not in known)
@@ -73,13 +73,13 @@ def measures_of(values: Sequence[Values]) -> list[Measure]:
 
 
 def values_of(group: Group, more: Values | None = None) -> dict[str, Mapping[int, float]]:
-    """All figures of a row by measure and seed; ``more``: measured by the report itself."""
+    """Return all figures of a row by measure and seed; `more` adds the report's own."""
     keys = dict.fromkeys(key for run in group.runs for key in run.measures)
     return {**{key: group.values(key) for key in keys}, **(more or {})}
 
 
 def results_table(groups: Sequence[Group], values: Sequence[Values]) -> Table:
-    """Mean and standard deviation over seeds, a row for each recipe."""
+    """Return mean and standard deviation over seeds, a row for each recipe."""
     measures = measures_of(values)
     rows = [
         [
@@ -90,9 +90,9 @@ def results_table(groups: Sequence[Group], values: Sequence[Values]) -> Table:
         for group, row in zip(groups, values, strict=True)
     ]
     notes = [
-        "Mean ± sample standard deviation over seeds; each row's runs differ in their seed alone.",
+        "Mean ± sample standard deviation over seeds; each row's runs differ only in their seed.",
         "Losses in nats per token. Held-out: NTP over the response tokens of the held-out data. "
-        "Training: the NTP term alone, of the last log line.",
+        "Training: only the NTP term, of the last log line.",
     ]
     if any(row.get("confidence_std") for row in values):
         notes.append(
@@ -104,15 +104,15 @@ def results_table(groups: Sequence[Group], values: Sequence[Values]) -> Table:
 
 
 def training_table(groups: Sequence[Group], values: Sequence[Values]) -> Table:
-    """What training itself logged, a row for each recipe."""
+    """Return the figures that training logged, a row for each recipe."""
     measures = [one for one in TRAINING if any(row.get(one.key) for row in values)]
     rows = [
         [group.name, *(_spread(row.get(measure.key), measure) for measure in measures)]
         for group, row in zip(groups, values, strict=True)
     ]
     notes = (
-        "Losses of the last log line: what is minimised, in which each method has a sum of its "
-        "own, and its Mixup term in nats per position before it is weighted.",
+        "Losses of the last log line: total training loss (not comparable between methods) and the "
+        "unweighted Mixup term, nats per position.",
         "Tokens/s: median over the log lines; it counts prompts, and swings with what else the "
         "machine does.",
         "Peak memory: allocated on the GPU, or of the whole process on a CPU.",
@@ -136,7 +136,7 @@ def _spread(values: Mapping[int, float] | None, measure: Measure) -> str:
 
 
 def differences_table(groups: Sequence[Group], values: Sequence[Values]) -> Table | None:
-    """Each tested figure's difference to NTP; None without a row to compare."""
+    """Return each tested figure's difference to NTP; None without a row to compare."""
     by_group = {id(group): row for group, row in zip(groups, values, strict=True)}
     rows = []
     for group in groups:
@@ -167,7 +167,7 @@ def _mean_of_common(values: Mapping[int, float], others: Mapping[int, float]) ->
 
 
 def _difference(found: Comparison, measure: Measure, start: float) -> list[str]:
-    """Cells of a comparison; ``start``: the baseline's mean over the common seeds."""
+    """Return a comparison's cells; `start` is the baseline's mean over the common seeds."""
     form = "+" + measure.form
     difference = "-" if found.difference is None else format(found.difference, form)
     if found.difference is not None and start:
@@ -180,7 +180,7 @@ def _difference(found: Comparison, measure: Measure, start: float) -> list[str]:
 
 
 def verdict(found: Comparison) -> str:
-    """What a comparison says, in words."""
+    """Return the result of a comparison in words."""
     if found.paired_n == 0:
         return "no common seed"
     if found.paired_n == 1:
@@ -191,7 +191,7 @@ def verdict(found: Comparison) -> str:
 
 
 def warnings(groups: Sequence[Group]) -> list[str]:
-    """What keeps the comparison from being a fair one."""
+    """Return sentences on what makes the comparison unfair."""
     found = _few_seeds(groups)
     for group in groups:
         found += _of_runs(group)
@@ -203,7 +203,7 @@ def warnings(groups: Sequence[Group]) -> list[str]:
         elif baseline is not None and (others := confounders(group, baseline)):
             found.append(
                 f"{group.name} is compared with {baseline.name}, from which it also differs in "
-                f"{', '.join(others)}: a difference is not the method's alone."
+                f"{', '.join(others)}: a difference is not only the method's."
             )
     if len({json.dumps(held_out(run)) for group in groups for run in group.runs}) > 1:
         found.append("The runs do not all name the same held-out data; see what differs.")
@@ -211,11 +211,11 @@ def warnings(groups: Sequence[Group]) -> list[str]:
 
 
 def _few_seeds(groups: Sequence[Group]) -> list[str]:
-    """One sentence for all rows of one seed, and one for those of two."""
+    """Return one sentence for all rows of one seed, and one for those of two."""
     meaning = {
-        1: "one seed alone (n = 1). A difference of one run may be chance; train with other "
+        1: "one seed (n = 1). A difference of one run may be chance; train with other "
         "--seed values.",
-        2: "two seeds alone (n = 2). A test of two differences has one degree of freedom, and its "
+        2: "two seeds (n = 2). A test of two differences has one degree of freedom, and its "
         "verdict is easily wrong.",
     }
     names: dict[int, list[str]] = {number: [] for number in meaning}
@@ -244,13 +244,13 @@ def _of_runs(group: Group) -> list[str]:
 
 
 def held_out(run: Run) -> list[Any] | None:
-    """The files of a run's held-out data and their split; None without."""
+    """Return the files of a run's held-out data and their split; None if it has none."""
     files = run.files.get("eval_data")
     return files and [*files, run.files.get("eval_split", "train")]
 
 
 def differences_in_recipe(groups: Sequence[Group]) -> Table | None:
-    """The fields in which the rows' recipes differ; None where there are none."""
+    """Return the fields in which the rows' recipes differ; None if there are none."""
     recipes = [{**group.recipe, "held-out data": held_out(group.runs[0])} for group in groups]
     fields = [field for field in differing(recipes) if field != "seed"]
     if not fields:
@@ -261,7 +261,7 @@ def differences_in_recipe(groups: Sequence[Group]) -> Table | None:
 
 
 def recipe_tables(groups: Sequence[Group]) -> list[Table]:
-    """The whole recipe and the versions of each row."""
+    """Return the whole recipe and the versions of each row."""
     tables = []
     for group in groups:
         fields = [(name, shown(value)) for name, value in group.recipe.items() if name != "seed"]
@@ -272,7 +272,7 @@ def recipe_tables(groups: Sequence[Group]) -> list[Table]:
 
 
 def command(run: Run, width: int = 88) -> str:
-    """The command of a run with every option of its recipe spelled out, in lines that go on."""
+    """Return a run's command with every option of its recipe, broken into lines."""
     options = {
         "model": run.recipe["model"],
         "data": run.recipe["data"],
@@ -305,7 +305,7 @@ def _word(value: Any) -> str:
 
 
 def paper_table(groups: Sequence[Group], values: Sequence[Values]) -> Table | None:
-    """The paper's rows of the models, methods and data of ours; None where none is."""
+    """Return the paper's figures for our models, methods and data; None if there are none."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for group, row in zip(groups, values, strict=True):
         for paper in paper_rows(group):
@@ -329,7 +329,7 @@ def paper_table(groups: Sequence[Group], values: Sequence[Values]) -> Table | No
 
 
 def paper_rows(group: Group) -> list[PaperRow]:
-    """The paper's rows of a row's model, method and data; none where it mixes or selects others."""
+    """Return the paper's rows for a row's model, method and data, if it mixes and selects alike."""
     recipe = group.recipe
     known = PAPERS_OPTIONS.get(group.method, {})
     changed = any(recipe.get(name, value) != value for name, value in known.items())
@@ -337,7 +337,7 @@ def paper_rows(group: Group) -> list[PaperRow]:
         return []
     model, names = last_part(group.recipe["model"]).lower(), group.recipe["data"]
     stems = {_stem(row.data) for row in ROWS}
-    # Of a file its own name; of a data set also its owner's.
+    # A file counts by its own name, a data set also by its owner's.
     files = (".json", ".jsonl", ".parquet")
     told = [last_part(name) if name.endswith(files) else name for name in names]
     text = re.sub(r"[^a-z0-9]", "", " ".join(told).lower())
@@ -357,5 +357,5 @@ def _stem(data: str) -> str:
 
 
 def last_part(name: str) -> str:
-    """Of a path or a hub name."""
+    """Return the last part of a path or of a hub name."""
     return Path(name).name

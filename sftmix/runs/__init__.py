@@ -1,1 +1,1 @@
-"""A run: its folder, ranks, checkpoints and provenance, and how it ends."""
+"""Everything about a run: its folder, ranks, checkpoints and provenance, and how it ends."""

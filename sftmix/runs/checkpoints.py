@@ -1,8 +1,9 @@
-"""Checkpoints that are complete or not there, and which of them to go on from.
+"""Write checkpoints that are complete or absent, and choose the one to resume from.
 
-A checkpoint is written beside its place and renamed into it. `complete.json` lists its files with
-their sizes and checksums (XXH3, 3 GB/s on one core: five seconds for 16 GB, when it is written and
-when a run goes on from it), so that a file that is missing, cut off or changed since is noticed.
+A checkpoint is written under a temporary name and renamed into its place. Its `complete.json` lists
+its files with their sizes and checksums, which reveal a file that is missing, cut off or changed
+since. The checksums (XXH3, 3 GB/s on one core) cost five seconds for 16 GB, once when the
+checkpoint is written and once when a run goes on from it.
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from sftmix.conventions import TRAINER_STATE
-from sftmix.runs.failures import DISK_FAULTS, RunFailure
+from sftmix.runs.failures import DISK_FAULTS, RankError, RunFailure
 from sftmix.runs.folders import TEMPORARY_PREFIX, write_json
 from sftmix.runs.out_of_memory import is_out_of_memory
-from sftmix.runs.ranks import RankError
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +35,10 @@ PIECE = 2**24
 
 
 class writing:
-    """Turns what libraries raise on a full disk into a `RunFailure` that names the path.
+    """Turn the errors that libraries raise on a full disk into a `RunFailure` that names the path.
 
-    Safetensors and torch.save have errors of their own, tokenizers raises `Exception` itself, and
-    Python's does not say which file it was writing.
+    safetensors and torch.save have errors of their own, tokenizers raises a plain `Exception`, and
+    Python's error does not say which file was being written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,7 +50,7 @@ class writing:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
-        """Replace the error where it is the disk's."""
+        """Replace the error if it is the disk's."""
         if error is not None and _is_of_disk(error):
             raise RunFailure(f"cannot write {self.path}, is the disk full? ({error})") from error
 
@@ -58,7 +58,7 @@ class writing:
 def _is_of_disk(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in DISK_FAULTS
-    # Out of memory, a lost rank, what a run says of itself: no fault of the disk's.
+    # These are faults of memory, of another rank or of the run, not of the disk.
     others = (torch.OutOfMemoryError, torch.distributed.DistError, RunFailure, RankError)
     if isinstance(error, SafetensorError | RuntimeError) and not isinstance(error, others):
         return not is_out_of_memory(error)
@@ -66,21 +66,21 @@ def _is_of_disk(error: BaseException) -> bool:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint was written after."""
+    """Return the step after which a checkpoint was written."""
     return int(checkpoint.name[len(PREFIX) :])
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Checkpoints of a run, the newest first."""
+    """Return the checkpoints of a run, the newest first."""
     found = [path for path in run.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdigit()]
     return sorted(found, key=step_of, reverse=True)
 
 
 def seal(checkpoint: Path, changing: Collection[str] = ()) -> None:
-    """Write the list of a checkpoint's files, which is complete then.
+    """Write the list of a checkpoint's files, which makes the checkpoint complete.
 
-    Files whose names are ``changing`` will be written anew while the checkpoint stands: they have
-    neither size nor checksum in the list, but have to be there and, if tensors, whole.
+    Files whose names are `changing` will be written anew while the checkpoint stands. The list has
+    neither size nor checksum for them, but they have to exist and, if they hold tensors, be whole.
     """
     files = {str(path.relative_to(checkpoint)): path for path in _files(checkpoint)}
     listed = {
@@ -91,7 +91,7 @@ def seal(checkpoint: Path, changing: Collection[str] = ()) -> None:
 
 
 def checksum(path: Path) -> str:
-    """XXH3, 64 bits, of a file's bytes."""
+    """Return the XXH3 hash (64 bits) of a file's bytes."""
     state = xxhash.xxh3_64()
     with path.open("rb") as file:
         while piece := file.read(PIECE):
@@ -100,7 +100,7 @@ def checksum(path: Path) -> str:
 
 
 def fault(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, or None where nothing is wrong with it."""
+    """Return why a checkpoint cannot be resumed from; None if nothing is wrong with it."""
     path = checkpoint / LIST
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
@@ -120,16 +120,16 @@ def fault(checkpoint: Path) -> str | None:
             _read_header(path)
         for path, (_, digest) in kept.items():
             if checksum(path) != digest:
-                return f"{path.name} is not what was written: its checksum is another"
+                return f"{path.name} was changed after it was written: its checksum differs"
     except (OSError, SafetensorError) as error:
         return f"{path.name}: {error}"
     return None
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint that is whole, None where there is none at all.
+    """Return the newest checkpoint that is not damaged; None if the run has no checkpoint.
 
-    A warning names each one passed over.
+    A warning names each damaged one that is passed over.
 
     Raises:
         ValueError: there are checkpoints, and all of them are damaged.
@@ -145,14 +145,14 @@ def latest_checkpoint(run: Path) -> Path | None:
     if reasons:
         named = "; ".join(f"{path.name}: {reason}" for path, reason in reasons.items())
         raise ValueError(
-            f"resume: expected a whole checkpoint in {run}, got damaged ones alone ({named}); "
+            f"resume: expected a whole checkpoint in {run}, got only damaged ones ({named}); "
             "delete them to begin again at step 1, or start a new run in another folder"
         )
     return None
 
 
 def refuse_damaged(checkpoint: Path) -> None:
-    """Look at a checkpoint that was named; one that is not of this package has no list of files.
+    """Check a checkpoint that the user named; one of another program has no list of files.
 
     Raises:
         ValueError: there is none, or a file of it is not what was written.
@@ -164,15 +164,16 @@ def refuse_damaged(checkpoint: Path) -> None:
 
 
 def rotate_checkpoints(run: Path, newest: int, limit: int | None, best: str | None) -> None:
-    """Delete checkpoints of a run until ``limit`` are left, those of the lowest steps first.
+    """Delete a run's checkpoints until `limit` are left, those of the lowest steps first.
 
-    That of step ``newest``, just written, and the ``best`` one stay. Those of later steps go before
-    all others: they are damaged, or an earlier training's, as this one has not come so far.
+    The checkpoint of step `newest`, which was just written, and the `best` one stay. Checkpoints of
+    later steps are deleted first: this training has not come so far, so they are damaged or left by
+    an earlier one.
     """
     if limit is None or limit < 1:
         return
     found = sorted(list_checkpoints(run), key=lambda path: (step_of(path) <= newest, step_of(path)))
-    # By name: the best one's path is of another working directory where a run was resumed there.
+    # Names are compared: a resumed run may have the best one's path of another working directory.
     stays = {f"{PREFIX}{newest}"} | ({Path(best).name} if best else set())
     candidates = [path for path in found if path.name not in stays]
     kept = len(found) - len(candidates)
@@ -182,7 +183,7 @@ def rotate_checkpoints(run: Path, newest: int, limit: int | None, best: str | No
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Delete a checkpoint, which is gone as a whole before its files are."""
+    """Delete a checkpoint: it is renamed first, so it never stands there half deleted."""
     doomed = checkpoint.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{checkpoint.name}")
     os.rename(checkpoint, doomed)
     shutil.rmtree(doomed)

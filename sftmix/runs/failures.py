@@ -1,4 +1,4 @@
-"""How a command that fails ends: an exit code and one message that is safe to print."""
+"""Exit codes and messages of a command that fails."""
 
 from __future__ import annotations
 
@@ -20,17 +20,21 @@ class RunFailure(RuntimeError):
     """A run failed on its way; the message says why, and what is kept."""
 
 
-# Mended by another option, file, model or package; the message says which.
+class RankError(RuntimeError):
+    """Another rank failed, and says why itself."""
+
+
+# The user mends these with another option, file, model or package; the message says which.
 REFUSALS = (ValueError, TypeError, OSError, ImportError)
 # The run itself failed: the same command may well succeed next time.
 RUN_FAILURES = (RunFailure, FloatingPointError, MemoryError, ChildProcessError)
 USER_ERRORS = (*REFUSALS, *RUN_FAILURES)
-# A disk that is full or broken, whatever was being written.
+# The disk is full or broken, whatever was being written.
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def exit_code(error: BaseException) -> int:
-    """Return 1 where a run failed on its way, 2 where something that was asked for is refused."""
+    """Return 1 if a run failed on its way, 2 if something that was asked for is refused."""
     failed = isinstance(error, RUN_FAILURES) or getattr(error, "errno", None) in DISK_FAULTS
     return FAILED if failed else REFUSED
 
@@ -38,8 +42,8 @@ def exit_code(error: BaseException) -> int:
 def printable(text: str) -> str:
     r"""Return the text without secrets, with control characters spelled out, lines indented.
 
-    Names of files, columns and templates come from others: what a terminal would obey, such as an
-    escape sequence or a change of the writing direction, is shown as Python would escape it.
+    Names of files, columns and templates come from others. Characters that a terminal would obey,
+    such as an escape sequence or a change of the writing direction, are shown as Python's escapes.
 
     >>> printable("no file \x1b[31mred\nsftmix: all is well")
     'no file \\x1b[31mred\n  sftmix: all is well'
@@ -68,8 +72,19 @@ class OneSpelling(argparse.HelpFormatter):
         return super()._format_action_invocation(shown)
 
 
+def told(error: BaseException) -> str:
+    """Return an error's message; a missing file's without its number.
+
+    >>> told(FileNotFoundError(2, "No such file or directory", "rows.txt"))
+    "no such file or directory: 'rows.txt'"
+    """
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror[0].lower()}{error.strerror[1:]}: {str(error.filename)!r}"
+    return str(error)
+
+
 class OneMessage(argparse.ArgumentParser):
-    """A parser whose refusal is one message, without the usage of a hundred options."""
+    """A parser that refuses in one message, without the usage of a hundred options."""
 
     def error(self, message: str) -> NoReturn:
         """End with exit code 2, as argparse does."""
@@ -79,11 +94,11 @@ class OneMessage(argparse.ArgumentParser):
 
 
 class Naming:
-    """A context that turns what a library raises for a wrong value into a message that names it.
+    """A context that names the value at fault in what a library raises.
 
-    ``ValueError``, ``OSError`` and ``ImportError`` keep their kind. Others that libraries raise
-    become a ``ValueError``: wrong keywords, keys and attributes, and the plain ``Exception`` of the
-    tokenizers library. A message that begins with the name, or with ``other``, is not named twice.
+    `ValueError`, `OSError` and `ImportError` keep their kind. Other errors of libraries become a
+    `ValueError`: wrong keywords, keys and attributes, and the plain `Exception` of tokenizers. A
+    message that begins with the name, or with `other`, is not named twice.
 
     >>> with Naming("seed"):
     ...     int("three")
@@ -105,7 +120,7 @@ class Naming:
             name: what the value is called, an option or an argument.
             what: what was being done, for the message.
             other: another name that a message may begin with, which is replaced.
-            among: names that come before ``name`` where a message matches their pattern.
+            among: names that replace `name` if a message matches their pattern.
         """
         self.name, self.what, self.other = name, f"{what}: " if what else "", other
         self.among = among or {}
@@ -121,7 +136,7 @@ class Naming:
     ) -> None:
         if error is None or exit_code(error) != REFUSED or not is_library_error(error):
             return
-        text = str(error)
+        text = told(error)
         if text.startswith(f"{self.name}: "):
             return
         if self.other and text.startswith(f"{self.other}: "):
@@ -134,11 +149,12 @@ class Naming:
         raised = next((one for one in kinds if isinstance(error, one)), ValueError)
         mentioned = (name for name, pattern in self.among.items() if re.search(pattern, text))
         name = next(mentioned, self.name)
-        raise raised(f"{name}: {text.removeprefix(f'--{name} ')}") from error
+        text = text.removeprefix(f"--{name} ").removeprefix(f"{name}: ")
+        raise raised(f"{name}: {text}") from error
 
 
 def is_library_error(error: BaseException) -> bool:
-    """Whether a library may raise this for a wrong value or file."""
+    """Tell whether a library may raise this error for a wrong value or file."""
     # tokenizers raises Exception itself, huggingface_hub and datasets have bases of their own.
     own = {base.__name__ for base in type(error).__mro__}
     return (

@@ -1,9 +1,11 @@
-"""Folders and files of a run that survive a crash.
+"""Write the folders and files of a run such that they survive a crash.
 
-A file is written beside its place and renamed into it, so a reader sees the old file or the new
-one, and so does the next process after a power cut. Temporary names begin with `.tmp-`, which is
-how the leftovers of a killed process are known. Needs a POSIX system.
+A file is written under a temporary name and renamed into its place, so a reader sees the old file
+or the new one, also after a power cut. Temporary names begin with `.tmp-`, which identifies the
+leftovers of a killed process. This module needs a POSIX system.
 """
+
+from __future__ import annotations
 
 import fcntl
 import json
@@ -22,11 +24,11 @@ LOCK_NAME = ".lock"
 
 
 def open_run(path: str | os.PathLike[str], *, resume: bool, name: str = "path") -> Path:
-    """Returns the output folder of a run: created when new, checked when resumed.
+    """Return the output folder of a run: create a new one, or check the one to resume.
 
     The lock and the leftovers of a killed process do not count as content. A run that was killed
-    before it wrote anything may be resumed: it starts from the beginning. `name` is what messages
-    call the folder, as the one who gave it did.
+    before it wrote anything may be resumed: it starts from the beginning. Messages call the folder
+    `name`, which is what its user typed for it.
 
     Raises:
         ValueError: `path` is empty, has a `..` component, is a symbolic link or a file; it holds
@@ -48,7 +50,7 @@ def open_run(path: str | os.PathLike[str], *, resume: bool, name: str = "path") 
     used = folder.is_dir() and any(map(_is_content, folder.iterdir()))
     if resume and not folder.is_dir():
         raise ValueError(
-            f"{name}: there is no run to resume in {str(folder)!r}; --resume goes on with one"
+            f"{name}: there is no run to resume in {str(folder)!r}; leave --resume out to start one"
         )
     if used and not resume:
         raise ValueError(
@@ -63,7 +65,7 @@ def open_run(path: str | os.PathLike[str], *, resume: bool, name: str = "path") 
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Makes the file `path` out of what `write` writes, or leaves the old file as it was.
+    """Write the file `path` with `write`, or leave the old file as it was.
 
     `write` gets a temporary path in the same folder, with the same ending. Its result is ignored.
 
@@ -77,7 +79,7 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
         _finish(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        # What fails while it writes does not say where.
+        # An error while writing does not say in which file.
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
         raise
@@ -87,7 +89,7 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, obj: Any) -> None:
-    """Writes `obj` as JSON with sorted keys, atomically.
+    """Write `obj` as JSON with sorted keys, atomically.
 
     Raises:
         ValueError: `obj` holds NaN or an infinity, which JSON has no word for.
@@ -99,7 +101,7 @@ def write_json(path: Path, obj: Any) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until everything in `folder` is on the disk, with the permissions of new files.
+    """Wait until everything in `folder` is on the disk, with the permissions of new files.
 
     Raises:
         OSError: the disk refuses.
@@ -113,7 +115,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def publish_folder(staging: Path, final: Path, *, replace: bool = False) -> None:
-    """Renames the folder `staging` to `final` once everything in it is on the disk.
+    """Rename the folder `staging` to `final` once everything in it is on the disk.
 
     `final` appears complete or not at all. Both must be on one file system. With `replace`, what
     stands at `final` is moved out of the way the moment before, and deleted after.
@@ -142,7 +144,7 @@ def publish_folder(staging: Path, final: Path, *, replace: bool = False) -> None
 
 @contextmanager
 def lock_run(path: Path, *, name: str = "path") -> Iterator[None]:
-    """Holds the folder `path`, called `name`, so that no second process can write the same run.
+    """Hold the folder `path`, called `name`, to keep other processes from writing the same run.
 
     The lock is advisory and belongs to this process: the kernel drops it when the process ends,
     however it ends, and a forked child does not inherit it.
@@ -165,9 +167,9 @@ def lock_run(path: Path, *, name: str = "path") -> Iterator[None]:
 
 
 def remove_leftovers(path: Path) -> list[Path]:
-    """Deletes what killed writers left in the run `path`; returns what it deleted, sorted.
+    """Delete the files that killed writers left in the run `path`; return them, sorted.
 
-    That is every file and folder whose name begins with `TEMPORARY_PREFIX`. Call it only while
+    These are all files and folders whose names begin with `TEMPORARY_PREFIX`. Call this only while
     `lock_run` is held: another process may be about to rename such a file into its place.
 
     Raises:
@@ -209,7 +211,7 @@ def _is_content(entry: Path) -> bool:
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """`os.walk` that raises on a folder it cannot read instead of leaving it out."""
+    """Walk as `os.walk`, but raise on a folder that cannot be read instead of leaving it out."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -229,7 +231,7 @@ def _refuse_links_out_of(folder: Path, name: str) -> None:
 
 
 def _finish(file: Path) -> None:
-    # safetensors lets its files be read by their owner alone, whatever the umask says.
+    # safetensors lets only the owner read its files, whatever the umask says.
     umask = os.umask(0o077)
     os.umask(umask)
     os.chmod(file, 0o666 & ~umask)
@@ -245,7 +247,7 @@ def _sync(path: Path) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return what a manifest holds.
+    """Return the content of a manifest.
 
     Raises:
         ValueError: it is damaged, with its name.

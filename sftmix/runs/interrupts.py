@@ -1,7 +1,7 @@
-"""SIGINT and SIGTERM: how a command ends when it is asked to, and what is kept.
+"""End a command in order when SIGINT or SIGTERM asks it to.
 
-The commands install the handlers, so that a script keeps its own. A signal ends at once whatever
-has nothing to lose, such as reading data. From the first step on it waits: training ends its step
+Only the commands install handlers; a script keeps its own. A signal ends at once whatever has
+nothing to lose, such as reading data. From the first step on it waits: training finishes its step
 and scoring its batch, a checkpoint is written, and `Interrupted` ends the command. A second signal
 ends the process at once.
 """
@@ -23,10 +23,10 @@ ECHO_SECONDS = 3.0
 
 
 class Interrupted(SystemExit):
-    """A signal asked the process to end; ``str`` of it says what was kept and how to go on.
+    """A signal asked the process to end; its `str` says what was saved and how to go on.
 
-    It is no `Exception`, so that nothing on the way takes it for a failure to recover from, and a
-    process that does not catch it exits with 130 after SIGINT and 143 after SIGTERM.
+    It is no `Exception`, so nothing on the way takes it for a failure to recover from. A process
+    that does not catch it exits with 130 after SIGINT and 143 after SIGTERM.
     """
 
     def __init__(self, signum: int, text: str) -> None:
@@ -39,7 +39,7 @@ class Interrupted(SystemExit):
 
 
 class _Watch:
-    """What the handlers know: one for the process, as signals are."""
+    """The state of the signal handlers, of which a process has one set."""
 
     def __init__(self) -> None:
         self.installed = False
@@ -55,10 +55,10 @@ _watch = _Watch()
 
 @contextlib.contextmanager
 def handled(advice: str = "") -> Iterator[None]:
-    """Handle signals inside, as the module says; ``advice`` is `advise`'s first.
+    """Handle signals inside this context; `advice` is the first text of `advise`.
 
-    Only the main thread can, and once: else nothing is changed. A signal that the process was
-    started to ignore (``nohup``) stays ignored.
+    Only the main thread can do this, and only once; otherwise nothing changes. A signal that the
+    process was started to ignore (`nohup`) stays ignored.
     """
     global _watch
     if _watch.installed or threading.current_thread() is not threading.main_thread():
@@ -80,22 +80,22 @@ def handled(advice: str = "") -> Iterator[None]:
 
 
 def requested() -> int | None:
-    """The signal that has asked this process to end, None where none has."""
+    """Return the signal that asked this process to end; None if no signal came."""
     return _watch.requested
 
 
 def wait(*, wait: bool = True) -> None:
-    """Have signals wait from now on for somebody to ask for them, or end the command at once."""
+    """Make signals wait until the program asks for them, or (False) end the command at once."""
     _watch.waits = wait
 
 
 def advise(text: str) -> None:
-    """Set what the user is told where a signal ends the command at once."""
+    """Set the text that the user reads if a signal ends the command at once."""
     _watch.advice = text
 
 
 def end_if_requested() -> None:
-    """End here where a signal has come.
+    """End the command here if a signal has come.
 
     Raises:
         Interrupted: one has.

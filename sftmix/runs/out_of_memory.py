@@ -1,4 +1,4 @@
-"""What to do where memory does not suffice, in place of the allocator's own words."""
+"""Say what to do when memory does not suffice, instead of showing the allocator's message."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from collections.abc import Iterator
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-# Where not even the model finds room.
+# What helps if not even the model fits.
 MODEL_WAYS = (
     "--dtype bfloat16",
     "--lora_rank 16",
     "more GPUs with --fsdp",
     "`sftmix plan` says what fits",
 )
-# Where a model only answers.
+# What helps if a model only answers.
 ANSWERING_WAYS = ("a smaller --batch_size", "--dtype bfloat16")
 
 
 class OutOfMemory(MemoryError):
-    """Memory did not suffice, and the message says what helps."""
+    """Memory did not suffice; the message says what helps."""
 
 
 @contextlib.contextmanager
 def advising(*ways: str) -> Iterator[None]:
-    """Turn what an allocator raises inside into one message that names ``ways`` out.
+    """Turn an allocator's error into one message that lists `ways` out.
 
-    Also a decorator. Where one is inside another, the inner one's message stays.
+    This is also a decorator. If one is inside another, the inner one's message stays.
 
     Raises:
         OutOfMemory: memory did not suffice, of the device or of the host.
@@ -45,7 +45,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether memory did not suffice, on any device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    # CUDA's own libraries, of which accelerate knows but some.
+    # accelerate knows only some of the messages of CUDA's own libraries.
     texts = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "not enough memory")
     known = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     return known or (isinstance(error, Exception) and should_reduce_batch_size(error))

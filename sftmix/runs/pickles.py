@@ -1,8 +1,9 @@
-"""No code from a run's folder: a checkpoint's pickles are looked at before anything loads them.
+"""Run no code from a run's folder: check a checkpoint's pickles before anything loads them.
 
-Trainer loads its own `*.pt`, `*.pth` and `*.bin` with `torch.load(weights_only=True)`, which builds
-tensors and plain values alone; here they are read so first. The sharded checkpoints of FSDP, which
-`torch.distributed.checkpoint` unpickles without limits, are refused by `ranks.check_parallelism`.
+Trainer loads its own `*.pt`, `*.pth` and `*.bin` files with `torch.load(weights_only=True)`, which
+builds only tensors and plain values; this module reads them the same way first.
+`torch.distributed.checkpoint` unpickles FSDP's sharded checkpoints without limits, so
+`training.parallelism.check_parallelism` refuses those.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ TORCH_FILES = (".pt", ".pth", ".bin")
 
 
 def refuse_code(checkpoint: Path) -> None:
-    """Look through every file of a checkpoint that resuming may unpickle; nothing is executed.
+    """Check every file of a checkpoint that resuming may unpickle; execute nothing.
 
-    ``training_args.bin`` is left alone: Trainer writes it and never reads it.
+    `training_args.bin` is not checked: Trainer writes it and never reads it.
 
     Raises:
         ValueError: a file holds more than tensors and plain values, or cannot be read as either.
@@ -43,7 +44,7 @@ def _check(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The sentence of torch's page-long message that names what was found."""
+    """Return the sentence of torch's page-long message that names what it found."""
     text = str(error)
     start = max(text.find("Unsupported "), text.find("WeightsUnpickler error: "), 0)
     return text[start:].split("\n")[0].split(" was not an allowed")[0]

@@ -1,9 +1,9 @@
-"""What a run's model and tokenizer are, by content: equal content elsewhere is the same.
+"""Identify a run's model and tokenizer by their content, wherever they lie.
 
-A model is its weights' files (of shards in the order of their index), its configs and, where it may
-run code, that code; an adapter is its own files and those of its base model. Files are read once
-(XXH3, 3 GB/s on one core: five seconds for 16 GB), and are in the page cache for loading then. A
-tokenizer is what it does: its parts as `tokenizers` writes them, without the state of the last
+A model is its weights' files (shards in the order of their index), its configs and, if its code may
+run, that code; an adapter is its own files and those of its base model. Files are read once (XXH3,
+3 GB/s on one core: five seconds for 16 GB), after which loading finds them in the page cache. A
+tokenizer is identified by its parts as `tokenizers` writes them, without the state of the last
 call.
 """
 
@@ -19,14 +19,17 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from sftmix.conventions import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    GENERATION_CONFIG,
+    MODEL_CONFIG,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+)
 from sftmix.runs.checkpoints import checksum
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-CONFIGS = ("config.json", "generation_config.json")
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# Of a config: where it lay, and what wrote it.
+# Keys of a config that say where it lay and what wrote it.
 OF_PLACE = {
     "_name_or_path",
     "base_model_name_or_path",
@@ -34,7 +37,7 @@ OF_PLACE = {
     "transformers_version",
     "peft_version",
 }
-# Of a tokenizer: the state of the last call, and the form of the file.
+# Keys of a tokenizer that hold the state of the last call and the form of the file.
 OF_CALL = {"truncation", "padding", "version"}
 PARTS = "parts"
 
@@ -46,10 +49,10 @@ def provenance(
     *,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Return what a manifest keeps of a model and its tokenizer.
+    """Return the entries of a manifest that describe a model and its tokenizer.
 
-    ``model_hash`` and ``tokenizer_hash`` are compared when a run goes on; ``parts`` tell what of
-    them differs; ``revision`` and ``commit`` are for people.
+    `model_hash` and `tokenizer_hash` are compared when a run goes on; `parts` tell which
+    of their parts differ; `revision` and `commit` are for people.
 
     Raises:
         OSError: there is no such model, or a file of it cannot be read.
@@ -67,7 +70,7 @@ def provenance(
 
 
 def combined(parts: Mapping[str, str]) -> str:
-    """SHA-256 of the parts' hashes, in their order."""
+    """Return the SHA-256 of the parts' hashes, in their order."""
     lines = "\n".join(f"{name} {digest}" for name, digest in parts.items())
     return hashlib.sha256(lines.encode("utf-8")).hexdigest()
 
@@ -75,10 +78,10 @@ def combined(parts: Mapping[str, str]) -> str:
 def model_parts(
     model: str, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> dict[str, str]:
-    """The checksum of each file that a model is loaded from, by name.
+    """Return the checksum of each file that a model is loaded from, by name.
 
-    ``model`` is a folder or a hub name; what is not in the hub's cache yet is fetched. Python files
-    are among them where they may be run.
+    `model` is a folder or a hub name; files that are not in the hub's cache yet are fetched. Python
+    files are among them if they may be run.
 
     Raises:
         OSError: there is no such model, or a file of it is missing or damaged.
@@ -99,9 +102,9 @@ def model_parts(
     for name in weight_files(model, revision):
         path = find_file(model, name, revision)
         if path is None:
-            raise OSError(f"model: {model} has no {name}, which {INDEX} names")
+            raise OSError(f"model: {model} has no {name}, which {WEIGHTS_INDEX} names")
         parts[name] = checksum(path)
-    for name in CONFIGS:
+    for name in (MODEL_CONFIG, GENERATION_CONFIG):
         path = find_file(model, name, revision)
         if path is not None:
             parts[name] = _config_sum(path)
@@ -111,17 +114,17 @@ def model_parts(
 
 
 def weight_files(model: str, revision: str | None = None) -> list[str]:
-    """The names of a model's safetensors as transformers chooses them; of shards, as indexed.
+    """Return the names of the safetensors that transformers loads; shards as indexed.
 
     Raises:
         OSError: it has none, or its index is damaged.
     """
     if find_file(model, WEIGHTS, revision) is not None:
         return [WEIGHTS]
-    index = find_file(model, INDEX, revision)
+    index = find_file(model, WEIGHTS_INDEX, revision)
     if index is None:
         raise OSError(
-            f"model: expected safetensors ({WEIGHTS} or {INDEX}) in {model}, found none; "
+            f"model: expected safetensors ({WEIGHTS} or {WEIGHTS_INDEX}) in {model}, found none; "
             "save_pretrained writes them"
         )
     shards = _json(index).get("weight_map")
@@ -131,7 +134,7 @@ def weight_files(model: str, revision: str | None = None) -> list[str]:
 
 
 def find_file(model: str, name: str, revision: str | None = None) -> Path | None:
-    """A file of a folder, or of a model on the hub; None where there is none.
+    """Return a file of a folder or of a model on the hub; None if it does not exist.
 
     Raises:
         OSError: there is no such model.
@@ -144,19 +147,19 @@ def find_file(model: str, name: str, revision: str | None = None) -> Path | None
 
 
 def commit_of(model: str, revision: str | None = None) -> str | None:
-    """The commit that a hub model's revision stands for; None of a folder."""
+    """Return the commit of a hub model's revision; None for a folder."""
     if Path(model).is_dir():
         return None
-    found = find_file(model, CONFIGS[0], revision) or find_file(model, ADAPTER_CONFIG, revision)
+    found = find_file(model, MODEL_CONFIG, revision) or find_file(model, ADAPTER_CONFIG, revision)
     # A file of the cache lies in snapshots/COMMIT.
     parts = [] if found is None else found.parts
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
 
 
 def tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """The hash of each part of a tokenizer, by the names that tokenizer.json has for them."""
+    """Return the hash of each part of a tokenizer, by its name in tokenizer.json."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # a tokenizer in Python: its words, and the file that they are merged by
+    if backend is None:  # a tokenizer in Python has its words, and a file of their merges
         named: dict[str, Any] = {"vocabulary": tokenizer.get_vocab()}
         file = getattr(tokenizer, "vocab_file", None)
         if file is not None and Path(file).is_file():

@@ -1,7 +1,7 @@
-"""Several processes ("ranks"): what they agree on, and what one of them does for all.
+"""Let several processes ("ranks") agree, and let one of them act for all.
 
-Everything here uses the default process group, which `accelerate launch` and torchrun set up; in a
-single process nothing is sent. A launcher ends all ranks when one of them fails.
+All functions use the default process group, which `accelerate launch` and torchrun set up; a single
+process sends nothing. A launcher ends all ranks when one of them fails.
 """
 
 from __future__ import annotations
@@ -20,33 +20,29 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sftmix.runs.failures import USER_ERRORS
+from sftmix.runs.failures import USER_ERRORS, RankError
 from sftmix.runs.folders import lock_run, open_run, remove_leftovers
 
 Result = TypeVar("Result")
 
 
-class RankError(RuntimeError):
-    """Another rank failed, and says why itself."""
-
-
 def num_ranks() -> int:
-    """How many processes train together."""
+    """Return how many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """Return the number of this process, counted from 0."""
     return dist.get_rank() if num_ranks() > 1 else 0
 
 
 def is_main() -> bool:
-    """Whether this process writes and prints."""
+    """Tell whether this is the process that writes and prints."""
     return rank() == 0
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """The sum over all ranks, as a new tensor."""
+    """Return the sum over all ranks as a new tensor."""
     total = tensor.clone()
     if num_ranks() > 1:
         dist.all_reduce(total)
@@ -54,7 +50,7 @@ def summed(tensor: Tensor) -> Tensor:
 
 
 def joined_ranks(tensor: Tensor) -> Tensor:
-    """The tensors of all ranks, of one shape, one after another; without gradients."""
+    """Return the tensors of all ranks (of one shape), concatenated and without gradients."""
     if num_ranks() == 1:
         return tensor.detach()
     parts = [torch.empty_like(tensor) for _ in range(num_ranks())]
@@ -63,7 +59,7 @@ def joined_ranks(tensor: Tensor) -> Tensor:
 
 
 def gathered(value: Any) -> list[Any]:
-    """A value of every rank, in order."""
+    """Return the values of all ranks, in order."""
     values = [value]
     if num_ranks() > 1:
         values *= num_ranks()
@@ -73,7 +69,7 @@ def gathered(value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """What a user can mend ends all ranks: the first that failed raises its error.
+    """End all ranks if one of them fails with a user's error; the first such rank raises it.
 
     Nothing inside may wait for other ranks, which may have failed.
 
@@ -94,7 +90,7 @@ def together() -> Iterator[None]:
 
 
 def on_main(action: Callable[[], Result]) -> Result:
-    """What ``action`` returns, for all ranks; the main process alone runs it.
+    """Run `action` on the main process and return its result on all ranks.
 
     Raises:
         RankError: it failed, on the ranks that did not run it.
@@ -111,7 +107,7 @@ def on_main(action: Callable[[], Result]) -> Result:
 
 @contextlib.contextmanager
 def opened_run(output: str, *, resume: bool) -> Iterator[Path]:
-    """The folder of a run, opened, locked and swept by the main process alone.
+    """Open, lock and clean the folder of a run on the main process; yield it on all ranks.
 
     Raises:
         ValueError: see `open_run` and `lock_run`.
@@ -130,7 +126,7 @@ def opened_run(output: str, *, resume: bool) -> Iterator[Path]:
 
 
 def refuse_differences(values: Mapping[str, Any]) -> None:
-    """Compare what decides a run's results with the other ranks'.
+    """Compare the values that decide a run's results with those of the other ranks.
 
     Raises:
         ValueError: something differs, naming it; `RankError` on all ranks but the first.
@@ -150,12 +146,12 @@ def refuse_differences(values: Mapping[str, Any]) -> None:
 
 
 def array_hash(array: np.ndarray[Any, Any]) -> str:
-    """Hash of an array's values."""
+    """Return the hash of an array's values."""
     return hashlib.blake2b(array.tobytes(), digest_size=16).hexdigest()
 
 
 def tokens_hash(examples: Any) -> str:
-    """Hash of every example's ``input_ids`` and ``labels``, and of how many there are."""
+    """Return the hash of all examples' `input_ids` and `labels` and of their number."""
     digest = hashlib.blake2b(str(len(examples)).encode(), digest_size=16)
     for name in ("input_ids", "labels"):
         for array in _arrays(examples, name):
@@ -164,7 +160,7 @@ def tokens_hash(examples: Any) -> str:
 
 
 def _arrays(examples: Any, name: str) -> Iterator[np.ndarray[Any, Any]]:
-    """A column's values; of a data set in Arrow's format without making Python numbers."""
+    """Yield a column's values; read Arrow's memory without making Python numbers."""
     if not isinstance(examples, datasets.Dataset):
         for row in range(len(examples)):
             yield np.asarray(examples[row][name])
@@ -176,7 +172,7 @@ def _arrays(examples: Any, name: str) -> Iterator[np.ndarray[Any, Any]]:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Hash of the names, shapes and first 64 values of all parameters that are not shards."""
+    """Return the hash of the name, shape and first 64 values of every unsharded parameter."""
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):

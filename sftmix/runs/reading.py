@@ -1,4 +1,4 @@
-"""Small files that a user names, read whole: never without an end, never without a limit."""
+"""Read small files that a user names, with a limit on their size."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 import stat
 from pathlib import Path
 
-# A recipe is of 1 kB, the longest chat template in use of 20 kB.
+# A recipe has 1 kB, the longest chat template in use 20 kB.
 MAX_BYTES = 2**20
 
 
 def read_small(path: Path, name: str) -> str:
-    """Return the text of the file ``path``, which the option ``name`` gave.
+    """Return the text of the file `path`, which the option `name` gave.
 
     A device or a pipe is refused before it is opened: it may never end, or never answer.
 
@@ -22,7 +22,7 @@ def read_small(path: Path, name: str) -> str:
     if not stat.S_ISREG(path.stat().st_mode):
         kind = "folder" if path.is_dir() else "device or a pipe"
         raise ValueError(f"{name}: expected a file, got the {kind} {path}")
-    # What was a file a moment ago could be a pipe now, and opening one would wait for its writer.
+    # The file could have become a pipe since, and opening a pipe would wait for its writer.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:

@@ -1,4 +1,4 @@
-"""Secrets that must reach no file and no screen: tokens, keys, passwords in URLs."""
+"""Keep secrets out of every file and off the screen: tokens, keys, passwords in URLs."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import re
 from typing import Any
 
 HIDDEN = "***"
-# user:password@ or token@ of a URL; what a query names as a secret; tokens known by their form.
+# A URL's user:password@ or token@; secrets that a query names; tokens known by their form.
 IN_URL = re.compile(r"(?<=://)[^/\s'\"@]+(?=@)")
 IN_QUERY = re.compile(
     r"(?i)(?<=[?&;])((?:[\w.-]*(?:token|key|secret|password|signature|credential)|sig|pwd)=)"
     r"[^&\s'\"#]+"
 )
 TOKENS = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|glpat-)[A-Za-z0-9_-]{16,}")
-# Of the environment: what reporters and hubs are logged in with.
+# Environment variables that hold the keys of reporters and hubs.
 SECRET_NAMES = re.compile(r"(?i)(?:token|api_?key|secret|password|access_?key)s?$")
 SHORTEST = 8
 
 
 def redacted(value: Any) -> Any:
-    """Return a value (text, or lists and mappings of it) with its secrets replaced by ``***``.
+    """Return a value (text, or lists and mappings of it) with its secrets replaced by `***`.
 
     >>> redacted("https://me:word@host/rows.jsonl?token=abc")
     'https://***@host/rows.jsonl?token=***'

@@ -1,1 +1,1 @@
-"""Chat templates: examples written as the model reads them, and cut into tokens."""
+"""Chat templates: write examples as the model reads them, and cut them into tokens."""

@@ -1,4 +1,4 @@
-"""Tokens that end where a prompt ends, so that training reads what generation begins with."""
+"""Let tokens end where a prompt ends, so training reads what generation begins with."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def parted_at_responses(
     input_ids: list[int],
     offsets: Sequence[Span],
 ) -> tuple[list[int], Sequence[Span]]:
-    """The tokens and their offsets, none of which lies on both sides of a response's beginning.
+    """Return the tokens and their offsets, none of which crosses the beginning of a response.
 
-    Where the prompt ends in a space, or the response begins with white space, the tokenizer joins
-    the two (" hello" is one token); and GPT-2's parts two line breaks before a word, which are one
-    token at a text's end. But who asks the model has the prompt's tokens alone. Such a text is
-    tokenised in two parts; all others keep the tokens they have.
+    If the prompt ends in a space, or the response begins with white space, the tokenizer joins the
+    two (" hello" is one token); and GPT-2's tokenizer splits two line breaks before a word, which
+    are one token at a text's end. Whoever asks the model has only the prompt's tokens, so such a
+    text is tokenised in two parts; all others keep the tokens they have.
     """
     cuts = [
         begin
@@ -42,7 +42,7 @@ def parted_at_responses(
 
 
 def _following(offsets: Sequence[Span], begin: int) -> int:
-    """The first token that has a character at `begin` or behind it."""
+    """Return the first token that has a character at `begin` or behind it."""
     following = bisect_right(offsets, (begin, begin))
     while following and offsets[following - 1][1] > begin:
         following -= 1
@@ -50,10 +50,10 @@ def _following(offsets: Sequence[Span], begin: int) -> int:
 
 
 def _is_joined(offsets: Sequence[Span], begin: int) -> bool:
-    """Whether a token reaches from before `begin` to behind it.
+    """Tell whether a token reaches from before `begin` to behind it.
 
-    Byte-level tokenizers may leave the space of " hello" out of its offsets: then no token ends
-    at `begin`.
+    Byte-level tokenizers may leave the space of " hello" out of its offsets; then no token ends at
+    `begin`.
     """
     following = _following(offsets, begin)
     if not 0 < following < len(offsets):
@@ -68,19 +68,19 @@ def _is_respaced(
     input_ids: Sequence[int],
     offsets: Sequence[Span],
 ) -> bool:
-    """Whether the white space before `begin` may be other tokens than at the end of a text."""
+    """Tell whether the white space before `begin` has other tokens than at the end of a text."""
     space = begin - len(text[:begin].rstrip())
     if space < 2:
         return False
-    alone: Any = tokenizer(text[begin - space : begin], add_special_tokens=False, verbose=False)
-    following, tokens = _following(offsets, begin), alone["input_ids"]
+    encoded: Any = tokenizer(text[begin - space : begin], add_special_tokens=False, verbose=False)
+    following, tokens = _following(offsets, begin), encoded["input_ids"]
     return list(input_ids[max(following - len(tokens), 0) : following]) != list(tokens)
 
 
 def _tokens(
     tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool
 ) -> tuple[list[int], list[Span]]:
-    """The tokens of a part, without the space that some tokenizers put before a text's first word.
+    """Return a part's tokens, without the space that a tokenizer may put before the first word.
 
     As in transformers' `encode_marked_chat`, the part is read behind a line break, which is taken
     away again.

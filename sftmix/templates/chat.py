@@ -1,12 +1,12 @@
-"""Conversations rendered by a chat template, and where the responses stand in the text.
+"""Render conversations with a chat template and find the responses in the text.
 
-An assistant turn is learnt from the end of the prompt that asks for it to the end of turn that the
-template writes after it. It is found by the first of these rules that applies (docs/templates.md):
+An assistant turn is learnt from the end of its prompt to the end of turn that the template writes
+after it. The first of these rules that applies finds it (docs/templates.md):
 
-1. The template marks what the assistant writes, with ``{% generation %}``: that, as it is marked.
+1. The template marks what the assistant writes with `{% generation %}`: the marked text is learnt.
 2. The conversation's text begins with the prompt of the turn (the messages before it and the
-   generation prompt) and goes on with the turn as it reads where it is the last message. Earlier
-   turns that a template writes otherwise once others follow (it drops their thoughts, say) carry no
+   generation prompt) and goes on with the turn as the template writes a last message. Earlier turns
+   that a template writes differently once others follow (it drops their thoughts, say) carry no
    loss, and a line says how many: no prompt is ever answered like that.
 3. The prompt opens a thought that the conversation's text lacks: the last turn is put after the
    prompt itself, its thought closed in the template's own form.
@@ -22,15 +22,14 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from sftmix.data.examples import Example, Messages
 from sftmix.data.rows import BadRowError
+from sftmix.templates.form import ANSWER, PROBE, Form, added_tokens, form_of
 from sftmix.templates.rendering import (
-    CALL_PROBE,
     RenderError,
     Span,
     is_marked,
@@ -56,9 +55,6 @@ PLAIN_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"""
 
-# Words that stand for a message's text where a template is tried.
-ANSWER, ASKED, THOUGHT = "sftmixanswer", "sftmixasked", "sftmixthought"
-
 # Tags around a thought: <think>, [THINK], <|thinking|>, <reasoning>.
 _TAG = r"(?P<left>[<\[]\|?){}(?P<name>[\w:]*(?:think|thought|reason)\w*)(?P<right>\|?[>\]])"
 OPENED_THOUGHT = re.compile(rf"{_TAG.format('')}\s*$", re.IGNORECASE)
@@ -67,47 +63,51 @@ _THOUGHT_END = re.compile(_TAG.format("/"), re.IGNORECASE)
 
 NOTES = {
     "turns": "%d assistant turns carry no loss (the first in %s): the chat template writes them "
-    "otherwise once later messages follow, so that no prompt is answered like that. Train them as "
-    "rows of their own, or give --chat_template FILE with one that marks what the assistant writes "
-    "({%% generation %%})",
-    "marks": "the marked responses of %d rows (the first in %s) do not follow the prompt that the "
-    "chat template asks with, so the model is asked later for what it has not learnt: give "
+    "differently once later messages follow, so no prompt is answered like that. Train them as "
+    "examples of their own, or give --chat_template FILE with one that marks what the assistant "
+    "writes ({%% generation %%})",
+    "marks": "the marked responses of %d examples (the first in %s) do not follow the prompt that "
+    "the chat template asks with, so the model will be asked for what it has not learnt: give "
     "--chat_template FILE with one whose generation prompt begins what it marks",
     "reasoning": "the reasoning of %d messages is not used (the first in %s): the chat template "
     "writes none",
-    "tools": "the tools of %d rows are not used (the first in %s): the chat template writes none",
+    "tools": "the tools of %d examples are not used (the first in %s): the chat template writes "
+    "none",
 }
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's own chat template, or `PLAIN_TEMPLATE` where it has none.
+    """Return the tokenizer's chat template, or `PLAIN_TEMPLATE` if it has none.
 
-    Raises ValueError where the plain template is needed and the tokenizer has no eos_token, or
-    where it has several templates and none is the default.
+    Raises:
+        ValueError: the plain template is needed and the tokenizer has no eos_token, or it has
+            several templates and none is the default.
     """
     if tokenizer.chat_template:
         return tokenizer.get_chat_template()
     if not tokenizer.eos_token:
         raise ValueError(
-            "the tokenizer has no chat_template, and the plain template needs an eos_token to end "
-            "a response with: set tokenizer.eos_token or tokenizer.chat_template"
+            "chat_template: expected one, as the tokenizer has none, nor the eos_token that ends "
+            "a response of the plain one; give --chat_template FILE or set tokenizer.chat_template"
         )
     return PLAIN_TEMPLATE
 
 
 def adopt_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a tokenizer without a chat template the plain one, so that it is saved with it.
+    """Give a tokenizer without a chat template the plain one, to be saved with it.
 
-    Raises ValueError as `chat_template` does.
+    Raises:
+        ValueError: as `chat_template` does.
     """
     if not tokenizer.chat_template:
         tokenizer.chat_template = chat_template(tokenizer)
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the chat templates in use and of the bos and eos tokens they may write.
+    """Return the SHA-256 of the chat templates in use and of the bos and eos tokens.
 
-    Raises ValueError as `chat_template` does.
+    Raises:
+        ValueError: as `chat_template` does.
     """
     template = chat_template(tokenizer)
     parts = [template, tokenizer.bos_token, tokenizer.eos_token]
@@ -118,24 +118,26 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _tool_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The template that transformers takes for conversations with tools, where there is one."""
+    """Return the template that transformers takes for conversations with tools, if there is one."""
     templates = tokenizer.chat_template
     return templates.get("tool_use") if isinstance(templates, dict) else None
 
 
 def template_date(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The date that the template tells, which is today's unless it was set; None for no date.
+    """Return the date that the template tells (today's unless it was set); None if it tells none.
 
-    Raises ValueError as `chat_template` does.
+    Raises:
+        ValueError: as `chat_template` does.
     """
     templates = chat_template(tokenizer), _tool_template(tokenizer) or ""
     return _date(tokenizer) if any(map(reads_the_date, templates)) else None
 
 
 def set_template_date(tokenizer: PreTrainedTokenizerBase, date: str | None) -> None:
-    """Have the template tell this date ("2026-11-29"); None changes nothing.
+    """Make the template tell this date ("2026-11-29"); None changes nothing.
 
-    Raises ValueError where it is no date.
+    Raises:
+        ValueError: it is no date.
     """
     if date is not None:
         datetime.date.fromisoformat(date)
@@ -148,33 +150,16 @@ def _date(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def bad_row(example: Example, reason: str) -> BadRowError:
-    """The error of an example, with its file and line."""
+    """Return the error of an example, with its file and line."""
     file, _, line = example.source.rpartition(":")
     return BadRowError(file, int(line), reason)
-
-
-@dataclass(frozen=True)
-class _Form:
-    """How a template writes a turn, found by trying it.
-
-    `end`: what follows an answer that is last; None where the template cannot be tried. `kept`: the
-    part of it that is there too where a message follows. `opening`: where nothing ends a turn, the
-    token that opens the next one and so ends it. `closing`: what stands between a thought and the
-    answer; None where the template writes no thoughts. `silent`: roles whose text it does not
-    write.
-    """
-
-    end: str | None
-    kept: str
-    opening: str
-    closing: str | None
-    silent: frozenset[str]
 
 
 class Turns:
     """Finds the assistant turns in conversations, by the rules of this module's docstring.
 
-    Raises ValueError as `chat_template` does.
+    Raises:
+        ValueError: as `chat_template` does.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -185,10 +170,11 @@ class Turns:
         self.first: dict[str, str] = {}
 
     def spans(self, example: Example) -> tuple[str, list[Span]]:
-        """The text of a conversation and the span of every learnt assistant turn in it.
+        """Return the text of a conversation and the span of every learnt assistant turn in it.
 
-        Raises BadRowError where the template refuses the conversation or leaves out what it says,
-        and where a turn is not found or none is learnt.
+        Raises:
+            BadRowError: the template refuses the conversation or leaves out a text of it, a turn is
+                not found, or none is learnt.
         """
         assert example.messages is not None
         learnt = [
@@ -217,9 +203,10 @@ class Turns:
     def render(
         self, messages: Sequence[dict[str, Any]], tools: list[Any] | None, *, prompt: bool = False
     ) -> str:
-        """The text of a conversation, with the beginning of the next response or without.
+        """Return the text of a conversation; `prompt` adds the beginning of the next response.
 
-        Raises RenderError where the template refuses it or fails.
+        Raises:
+            RenderError: the template refuses it or fails.
         """
         return self._rendered(messages, tools, prompt=prompt)[0]
 
@@ -286,7 +273,7 @@ class Turns:
         return text, found
 
     def _turn(self, messages: Messages, tools: list[Any] | None, i: int, text: str) -> Span | None:
-        """Where message i stands in `text`; None where it is not there as it was asked for."""
+        """Return where message i stands in `text`; None if it is not there as it was asked for."""
         before = self.render(messages[:i], tools, prompt=True)
         if not text.startswith(before):
             return None
@@ -308,22 +295,19 @@ class Turns:
         return len(before), end
 
     def _opening(self, following: str) -> str:
-        """The token that opens the next turn, where it is one of its own."""
+        """Return the token that opens the next turn, if it is a token of its own."""
         found = self._added.match(following)
         return found.group() if found else ""
 
     @functools.cached_property
     def _added(self) -> re.Pattern[str]:
-        tokens = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
-        longest_first = sorted(tokens - {""}, key=lambda token: (-len(token), token))
-        return re.compile(
-            rf"\s*(?:{'|'.join(map(re.escape, longest_first))})" if tokens else "(?!)"
-        )
+        return added_tokens(self.tokenizer)
 
     def _with_thought(self, example: Example, messages: Messages, text: str) -> str:
-        """The prompt of the last message, and the message after it with its thought closed.
+        """Return the last message's prompt and, after it, the message with its thought closed.
 
-        Raises BadRowError where the prompt opens no thought, or more than that.
+        Raises:
+            BadRowError: the prompt opens no thought, or more than that.
         """
         before = self.render(messages[:-1], example.tools, prompt=True)
         opened = OPENED_THOUGHT.search(before)
@@ -347,7 +331,7 @@ class Turns:
     def _refuse_losses(self, example: Example, learnt: list[int], text: str) -> None:
         """Refuse a conversation of which the template leaves out what is learnt or asked.
 
-        What it leaves out beside that is noted.
+        Other things that it leaves out are noted.
         """
         messages, tools = example.messages, example.tools
         assert messages is not None
@@ -388,7 +372,7 @@ class Turns:
         return self._same((*messages[:i], other, *messages[i + 1 :]), tools, text)
 
     def _same(self, messages: Messages, tools: list[Any] | None, text: str) -> bool:
-        """Whether the template writes the same of this; what it cannot render is not the same."""
+        """Tell whether the template writes the same text; what it cannot render is not the same."""
         return self._tried(messages, tools) == text
 
     def _tried(
@@ -403,52 +387,14 @@ class Turns:
     def opens_thought(self) -> bool:
         """Whether the prompt begins a thought, which the response then ends."""
         try:
-            prompt = self.render(_PROBE[:1], None, prompt=True)
+            prompt = self.render(PROBE[:1], None, prompt=True)
         except RenderError:
             return False
         return OPENED_THOUGHT.search(prompt) is not None
 
     @functools.cached_property
-    def _form(self) -> _Form:
-        text = self._tried(_PROBE) or ""
-        thinking = self._tried((_PROBE[0], {**_PROBE[1], "reasoning_content": THOUGHT})) or ""
-        between = thinking.partition(THOUGHT)[2].partition(ANSWER)
-        closing = between[0] if between[1] else None
-        silent = {
-            message["role"]
-            for message, asked in zip(_PROBE, (ASKED, ANSWER), strict=True)
-            if text and asked not in text
-        }
-        for role, before in (("system", ()), ("developer", ()), ("tool", CALL_PROBE)):
-            one = {**_TOLD, "role": role}
-            tried = self._tried((*before, one, *(_PROBE[1:] if before else _PROBE)))
-            if tried is not None and THOUGHT not in tried:
-                silent.add(role)
-        if ANSWER not in text:
-            return _Form(None, "", "", closing, frozenset(silent))
-        end = text.partition(ANSWER)[2]
-        again = {"role": "user", "content": THOUGHT}
-        followed = (self._tried((*_PROBE, again)) or "").partition(ANSWER)[2].partition(THOUGHT)[0]
-        opening = "" if end.strip() else self._opening(followed)
-        return _Form(end, _kept(end, followed), opening, closing, frozenset(silent))
-
-
-_PROBE: Messages = (
-    {"role": "user", "content": ASKED},
-    {"role": "assistant", "content": ANSWER},
-)
-_TOLD = {"content": THOUGHT, "name": "f", "tool_call_id": "abcdefghi"}
-
-
-def _kept(end: str, followed: str) -> str:
-    """The words and white space that both begin with; a token in brackets is a word."""
-    kept = ""
-    words = (re.findall(r"<[^<>\s]*>|\s|[^\s<]+|<", text) for text in (end, followed))
-    for word, other in zip(*words, strict=False):
-        if word != other:
-            break
-        kept += word
-    return kept
+    def _form(self) -> Form:
+        return form_of(self._tried, self._opening)
 
 
 def _unlike(before: str, text: str, i: int) -> str:
@@ -465,9 +411,10 @@ def _unlike(before: str, text: str, i: int) -> str:
 
 
 def prompt_tokens(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens before the next response: those that `tokenize_examples` has there.
+    """Return the tokens before the next response, as `tokenize_examples` makes them.
 
-    Raises ValueError where the template refuses the conversation, and as `chat_template` does.
+    Raises:
+        ValueError: the template refuses the conversation; or as `chat_template` does.
     """
     try:
         text = Turns(tokenizer).render(messages, None, prompt=True)
@@ -477,9 +424,9 @@ def prompt_tokens(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def without_thought(text: str, *, opened: bool) -> str:
-    """What a model answered, behind the thought that its text or its prompt (``opened``) begins.
+    """Return a model's answer without the thought that its text or prompt (`opened`) begins.
 
-    The text as it is, where there is no thought or none that ended.
+    A text without a thought, or with one that does not end, is returned unchanged.
     """
     if not opened and _WITH_THOUGHT.match(text) is None:
         return text
@@ -488,13 +435,13 @@ def without_thought(text: str, *, opened: bool) -> str:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What training teaches to write after a response; empty where it is nothing.
+    """Return the text that training teaches to write after a response; it may be empty.
 
     Raises ValueError where the template refuses a question and its answer, and as `chat_template`
     does.
     """
     try:
-        text, turns = Turns(tokenizer).spans(Example(0, "probe:1", "", messages=_PROBE))
+        text, turns = Turns(tokenizer).spans(Example(0, "probe:1", "", messages=PROBE))
     except BadRowError as error:
         raise ValueError(error.reason) from None
     return text[: turns[-1][1]].rpartition(ANSWER)[2].rstrip()

@@ -1,4 +1,4 @@
-"""Chat templates from files: what ``--chat_template`` names."""
+"""Read chat templates from the files that `--chat_template` names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IN_FOLDER = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json
 
 
 def use_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Have a tokenizer use the template of a file or folder.
+    """Make a tokenizer use the template of a file or folder.
 
     Raises:
         ValueError: there is no template there, or several without a default, or one that is no
@@ -27,7 +27,7 @@ def use_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def read_template(name: str) -> str:
-    """The template of a Jinja file, of a tokenizer's JSON file, or of a model's folder.
+    """Return the template of a Jinja file, of a tokenizer's JSON file, or of a model's folder.
 
     Raises:
         ValueError: as `use_template`.
@@ -62,7 +62,7 @@ def _file(name: str) -> Path:
 
 
 def _of_json(text: str, path: Path, name: str) -> str:
-    """The template of ``chat_template.json`` or ``tokenizer_config.json``."""
+    """Return the template of `chat_template.json` or `tokenizer_config.json`."""
     try:
         content = json.loads(text)
     except ValueError as error:

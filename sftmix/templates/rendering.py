@@ -1,8 +1,8 @@
-"""Chat templates, rendered as transformers does it, within bounds and on one date.
+"""Render chat templates as transformers does, within bounds and on one date.
 
-A template is code that came with a model. transformers' sandbox keeps it from the machine; here its
-steps, its time and its strings are counted too, so that an endless loop ends with an error, and
-`strftime_now` tells one date, so that a run reads the same tokens on every day.
+A template is code that came with a model. transformers' sandbox keeps it from the machine; this
+module also counts its steps, its time and its strings, so an endless loop ends with an error, and
+lets `strftime_now` tell one date, so a run reads the same tokens on every day.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sftmix.runs.failures import printable
 Span = tuple[int, int]
 
 # A loop's turn or a macro's call is a step. Templates that look ahead take the square of the number
-# of messages: 1,000 messages fit. A million empty steps take about a second.
+# of messages in steps: 1,000 messages fit. A million empty steps take about a second.
 MAX_STEPS = 1_000_000
 MAX_SECONDS = 60.0
 # Characters of one string, beside 100 times those of the conversation.
@@ -38,10 +38,10 @@ MAX_CHARACTERS = 2**24
 # Names that data sets have for a message's reasoning, in transformers' order.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
-# Templates that ask whether a message has a content: DeepSeek's write its calls where it has none.
+# Some templates ask whether a message has a content; DeepSeek's write its calls if it has none.
 _ASKS_FOR_NULL = re.compile(r"content['\"]?\s*\]?\s+is\s+(not\s+)?none\b")
 
-# A call, to try a template with.
+# A conversation with a call, to try templates on.
 CALL_PROBE: tuple[dict[str, Any], ...] = (
     {"role": "user", "content": "q"},
     {
@@ -57,7 +57,7 @@ CALL_PROBE: tuple[dict[str, Any], ...] = (
     },
 )
 
-# What code of a template can raise; `_compiled` and `render` make a RenderError of it.
+# A template's code can raise these; `_compiled` and `render` turn them into a RenderError.
 _RAISED = (
     TemplateError,
     ArithmeticError,
@@ -108,7 +108,7 @@ def _step(context: object, value: object = None) -> bool:
 
 @jinja2.pass_context
 def _sized(context: object, value: Any) -> Any:
-    """The value, where it is no string or list that is too long.
+    """Return the value after checking that it is not too long a string or list.
 
     Raises:
         TemplateRuntimeError: it is.
@@ -118,7 +118,7 @@ def _sized(context: object, value: Any) -> Any:
 
 @jinja2.pass_context
 def _times(context: object, first: Any, second: Any) -> Any:
-    """The product, where it is no string or list that would be too long.
+    """Return the product after checking that it will not be too long a string or list.
 
     Raises:
         TemplateRuntimeError: it would be.
@@ -131,7 +131,7 @@ def _times(context: object, first: Any, second: Any) -> Any:
 
 @jinja2.pass_context
 def _power(context: object, first: Any, second: Any) -> Any:
-    """The power, where it has no more digits than a string may have.
+    """Return the power after checking that it has no more digits than a string may have.
 
     Raises:
         TemplateRuntimeError: it has.
@@ -147,13 +147,13 @@ def _within(value: Any, length: int) -> Any:
     return value
 
 
-# Filters are called without the sandbox's checks, a tenth of the time of a call; and their names
-# cannot be given another meaning by a template.
+# Filters skip the sandbox's checks and take a tenth of a call's time, and a template cannot give
+# their names another meaning.
 _FILTERS = {f"sftmix.{f.__name__}": f for f in (_step, _sized, _times, _power)}
 
 
 class _Counted(NodeTransformer):
-    """Has every loop and macro count its steps, and every sum and product its length."""
+    """Make every loop and macro count its steps, and every sum and product its length."""
 
     def _filter(self, name: str, value: nodes.Expr, *others: nodes.Expr) -> nodes.Filter:
         line = value.lineno
@@ -196,6 +196,9 @@ def _compiled(template: str) -> jinja2.Template:
     # The sandbox, filters and generation marks are those of transformers' empty template.
     environment: jinja2.Environment = _compile_jinja_template("").environment
     environment.filters.update(_FILTERS)
+    # These two draw from an unseeded generator: a run would read other text each time.
+    environment.filters.pop("random", None)
+    environment.globals.pop("lipsum", None)
     try:
         tree = _Counted().visit(environment.parse(template))
         tree.set_environment(environment)
@@ -215,17 +218,17 @@ def check_template(template: str) -> None:
 
 
 def is_marked(template: str) -> bool:
-    """Whether the template marks what the assistant writes, with ``{% generation %}``."""
+    """Tell whether the template marks with `{% generation %}` what the assistant writes."""
     return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template) is not None
 
 
 def reads_the_date(template: str) -> bool:
-    """Whether the template asks for today's date."""
+    """Tell whether the template asks for today's date."""
     return "strftime_now" in template
 
 
 def today() -> str:
-    """Today's date, as manifests have it."""
+    """Return today's date in the form that manifests have."""
     return datetime.date.today().isoformat()
 
 
@@ -238,7 +241,7 @@ def render(
     prompt: bool,
     tools: list[Any] | None = None,
 ) -> tuple[str, list[Span]]:
-    """The text of a conversation, and the characters that the template marks as the assistant's.
+    """Return a conversation's text and the spans that the template marks as the assistant's.
 
     Args:
         date: what `strftime_now` tells, as in "2026-11-29"; the time is midnight.
@@ -293,16 +296,16 @@ def _rendered(
 
 
 def reasoning_of(message: dict[str, Any]) -> str | None:
-    """A message's reasoning, under whichever name it goes; None where there is none."""
+    """Return a message's reasoning, under whichever name it goes; None if it has none."""
     found = (message.get(name) for name in REASONING)
     return next((value for value in found if value is not None), None)
 
 
 def _as_transformers_does(message: dict[str, Any], with_null: bool) -> dict[str, Any]:
-    """The message without nulls, its reasoning under both names that templates read.
+    """Return the message without nulls, its reasoning under both names that templates read.
 
-    Calls without words have an empty content, which null would be written as "None"; null itself
-    `with_null`, where the template asks for it.
+    Calls without words get an empty content, since null would be written as "None"; `with_null`
+    keeps null, for a template that asks for it.
     """
     message = {key: value for key, value in message.items() if value is not None}
     if message.get("tool_calls") and not message.get("content"):
@@ -315,7 +318,7 @@ def _as_transformers_does(message: dict[str, Any], with_null: bool) -> dict[str,
 
 @functools.lru_cache(maxsize=16)
 def _reads_text_arguments(template: str) -> bool:
-    """Whether a template fails on a call's arguments but for their JSON text, as DeepSeek's do."""
+    """Tell whether a template takes a call's arguments only as JSON text, as DeepSeek's do."""
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
     for change in (dict, _with_text_arguments):
         try:
@@ -339,7 +342,7 @@ def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, on which line, in characters that a terminal shows as they are."""
+    """Return what went wrong and on which line, in characters that a terminal shows as they are."""
     line = getattr(error, "lineno", None)
     trace = error.__traceback__
     while trace is not None:
@@ -354,5 +357,5 @@ def _reason(error: BaseException) -> str:
 
 
 def shown(text: str, longest: int = 500) -> str:
-    """The text as a terminal may show it, cut where it is long."""
+    """Return the text as a terminal may show it, cut if it is long."""
     return printable(text) if len(text) <= longest else f"{printable(text[:longest])}..."

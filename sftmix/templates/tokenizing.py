@@ -1,13 +1,13 @@
-"""Examples to tokens: each conversation is rendered and tokenised once, as a whole.
+"""Turn examples into tokens: each conversation is rendered and tokenised once, as a whole.
 
-A token that would join a prompt with its response is parted (see `boundaries.py`).
+A token that would join a prompt with its response is split (see `boundaries.py`).
 
-Labels are not shifted: `labels[i]` is `input_ids[i]` where token i belongs to a response (see
-`templates.py`), and -100 elsewhere.
+Labels are not shifted: `labels[i]` is `input_ids[i]` if token i belongs to a response (see
+`chat.py`), and -100 otherwise.
 
-Of a text far longer than `max_length` only the beginning is tokenised. A tokenizer may look ahead,
-so the beginning is cut at two places, until both agree on the first `max_length + 1` tokens and
-where each lies; else they are taken twice as far, up to the whole text.
+Only the beginning of a text far longer than `max_length` is tokenised. A tokenizer may look ahead,
+so the text is cut at two places; if both cuts agree on the first `max_length + 1` tokens and their
+places, these are taken, else both cuts are moved twice as far, up to the whole text.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from sftmix.templates.rendering import Span
 
 logger = logging.getLogger(__name__)
 
-# Texts tokenised together, whichever comes first: enough to keep the tokenizer's threads busy, few
-# enough that what it holds meanwhile, about 150 bytes a token, stays small beside the tokens kept.
+# Texts are tokenised together up to either limit: enough to keep the tokenizer's threads busy, and
+# few enough to keep its own memory, about 150 bytes a token, small beside the tokens kept.
 BATCH_ROWS = 1000
 BATCH_CHARACTERS = 500_000
-# Of a long text so many characters for each token of max_length are tokenised at first: English has
-# 4 to 5, and twice as many hold for most others.
+# A long text is first tokenised up to so many characters for each token of max_length: English has
+# 4 to 5 a token, and twice as many suffice for most others.
 CHARACTERS_PER_TOKEN = 8
 SPARE_CHARACTERS = 1024
-# From one cut to the other. A prime: how a run of one letter is parted may depend on the remainder
-# of its length by the length of a token, which is another one then.
+# Characters from one cut to the other. It is a prime, since how a run of one letter is split may
+# depend on its length modulo a token's length, which then differs between the cuts.
 BETWEEN_CUTS = 1009
 
 _COLUMNS = datasets.Features(
@@ -75,7 +75,7 @@ class _Tokens:
 
 
 def _labels(input_ids: Sequence[int], offsets: Sequence[Span], turns: Sequence[Span]) -> list[int]:
-    """The tokens that start inside a span, -100 elsewhere."""
+    """Return the tokens that start inside a span, and -100 for all others."""
     labels = [IGNORE_INDEX] * len(input_ids)
     for begin, end in turns:
         first, last = (bisect_left(offsets, place, key=lambda o: o[0]) for place in (begin, end))
@@ -111,25 +111,26 @@ def tokenize_examples(
     """Tokenise examples into a dataset of `id`, `content_hash`, `input_ids` and `labels`.
 
     A conversation is rendered with `chat_template(tokenizer)`, which a tokenizer without one is
-    given, and tokenised as a whole, as far as
-    `max_length` needs; a token is a response token where it starts inside an assistant turn.
-    Sequences longer than `max_length` are cut from the right, so a response loses its tail; one log
-    line says how many were. Labels are not shifted and the first token is never predicted, so a row
-    needs a label after it.
+    given, and tokenised as a whole, as far as `max_length` needs; a token is a response token if it
+    starts inside an assistant turn. Sequences longer than `max_length` are cut from the right, so a
+    response loses its tail; one log line says how many were. Labels are not shifted and the first
+    token is never predicted, so an example needs a label after it.
 
-    Raises BadRowError (or leaves the row out, with `on_bad_row="skip"`) where no response token is
-    left within `max_length`, where the template refuses the conversation, leaves out what it says
-    or does not show where its response is, and where given `input_ids` or `labels` lie outside the
-    vocabulary; ValueError for a wrong `max_length` or `on_bad_row` and where no example is left;
-    ValueError for a tokenizer that gives no offsets (a slow one).
+    Raises:
+        BadRowError: no response token is left within `max_length`; the template refuses the
+            conversation, leaves out a text of it or does not show where its response is; or given
+            `input_ids` or `labels` lie outside the vocabulary. `on_bad_row="skip"` leaves such
+            examples out.
+        ValueError: `max_length` or `on_bad_row` is wrong, no example is left, or the tokenizer is a
+            slow one, which gives no offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            "tokenizer must be a fast one, which says where in the text each token lies, "
+            "tokenizer: expected a fast one, which says where in the text each token lies, "
             f"got {type(tokenizer).__name__}"
         )
     if type(max_length) is not int or max_length < 2:
-        raise ValueError(f"max_length must be an integer of at least 2, got {max_length!r}")
+        raise ValueError(f"max_length: expected an integer of at least 2, got {max_length!r}")
     turns_of = None
     if any(example.messages is not None for example in examples):
         adopt_template(tokenizer)
@@ -150,7 +151,7 @@ def tokenize_examples(
     if turns_of is not None:
         turns_of.report()
     if not made:
-        raise ValueError(f"no examples are left of {len(examples)}")
+        raise ValueError(f"data: no examples are left of {len(examples)}")
     if making.truncated:
         logger.warning(
             "%d of %d rows were longer than max_length=%d and lost their end",
@@ -162,7 +163,7 @@ def tokenize_examples(
 
 
 class _Dataset:
-    """Takes examples one by one, tokenises them in batches, and puts the rows into tables."""
+    """Take examples one by one, tokenise them in batches, and put them into tables."""
 
     def __init__(
         self,
@@ -196,7 +197,7 @@ class _Dataset:
             self._tokenize()
 
     def finished(self) -> list[datasets.Dataset]:
-        """The tables with a row in them."""
+        """Return the tables that hold examples."""
         self._tokenize()
         self._write_table()
         return self.tables
@@ -230,7 +231,7 @@ class _Dataset:
         text, n = row.text, self.max_length
         assert text is not None
         if truncated:
-            # Enough that where the text is cut changes none of the first tokens.
+            # So much more text that the place of the cut changes none of the first tokens.
             text = text[: encoding.offsets[-1][1] + SPARE_CHARACTERS]
         turns = [turn for turn in row.turns if turn[0] < len(text)]
         ids, offsets = parted_at_responses(
@@ -261,14 +262,14 @@ class _Dataset:
         [(encoding, more)] = _encoded([prompt], self.tokenizer, 4 * self.max_length)
         return (
             f"{left}: the prompt has {'more than ' if more else ''}{len(encoding):,} tokens; raise "
-            "--max_length, or leave such rows out"
+            "--max_length"
         )
 
 
 def _encoded(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[tuple[Encoding, bool]]:
-    """Each text's first `max_length` tokens, and whether there are more."""
+    """Return each text's first `max_length` tokens, and whether there are more."""
     size = CHARACTERS_PER_TOKEN * max_length + SPARE_CHARACTERS
     whole = iter(_tokenized([text for text in texts if len(text) <= 2 * size], tokenizer))
     found = []
@@ -281,7 +282,7 @@ def _encoded(
 
 
 def _head(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoding:
-    """The first `max_length + 1` tokens of a long text; fewer where it has no more."""
+    """Return the first `max_length + 1` tokens of a long text; fewer if it has no more."""
     size = CHARACTERS_PER_TOKEN * max_length + SPARE_CHARACTERS
     while 2 * size < len(text):
         heads = _tokenized([text[:size], text[: size + BETWEEN_CUTS]], tokenizer)

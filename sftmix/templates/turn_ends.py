@@ -1,9 +1,9 @@
-"""Where a trained model ends its turns: what training teaches, and what generation stops at.
+"""Compare where training ends turns with where generation stops.
 
 The chat template decides what follows a response in training; `model.generate` stops at
-`generation_config.eos_token_id`. Where they differ, as for ChatML on a base model that ends texts
-with <|endoftext|>, a well trained model answers on to its limit. So the token that ends a turn is
-put among those that generation stops at, before training and again when the model is saved.
+`generation_config.eos_token_id`. If they differ, as for ChatML on a base model that ends texts with
+<|endoftext|>, even a well trained model answers on to its limit. So the token that ends a turn is
+added to those that generation stops at, before training and again when the model is saved.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ logger = logging.getLogger(__name__)
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that ends a turn: the first special or added one of `end_of_turn`.
+    """Return the token that ends a turn: the first special or added one of `end_of_turn`.
 
-    None where the template ends no turn, or with words. Raises ValueError as `end_of_turn` does.
+    It is None if the template ends no turn, or ends it with words.
+
+    Raises:
+        ValueError: as `end_of_turn` does.
     """
     added = tokenizer.added_tokens_decoder
     marker = tokenizer(end_of_turn(tokenizer), add_special_tokens=False, verbose=False)
@@ -31,28 +34,28 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def stop_tokens(of_model: Any) -> list[int]:
-    """The end-of-sequence tokens of a model's generation config, in order."""
+    """Return the end-of-sequence tokens of a model's generation config, in order."""
     return [of_model] if isinstance(of_model, int) else list(of_model or ())
 
 
 class TurnEnds:
-    """How turns end in training, held against where the model's generation stops.
+    """How turns end in training, compared with where the model's generation stops.
 
-    For a tokenizer whose template cannot be tried on a question and its answer, and for one that is
-    none (a trainer without ``processing_class``), nothing is known and nothing done.
+    Nothing is known or done for a tokenizer whose template cannot be tried on a question and its
+    answer, nor for a trainer without a tokenizer (`processing_class`).
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.marker, self.token, self.template = None, None, None
         if isinstance(tokenizer, PreTrainedTokenizerBase):
-            # What is wrong with a template is said of the rows that it refuses.
+            # The examples that a template refuses say what is wrong with it.
             with contextlib.suppress(ValueError):
                 self.template = chat_template(tokenizer)
                 self.marker, self.token = end_of_turn(tokenizer), end_token(tokenizer)
 
     def align(self, model: Any) -> None:
-        """Have generation stop at the end of turn that training teaches, beside the model's own."""
+        """Make generation stop at the end of turn that training teaches, besides the model's."""
         config = getattr(model, "generation_config", None)
         if config is None or self.token is None:
             return
@@ -61,7 +64,7 @@ class TurnEnds:
             config.eos_token_id = [*known, self.token] if known else self.token
 
     def warn(self) -> None:
-        """Log one warning where a trained model would not end its turns by a token."""
+        """Log one warning if a trained model would not end its turns by a token."""
         if self.marker is None or self.token is not None or not is_main():
             return
         if self.marker:
@@ -79,9 +82,9 @@ class TurnEnds:
             )
 
     def check(self) -> None:
-        """Log a warning where the template that is saved is not the one that training began with.
+        """Log a warning if the template that is saved is not the one that training began with.
 
-        The model answers as it was trained under that one alone.
+        The model answers as it was trained only under that template.
         """
         now = TurnEnds(self.tokenizer)
         if now.template != self.template and is_main():
@@ -94,14 +97,15 @@ class TurnEnds:
 
 
 def stop_advice(tokenizer: PreTrainedTokenizerBase) -> str:
-    """One sentence for a model's card: how `generate` is told where a turn ends.
+    """Return a sentence for a model's card: how to tell `generate` where a turn ends.
 
-    Raises ValueError as `end_of_turn` does.
+    Raises:
+        ValueError: as `end_of_turn` does.
     """
     token = end_token(tokenizer)
     if token is not None:
         return (
-            f"That is token {token}: where the generation config has it not, as the base model's "
-            f"under an adapter, give `generate` the `eos_token_id`."
+            f"That is token {token}: if the generation config lacks it, as the base model's under "
+            "an adapter does, pass it to `generate` as `eos_token_id`."
         )
     return "No token stands for it: give `generate` this text in `stop_strings`."

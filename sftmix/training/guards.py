@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from sftmix.runs import interrupts
-from sftmix.runs.ranks import RankError, gathered, is_main, summed
+from sftmix.runs.failures import RankError
+from sftmix.runs.ranks import gathered, is_main, summed
 from sftmix.training.config import SFTMixOptions
 
 # The mixin goes over any trainer derived from Trainer; type checkers read it as one.

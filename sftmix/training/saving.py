@@ -21,9 +21,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from sftmix.conventions import MODEL_CARD, TRAINER_STATE
+from sftmix.conventions import CONFIGS, MODEL_CARD, TRAINER_STATE
 from sftmix.model.saved_config import config_to_save
-from sftmix.model.source import CONFIGS
 from sftmix.model.weights import without_message
 from sftmix.runs import interrupts
 from sftmix.runs.checkpoints import (

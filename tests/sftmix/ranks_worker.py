@@ -36,8 +36,8 @@ from sftmix.model.head import HeadAdapter
 from sftmix.pairs.collator import PairedCollator
 from sftmix.runs import interrupts
 from sftmix.runs.checkpoints import list_checkpoints
+from sftmix.runs.failures import RankError
 from sftmix.runs.ranks import (
-    RankError,
     is_main,
     num_ranks,
     on_main,

@@ -4,11 +4,13 @@
 `sftmix evaluate` runs all, from local files too.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
 
-# The tables' names of the tasks, in the order of their columns.
+# The paper's names of the tasks, in the order of its tables' columns.
 PAPER_NAMES = {
     "medqa": "MedQA",
     "medqa_5": "MedQA-5",

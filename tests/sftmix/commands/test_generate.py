@@ -270,10 +270,10 @@ def test_bad_arguments(
         (["--max_new_tokens", "0"], "max_new_tokens: expected at least 1, got 0"),
         (["--temperature", "-1"], "temperature: expected at least 0, got -1.0"),
         (["--top_k", "-1"], "top_k: expected at least 0"),
-        (["--name", "a/b"], "name: expected one that a file can have, got 'a/b'"),
+        (["--name", "a/b"], "name: expected a name that a file can have, got 'a/b'"),
         (["--output", str(tmp_path / "out.jsonl")], "ends in .json, got"),
         (["--questions", str(tmp_path / "no.json")], "no such data file"),
-        (["--questions", str(empty)], "holds none"),
+        (["--questions", str(empty)], "holds no questions"),
         (["--questions", str(mt_bench)], "question.jsonl:1: 'instruction' must be"),
     ):
         assert message in refused(capsys, run("alpaca_eval", alpaca, "out.json", *flags))
@@ -289,7 +289,7 @@ def test_no_prompt_is_cut(
     """A question whose last turn might not fit is refused before the first is answered."""
     mt_bench.write_text(json.dumps(MT_QUESTIONS[3]))
     error = refused(capsys, run("mt_bench", mt_bench, "mt", "--max_new_tokens", "100"))
-    need = re.search(r"question 84: .* max_new_tokens=100 need (\d+) positions.* has 256", error)
+    need = re.search(r"question 84 needs (\d+) positions with answers of 100 .* has 256", error)
     assert need
     # Written again as text, an answer may be of some more tokens.
     left = str(90 - -(-(int(need[1]) - 256) // 2))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -53,6 +55,13 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         main([command, "--help"])
     assert caught.value.code == 0
     assert f"usage: sftmix {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["split", "report"])
+def test_help_of_a_light_command_needs_no_torch(command: str) -> None:
+    imported = f"import sys\nfrom sftmix.cli import main\ntry:\n    main(['{command}', '--help'])\n"
+    code = f"{imported}finally:\n    assert not {{'torch', 'transformers'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

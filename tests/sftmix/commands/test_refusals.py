@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -80,9 +81,15 @@ def refused(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
         ("--lora_rank 2 --lora_targets nothing", "--lora_targets: Target modules {'nothing'} not"),
         ("--attn_implementation foo", "--attn_implementation: the model in "),
         ("--per_device_train_batch_size 64", "--data: expected at least one batch of 64 examples"),
-        ("--config nowhere.yaml", "--config: [Errno 2] No such file or directory: 'nowhere.yaml'"),
-        ("--data no.json", "--data: "),
-        ("--eval_data no.json", "--eval_data: "),
+        ("--config nowhere.yaml", "--config: no such file or directory: 'nowhere.yaml'"),
+        ("--data no.json", "--data: no such data file: no.json"),
+        ("--data nothing", "--data: no file or folder 'nothing', and no data set of this name"),
+        ("--data_split test", "--data_split: expected a folder or a data set with splits, got 'te"),
+        ("--eval_data no.json", "--eval_data: no such data file: no.json"),
+        ("--eval_data DATA --eval_split test", "--eval_split: expected a folder or a data set w"),
+        ("--select keys:no.txt", "--select: no such file or directory: 'no.txt'"),
+        ("--metric_for_best_model foo", "--metric_for_best_model: expected --eval_strategy epoch"),
+        ("--lora_rank 999999", "--lora_rank: expected at most 24, the largest side of the model's"),
         ("--partition no.parquet", "--partition: expected the confidence.parquet of a run of `sft"),
         ("--partition /", "--partition: expected the confidence.parquet of a run of `sftmix scor"),
         ("--model ./typo", "--model: no folder ./typo; a name on the hub would be such as org/nam"),
@@ -99,9 +106,35 @@ def refused(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
 def test_wrong_words(
     flags: str, message: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    flags = flags.replace("DATA", words[words.index("--data") + 1])
     assert refused(capsys, [*words, *flags.split(" ")]).startswith(message)
     left = [path.name for path in tmp_path.rglob("*") if path.name != ".lock"]
     assert left in ([], ["run"])
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ("learning_rate: fast", "", "--config: FILE: learning_rate: invalid float value: 'fast'"),
+        ("max-length: 1", "", "--config: FILE: max_length: expected at least 2"),
+        ("train: {mu: -1}", "", "--config: FILE: mu: expected a finite number of at least 0"),
+        ("eval_data: no.json", "", "--config: FILE: eval_data: no such data file: no.json"),
+        ("mu: -1", "--mu -2", "--mu: expected a finite number of at least 0, got -2.0"),
+        ("mu: 1", "--alpha 0", "--alpha: expected a finite number above 0, got 0.0"),
+    ],
+)
+def test_wrong_values_of_a_file(
+    text: str,
+    flags: str,
+    message: str,
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    found = refused(capsys, [*words, "--config", str(file), *flags.split()])
+    assert found.startswith(message.replace("FILE", str(file)))
 
 
 @pytest.mark.parametrize("name", ["model", "partition", "output", "data_split"])
@@ -259,7 +292,7 @@ def test_folders_for_the_run(
     (tmp_path / "used" / "x").write_text("x")
     for name, message in (
         ("file", "expected a folder, got the file "),
-        ("file/below", "[Errno 20] Not a directory: "),
+        ("file/below", "not a directory: "),
         ("used", f"{str(tmp_path / 'used')!r} already holds a run; pass --resume"),
     ):
         found = refused(capsys, [*words, "--output", str(tmp_path / name)])
@@ -299,6 +332,9 @@ def test_split(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ("split", "the following arguments are required: RUN"),
+        ("score --model MODEL --data x --output x --mu 1", "--mu: expected no such option, sftmix"),
+        ("score --model MODEL --data x --output x --kl-reg=2", "--kl_reg: expected no such option"),
         ("report", "the following arguments are required: RUN"),
         ("report nowhere", "RUN: nowhere is no run of sftmix: it has no manifest.json"),
         ("report nowhere --examples -1", "--examples: expected at least 0, got -1"),
@@ -306,7 +342,7 @@ def test_split(
         ("demo", "the following arguments are required: --output"),
         ("demo --output x --seed -1", "--seed: expected 0 .. 2^32-1, got -1"),
         ("demo --output ../x", "--output: a run name cannot leave its folder"),
-        ("doctor now", "doctor: expected no arguments, got now"),
+        ("doctor now", "unrecognized arguments: now; see `sftmix doctor --help`"),
         ("plan", "the following arguments are required: --model"),
         ("plan --model typo", "--model: no folder ./typo, and no such name in the hub's cache"),
         ("plan --model MODEL --gpu_memory much", "--gpu_memory: expected bytes such as 80GiB"),
@@ -317,6 +353,14 @@ def test_split(
         ("evaluate --model MODEL --tasks x", "--tasks: expected some of "),
         ("evaluate --model MODEL --batch_size 0", "--batch_size: expected at least 1, got 0"),
         ("evaluate --model MODEL --output no/x", "--output: there is no folder 'no'"),
+        ("evaluate --model MODEL --tasks medqa --medqa_data no", "--medqa_data: no file or folde"),
+        ("evaluate --model MODEL --tasks medqa --medqa_data no.json", "--medqa_data: no such data"),
+        ("evaluate --model MODEL --tasks pubmedqa", "--pubmedqa_data: no data set of the hub has"),
+        (
+            "evaluate --model MODEL --tasks pubmedqa --pubmedqa_data MODEL/config.json "
+            "--pubmedqa_ids no.json",
+            "--pubmedqa_ids: no.json is not a JSON file: no such file or directory: 'no.json'",
+        ),
     ],
 )
 def test_other_commands(
@@ -337,11 +381,13 @@ def test_other_commands(
     ("flags", "message"),
     [
         ("--model ./typo", "--model: no folder ./typo"),
-        ("--questions no.json", "--questions: "),
+        ("--questions no.json", "--questions: no such data file: no.json"),
+        ("--questions no", "--questions: no file or folder 'no', and no data set of this name"),
+        ("", "--max_new_tokens: question 'one owl' needs 2075 positions with answers of 2048 to"),
         ("--batch_size 0", "--batch_size: expected at least 1, got 0"),
         ("--max_new_tokens 0", "--max_new_tokens: expected at least 1, got 0"),
         ("--temperature -1", "--temperature: expected at least 0, got -1.0"),
-        ("--top_k -1", "--top_k: expected at least 0, which is all, got -1"),
+        ("--top_k -1", "--top_k: expected at least 0, which means all, got -1"),
         ("--format x", "--format: invalid choice: 'x'"),
     ],
 )
@@ -357,8 +403,19 @@ def test_generate(
     Path("questions.json").write_text('[{"instruction": "one owl", "dataset": "x"}]')
     words = ["generate", "--model", str(toy_model), "--format", "alpaca_eval"]
     words += ["--questions", "questions.json", "--output", "out.json", "--use_cpu", "true"]
-    assert refused(capsys, [*words, *flags.split(" ")]).startswith(message)
+    assert refused(capsys, [*words, *flags.split()]).startswith(message)
     assert not Path("out.json").exists()
+
+
+def test_only_the_first_rank_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger("sftmix")
+    for rank, level in (("0", logging.NOTSET), ("1", logging.ERROR)):
+        monkeypatch.setenv("RANK", rank)
+        try:
+            assert main(["split", "nowhere"]) == 2
+            assert logger.level == level
+        finally:
+            logger.setLevel(logging.NOTSET)
 
 
 def test_no_message_shows_the_terminal_a_command(

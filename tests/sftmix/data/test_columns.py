@@ -348,7 +348,7 @@ def test_masks_of_rows_of_tokens(
     ("more", "reason"),
     [
         ({"attention_mask": [1, 0, 1]}, "'attention_mask[1]' is 0 between tokens that are read"),
-        ({"attention_mask": [0, 0, 0]}, "the row is padding alone"),
+        ({"attention_mask": [0, 0, 0]}, "the row is only padding"),
         ({"attention_mask": [1, 1, 2]}, "'attention_mask[2]' must be 0 or 1, got 2 (a packed row?"),
         ({"attention_mask": [1, 1]}, "of one length, got 3 and 2"),
         ({"attention_mask": [[1], [1], [1]]}, "'attention_mask[0]' must be an integer, got [1]"),

@@ -41,6 +41,20 @@ def transformed(rows: list[dict[str, Any]]) -> datasets.Dataset:
     return numbers
 
 
+def test_positions_beyond_those_a_model_was_made_for(
+    model: PreTrainedModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rotary positions are computed, so that a longer example is no error."""
+    monkeypatch.setattr(model.config, "max_position_embeddings", 3)
+    check_examples(model, train_dataset=[GOOD])
+    assert not caplog.messages
+    check_examples(model, train_dataset=[GOOD, tiny.named([5] * 4, [5] * 4)])
+    assert [one.partition(";")[0] for one in caplog.messages] == [
+        "train_dataset: the longest example has 4 tokens, and the model was made for 3 "
+        "(max_position_embeddings)"
+    ]
+
+
 class Torch(torch.utils.data.Dataset[dict[str, Any]]):
     """Rows as tensors."""
 

@@ -77,6 +77,17 @@ def test_all_files_of_a_folder_are_read_or_named(
     assert re.findall(r"'(\S+\.\w+)'", caplog.text) == left
 
 
+def test_empty_files_of_a_folder_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    empty = [write(tmp_path / name, 0) for name in ("a.jsonl", "c.parquet")]
+    with pytest.raises(ValueError, match=rf"^{empty[0]}, {empty[1]}: holds no rows$"):
+        load_examples([tmp_path])
+    write(tmp_path / "b.jsonl")
+    assert answers(tmp_path) == ["b"]
+    assert caplog.messages == [f"no rows in {empty[0]}, {empty[1]}"]
+
+
 def test_links_are_followed_once(tmp_path: Path) -> None:
     write(tmp_path / "elsewhere/a.jsonl")
     write(tmp_path / "data/b.jsonl")

@@ -15,7 +15,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from sftmix.data.examples import load_examples
-from sftmix.evaluation.answering import Answerer, Decoding, Draws, draw, stops
+from sftmix.evaluation.answering import Answerer, Decoding, Draws, sampled, stops
 from sftmix.evaluation.questions import Answer, Question
 from sftmix.templates.chat import PLAIN_TEMPLATE, prompt_tokens
 from sftmix.templates.tokenizing import tokenize_examples
@@ -158,12 +158,12 @@ def test_draws_follow_the_distribution() -> None:
         exact = scores[0].double() / 0.7
         if top_k:
             exact[exact < exact.sort().values[-top_k]] = -torch.inf
-        tokens = draw(scores.expand(number, -1), temperature, grid, top_k)
+        tokens = sampled(scores.expand(number, -1), temperature, grid, top_k)
         counts = torch.bincount(tokens, minlength=12)
         assert (counts - number * exact.softmax(-1)).abs().max() <= 1
         assert counts[3] == 0
     ends = torch.tensor([0.0, np.nextafter(1.0, 0.0)], dtype=torch.float64)
-    tokens = draw(scores.expand(2, -1), temperature[:2], ends, 0)
+    tokens = sampled(scores.expand(2, -1), temperature[:2], ends, 0)
     assert tokens[0] == scores.argmax()
     assert tokens[1] == scores[0].masked_fill(scores[0].isinf(), torch.inf).argmin()
 

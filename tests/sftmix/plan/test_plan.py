@@ -26,7 +26,7 @@ from sftmix.model.tiled_mlp import tile_mlps
 from sftmix.plan import plan_step
 from sftmix.plan import step as planning
 from sftmix.plan.optimizer import ao_states
-from sftmix.plan.planned import Planned, Row, advised, parse_bytes
+from sftmix.plan.planned import Alternative, Planned, advised, parse_bytes
 from sftmix.plan.search import GRID, largest_length, step_of
 from sftmix.plan.trace import GRADIENTS, LOSS, OPTIMIZER, WEIGHTS
 from sftmix.recipe.arguments import RunArguments
@@ -302,7 +302,7 @@ def test_the_command_says_what_fits_and_what_helps(plan: Callable[..., tuple[int
     assert "loses small updates" not in said  # LoRA's are float32
     code, said = plan("--gpu-memory", "1KB", "--max-length", "64", *ALL_ON[:-2])
     assert code == DOES_NOT_FIT
-    assert re.search(r"does not fit: .*; too little help", said)
+    assert re.search(r"does not fit: .*; it does not fit (even )?with", said)
     assert "--optim adamw_torch_8bit *" in said
     assert "no length fits" in said
 
@@ -370,15 +370,18 @@ def test_advice(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) ->
     words = ["--model", str(model), "--max-length", "64", "--disable_tqdm", "true"]
     planned = Planned(words)
     config = planned.read_config()
-    lean, lora = Row("--memory lean", True, peak=600), Row("--lora_rank 4", False, peak=500)
+    lean, lora = (
+        Alternative("--memory lean", True, peak=600),
+        Alternative("--lora_rank 4", False, peak=500),
+    )
     says = [advised(planned, config, memory, [lean, lora]) for memory in (700, 550)]
     assert [text.split(" (")[0] for text in says] == [
-        "most helps --memory lean",
-        "most helps --lora_rank 4",
+        "it fits best with --memory lean",
+        "it fits best with --lora_rank 4",
     ]
     alone = Planned([*words, "--lora_rank", "4"]).plan(config, 64).peak
-    both = advised(planned, config, alone, [Row("--lora_rank 4", False, peak=alone + 1)])
-    assert both.startswith("together help --lora_rank 4")
+    both = advised(planned, config, alone, [Alternative("--lora_rank 4", False, peak=alone + 1)])
+    assert both.startswith("it fits with --lora_rank 4 together")
 
 
 def test_bytes() -> None:

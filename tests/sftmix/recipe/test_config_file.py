@@ -46,7 +46,7 @@ def test_what_commands_share_and_what_is_their_own(tmp_path: Path) -> None:
         *("--model", "m", "--data", "c", "--bf16", "true", "--mu", "0.5"),
         *(*kwargs, "--output", "t"),
     ]
-    with pytest.raises(ValueError, match="'max_steps' is no option of generate, expected one of "):
+    with pytest.raises(ValueError, match="'max_steps' is no option of generate; "):
         config_words(path, "generate", OPTIONS)
 
 
@@ -67,13 +67,13 @@ def test_files_that_include_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"trian": {"output": "t"}}, "'trian' is no command with --config, .*did you mean train"),
+        ({"trian": {"output": "t"}}, "'trian' is no command with --config; did you mean train"),
         ({"mu": {"output": "t"}, "tests": {"a": 1}}, "'tests' is no command"),
         # `sftmix split` reads no file.
         ({"split": {"by": "random"}}, "'split' is no command with --config"),
-        ({"modle": "m"}, "'modle' is no option of train, .* did you mean model"),
-        ({"xyzzy": "m"}, "'xyzzy' is no option of train, .* --help-all shows"),
-        ({"train": {"ouput": "m"}}, "train: 'ouput' is no option, .* did you mean output"),
+        ({"modle": "m"}, "'modle' is no option of train; did you mean model"),
+        ({"xyzzy": "m"}, "'xyzzy' is no option of train; --help-all shows"),
+        ({"train": {"ouput": "m"}}, "train: 'ouput' is no option; did you mean output"),
         ({"train": {"max_steps": 3, "beta": 1}}, "train: 'beta' is no option"),
         ({"model=x": "m"}, "'model=x' is no option"),
         ({"model x": "m"}, "'model x' is no option"),

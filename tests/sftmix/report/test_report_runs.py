@@ -358,12 +358,11 @@ def test_the_partition_is_found_wherever_it_is(tmp_path: Path) -> None:
 
 
 def test_methods_are_those_of_the_options() -> None:
-    from sftmix.recipe import loading, manifest
+    from sftmix.recipe import manifest
     from sftmix.training.config import CHOICES, OF_MIXUP
 
     assert set(METHODS) == set(CHOICES["method"])
     assert MIXED == METHODS_MIXED
     assert report_runs.NOT_RECIPE == manifest.NOT_RECIPE
-    assert report_runs.CONFIGS == loading.CONFIGS
     assert {"method", "partition", *OF_MIXUP, "kl_reg"} == report_runs.OF_METHOD
     assert set(manifest.RECIPE_FIELDS) >= report_runs.OF_METHOD - {"partition"}

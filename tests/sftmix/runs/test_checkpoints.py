@@ -232,7 +232,7 @@ def test_a_flipped_bit_is_a_fault_too(name: str, unbroken: Any, tmp_path: Path) 
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
     reason = fault(run / "checkpoint-9")
-    assert reason == f"{name} is not what was written: its checksum is another"
+    assert reason == f"{name} was changed after it was written: its checksum differs"
     assert latest_checkpoint(run) == run / "checkpoint-6"
 
 
@@ -241,7 +241,7 @@ def test_a_list_that_is_none_is_a_fault_too(text: str, unbroken: Any, tmp_path: 
     run = copy_of(unbroken[0], tmp_path, 9)
     (run / "checkpoint-9" / LIST).write_text(text)
     assert (fault(run / "checkpoint-9") or "").startswith(LIST)
-    with pytest.raises(ValueError, match=r"got damaged ones alone \(checkpoint-9: complete\.json"):
+    with pytest.raises(ValueError, match=r"got only damaged ones \(checkpoint-9: complete\.json"):
         latest_checkpoint(run)
 
 

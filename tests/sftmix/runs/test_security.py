@@ -127,7 +127,7 @@ def test_a_pickle_that_changed_the_checksums_is_not_opened(
 ) -> None:
     with_torch(canary, run / "checkpoint-6" / "optimizer.pt")
     assert main([*broken_off[1], "--output", str(run)]) == 2
-    assert "damaged ones alone (checkpoint-6: optimizer.pt" in capsys.readouterr().err
+    assert "only damaged ones (checkpoint-6: optimizer.pt" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_our_own_is_not_refused(run: Path) -> None:

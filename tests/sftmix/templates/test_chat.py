@@ -227,16 +227,19 @@ def test_wrong_arguments(bpe: Tokenizer) -> None:
     class Slow:
         is_fast = False
 
-    with pytest.raises(ValueError, match=r"tokenizer must be a fast one.*got Slow"):
+    with pytest.raises(ValueError, match=r"tokenizer: expected a fast one.*got Slow"):
         tokenize_examples([_example("a", "b")], Slow())  # type: ignore[arg-type]
     for length in (1, 2.5, True):
-        with pytest.raises(ValueError, match="max_length must be an integer of at least 2, got"):
+        with pytest.raises(ValueError, match="max_length: expected an integer of at least 2, got"):
             tokenize_examples([_example("a", "b")], _wrap(bpe), max_length=length)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="on_bad_row"):
         tokenize_examples([_example("a", "b")], _wrap(bpe), on_bad_row="")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no examples are left of 0"):
         tokenize_examples([], _wrap(bpe))
-    with pytest.raises(ValueError, match="the plain template needs an eos_token"):
+    with pytest.raises(
+        ValueError,
+        match=r"^chat_template: expected one, as the tokenizer has no",
+    ):
         tokenize_examples([_example("a", "b")], _wrap(bpe, bos_token="<s>"))
 
 

@@ -17,6 +17,8 @@ BAD = {
     "type": ("\n\n{{ messages[0].content + 1 }}", "TypeError", 3),
     "division": ("{{ 1 // 0 }}", "ZeroDivisionError", 1),
     "key": ("{% set d = {} %}\n{{ d['a'].b }}", "no attribute 'a'", 2),
+    "random": ("{{ messages | random }}", "No filter named 'random'", 1),
+    "random words": ("{{ lipsum() }}", "'lipsum' is undefined", 1),
     "filter": ("\n{{ messages | nothing }}", "No filter named 'nothing'", 2),
     "syntax": ("a\nb\n{% for %}", "Expected an expression", 3),
     "sandbox": ("{{ ''.__class__.__mro__ }}", "SecurityError", 1),

@@ -195,7 +195,7 @@ def test_marks_that_the_prompt_does_not_ask_for(caplog: pytest.LogCaptureFixture
     )
     assert rows_of(asking, ONE, TWO) == rows_of(chats.MARKED, ONE, TWO)
     (record,) = caplog.records
-    assert "the marked responses of 2 rows (the first in rows.jsonl:1)" in record.getMessage()
+    assert "the marked responses of 2 examples (the first in rows.jsonl:1)" in record.getMessage()
 
 
 # Tools
@@ -285,7 +285,7 @@ def test_what_a_template_leaves_out(caplog: pytest.LogCaptureFixture) -> None:
     assert rows_of(chats.CHATML, example(*(ONE.messages or ()), tools=TOOLS)) == [
         ["the answer<|im_end|>"]
     ]
-    assert "the tools of 1 rows are not used (the first in rows.jsonl:1)" in caplog.text
+    assert "the tools of 1 examples are not used (the first in rows.jsonl:1)" in caplog.text
     parts = chats.CHATML.replace(
         "{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}"
     )

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from sftmix.cli import main
 from sftmix.pairs.partition import partition_hash, read_partition
+from sftmix.recipe.manifest import warn_of_other_template
 from sftmix.toy import build_toy_model
 from tests.sftmix.conftest import write_rows
 
@@ -55,6 +56,18 @@ def test_a_weak_models_halves_train_a_strong_one(weak: dict[str, Path], tmp_path
     assert (config.vocab_size, config.hidden_size) == (large, 16)
     log = json.loads((tmp_path / "run/trainer_state.json").read_text())["log_history"]
     assert all(line["mixup_loss"] > 0 for line in log if "loss" in line)
+
+
+def test_another_chat_template_is_told(
+    weak: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(weak["strong"])
+    warn_of_other_template(weak["partition"], tokenizer)
+    assert not caplog.messages
+    tokenizer.chat_template += " "
+    warn_of_other_template(weak["partition"], tokenizer)
+    [told] = caplog.messages
+    assert told.startswith(f"partition: {weak['partition']} was scored under another chat template")
 
 
 def test_a_row_that_changed_is_refused(
