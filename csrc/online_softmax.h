@@ -1,8 +1,8 @@
 // The softmax of a row of logits that arrives in chunks, and the loss that follows from it.
 //
 // The only place with this maths: the CUDA kernels (online_softmax_kernels.cuh) and their CPU twin
-// (online_softmax_cpu.cpp) are loops around it, and sftmix_kernels/online_softmax.py says the same
-// in PyTorch operations.
+// (online_softmax_cpu.cpp) are loops around it, and sftmix_kernels/perplexity/online_softmax.py
+// says the same in PyTorch operations.
 
 #pragma once
 

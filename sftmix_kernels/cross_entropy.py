@@ -15,7 +15,7 @@ from .checks import (
 from .mixup_loss import reduced_loss
 from .reference import label_weight
 from .schedules import Schedule, resolve_schedule
-from .vocab_parallel import VocabShard, checked_head
+from .vocab_parallel.shard import VocabShard, checked_head
 
 
 def fused_cross_entropy(

@@ -23,27 +23,21 @@ from .checks import (
     check_same,
     checked_lam,
 )
-from .recomputed_loss import TileOptions, TileRows
+from .gradients import Gradients, first_order_only, input_gradients, present
 from .reference import both, label_weight, weighted_loss
-from .row_chunks import (
-    Gradients,
-    LogitTransform,
-    cache_blocks,
+from .row_chunks.chunks import (
     chunk_sizes,
     counted_rows,
-    first_order_only,
-    input_gradients,
-    load_rows,
     logits_workspace,
     mixed_rows,
-    present,
     project,
-    soft_cross_entropy_,
-    store_rows_,
 )
+from .row_chunks.losses import cache_blocks, load_rows, soft_cross_entropy_, store_rows_
 from .schedules import Schedule, VocabTiles, resolve_schedule, runs_triton
-from .sharded_chunks import add_over_ranks_, sharded_losses_
-from .vocab_parallel import Head, VocabShard, checked_head
+from .transform import LogitTransform
+from .vocab_parallel.losses import add_over_ranks_, sharded_losses_
+from .vocab_parallel.shard import Head, VocabShard, checked_head
+from .vocab_tiles.rows import TileOptions, TileRows
 
 
 @torch.library.custom_op("sftmix_kernels::mixup_rows", mutates_args=())
@@ -116,7 +110,7 @@ def chunk_losses_(
 ) -> Tensor:  # (K,)
     """Weighted losses of one chunk; its logits become gradients in place."""
     if runs_triton(logits):
-        from .triton.row_chunks import soft_rows_
+        from .row_chunks.kernels import soft_rows_
 
         both_shares = None if share.shape[1] == 1 else share
         return soft_rows_(logits, targets, both_shares, row_weight, transform, needs_gradient)

@@ -38,10 +38,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .perplexity import block_rows, round_up
-from .row_chunks import PADDING, cache_blocks, chunk_sizes
-from .schedules import RowChunks, VocabTiles
-from .tile_gradients import BLOCK_P, BLOCK_R, BLOCK_V, groups
+from .perplexity.streaming import block_rows, round_up
+from .row_chunks.chunks import chunk_sizes
+from .row_chunks.losses import cache_blocks
+from .schedules import BLOCK_P, BLOCK_R, BLOCK_V, PADDING, RowChunks, VocabTiles
+from .vocab_tiles.gradients import groups
 
 NTP, MIXUP, BOTH = "NTP", "Mixup", "NTP + Mixup"
 

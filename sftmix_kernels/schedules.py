@@ -17,6 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 # are fewer (measured, MKL, AVX-512).
 FEWEST_ROWS = 16
 
+# Triton vectorises accesses of rows whose stride 16 divides.
+PADDING = 16
+
+# Rows, pairs and vocabulary entries of a tile. 128 x 128 float32 logits over 8 warps are 64
+# registers a thread; two accumulators of 64 pairs are as many.
+BLOCK_R, BLOCK_P, BLOCK_V = 128, 64, 128
+
 
 @dataclass(frozen=True)
 class RowChunks:

@@ -32,28 +32,29 @@ from .checks import (
     check_row_out,
     checked_lam,
 )
+from .gradients import Gradients, first_order_only, scaled
 from .mixup_loss import Options, fused_mixup_loss, loss_divisor
-from .recomputed_loss import TileOptions, tile_losses
 from .reference import SFTMixLoss, both, label_weight, weighted_loss
-from .row_chunks import (
-    Gradients,
-    LogitTransform,
-    cache_blocks,
+from .row_chunks.chunks import (
     chunk_sizes,
     counted_rows,
-    cross_entropy_,
-    first_order_only,
     gather_rows,
-    load_rows,
     logits_workspace,
-    pair_cross_entropy_,
     project,
-    scaled,
+)
+from .row_chunks.losses import (
+    cache_blocks,
+    cross_entropy_,
+    load_rows,
+    pair_cross_entropy_,
     store_rows_,
 )
 from .schedules import Schedule, VocabTiles, resolve_schedule, runs_triton
-from .sharded_chunks import add_over_ranks_, sharded_pair_losses_
-from .vocab_parallel import VocabShard, checked_head
+from .transform import LogitTransform
+from .vocab_parallel.losses import add_over_ranks_, sharded_pair_losses_
+from .vocab_parallel.shard import VocabShard, checked_head
+from .vocab_tiles.pairs import tile_losses
+from .vocab_tiles.rows import TileOptions
 
 
 @torch.library.custom_op("sftmix_kernels::sftmix_rows", mutates_args=())
@@ -170,7 +171,7 @@ def chunk_losses_(
     """Weighted losses of one chunk; its logits become gradients in place."""
     vocab_size, num_pairs = logits.shape[1], pair_weight.numel()
     if runs_triton(logits):
-        from .triton.row_chunks import pair_rows_, soft_rows_
+        from .row_chunks.kernels import pair_rows_, soft_rows_
 
         ntp_of_pairs, mixup = pair_rows_(
             logits, labels, row_weight, share, pair_weight, mix_ratio, transform, needs_gradient

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sftmix_kernels import fused_cross_entropy, fused_mixup_loss, fused_sftmix_loss
 from sftmix_kernels.mixup_loss import mixup_rows
-from sftmix_kernels.perplexity import add_sample_losses_op
+from sftmix_kernels.perplexity.streaming import add_sample_losses_op
 from sftmix_kernels.sftmix_loss import sftmix_rows
 
 from .budget import assert_same_bits, exact, head_inputs, run

@@ -1,0 +1,79 @@
+"""The rows of a chunk: how many, which, and the products that make logits of them.
+
+Legend: R rows, K rows of one chunk, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..schedules import FEWEST_ROWS, PADDING, runs_triton
+
+
+def chunk_sizes(num_rows: int, chunk_rows: int) -> list[int]:
+    """Rows of each chunk: as few chunks as ``chunk_rows`` allows, of about equal size.
+
+    A small last chunk would waste a pass over ``dW``. None has fewer than `FEWEST_ROWS` where there
+    are as many, so that the size of chunks does not change the bits of row losses. All but the last
+    are even, for pairs.
+    """
+    if num_rows == 0:
+        return []
+    num_chunks = max(1, min(-(-num_rows // chunk_rows), num_rows // (FEWEST_ROWS + 2)))
+    twos, more = divmod((num_rows + 1) // 2, num_chunks)
+    sizes = [2 * (twos + (chunk < more)) for chunk in range(num_chunks)]
+    sizes[-1] -= num_rows % 2
+    return sizes
+
+
+def counted_rows(weight: Tensor) -> Tensor:
+    """Rows that enter the matrix products: (K,) int64.
+
+    On the CPU those whose weight is not 0. On an accelerator all of them, since to know how many
+    count would make the host wait for the device; callers that know gather first, as the
+    trainer does.
+    """
+    if weight.device.type == "cpu":
+        return weight.nonzero().squeeze(-1)
+    return torch.arange(weight.shape[0], device=weight.device)
+
+
+def gather_rows(hidden: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """``hidden[rows]`` with zeros where the weight is 0: an ignored NaN must not reach ``dW``."""
+    return hidden.index_select(0, rows).masked_fill_((weight == 0).unsqueeze(-1), 0.0)
+
+
+def mixed_rows(
+    hidden: list[Tensor], share: Tensor, rows: Tensor, row_weight: Tensor
+) -> Tensor:  # (K, D)
+    """``sum_t share_t hidden_t`` of some rows, in float32, rounded once to hidden's dtype."""
+    if len(hidden) == 1:
+        return gather_rows(hidden[0], rows, row_weight[rows])
+    first, second = hidden
+    if runs_triton(share):
+        from . import kernels
+
+        return kernels.mixed_rows(first, second, share, rows, row_weight)
+    first, second = (gather_rows(h, rows, row_weight[rows]).float() for h in hidden)
+    share_first, share_second = share[rows].tensor_split(2, dim=-1)
+    return (first * share_first + second * share_second).to(hidden[0].dtype)
+
+
+def logits_workspace(weight: Tensor, num_rows: int) -> Tensor:
+    """Room for logits of some rows, (K, V).
+
+    For kernels the rows are padded, so that each begins where a 16-byte load can: V of GPT-2 is
+    50257, and of any model with one token added it is odd.
+    """
+    vocab_size = weight.shape[0]
+    padding = -vocab_size % PADDING if runs_triton(weight) else 0
+    return weight.new_empty(num_rows, vocab_size + padding)[:, :vocab_size]
+
+
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, workspace: Tensor) -> Tensor:
+    """Raw logits of a chunk, (K, V) in hidden's dtype, in the workspace's first K rows."""
+    logits = workspace[: hidden.shape[0]]
+    if bias is None:
+        return torch.mm(hidden, weight.t(), out=logits)
+    return torch.addmm(bias, hidden, weight.t(), out=logits)
