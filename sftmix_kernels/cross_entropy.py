@@ -60,8 +60,6 @@ def fused_cross_entropy(
         labels.unsqueeze(-1),
         torch.ones_like(counts).unsqueeze(-1),
         counts,
-        logit_scale,
-        softcap,
         reduction,
         divisor,
         resolve_schedule(schedule, hidden, head.widest),

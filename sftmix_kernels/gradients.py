@@ -6,7 +6,7 @@ Legend: R rows of hidden, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,28 +82,33 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
-def present(*tensors: Tensor | None) -> list[Tensor]:
-    """The tensors that are not None."""
-    return [tensor for tensor in tensors if tensor is not None]
+def handed_out(
+    gradients: Sequence[Tensor],  # of the first inputs of a Function
+    factors: Sequence[Tensor],  # one for each
+    needs: Sequence[bool],  # whether each input of the Function needs a gradient
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, ...]:
+    """Return what a Function's backward returns: the gradients, scaled, and None for all others."""
+    some = (
+        scaled(gradient, factor, dtype) if needed else None
+        for gradient, factor, needed in zip(gradients, factors, needs, strict=False)
+    )
+    return *some, *(None for _ in needs[len(gradients) :])
 
 
 def input_gradients(
-    ctx: Any, gradients: list[Tensor], share: Tensor, scale: Tensor
+    gradients: Sequence[Tensor],  # of the mixed rows, weight and bias
+    share: Tensor,  # (R, T)
+    scale: Tensor,
+    needs: Sequence[bool],
+    dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden_c, hidden_u, weight and bias from those of the mixed rows."""
+    """Hand out the gradients of hidden_c, hidden_u, weight, bias: the mixed rows' to both."""
     mixed, weight, bias = gradients
-    one = share.shape[1] == 1
-    factors = [scale] if one else [share_t * scale for share_t in share.tensor_split(2, dim=-1)]
-    hidden = [
-        scaled(mixed, factor, ctx.dtype) if needed else None
-        for factor, needed in zip(factors, ctx.needs_input_grad, strict=False)
-    ]
-    return (
-        *hidden,
-        *((None,) if one else ()),
-        scaled(weight, scale, ctx.dtype) if ctx.needs_input_grad[2] else None,
-        scaled(bias, scale, ctx.dtype) if ctx.needs_input_grad[3] else None,
-    )
+    of_both = [scale, scale]
+    if share.shape[1] == 2:
+        of_both = [share_t * scale for share_t in share.tensor_split(2, dim=-1)]
+    return handed_out((mixed, mixed, weight, bias), (*of_both, scale, scale), needs, dtype)
 
 
 def first_order_only(backward: Backward) -> Backward:

@@ -174,15 +174,16 @@ def group_bytes(task: str, schedule: VocabTiles, shape: Shape) -> int:
 
 def op_call(name: str, args: Sequence[Any]) -> tuple[str, Shape]:
     """Task and shape of a call of a loss's op, by the op's name and positional arguments."""
-    hidden, weight = args[:2]
     if name.startswith("sftmix"):
+        hidden, weight = args[:2]
         mixed = not name.startswith("sftmix_rows") or args[5].shape[0] > 0
         num_rows, size = hidden.shape
         shape = Shape(num_rows, size, weight.shape[0], hidden.itemsize)
         return BOTH if mixed else NTP, shape
-    num_rows, size = hidden[0].shape
-    shape = Shape(len(hidden) * num_rows, size, weight.shape[0], weight.itemsize)
-    return MIXUP if len(hidden) == 2 else NTP, shape
+    hidden, partner, weight = args[:3]
+    task, halves = (NTP, 1) if partner is None else (MIXUP, 2)
+    num_rows, size = hidden.shape
+    return task, Shape(halves * num_rows, size, weight.shape[0], weight.itemsize)
 
 
 def op_workspace(

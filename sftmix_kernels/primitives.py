@@ -9,6 +9,8 @@ it, it is written down.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
@@ -220,9 +222,20 @@ def target_gradient(raw, at, factor, logit_scale, softcap):
     return tl.where(factor == 0.0, 0.0, factor * at * slope)
 
 
+class PairState(NamedTuple):
+    """All that a pair's gradients need besides its logits. Of c, of u, of their mixture:"""
+
+    loss: Any
+    top: Any  # the largest logit
+    total: Any  # sum of exponentials
+    factor: Any  # `row_factor`
+    at_targets: Any  # d loss / d raw of c at both targets, of u at both
+
+
 @triton.jit
 def pair_state(
-    lse,  # (peak, total) of c, of u and of their mixture, the targets left out
+    peak,  # of c, of u, of their mixture, the targets left out
+    total,  # likewise
     raw_cc,  # raw logits: of row c at c's target
     raw_cu,  # of row c at u's target
     raw_uc,
@@ -235,12 +248,9 @@ def pair_state(
     softcap,
     HAS_BIAS: tl.constexpr,
 ):
-    """All that a pair's gradients need besides its logits.
-
-    Returns three losses, maxima, sums of exponentials and factors (`row_factor`), in the order c,
-    u, mixture, and ``d loss / d raw`` of both rows at both targets, in the order of the arguments.
-    """
-    peak_c, total_c, peak_u, total_u, peak_m, total_m = lse
+    """Return the `PairState` of a pair from its LSEs and its raw logits at both targets."""
+    peak_c, peak_u, peak_m = peak
+    total_c, total_u, total_m = total
     weight_c, weight_u, weight_m = weights
     raw_mc = mixed_logits(raw_cc, raw_uc, share_c, share_u, HAS_BIAS)
     raw_mu = mixed_logits(raw_cu, raw_uu, share_c, share_u, HAS_BIAS)
@@ -256,26 +266,31 @@ def pair_state(
     factor_c = row_factor(weight_c, logit_scale, total_c)
     factor_u = row_factor(weight_u, logit_scale, total_u)
     factor_m = row_factor(weight_m, logit_scale, total_m)
-    mc = target_gradient(raw_mc, at_mc, factor_m, logit_scale, softcap)
-    mu = target_gradient(raw_mu, at_mu, factor_m, logit_scale, softcap)
-    cc = target_gradient(raw_cc, at_c, factor_c, logit_scale, softcap) + share_c * mc
-    uu = target_gradient(raw_uu, at_u, factor_u, logit_scale, softcap) + share_u * mu
-    cu = row_gradient(raw_cu, top_c, factor_c, logit_scale, softcap) + share_c * mu
-    uc = row_gradient(raw_uc, top_u, factor_u, logit_scale, softcap) + share_u * mc
-    cu, uc = tl.where(same, cc, cu), tl.where(same, uu, uc)
-    losses, factors = (loss_c, loss_u, loss_m), (factor_c, factor_u, factor_m)
-    return losses, (top_c, top_u, top_m), (total_c, total_u, total_m), factors, (cc, cu, uc, uu)
+    of_mc = target_gradient(raw_mc, at_mc, factor_m, logit_scale, softcap)
+    of_mu = target_gradient(raw_mu, at_mu, factor_m, logit_scale, softcap)
+    of_cc = target_gradient(raw_cc, at_c, factor_c, logit_scale, softcap) + share_c * of_mc
+    of_uu = target_gradient(raw_uu, at_u, factor_u, logit_scale, softcap) + share_u * of_mu
+    of_cu = row_gradient(raw_cu, top_c, factor_c, logit_scale, softcap) + share_c * of_mu
+    of_uc = row_gradient(raw_uc, top_u, factor_u, logit_scale, softcap) + share_u * of_mc
+    of_cu, of_uc = tl.where(same, of_cc, of_cu), tl.where(same, of_uu, of_uc)
+    return PairState(
+        loss=(loss_c, loss_u, loss_m),
+        top=(top_c, top_u, top_m),
+        total=(total_c, total_u, total_m),
+        factor=(factor_c, factor_u, factor_m),
+        at_targets=(of_cc, of_cu, of_uc, of_uu),
+    )
 
 
 @triton.jit
-def pair_gradients(raw_c, raw_u, top, factor, share_c, share_u, mixes, logit_scale, softcap,
+def pair_gradients(raw_c, raw_u, state, share_c, share_u, mixes, logit_scale, softcap,
                    HAS_BIAS: tl.constexpr):  # fmt: skip
     """``d loss / d raw`` of both rows of a pair at columns that are no targets."""
-    gradient_c = row_gradient(raw_c, top[0], factor[0], logit_scale, softcap)
-    gradient_u = row_gradient(raw_u, top[1], factor[1], logit_scale, softcap)
+    gradient_c = row_gradient(raw_c, state.top[0], state.factor[0], logit_scale, softcap)
+    gradient_u = row_gradient(raw_u, state.top[1], state.factor[1], logit_scale, softcap)
     if mixes:
         raw_m = mixed_logits(raw_c, raw_u, share_c, share_u, HAS_BIAS)
-        gradient_m = row_gradient(raw_m, top[2], factor[2], logit_scale, softcap)
+        gradient_m = row_gradient(raw_m, state.top[2], state.factor[2], logit_scale, softcap)
         gradient_c += share_c * gradient_m
         gradient_u += share_u * gradient_m
     return gradient_c, gradient_u

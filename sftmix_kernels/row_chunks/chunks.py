@@ -21,8 +21,8 @@ def chunk_sizes(num_rows: int, chunk_rows: int) -> list[int]:
     if num_rows == 0:
         return []
     num_chunks = max(1, min(-(-num_rows // chunk_rows), num_rows // (FEWEST_ROWS + 2)))
-    twos, more = divmod((num_rows + 1) // 2, num_chunks)
-    sizes = [2 * (twos + (chunk < more)) for chunk in range(num_chunks)]
+    twos, longer = divmod((num_rows + 1) // 2, num_chunks)
+    sizes = [2 * twos + 2] * longer + [2 * twos] * (num_chunks - longer)
     sizes[-1] -= num_rows % 2
     return sizes
 
@@ -45,19 +45,24 @@ def gather_rows(hidden: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def mixed_rows(
-    hidden: list[Tensor], share: Tensor, rows: Tensor, row_weight: Tensor
+    hidden_c: Tensor,  # (R, D)
+    hidden_u: Tensor | None,  # (R, D)
+    share: Tensor,  # (R, 2) float32; not read where nothing is mixed
+    rows: Tensor,  # (K,) int64
+    row_weight: Tensor,  # (R,) float32
 ) -> Tensor:  # (K, D)
-    """``sum_t share_t hidden_t`` of some rows, in float32, rounded once to hidden's dtype."""
-    if len(hidden) == 1:
-        return gather_rows(hidden[0], rows, row_weight[rows])
-    first, second = hidden
+    """Return ``lam h_c + (1 - lam) h_u`` of some rows, computed in float32 and rounded once."""
+    if hidden_u is None:
+        return gather_rows(hidden_c, rows, row_weight[rows])
     if runs_triton(share):
         from . import kernels
 
-        return kernels.mixed_rows(first, second, share, rows, row_weight)
-    first, second = (gather_rows(h, rows, row_weight[rows]).float() for h in hidden)
-    share_first, share_second = share[rows].tensor_split(2, dim=-1)
-    return (first * share_first + second * share_second).to(hidden[0].dtype)
+        return kernels.mixed_rows(hidden_c, hidden_u, share, rows, row_weight)
+    gathered_c, gathered_u = (
+        gather_rows(hidden, rows, row_weight[rows]).float() for hidden in (hidden_c, hidden_u)
+    )
+    share_c, share_u = share[rows].tensor_split(2, dim=-1)
+    return (gathered_c * share_c + gathered_u * share_u).to(hidden_c.dtype)
 
 
 def logits_workspace(weight: Tensor, num_rows: int) -> Tensor:

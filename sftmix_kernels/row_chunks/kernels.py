@@ -49,6 +49,18 @@ def num_stages(logits: Tensor) -> int:
     return 4 if logits.dtype == torch.float32 else 5
 
 
+def launch_options(logits: Tensor) -> dict[str, int | bool]:
+    """Return the options of both row kernels."""
+    return {
+        "BLOCK": BLOCK,
+        "VECTOR": 16 // logits.element_size(),
+        "STAGES": num_stages(logits),
+        "num_warps": NUM_WARPS,
+        "maxnreg": MAX_REGISTERS,
+        "enable_fp_fusion": False,
+    }
+
+
 def width_of(logits: Tensor) -> int:
     """Columns that are read and written: with `logits_workspace`'s padding, so that accesses are
     of whole vectors whatever V is."""
@@ -200,8 +212,9 @@ def pair_rows_kernel(
     raw_uc, raw_uu = load_float32(ptr_u + target_c), load_float32(ptr_u + target_u)
     weight_c, weight_u = tl.load(weight_ptr + row_c), tl.load(weight_ptr + row_u)
     weight_m = weighted(mix_weight, tl.load(mix_ratio_ptr))
-    losses, top, _, factor, at_targets = pair_state(
-        (peak_c, total_c, peak_u, total_u, peak_m, total_m),
+    state = pair_state(
+        (peak_c, peak_u, peak_m),
+        (total_c, total_u, total_m),
         raw_cc,
         raw_cu,
         raw_uc,
@@ -214,9 +227,9 @@ def pair_rows_kernel(
         softcap,
         HAS_BIAS,
     )
-    tl.store(ntp_ptr + row_c, weighted(weight_c, losses[0]))
-    tl.store(ntp_ptr + row_u, weighted(weight_u, losses[1]))
-    tl.store(mixup_ptr + row_c, weighted(mix_weight, losses[2]))
+    tl.store(ntp_ptr + row_c, weighted(weight_c, state.loss[0]))
+    tl.store(ntp_ptr + row_u, weighted(weight_u, state.loss[1]))
+    tl.store(mixup_ptr + row_c, weighted(mix_weight, state.loss[2]))
 
     if NEEDS_GRADIENT:
         # Every thread has read the targets' logits before one of them overwrites these.
@@ -227,17 +240,17 @@ def pair_rows_kernel(
             raw_c = load_float32(ptr_c + column, mask=inside, other=0.0)
             raw_u = load_float32(ptr_u + column, mask=inside, other=0.0)
             gradient_c, gradient_u = pair_gradients(
-                raw_c, raw_u, top, factor, share_c, share_u, mixes, logit_scale, softcap, HAS_BIAS
+                raw_c, raw_u, state, share_c, share_u, mixes, logit_scale, softcap, HAS_BIAS
             )
             tl.store(ptr_c + column, gradient_c.to(logits_ptr.dtype.element_ty), mask=inside)
             tl.store(ptr_u + column, gradient_u.to(logits_ptr.dtype.element_ty), mask=inside)
         # The targets' columns have just been written, by other threads than those that correct
         # them.
         tl.debug_barrier()
-        tl.store(ptr_c + target_c, at_targets[0].to(logits_ptr.dtype.element_ty))
-        tl.store(ptr_c + target_u, at_targets[1].to(logits_ptr.dtype.element_ty))
-        tl.store(ptr_u + target_c, at_targets[2].to(logits_ptr.dtype.element_ty))
-        tl.store(ptr_u + target_u, at_targets[3].to(logits_ptr.dtype.element_ty))
+        tl.store(ptr_c + target_c, state.at_targets[0].to(logits_ptr.dtype.element_ty))
+        tl.store(ptr_c + target_u, state.at_targets[1].to(logits_ptr.dtype.element_ty))
+        tl.store(ptr_u + target_c, state.at_targets[2].to(logits_ptr.dtype.element_ty))
+        tl.store(ptr_u + target_u, state.at_targets[3].to(logits_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -314,12 +327,7 @@ def soft_rows_(
                 None if transform.scale == 1.0 else transform.scale,
                 transform.softcap,
                 NEEDS_GRADIENT=needs_gradient,
-                BLOCK=BLOCK,
-                VECTOR=16 // logits.element_size(),
-                STAGES=num_stages(logits),
-                num_warps=NUM_WARPS,
-                maxnreg=MAX_REGISTERS,
-                enable_fp_fusion=False,
+                **launch_options(logits),
             )
     return loss
 
@@ -356,11 +364,6 @@ def pair_rows_(
                 transform.softcap,
                 HAS_BIAS=transform.has_bias,
                 NEEDS_GRADIENT=needs_gradient,
-                BLOCK=BLOCK,
-                VECTOR=16 // logits.element_size(),
-                STAGES=num_stages(logits),
-                num_warps=NUM_WARPS,
-                maxnreg=MAX_REGISTERS,
-                enable_fp_fusion=False,
+                **launch_options(logits),
             )
     return ntp, mixup

@@ -21,8 +21,9 @@ from ..transform import LogitTransform
 # MKL's vector maths gets ready at its first call. Where that was made by two threads at once, one
 # half of an `exp` was off by 1.5e-4 in about one process of five (torch 2.13): one number takes one
 # thread.
-for first_call in (torch.exp, torch.tanh, torch.log1p):
-    first_call(torch.zeros(1))
+torch.exp(torch.zeros(1))
+torch.tanh(torch.zeros(1))
+torch.log1p(torch.zeros(1))
 
 
 class TargetColumns(NamedTuple):

@@ -92,6 +92,8 @@ class Head(NamedTuple):
     bias: Tensor | None  # (W,)
     vocab_size: int  # V
     widest: int  # the most tokens that a process has, which bounds the bytes of chunks
+    logit_scale: float
+    softcap: float | None
     start: int = 0  # the first token of this process
     group: str | None = None  # name of the group; None where this process has the whole head
 
@@ -110,7 +112,8 @@ def checked_head(
     """Check what a public function was given for the head; leave padding out."""
     if vocab_parallel is None:
         check_head(hidden, weight, bias, logit_scale, softcap, name=name)
-        return Head(weight, bias, weight.shape[0], weight.shape[0])
+        size = weight.shape[0]
+        return Head(weight, bias, size, size, float(logit_scale), softcap)
     if not isinstance(vocab_parallel, VocabShard):
         raise TypeError(
             f"vocab_parallel: expected a VocabShard, got {type(vocab_parallel).__name__}"
@@ -124,4 +127,13 @@ def checked_head(
     check_head(hidden, weight, bias, logit_scale, softcap, name=name, fewest_tokens=width)
     if weight.shape[0] > width:
         weight, bias = weight[:width], None if bias is None else bias[:width]
-    return Head(weight, bias, shard.vocab_size, shard.widest, shard.start, shard.group_name)
+    return Head(
+        weight,
+        bias,
+        shard.vocab_size,
+        shard.widest,
+        float(logit_scale),
+        softcap,
+        shard.start,
+        shard.group_name,
+    )

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..primitives import add_dot, held_targets, mixed_logits, row_gradient, weighted
 from ..schedules import BLOCK_P, BLOCK_R, BLOCK_V
 from ..transform import LogitTransform
+from .groups import PairGroup, RowGroup
 from .logits import (
     grouped_tile,
     load_operand,
@@ -240,10 +241,7 @@ def live_product_kernel(
 
 def soft_gradient_(
     gradient: Tensor,  # (K, C), to be filled
-    hidden: list[Tensor],  # T of (K, D)
-    share: Tensor | None,  # (2, K) float32; None for one target
-    targets: Tensor,  # (T, K) int64
-    row_weight: Tensor,  # (K,) float32
+    group: RowGroup,
     weight: Tensor,  # (V, D)
     bias: Tensor | None,
     state: Tensor,  # (4, K) float32
@@ -252,24 +250,22 @@ def soft_gradient_(
     first_tile: int,
 ) -> None:
     """``row_weight * d loss / d raw`` of the columns that begin with a tile."""
+    hidden_c, hidden_u, targets, share, row_weight = group
     num_rows, num_tiles = gradient.shape[0], gradient.shape[1] // BLOCK_V
-    first, second = hidden[0], hidden[1] if len(hidden) == 2 else None
     with torch.cuda.device_of(weight):
         soft_gradient_kernel[(triton.cdiv(num_rows, BLOCK_R) * num_tiles,)](
-            first, second, first.stride(0), share, targets, row_weight, weight, weight.stride(0),
-            bias, state, live, gradient, num_rows, weight.shape[1], weight.shape[0], first_tile,
-            num_tiles, transform.scale, transform.softcap, BLOCK_R=BLOCK_R, BLOCK_V=BLOCK_V,
-            **tile_options(weight, fuses=True, interpolates=second is not None),
+            hidden_c, hidden_u, hidden_c.stride(0), share, targets, row_weight, weight,
+            weight.stride(0), bias, state, live, gradient, num_rows, weight.shape[1],
+            weight.shape[0], first_tile, num_tiles, transform.scale, transform.softcap,
+            BLOCK_R=BLOCK_R, BLOCK_V=BLOCK_V,
+            **tile_options(weight, fuses=True, interpolates=hidden_u is not None),
         )  # fmt: skip
 
 
 def pair_gradient_(
     gradient: Tensor,  # (2 P, C), to be filled: rows of c before rows of u
     hidden: Tensor,  # (R, D)
-    rows: Tensor,  # (2, P) int64
-    share: Tensor,  # (2, P) float32
-    labels: Tensor,  # (2, P) int64
-    weights: Tensor,  # (3, P) float32
+    group: PairGroup,
     weight: Tensor,  # (V, D)
     bias: Tensor | None,
     state: Tensor,  # (10, P) float32
@@ -278,6 +274,7 @@ def pair_gradient_(
     first_tile: int,
 ) -> None:
     """``G_c`` and ``G_u`` of the columns that begin with a tile."""
+    rows, labels, weights, share = group
     num_pairs, num_tiles = rows.shape[1], gradient.shape[1] // BLOCK_V
     with torch.cuda.device_of(weight):
         pair_gradient_kernel[(triton.cdiv(num_pairs, BLOCK_P) * num_tiles,)](

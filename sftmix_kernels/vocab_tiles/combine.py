@@ -164,8 +164,9 @@ def pair_combine_kernel(
     peak_c, total_c = combined_lse(lse_ptr, pair, inside, num_pairs, num_tiles, BLOCK_B)
     peak_u, total_u = combined_lse(lse_u, pair, inside, num_pairs, num_tiles, BLOCK_B)
     peak_m, total_m = combined_lse(lse_m, pair, inside, num_pairs, num_tiles, BLOCK_B)
-    losses, top, total, factor, at_targets = pair_state(
-        (peak_c, total_c, peak_u, total_u, peak_m, total_m),
+    state = pair_state(
+        (peak_c, peak_u, peak_m),
+        (total_c, total_u, total_m),
         tl.load(raw_ptr + pair, mask=inside, other=0.0),
         tl.load(raw_ptr + num_pairs + pair, mask=inside, other=0.0),
         tl.load(raw_ptr + 2 * num_pairs + pair, mask=inside, other=0.0),
@@ -178,30 +179,33 @@ def pair_combine_kernel(
         softcap,
         HAS_BIAS,
     )
-    tl.store(loss_ptr + pair, weighted(weight_c, losses[0]), mask=inside)
-    tl.store(loss_ptr + num_pairs + pair, weighted(weight_u, losses[1]), mask=inside)
-    tl.store(loss_ptr + 2 * num_pairs + pair, weighted(pair_weight, losses[2]), mask=inside)
+    tl.store(loss_ptr + pair, weighted(weight_c, state.loss[0]), mask=inside)
+    tl.store(loss_ptr + num_pairs + pair, weighted(weight_u, state.loss[1]), mask=inside)
+    tl.store(loss_ptr + 2 * num_pairs + pair, weighted(pair_weight, state.loss[2]), mask=inside)
     for term in tl.static_range(3):
-        tl.store(state_ptr + term * num_pairs + pair, top[term], mask=inside)
-        tl.store(state_ptr + (3 + term) * num_pairs + pair, factor[term], mask=inside)
+        tl.store(state_ptr + term * num_pairs + pair, state.top[term], mask=inside)
+        tl.store(state_ptr + (3 + term) * num_pairs + pair, state.factor[term], mask=inside)
     for term in tl.static_range(4):
-        tl.store(state_ptr + (6 + term) * num_pairs + pair, at_targets[term], mask=inside)
+        tl.store(state_ptr + (6 + term) * num_pairs + pair, state.at_targets[term], mask=inside)
 
     if live_ptr is not None:
         held_c = tl.where(weight_c != 0.0, target_c // BLOCK_V, -1)
         held_u = tl.where(weight_u != 0.0, target_u // BLOCK_V, -1)
+        log_sum_c = state.top[0] + tl.log(state.total[0])
+        log_sum_u = state.top[1] + tl.log(state.total[1])
+        log_sum_m = state.top[2] + tl.log(state.total[2])
         for start in range(0, num_tiles, BLOCK_B):
             live_c = reaching(
-                lse_ptr, start, pair, inside, num_pairs, num_tiles, top[0] + tl.log(total[0]),
-                weight_c != 0.0, log_eps, BLOCK_B,
+                lse_ptr, start, pair, inside, num_pairs, num_tiles, log_sum_c, weight_c != 0.0,
+                log_eps, BLOCK_B,
             )  # fmt: skip
             live_u = reaching(
-                lse_u, start, pair, inside, num_pairs, num_tiles, top[1] + tl.log(total[1]),
-                weight_u != 0.0, log_eps, BLOCK_B,
+                lse_u, start, pair, inside, num_pairs, num_tiles, log_sum_u, weight_u != 0.0,
+                log_eps, BLOCK_B,
             )  # fmt: skip
             live_m = reaching(
-                lse_m, start, pair, inside, num_pairs, num_tiles, top[2] + tl.log(total[2]),
-                pair_weight != 0.0, log_eps, BLOCK_B,
+                lse_m, start, pair, inside, num_pairs, num_tiles, log_sum_m, pair_weight != 0.0,
+                log_eps, BLOCK_B,
             )  # fmt: skip
             tile = start + tl.arange(0, BLOCK_B)
             store_live(live_ptr, live_c | live_u | live_m, tile, held_c, held_u, num_tiles)

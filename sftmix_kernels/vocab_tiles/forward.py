@@ -26,6 +26,7 @@ from ..primitives import (
 from ..schedules import BLOCK_P, BLOCK_R, BLOCK_V
 from ..transform import LogitTransform
 from .combine import BLOCK_B, pair_combine_kernel, soft_combine_kernel
+from .groups import PairGroup, RowGroup
 from .logits import (
     grouped_tile,
     load_targets,
@@ -41,6 +42,15 @@ def tile_lse(logits, left_out):
     peak = tl.full((logits.shape[0],), LOWEST, tl.float32)
     total = tl.zeros((logits.shape[0],), tl.float32)
     return online_lse_update(peak, total, tl.where(left_out, -float("inf"), logits))
+
+
+@triton.jit
+def store_lse(lse_ptr, term: tl.constexpr, peak, total, tile, num_tiles, row, num_rows):
+    """Keep a tile's ``(peak, total)`` of one term: peaks of all tiles, then totals of all."""
+    size = tl.cast(num_tiles, tl.int64) * num_rows
+    lse = lse_ptr + 2 * term * size + tile.to(tl.int64) * num_rows + row
+    tl.store(lse, peak, mask=row < num_rows)
+    tl.store(lse + size, total, mask=row < num_rows)
 
 
 @triton.jit
@@ -94,9 +104,7 @@ def soft_lse_kernel(
     left_out = (column >= vocab_size)[None, :] | (column[None, :] == held_1[:, None])
     left_out = left_out | (column[None, :] == held_2[:, None])
     peak, total = tile_lse(transform_logits(raw, logit_scale, softcap), left_out)
-    lse = lse_ptr + tile.to(tl.int64) * num_rows + row
-    tl.store(lse, peak, mask=inside)
-    tl.store(lse + tl.cast(num_tiles, tl.int64) * num_rows, total, mask=inside)
+    store_lse(lse_ptr, 0, peak, total, tile, num_tiles, row, num_rows)
 
 
 @triton.jit
@@ -140,29 +148,21 @@ def pair_lse_kernel(
     store_at_target(raw_ptr + 3 * num_pairs, pair, raw_u, column, target_u, inside)
 
     outside = (column >= vocab_size)[None, :]
-    lse = lse_ptr + tile.to(tl.int64) * num_pairs + pair
-    term = tl.cast(num_tiles, tl.int64) * num_pairs
     held_c, held_u = held_targets(target_c, target_u, share_c, share_u)
     left_out = outside | (column[None, :] == held_c[:, None]) | (column[None, :] == held_u[:, None])
     raw_m = mixed_logits(raw_c, raw_u, share_c[:, None], share_u[:, None], bias_ptr is not None)
     peak, total = tile_lse(transform_logits(raw_m, logit_scale, softcap), left_out)
-    tl.store(lse + 4 * term, peak, mask=inside)
-    tl.store(lse + 5 * term, total, mask=inside)
+    store_lse(lse_ptr, 2, peak, total, tile, num_tiles, pair, num_pairs)
     left_out = outside | (column[None, :] == target_c[:, None])
     peak, total = tile_lse(transform_logits(raw_c, logit_scale, softcap), left_out)
-    tl.store(lse, peak, mask=inside)
-    tl.store(lse + term, total, mask=inside)
+    store_lse(lse_ptr, 0, peak, total, tile, num_tiles, pair, num_pairs)
     left_out = outside | (column[None, :] == target_u[:, None])
     peak, total = tile_lse(transform_logits(raw_u, logit_scale, softcap), left_out)
-    tl.store(lse + 2 * term, peak, mask=inside)
-    tl.store(lse + 3 * term, total, mask=inside)
+    store_lse(lse_ptr, 1, peak, total, tile, num_tiles, pair, num_pairs)
 
 
 def soft_forward(
-    hidden: list[Tensor],  # T of (K, D)
-    share: Tensor | None,  # (2, K) float32; None for one target
-    targets: Tensor,  # (T, K) int64 in [0, V)
-    row_weight: Tensor,  # (K,) float32
+    group: RowGroup,
     weight: Tensor,  # (V, D)
     bias: Tensor | None,
     transform: LogitTransform,
@@ -170,18 +170,18 @@ def soft_forward(
     filter_eps: float,
 ) -> tuple[Tensor, Tensor]:  # (K,), (4, K)
     """Weighted losses of a group of rows, and their state for backward."""
+    hidden_c, hidden_u, targets, share, row_weight = group
     num_rows, num_tiles = row_weight.numel(), triton.cdiv(weight.shape[0], BLOCK_V)
     blocks = triton.cdiv(num_rows, BLOCK_R)
-    first, second = hidden[0], hidden[1] if len(hidden) == 2 else None
     lse = row_weight.new_empty(2, num_tiles, num_rows)
     raw = row_weight.new_empty(targets.shape)
     loss, state = torch.empty_like(row_weight), row_weight.new_empty(4, num_rows)
     with torch.cuda.device_of(weight):
         soft_lse_kernel[(blocks * num_tiles,)](
-            first, second, first.stride(0), share, targets, row_weight, weight, weight.stride(0),
-            bias, lse, raw, num_rows, weight.shape[1], weight.shape[0], transform.scale,
-            transform.softcap, BLOCK_R=BLOCK_R, BLOCK_V=BLOCK_V,
-            **tile_options(weight, fuses=False, interpolates=second is not None),
+            hidden_c, hidden_u, hidden_c.stride(0), share, targets, row_weight, weight,
+            weight.stride(0), bias, lse, raw, num_rows, weight.shape[1], weight.shape[0],
+            transform.scale, transform.softcap, BLOCK_R=BLOCK_R, BLOCK_V=BLOCK_V,
+            **tile_options(weight, fuses=False, interpolates=hidden_u is not None),
         )  # fmt: skip
         soft_combine_kernel[(blocks,)](
             lse, raw, targets, share, row_weight, loss, state, live, num_rows, num_tiles,
@@ -193,10 +193,7 @@ def soft_forward(
 
 def pair_forward(
     hidden: Tensor,  # (R, D)
-    rows: Tensor,  # (2, P) int64
-    share: Tensor,  # (2, P) float32
-    labels: Tensor,  # (2, P) int64 in [0, V)
-    weights: Tensor,  # (3, P) float32
+    group: PairGroup,
     mix_ratio: Tensor,  # () float32
     weight: Tensor,  # (V, D)
     bias: Tensor | None,
@@ -205,6 +202,7 @@ def pair_forward(
     filter_eps: float,
 ) -> tuple[Tensor, Tensor]:  # (3, P), (10, P)
     """Weighted losses of a group of pairs (NTP of c and u, Mixup), and their state for backward."""
+    rows, labels, weights, share = group
     num_pairs, num_tiles = rows.shape[1], triton.cdiv(weight.shape[0], BLOCK_V)
     blocks = triton.cdiv(num_pairs, BLOCK_P)
     lse = weights.new_empty(3, 2, num_tiles, num_pairs)

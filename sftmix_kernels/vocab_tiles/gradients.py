@@ -1,4 +1,4 @@
-"""Backward of the ``vocab_tiles`` schedule: ``dH`` and ``dW`` from the gradient of some tiles.
+"""``dH`` and ``dW`` in the ``vocab_tiles`` schedule, from the logit gradient of some tiles.
 
 Legend: K rows of one group, D hidden size, V vocabulary, C columns of the tiles at hand, B tiles of
 the vocabulary, M x K times K x N a matrix product.
@@ -13,29 +13,7 @@ from torch import Tensor
 
 from ..gradients import Gradients, add_product_
 from ..schedules import BLOCK_V
-
-
-def groups(count: int, block: int, bytes_each: int, max_bytes: int) -> Iterator[slice]:
-    """Slices of whole blocks, as many rows each as ``max_bytes`` allows."""
-    step = max(block, max_bytes // bytes_each // block * block)
-    for start in range(0, count, step):
-        yield slice(start, min(start + step, count))
-
-
-def live_flags(count: int, block: int, weight: Tensor, filter_eps: float) -> Tensor:
-    """Room for a flag of each block of rows and tile, (blocks, B); no blocks without a filter."""
-    blocks = -(-count // block) if filter_eps else 0
-    return weight.new_empty(blocks, -(-weight.shape[0] // BLOCK_V), dtype=torch.uint8)
-
-
-def live_of(live: Tensor, rows: slice, block: int) -> Tensor | None:
-    """The flags of a group's blocks; None without a filter."""
-    return live[rows.start // block : -(-rows.stop // block)] if live.shape[0] else None
-
-
-def dense_rows(matrix: Tensor) -> Tensor:
-    """The matrix, copied where the numbers of a row do not lie next to each other."""
-    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+from .groups import groups
 
 
 class TileGradients(Gradients):

@@ -4,7 +4,7 @@ Forward costs one pass over the head, backward at most three, and nothing is kep
 for each row. `reference.py` has the derivation. CUDA only.
 
 Legend: R rows, K rows of one group, T targets of a row (1 or 2), D hidden size, V vocabulary,
-C columns of the tiles at hand, B tiles of the vocabulary.
+B tiles of the vocabulary.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..gradients import Gradients, first_order_only, input_gradients, present
+from ..gradients import Gradients, first_order_only, input_gradients
 from ..reference import weighted_loss
 from ..row_chunks.chunks import mixed_rows
 from ..schedules import BLOCK_R, BLOCK_V
 from ..transform import LogitTransform
-from .gradients import TileGradients, dense_rows, groups, live_flags, live_of
+from .gradients import TileGradients
+from .groups import dense_rows, groups, live_flags, live_of, row_group
 
 
 @torch.library.custom_op("sftmix_kernels::mixup_tiles", mutates_args=())
 def mixup_tiles(
-    hidden: list[Tensor],  # T of (R, D)
+    hidden_c: Tensor,  # (R, D)
+    hidden_u: Tensor | None,  # (R, D); None for one hidden state and target
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (R, T) int64 in [0, V)
@@ -35,10 +37,10 @@ def mixup_tiles(
     filter_eps: float,
     max_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted row losses (R,), the rows' state (4, R) for backward, and live flags."""
+    """Return weighted row losses (R,), the rows' state (4, R) for backward, and live flags."""
     from .forward import soft_forward
 
-    hidden, weight = [h.contiguous() for h in hidden], dense_rows(weight)
+    hidden_c, hidden_u, weight = *both_dense(hidden_c, hidden_u), dense_rows(weight)
     transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
     num_rows = row_weight.numel()
     loss, state = torch.empty_like(row_weight), row_weight.new_empty(4, num_rows)
@@ -46,10 +48,7 @@ def mixup_tiles(
     # A row leaves a maximum and a sum for every tile.
     for rows in groups(num_rows, BLOCK_R, 8 * live.shape[1], max_bytes // 2):
         loss[rows], state[:, rows] = soft_forward(
-            [h[rows] for h in hidden],
-            share_by_target(share, rows),
-            by_target(targets, rows),
-            row_weight[rows].contiguous(),
+            row_group(hidden_c, hidden_u, targets, share, row_weight, rows),
             weight,
             bias,
             transform,
@@ -60,25 +59,15 @@ def mixup_tiles(
 
 
 @mixup_tiles.register_fake
-def _(
-    hidden: list[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    share: Tensor,
-    row_weight: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    filter_eps: float,
-    max_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(_c, _u, weight, _bias, _targets, _share, row_weight, _scale, _cap, filter_eps, *_):  # type: ignore[no-untyped-def]
     live = live_flags(row_weight.shape[0], BLOCK_R, weight, filter_eps)
     return torch.empty_like(row_weight), row_weight.new_empty(4, row_weight.shape[0]), live
 
 
 @torch.library.custom_op("sftmix_kernels::mixup_tiles_backward", mutates_args=())
 def mixup_tiles_backward(
-    hidden: list[Tensor],  # T of (R, D)
+    hidden_c: Tensor,  # (R, D)
+    hidden_u: Tensor | None,  # (R, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (R, T) int64
@@ -86,72 +75,43 @@ def mixup_tiles_backward(
     row_weight: Tensor,  # (R,) float32: label weight times upstream gradient
     state: Tensor,  # (4, R) float32
     live: Tensor,  # (row blocks, B) uint8
+    needs_gradient: list[bool],  # of hidden, weight, bias
     logit_scale: float,
     softcap: float | None,
     max_bytes: int,
-    needs_gradient: list[bool],  # of hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``sum(row_weight * row losses)`` with respect to the mixed rows (R, D), weight
-    (V, D) and bias (V,), the last two in float32; empty where not needed."""
+    """Return the gradients of ``sum(row_weight * row losses)`` with respect to the mixed rows
+    (R, D), weight (V, D) and bias (V,), the last two in float32; empty where not needed."""
     from .backward import soft_gradient_
 
-    hidden, weight = [h.contiguous() for h in hidden], dense_rows(weight)
+    hidden_c, hidden_u, weight = *both_dense(hidden_c, hidden_u), dense_rows(weight)
     transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
     num_rows = row_weight.numel()
-    gradients = TileGradients(hidden[0], weight, needs_gradient, num_rows, max_bytes)
+    gradients = TileGradients(hidden_c, weight, needs_gradient, num_rows, max_bytes)
     for rows in gradients.groups(num_rows, BLOCK_R, 1, weight):
         index = torch.arange(rows.start, rows.stop, device=weight.device)
-        mixed = mixed_rows(hidden, share, index, row_weight)
-        here = [h[rows] for h in hidden]
-        targets_here, share_here = by_target(targets, rows), share_by_target(share, rows)
-        state_here, live_here = state[:, rows].contiguous(), live_of(live, rows, BLOCK_R)
+        mixed = mixed_rows(hidden_c, hidden_u, share, index, row_weight)
+        group = row_group(hidden_c, hidden_u, targets, share, row_weight, rows)
+        group_state, group_live = state[:, rows].contiguous(), live_of(live, rows, BLOCK_R)
         for gradient, first in gradients.tiles(mixed, weight):
             soft_gradient_(
-                gradient,
-                here,
-                share_here,
-                targets_here,
-                row_weight[rows],
-                weight,
-                bias,
-                state_here,
-                live_here,
-                transform,
-                first // BLOCK_V,
+                gradient, group, weight, bias, group_state, group_live, transform, first // BLOCK_V
             )
-            gradients.add_tiles(gradient, first, mixed, weight, live_here, BLOCK_R, parts=1)
+            gradients.add_tiles(gradient, first, mixed, weight, group_live, BLOCK_R, parts=1)
         gradients.end_group(index)
         del mixed  # before the next group's are made
     return gradients.hidden, gradients.weight, gradients.bias
 
 
 @mixup_tiles_backward.register_fake
-def _(
-    hidden: list[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    share: Tensor,
-    row_weight: Tensor,
-    state: Tensor,
-    live: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    max_bytes: int,
-    needs_gradient: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = Gradients(hidden[0], weight, needs_gradient, 0)
+def _(hidden, _u, weight, _bias, _targets, _share, _weights, _state, _live, needs_gradient, *_):  # type: ignore[no-untyped-def]
+    gradients = Gradients(hidden, weight, needs_gradient, 0)
     return gradients.hidden, gradients.weight, gradients.bias
 
 
-def by_target(targets: Tensor, rows: slice) -> Tensor:
-    """Targets of some rows, (T, K)."""
-    return targets[rows].t().contiguous()
-
-
-def share_by_target(share: Tensor, rows: slice) -> Tensor | None:
-    """Shares of some rows, (2, K); None for one target, which has all."""
-    return None if share.shape[1] == 1 else share[rows].t().contiguous()
+def both_dense(hidden_c: Tensor, hidden_u: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return both hidden states contiguous: kernels read them with one stride."""
+    return hidden_c.contiguous(), None if hidden_u is None else hidden_u.contiguous()
 
 
 class TileOptions(NamedTuple):
@@ -161,6 +121,11 @@ class TileOptions(NamedTuple):
     softcap: float | None
     filter_eps: float
     max_bytes: int
+
+    @property
+    def backward(self) -> tuple[float, float | None, int]:
+        """Those that the backward ops take: the filter has left its flags."""
+        return self.logit_scale, self.softcap, self.max_bytes
 
 
 class TileRows(torch.autograd.Function):
@@ -178,39 +143,37 @@ class TileRows(torch.autograd.Function):
         row_weight: Tensor,
         options: TileOptions,
     ) -> Tensor:
-        loss, *state = mixup_tiles(
-            present(hidden_c, hidden_u), weight, bias, targets, share, row_weight, *options
-        )
-        ctx.save_for_backward(hidden_c, hidden_u, weight, bias, targets, share, row_weight, *state)
-        ctx.dtype, ctx.options = weight.dtype, options
+        tensors = (hidden_c, hidden_u, weight, bias, targets, share, row_weight)
+        loss, *state = mixup_tiles(*tensors, *options)
+        ctx.save_for_backward(*tensors, *state)
+        ctx.options = options
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden_c, hidden_u, weight, bias, targets, share, row_weight, *state = ctx.saved_tensors
-        hidden, unit = present(hidden_c, hidden_u), unit_of(upstream)
-        needs_c, needs_u, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        unit, needs = unit_of(upstream), ctx.needs_input_grad
         gradients = mixup_tiles_backward(
-            hidden,
+            hidden_c,
+            hidden_u,
             weight,
             bias,
             targets,
             share,
             weighted_loss(row_weight, upstream / unit),
             *state,
-            ctx.options.logit_scale,
-            ctx.options.softcap,
-            ctx.options.max_bytes,
-            [needs_c or needs_u, needs_weight, needs_bias],
+            [needs[0] or needs[1], needs[2], needs[3]],
+            *ctx.options.backward,
         )
-        return *input_gradients(ctx, gradients, share, unit), *(None,) * 4
+        return input_gradients(gradients, share, unit, needs, weight.dtype)
 
 
 def unit_of(upstream: Tensor) -> Tensor:
-    """The largest finite upstream gradient: in its unit rows keep off half precision's lower end.
+    """Return the largest finite upstream gradient, as the unit in which rows are computed.
 
-    A uniform upstream, such as that of a mean, is exactly 1 in it.
+    In it rows keep off half precision's lower end, and a uniform upstream, such as that of a mean,
+    is exactly 1.
     """
     if upstream.numel() == 0:
         return upstream.new_ones(())

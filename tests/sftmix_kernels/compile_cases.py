@@ -35,6 +35,7 @@ from sftmix_kernels.vocab_tiles.backward import (
     soft_gradient_,
 )
 from sftmix_kernels.vocab_tiles.forward import pair_forward, soft_forward
+from sftmix_kernels.vocab_tiles.groups import PairGroup, RowGroup
 
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 
@@ -196,25 +197,26 @@ def soft_tiles(
     dtype: torch.dtype, targets: int, softcap: float | None = None, *, has_bias: bool = False
 ) -> None:
     weight, bias = head(dtype, has_bias)
-    hidden = [torch.zeros(130, 512, dtype=dtype)] * targets
-    share = None if targets == 1 else torch.zeros(2, 130)
-    rows = (hidden, share, torch.zeros(targets, 130, dtype=torch.int64), torch.zeros(130))
+    hidden, ids = torch.zeros(130, 512, dtype=dtype), torch.zeros(targets, 130, dtype=torch.int64)
+    partner, share = (None, None) if targets == 1 else (hidden, torch.zeros(2, 130))
+    group = RowGroup(hidden, partner, ids, share, torch.zeros(130))
     transform = LogitTransform(0.5, softcap, has_bias)
     live = torch.zeros(2, 250, dtype=torch.uint8)
-    soft_forward(*rows, weight, bias, transform, live, 1e-4)
+    soft_forward(group, weight, bias, transform, live, 1e-4)
     gradient = torch.zeros(130, 256, dtype=dtype)
-    soft_gradient_(gradient, *rows, weight, bias, torch.zeros(4, 130), live, transform, 3)
+    soft_gradient_(gradient, group, weight, bias, torch.zeros(4, 130), live, transform, 3)
 
 
 def pair_tiles(dtype: torch.dtype, softcap: float | None = None, *, has_bias: bool = False) -> None:
     weight, bias = head(dtype, has_bias)
     ids = torch.zeros(2, 70, dtype=torch.int64)
-    rows = (torch.zeros(140, 512, dtype=dtype), ids, torch.zeros(2, 70), ids, torch.zeros(3, 70))
+    hidden = torch.zeros(140, 512, dtype=dtype)
+    group = PairGroup(ids, ids, torch.zeros(3, 70), torch.zeros(2, 70))
     transform = LogitTransform(0.5, softcap, has_bias)
     live = torch.zeros(2, 250, dtype=torch.uint8)
-    pair_forward(*rows, torch.zeros(()), weight, bias, transform, live, 1e-4)
+    pair_forward(hidden, group, torch.zeros(()), weight, bias, transform, live, 1e-4)
     gradient = torch.zeros(140, 256, dtype=dtype)
-    pair_gradient_(gradient, *rows, weight, bias, torch.zeros(10, 70), live, transform, 3)
+    pair_gradient_(gradient, hidden, group, weight, bias, torch.zeros(10, 70), live, transform, 3)
 
 
 def live_product(dtype: torch.dtype) -> None:

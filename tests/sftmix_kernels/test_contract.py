@@ -137,7 +137,7 @@ def test_opcheck() -> None:
     targets, share = torch.stack((labels, labels.flip(0)), -1), torch.full((R, 2), 0.5)
     rest = (1.5, 3.0, 4, [True, True, True])
     torch.library.opcheck(
-        mixup_rows, ([hidden, hidden + 1], weight, bias, targets, share, ones, *rest)
+        mixup_rows, (hidden, hidden + 1, weight, bias, targets, share, ones, *rest)
     )
     pairs = (PAIRS["pair_c"], PAIRS["pair_u"], torch.tensor([1.0, 0, 1, 1]), torch.rand(4, 2))
     torch.library.opcheck(

@@ -336,7 +336,7 @@ def test_opcheck(device: str) -> None:
     targets = torch.stack((labels, labels.flip(0)), -1)
     torch.library.opcheck(
         mixup_rows,
-        ([hidden, hidden + 1], weight, bias, targets, share, ones, *rest),
+        (hidden, hidden + 1, weight, bias, targets, share, ones, *rest),
         test_utils=utils,
     )
     pairs = (labels[:2], labels[2:4], 1.0 - ones[2:4], share[:2], torch.tensor(0.2, device=device))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sftmix_kernels import VocabTiles, fused_cross_entropy, fused_mixup_loss
 from sftmix_kernels.schedules import BLOCK_P, BLOCK_R, BLOCK_V
-from sftmix_kernels.vocab_tiles.gradients import groups
+from sftmix_kernels.terms import PairPlan
+from sftmix_kernels.vocab_tiles.groups import groups
 from sftmix_kernels.vocab_tiles.pairs import every_row_paired, sftmix_tiles, sftmix_tiles_backward
 from sftmix_kernels.vocab_tiles.rows import mixup_tiles, mixup_tiles_backward, unit_of
 from tools.peak_memory import peak_extra_bytes
@@ -129,12 +130,12 @@ def test_ignored_rows_keep_no_tile_alive(device: str) -> None:
     one = torch.ones(ROWS, 1, device=device)
     targets = labels.clamp(min=0).unsqueeze(-1)
     loss, _, live = mixup_tiles(
-        [x.hidden], x.weight, None, targets, one, counts, 1.0, None, EPS, 2**26
+        x.hidden, None, x.weight, None, targets, one, counts, 1.0, None, EPS, 2**26
     )
     assert not loss[::2].any()
     nothing = torch.zeros_like(counts)
     _, _, dead = mixup_tiles(
-        [x.hidden], x.weight, None, targets, one, nothing, 1.0, None, EPS, 2**26
+        x.hidden, None, x.weight, None, targets, one, nothing, 1.0, None, EPS, 2**26
     )
     assert live.shape == (-(-ROWS // BLOCK_R), -(-VOCAB // BLOCK_V))
     assert live.any()
@@ -212,7 +213,7 @@ def test_groups_are_of_whole_blocks() -> None:
 def test_every_row_is_in_one_pair(num_rows: int) -> None:
     weight = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0])[:num_rows]
     labels = torch.arange(num_rows) + 10
-    rows, found, weights, share = every_row_paired(
+    plan = PairPlan(
         labels,
         weight,
         torch.tensor([0, 4]),
@@ -220,6 +221,7 @@ def test_every_row_is_in_one_pair(num_rows: int) -> None:
         torch.tensor([1.0, 1.0]),
         torch.tensor([[0.25, 0.75], [0.5, 0.5]]),
     )
+    rows, found, weights, share = every_row_paired(plan)
     expected = [[0, 4, 1], [2, 3, 5]] if num_rows == 6 else [[0, 4, 1, 5], [2, 3, 6, 7]]
     assert rows.tolist() == expected
     exists = rows < num_rows
@@ -245,11 +247,11 @@ def test_opcheck(device: str, filter_eps: float, needs: list[bool]) -> None:
     targets = torch.randint(0, 40, (5, 2), device=device)
     share = torch.full((5, 2), 0.5, device=device)
     head, end = (weight, bias), (1.0, 2.0)
-    forward = ([hidden, hidden], *head, targets, share, counts, *end, filter_eps, 10**4)
+    forward = (hidden, hidden, *head, targets, share, counts, *end, filter_eps, 10**4)
     opcheck(mixup_tiles, *forward)
     _, state, live = mixup_tiles(*forward)
-    backward = ([hidden, hidden], *head, targets, share, counts, state, live)
-    opcheck(mixup_tiles_backward, *backward, *end, 10**4, needs)
+    backward = (hidden, hidden, *head, targets, share, counts, state, live)
+    opcheck(mixup_tiles_backward, *backward, needs, *end, 10**4)
     rows = torch.tensor([[0, 2, 4], [1, 3, 5]], device=device)
     labels, weights = rows + 10, torch.ones(3, 3, device=device)
     weights[1, 2] = weights[2, 2] = 0
@@ -257,7 +259,7 @@ def test_opcheck(device: str, filter_eps: float, needs: list[bool]) -> None:
     forward = (hidden, *head, *plan, torch.tensor(0.2, device=device), *end, filter_eps, 10**4)
     opcheck(sftmix_tiles, *forward)
     _, state, live = sftmix_tiles(*forward)
-    opcheck(sftmix_tiles_backward, hidden, *head, *plan, state, live, *end, 10**4, needs)
+    opcheck(sftmix_tiles_backward, hidden, *head, *plan, state, live, needs, *end, 10**4)
 
 
 def test_layout_of_the_partner_does_not_matter(device: str) -> None:
@@ -291,14 +293,14 @@ def tile_ops(device: str, pairs: bool, rows: int, size: int, vocab_size: int) ->
     else:
         one = torch.ones(rows, device=device)
         targets = (torch.arange(rows, device=device) % vocab_size).unsqueeze(-1)
-        fixed = ([hidden], weight, None, targets, one.unsqueeze(-1), one)
+        fixed = (hidden, None, weight, None, targets, one.unsqueeze(-1), one)
         ops, last = (mixup_tiles, mixup_tiles_backward), ()
 
     def forward(max_bytes: int) -> Any:
         return ops[0](*fixed, *last, 1.0, None, 0.0, max_bytes)
 
     def backward(state: list[Tensor], max_bytes: int) -> Any:
-        return ops[1](*fixed, *state, 1.0, None, max_bytes, [True, True, False])
+        return ops[1](*fixed, *state, [True, True, False], 1.0, None, max_bytes)
 
     return forward, backward, hidden.nbytes + weight.nbytes
 
