@@ -78,7 +78,7 @@ def token_states(
     softcap: float | None,
     vocab_chunk: int,
 ) -> Tensor:  # (3, R) float32
-    """States of tokens that have seen the whole vocabulary."""
+    """Return the states of tokens after the whole vocabulary."""
     state = new_state(hidden.shape[0], hidden)
     # Each part of the bias begins where a 16-byte load can, whatever view it came as.
     chunk = min(round_up(vocab_chunk, PADDING), weight.shape[0])
@@ -104,7 +104,7 @@ def token_states(
 
 
 def block_rows(hidden: Tensor, chunk: int) -> int:
-    """Tokens of one block: as few blocks of about equal size as the workspace allows.
+    """Return the tokens of one block: few blocks, of about equal size, that fit the workspace.
 
     On CUDA it takes half of L2, beside the operands that the GEMM streams through it.
     """
@@ -118,111 +118,15 @@ def block_rows(hidden: Tensor, chunk: int) -> int:
 
 
 def round_up(number: int, multiple: int) -> int:
-    """The least multiple that is not smaller."""
+    """Return the least multiple that is not smaller."""
     return -(-number // multiple) * multiple
 
 
-def add_losses(
-    nll_sum: Tensor,  # (S,) float64; updated
-    num_tokens: Tensor,  # (S,) int64; updated
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    sample_ids: Tensor,
-    *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    vocab_chunk: int = 8192,
-    validate: bool = False,
-) -> Tensor:  # () bool
-    """Check arguments and add losses; whether a token that counts has an id outside ``[0, S)``.
-
-    Such an id is refused where its value is free to read.
-    """
-    hidden, weight, bias = autocast(hidden, weight, bias)  # type: ignore[assignment]
-    check_head(hidden, weight, bias, logit_scale, softcap)
-    check_ids("labels", labels, hidden)
-    check_ids("sample_ids", sample_ids, hidden)
-    if hidden.device != nll_sum.device:
-        raise ValueError(f"hidden: expected the sums' device {nll_sum.device}, got {hidden.device}")
-    check_count("vocab_chunk", vocab_chunk, 1)
-    num_samples = nll_sum.shape[0]
-    outside = (sample_ids < 0) | (sample_ids >= num_samples)
-    outside &= labels != ignore_index
-    if (validate or values_are_free(sample_ids)) and outside.any():
-        raise ValueError(
-            f"sample_ids: expected values in [0, {num_samples}), got {int(sample_ids[outside][0])}"
-        )
-    if validate:
-        check_label_values("labels", labels, weight.shape[0], ignore_index)
-    add = add_sample_losses_op if torch.compiler.is_compiling() else add_sample_losses
-    with torch.no_grad():
-        add(
-            hidden.reshape(-1, hidden.shape[-1]),
-            weight,
-            bias,
-            labels.reshape(-1).contiguous(),
-            sample_ids.reshape(-1).contiguous(),
-            float(logit_scale),
-            None if softcap is None else float(softcap),
-            ignore_index,
-            vocab_chunk,
-            nll_sum,
-            num_tokens,
-        )
-    return outside.any()
-
-
 def new_sums(num_samples: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Sum of losses (S,) float64 and number of tokens (S,) int64 before the first token."""
+    """Return sums of losses (S,) float64 and numbers of tokens (S,) int64, all 0."""
     check_count("num_samples", num_samples, 0)
     nll_sum = torch.zeros(num_samples, dtype=torch.float64, device=device)
     return nll_sum, torch.zeros_like(nll_sum, dtype=torch.int64)
-
-
-def streaming_perplexity(
-    hidden: Tensor,  # (..., D)
-    weight: Tensor,  # (V, D)
-    labels: Tensor,  # (...) int64, already shifted
-    sample_ids: Tensor,  # (...) int64: which example each token belongs to
-    num_samples: int,
-    *,
-    bias: Tensor | None = None,  # (V,)
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    vocab_chunk: int = 8192,
-    validate: bool = False,
-) -> Tensor:  # (S,) float64
-    """Perplexity of each example, ``exp(mean token loss)``, without holding (N, V) logits.
-
-    No gradient. ``vocab_chunk`` is how many vocabulary entries are projected at a time, rounded up
-    to a multiple of 16. An example without a token that counts gets NaN, and so does one with a
-    label outside ``[0, V)``. A sample id outside ``[0, S)`` of a token that counts is refused, or
-    makes every perplexity NaN where the host would have to wait to see it (on an accelerator,
-    without ``validate``).
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected, and what came.
-    """
-    nll_sum, num_tokens = new_sums(num_samples, getattr(hidden, "device", "cpu"))
-    outside = add_losses(
-        nll_sum,
-        num_tokens,
-        hidden,
-        weight,
-        labels,
-        sample_ids,
-        bias=bias,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        ignore_index=ignore_index,
-        vocab_chunk=vocab_chunk,
-        validate=validate,
-    )
-    return (nll_sum / num_tokens).exp().masked_fill(outside, torch.nan)
 
 
 class StreamingPerplexity:
@@ -259,21 +163,45 @@ class StreamingPerplexity:
         vocab_chunk: int = 8192,
         validate: bool = False,
     ) -> None:
-        """Add a batch's token losses to its examples; arguments as `streaming_perplexity`."""
-        self._outside |= add_losses(
-            self._sum,
-            self._count,
-            hidden,
-            weight,
-            labels,
-            sample_ids,
-            bias=bias,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            ignore_index=ignore_index,
-            vocab_chunk=vocab_chunk,
-            validate=validate,
-        )
+        """Add a batch's token losses to its examples.
+
+        Arguments and errors are those of `streaming_perplexity`, but a sample id outside ``[0, S)``
+        that is not refused here is refused by `end_checkpoint`.
+        """
+        hidden, weight, bias = autocast(hidden, weight, bias)  # type: ignore[assignment]
+        check_head(hidden, weight, bias, logit_scale, softcap)
+        check_ids("labels", labels, hidden)
+        check_ids("sample_ids", sample_ids, hidden)
+        if hidden.device != self._sum.device:
+            raise ValueError(
+                f"hidden: expected the sums' device {self._sum.device}, got {hidden.device}"
+            )
+        check_count("vocab_chunk", vocab_chunk, 1)
+        outside = (sample_ids < 0) | (sample_ids >= self.num_samples)
+        outside &= labels != ignore_index
+        if (validate or values_are_free(sample_ids)) and outside.any():
+            raise ValueError(
+                f"sample_ids: expected values in [0, {self.num_samples}), "
+                f"got {int(sample_ids[outside][0])}"
+            )
+        if validate:
+            check_label_values("labels", labels, weight.shape[0], ignore_index)
+        add = add_sample_losses_op if torch.compiler.is_compiling() else add_sample_losses
+        with torch.no_grad():
+            add(
+                hidden.reshape(-1, hidden.shape[-1]),
+                weight,
+                bias,
+                labels.reshape(-1).contiguous(),
+                sample_ids.reshape(-1).contiguous(),
+                float(logit_scale),
+                None if softcap is None else float(softcap),
+                ignore_index,
+                vocab_chunk,
+                self._sum,
+                self._count,
+            )
+        self._outside |= outside.any()
 
     def add(
         self,
@@ -290,7 +218,7 @@ class StreamingPerplexity:
         )
 
     def end_checkpoint(self, group: ProcessGroup | None = None) -> None:
-        """Close one scoring of the data set; with a process group, of the parts its ranks saw.
+        """Close one scoring of the data set; with a process group, add up what its ranks saw.
 
         Raises:
             ValueError: a sample id was outside ``[0, S)``, or an example had another number of
@@ -316,15 +244,22 @@ class StreamingPerplexity:
 
     @property
     def nll_sum(self) -> Tensor:
-        """Sum of token losses in nats, (S, C) float64."""
+        """The sums of token losses in nats, (S, C) float64."""
         if not self._closed:
             return torch.empty(self.num_samples, 0, dtype=torch.float64, device=self.device)
         return torch.stack(self._closed, dim=1)
 
     @property
     def num_tokens(self) -> Tensor:
-        """Tokens that count in each example, (S,) int64; so far, during the first checkpoint."""
+        """The tokens of each example that count, (S,) int64; those so far in the first one."""
         return self._count if self._num_tokens is None else self._num_tokens
+
+    def open_perplexity(self) -> Tensor:
+        """Return the perplexities of the open checkpoint so far, (S,) float64.
+
+        All are NaN where a sample id was outside ``[0, S)``.
+        """
+        return (self._sum / self._count).exp().masked_fill(self._outside, torch.nan)
 
     @property
     def started(self) -> Tensor:
@@ -338,18 +273,21 @@ class StreamingPerplexity:
 
     @property
     def confidence(self) -> Tensor:
-        """Minus the mean perplexity over checkpoints, (S,) float64 (arXiv 2410.05248)."""
+        """The negative mean perplexity over checkpoints, (S,) float64 (arXiv 2410.05248)."""
         return -self.perplexity.mean(-1)
 
     @property
     def variability(self) -> Tensor:
-        """Standard deviation over checkpoints (population), (S,) float64; inf where one is."""
+        """The population standard deviation of perplexity over checkpoints, (S,) float64.
+
+        It is infinite where a perplexity is.
+        """
         perplexity, mean = self.perplexity, -self.confidence.unsqueeze(-1)
         deviation = (perplexity - mean).square().mean(-1).sqrt()
         return deviation.masked_fill(perplexity.isinf().any(-1), torch.inf)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of all sums, for safetensors: of the closed checkpoints, and of the open one."""
+        """Return copies of all sums, of closed checkpoints and of the open one, for safetensors."""
         state = {
             "nll_sum": self.nll_sum,
             "num_tokens": self.num_tokens,
@@ -363,7 +301,7 @@ class StreamingPerplexity:
         """Go on from `state_dict`, in the middle of a checkpoint too.
 
         Raises:
-            ValueError: the state is of another number of examples, or lacks a tensor.
+            ValueError: the state has another number of examples, or lacks a tensor.
         """
         missing = self.state_dict().keys() - state.keys()
         if missing:
@@ -379,3 +317,44 @@ class StreamingPerplexity:
         self._num_tokens = state["num_tokens"] if self._closed else None
         self._sum, self._count = state["open_nll_sum"], state["open_num_tokens"]
         self._outside = state["open_outside"]
+
+
+def streaming_perplexity(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (...) int64, already shifted
+    sample_ids: Tensor,  # (...) int64: which example each token belongs to
+    num_samples: int,
+    *,
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    vocab_chunk: int = 8192,
+    validate: bool = False,
+) -> Tensor:  # (S,) float64
+    """Return the perplexity of each example, ``exp(mean token loss)``, without (N, V) logits.
+
+    No gradient. ``vocab_chunk`` is how many vocabulary entries are projected at a time, rounded up
+    to a multiple of 16. An example without a token that counts gets NaN, and so does one with a
+    label outside ``[0, V)``. A sample id outside ``[0, S)`` of a token that counts is refused, or
+    makes every perplexity NaN where the host would have to wait to see it (on an accelerator,
+    without ``validate``).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, and what came.
+    """
+    state = StreamingPerplexity(num_samples, getattr(hidden, "device", "cpu"))
+    state.update(
+        hidden,
+        weight,
+        labels,
+        sample_ids,
+        bias=bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        vocab_chunk=vocab_chunk,
+        validate=validate,
+    )
+    return state.open_perplexity()
