@@ -1,4 +1,4 @@
-"""Fused loss kernels for SFTMix: NTP + Mixup for the matrix products of NTP alone.
+"""Fused loss kernels for SFTMix: NTP + Mixup for the matrix products of NTP.
 
 `reference.py` has the formulas and `<op>.py` each op with its public function. `row_chunks/` and
 `vocab_tiles/` are the two ways to avoid full logits (`schedules.py` chooses), each with its Triton

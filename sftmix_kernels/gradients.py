@@ -1,4 +1,4 @@
-"""Gradients of an op call: matrix products added up in float32, and what backward hands out.
+"""Gradients of an op call: products added up in float32, and what backward hands out.
 
 Legend: R rows of hidden, D hidden size, V vocabulary.
 """
@@ -55,7 +55,7 @@ class Gradients:
 
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """``left @ right`` in their own dtype, or in float32 without rounding to theirs."""
+    """Return ``left @ right`` in ``dtype``: their own, or float32 without rounding to theirs."""
     if left.dtype == dtype:
         return left @ right
     total = left.new_empty(left.shape[0], right.shape[1], dtype=dtype)
@@ -64,7 +64,7 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def add_product_(total: Tensor, left: Tensor, right: Tensor, *, overwrite: bool) -> None:
-    """``total += left @ right`` in float32, with no temporary of total's size."""
+    """Add ``left @ right`` to ``total`` in float32, with no temporary of total's size."""
     if left.is_cuda and left.dtype != torch.float32:
         if overwrite:
             torch.mm(left, right, out_dtype=torch.float32, out=total)
@@ -75,7 +75,7 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor, *, overwrite: bool)
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``factor * gradient``, computed in float32 and rounded once to ``dtype``."""
+    """Return ``factor * gradient``, computed in float32 and rounded once to ``dtype``."""
     # With a dimension the factor takes part in type promotion; without, it would be rounded to
     # the gradient's dtype before the product.
     factor = factor if factor.dim() else factor.reshape(1)

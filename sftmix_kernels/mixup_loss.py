@@ -1,10 +1,10 @@
-"""Mixup alone: interpolate, project, soft cross-entropy with two targets.
+"""Mixup without NTP: interpolate, project, soft cross-entropy with two targets.
 
 Legend: R positions, K rows of one chunk, T hidden states mixed in a row (2; 1 is the plain
 cross-entropy), D hidden size, V vocabulary.
 
 ``m = f(W (lam h_c + (1 - lam) h_u) + b)``, ``loss = LSE(m) - lam m[y_c] - (1 - lam) m[y_u]``.
-Where Mixup alone is wanted, mixing first costs one row of logits for a pair instead of two.
+Where only Mixup is wanted, mixing first costs one row of logits for a pair instead of two.
 """
 
 from __future__ import annotations
@@ -26,13 +26,7 @@ from .checks import (
 )
 from .gradients import Gradients, first_order_only, input_gradients
 from .reference import both, label_weight, weighted_loss
-from .row_chunks.chunks import (
-    chunk_sizes,
-    counted_rows,
-    logits_workspace,
-    mixed_rows,
-    project,
-)
+from .row_chunks.chunks import chunk_sizes, counted_rows, logits_workspace, mixed_rows, project
 from .row_chunks.losses import cache_blocks, load_rows, soft_cross_entropy_, store_rows_
 from .schedules import Schedule, VocabTiles, resolve_schedule, runs_triton
 from .terms import divided_sum, loss_divisor
@@ -58,9 +52,9 @@ def mixup_rows(
     first_token: int = 0,
     group: str | None = None,  # over which the vocabulary is shared out
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weighted row losses (R,), and the gradients of their sum with respect to the mixed rows
-    (R, D), weight (V, D) and bias (V,), the last two in float32; empty where not needed. With a
-    group, weight and bias are this rank's, and the first gradient is float32 too."""
+    """Return weighted row losses (R,), and the gradients of their sum with respect to the mixed
+    rows (R, D), weight (V, D) and bias (V,), the last two in float32; empty where not needed. With
+    a group, weight and bias are this rank's, and the first gradient is float32 too."""
     transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
     loss = torch.zeros_like(row_weight)
     with torch.autocast(weight.device.type, enabled=False):
@@ -106,7 +100,7 @@ def chunk_losses_(
     transform: LogitTransform,
     needs_gradient: bool,
 ) -> Tensor:  # (K,)
-    """Weighted losses of one chunk; its logits become gradients in place."""
+    """Return the weighted losses of one chunk; turn its logits into gradients in place."""
     if runs_triton(logits):
         from .row_chunks.kernels import soft_rows_
 
@@ -134,7 +128,7 @@ class Options(NamedTuple):
 
     @classmethod
     def of(cls, head: Head, chunk_rows: int, inputs: tuple[Tensor | None, ...]) -> Options:
-        """Return those of a call with these hidden, weight and bias."""
+        """Return the options of a call with these hidden, weight and bias."""
         needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
         return cls(head.logit_scale, head.softcap, chunk_rows, needs, head.start, head.group)
 
@@ -214,7 +208,7 @@ def reduced_loss(
     divisor: float | Tensor | None,
     schedule: int | VocabTiles,
 ) -> Tensor:
-    """Flatten, run, and reduce: what Mixup and the plain cross-entropy have in common."""
+    """Flatten, run and reduce, for Mixup as for the plain cross-entropy."""
     weight, bias = head.weight, head.bias
     size, terms = weight.shape[1], targets.shape[-1]
     tensors = (
@@ -259,12 +253,21 @@ def fused_mixup_loss(
     vocab_parallel: VocabShard | None = None,
     validate: bool = False,
 ) -> Tensor:
-    """Mixup loss of pairs of hidden states without ever holding their logits.
+    """Return the Mixup loss of pairs of hidden states, without ever holding all of their logits.
 
     ``m = f(W (lam h_c + (1 - lam) h_u) + b)`` with ``f(x) = softcap * tanh(logit_scale * x /
     softcap)``, and ``loss = LSE(m) - lam m[y_c] - (1 - lam) m[y_u]`` in nats
     (arXiv 2410.05248). Drop-in for the same thing composed of dense PyTorch operations
     (`sftmix_kernels.reference.mixup_loss`), which holds (..., V) logits.
+
+    Example:
+        Two pairs of tokens, of which the second has no label for ``u`` and does not count:
+
+        >>> hidden_c, hidden_u = torch.eye(3)[:2], torch.eye(3)[1:]
+        >>> weight = torch.arange(12.0).reshape(4, 3) / 4  # V = 4 tokens
+        >>> labels_c, labels_u = torch.tensor([3, 1]), torch.tensor([2, -100])
+        >>> fused_mixup_loss(hidden_c, hidden_u, weight, labels_c, labels_u, 0.75)
+        tensor(0.7758)
 
     Args:
         hidden_c, hidden_u: what the LM head reads; float32, bfloat16 or float16.

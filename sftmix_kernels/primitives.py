@@ -1,10 +1,10 @@
 """The maths that the kernels of both schedules share; `reference.py` has the derivation.
 
-But for the LSEs all of it is elementwise, so that it serves scalars, rows and tiles alike.
+All of it but the LSEs is elementwise, so that it serves scalars, rows and tiles alike.
 Half-precision values become float32 as soon as they are loaded, and stay so until a gradient is
-stored. Kernels that make losses are compiled without fused multiply-adds, which two of them might
-use in different places: a row's bits must not depend on which kernel it is in. Where one is worth
-it, it is written down.
+stored. Kernels that make losses are compiled without fused multiply-adds, since two kernels might
+use them in different places, and a row's bits must not depend on which kernel it is in. Where a
+fused multiply-add is worth it, the code says `tl.fma`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 @triton.jit
 def load_float32(pointers, mask=None, other=None):
-    """``tl.load`` of any float dtype, in float32."""
+    """Load any float dtype, as float32."""
     return tl.load(pointers, mask=mask, other=other).to(tl.float32)
 
 
 @triton.jit
 def exp(x):
-    """``e^x``; what is below 1e-38 is 0.
+    """Return ``e^x``, and 0 where that is below 1e-38.
 
     ``tl.exp`` rescales around such numbers, with three instructions more for each (SASS, sm_90).
     """
@@ -43,7 +43,7 @@ def exp(x):
 
 @triton.jit
 def add_dot(left, right, total):
-    """``total + left @ right`` in float32, without TF32.
+    """Return ``total + left @ right`` in float32, without TF32.
 
     The interpreter multiplies the bit patterns of bfloat16, so that there both are upcast first.
     """
@@ -54,7 +54,7 @@ def add_dot(left, right, total):
 
 @triton.jit
 def log1p(x):
-    """``log(1 + x)``: what rounding ``u = 1 + x`` does to the log, ``x / (u - 1)`` undoes."""
+    """Return ``log(1 + x)``: ``x / (u - 1)`` undoes what rounding ``u = 1 + x`` does to the log."""
     u = 1.0 + x
     rounded = tl.where(u == 1.0, 1.0, u - 1.0)
     return tl.where(u == 1.0, x, tl.log(u) * (x / rounded))
@@ -62,10 +62,11 @@ def log1p(x):
 
 @triton.jit
 def tanh_and_slope(x):
-    """``tanh(x)`` and its derivative, to float32's own relative precision.
+    """Return ``tanh(x)`` and its derivative, to float32's own relative precision.
 
     Up to 0.6 an odd polynomial (fitted to a relative error of 3e-9), since ``1 - e`` cancels there;
     the derivative is ``4 e / (1 + e)^2``, since ``1 - tanh^2`` cancels where tanh comes near 1.
+    `tanh_of` in ``csrc/online_softmax.h`` has the same polynomial: change both.
     """
     e = exp(-2.0 * tl.abs(x))
     large = 1.0 - 2.0 * e / (1.0 + e)
@@ -79,7 +80,7 @@ def tanh_and_slope(x):
 
 @triton.jit
 def scale_logits(raw, logit_scale):
-    """``logit_scale * raw``; None is 1, and spares a product for each logit."""
+    """Return ``logit_scale * raw``; None stands for 1, and spares a product for each logit."""
     if logit_scale is None:
         return raw
     else:
@@ -88,7 +89,7 @@ def scale_logits(raw, logit_scale):
 
 @triton.jit
 def transform_logits(raw, logit_scale, softcap):
-    """``f(raw) = softcap * tanh(logit_scale * raw / softcap)``, or ``logit_scale * raw``."""
+    """Return ``f(raw) = softcap * tanh(logit_scale * raw / softcap)``, or ``logit_scale * raw``."""
     if softcap is None:
         return scale_logits(raw, logit_scale)
     else:
@@ -97,7 +98,7 @@ def transform_logits(raw, logit_scale, softcap):
 
 @triton.jit
 def transform_slope(raw, logit_scale, softcap):
-    """``f'(raw) / logit_scale``."""
+    """Return ``f'(raw) / logit_scale``."""
     if softcap is None:
         return 1.0
     else:
@@ -106,13 +107,13 @@ def transform_slope(raw, logit_scale, softcap):
 
 @triton.jit
 def mixed_hidden(hidden_1, hidden_2, share_1, share_2):
-    """``lam z_c + (1 - lam) z_u`` of hidden states."""
+    """Return ``lam z_c + (1 - lam) z_u`` of hidden states."""
     return tl.fma(share_1, hidden_1, share_2 * hidden_2)
 
 
 @triton.jit
 def mixed_logits(raw_c, raw_u, share_c, share_u, HAS_BIAS: tl.constexpr):
-    """``lam a_c + (1 - lam) a_u`` of raw logits."""
+    """Return ``lam a_c + (1 - lam) a_u`` of raw logits."""
     mixed = tl.fma(share_c, raw_c, share_u * raw_u)
     if HAS_BIAS:
         # A bias of -inf masks an entry, and 0 * -inf is NaN: where one share is 0, the mixture is
@@ -132,23 +133,23 @@ def online_lse_update(peak, total, x):
 
 @triton.jit
 def merge_lse(peak, total, axis: tl.constexpr):
-    """One ``(peak, total)`` of many, along an axis."""
+    """Merge many ``(peak, total)`` along an axis into one."""
     top = tl.max(peak, axis)
     return top, tl.sum(total * exp(peak - tl.expand_dims(top, axis)), axis)
 
 
 @triton.jit
 def add_lse(peak_1, total_1, peak_2, total_2):
-    """One ``(peak, total)`` of two."""
+    """Merge two ``(peak, total)`` into one."""
     top = tl.maximum(peak_1, peak_2)
     return top, total_1 * exp(peak_1 - top) + total_2 * exp(peak_2 - top)
 
 
 @triton.jit
 def held_targets(target_1, target_2, share_1, share_2):
-    """The columns that are kept out of a row's sum: targets with a share; -1 for none.
+    """Return the columns that are kept out of a row's sum: targets with a share, -1 for none.
 
-    What is then left is the sum of all *other* exponentials, from which ``p - 1`` and ``log p`` of
+    What is left is the sum of all *other* exponentials, from which ``p - 1`` and ``log p`` of
     a confident token follow without cancelling. A target without a share (lam is 0 or 1) stays in
     the sum like any other column, which makes the row bitwise the plain cross-entropy.
     """
@@ -159,11 +160,11 @@ def held_targets(target_1, target_2, share_1, share_2):
 
 @triton.jit
 def soft_cross_entropy(peak, total, logit_1, logit_2, share_1, share_2, same):
-    """A row's loss from the LSE of the columns that `held_targets` left in.
+    """Return a row's loss from the LSE of the columns that `held_targets` left in.
 
     ``logit_1, logit_2`` are the targets' logits and ``same`` says that both are one column.
-    Returns the loss ``-sum_t share_t log p_t``, the row's maximum, its sum of exponentials, and
-    ``d loss / d logit`` at both targets times that sum.
+    Returned are the loss ``-sum_t share_t log p_t``, the row's maximum, its sum of exponentials,
+    and ``d loss / d logit`` at both targets times that sum.
     """
     held_1 = share_1 != 0.0
     held_2 = (share_2 != 0.0) & ((same & held_1) == 0)
@@ -187,7 +188,7 @@ def soft_cross_entropy(peak, total, logit_1, logit_2, share_1, share_2, same):
 
 @triton.jit
 def cross_entropy(peak, total, logit):
-    """`soft_cross_entropy` with one target: loss, maximum, sum, and the target's gradient."""
+    """Return what `soft_cross_entropy` does, for one target: loss, maximum, sum, gradient."""
     top = tl.maximum(peak, logit)
     rest = total * exp(peak - top)
     held = exp(logit - top)
@@ -197,19 +198,19 @@ def cross_entropy(peak, total, logit):
 
 @triton.jit
 def weighted(weight, value):
-    """``weight * value``, exactly 0 where the weight is 0 whatever the value."""
+    """Return ``weight * value``, exactly 0 where the weight is 0 whatever the value."""
     return tl.where(weight == 0.0, 0.0, weight * value)
 
 
 @triton.jit
 def row_factor(weight, logit_scale, total):
-    """What ``softmax`` is multiplied with: ``weight * logit_scale / sum of exponentials``."""
+    """Return ``weight * logit_scale / sum of exponentials``, by which ``exp`` becomes gradient."""
     return tl.where(weight == 0.0, 0.0, scale_logits(weight, logit_scale) / total)
 
 
 @triton.jit
 def row_gradient(raw, top, factor, logit_scale, softcap):
-    """``d loss / d raw`` of a column that is no target: ``factor * exp(f(raw) - top) * f'``."""
+    """Return ``d loss / d raw`` of a column that is no target: ``factor exp(f(raw) - top) f'``."""
     logit = transform_logits(raw, logit_scale, softcap)
     slope = transform_slope(raw, logit_scale, softcap)
     return tl.where(factor == 0.0, 0.0, factor * exp(logit - top) * slope)
@@ -217,13 +218,13 @@ def row_gradient(raw, top, factor, logit_scale, softcap):
 
 @triton.jit
 def target_gradient(raw, at, factor, logit_scale, softcap):
-    """``d loss / d raw`` of a target's column, from `soft_cross_entropy`'s gradient there."""
+    """Return ``d loss / d raw`` of a target's column, from `soft_cross_entropy`'s gradient."""
     slope = transform_slope(raw, logit_scale, softcap)
     return tl.where(factor == 0.0, 0.0, factor * at * slope)
 
 
 class PairState(NamedTuple):
-    """All that a pair's gradients need besides its logits. Of c, of u, of their mixture:"""
+    """All that a pair's gradients need besides its logits: of c, of u, of their mixture."""
 
     loss: Any
     top: Any  # the largest logit
@@ -285,7 +286,7 @@ def pair_state(
 @triton.jit
 def pair_gradients(raw_c, raw_u, state, share_c, share_u, mixes, logit_scale, softcap,
                    HAS_BIAS: tl.constexpr):  # fmt: skip
-    """``d loss / d raw`` of both rows of a pair at columns that are no targets."""
+    """Return ``d loss / d raw`` of both rows of a pair at columns that are no targets."""
     gradient_c = row_gradient(raw_c, state.top[0], state.factor[0], logit_scale, softcap)
     gradient_u = row_gradient(raw_u, state.top[1], state.factor[1], logit_scale, softcap)
     if mixes:

@@ -36,13 +36,7 @@ from .checks import (
 from .gradients import Gradients, first_order_only, handed_out
 from .mixup_loss import Options, reduced_loss
 from .reference import SFTMixLoss, label_weight, weighted_loss
-from .row_chunks.chunks import (
-    chunk_sizes,
-    counted_rows,
-    gather_rows,
-    logits_workspace,
-    project,
-)
+from .row_chunks.chunks import chunk_sizes, counted_rows, gather_rows, logits_workspace, project
 from .row_chunks.losses import (
     cache_blocks,
     cross_entropy_,
@@ -51,14 +45,7 @@ from .row_chunks.losses import (
     store_rows_,
 )
 from .schedules import Schedule, VocabTiles, resolve_schedule, runs_triton
-from .terms import (
-    PairPlan,
-    divided_sum,
-    is_paired,
-    loss_divisor,
-    ordered_pairs,
-    single_rows,
-)
+from .terms import PairPlan, divided_sum, is_paired, loss_divisor, ordered_pairs, single_rows
 from .transform import LogitTransform
 from .vocab_parallel.losses import add_over_ranks_, sharded_pair_losses_
 from .vocab_parallel.shard import Head, VocabShard, checked_head
@@ -85,9 +72,10 @@ def sftmix_rows(
     first_token: int = 0,
     group: str | None = None,  # over which the vocabulary is shared out
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """NTP losses of rows (R,), Mixup losses of pairs (P,), and the gradients of
+    """Return NTP losses of rows (R,), Mixup losses of pairs (P,), and the gradients of
     ``sum(ntp) + mix_ratio * sum(mixup)`` with respect to hidden (R, D), weight (V, D) and bias
-    (V,), the last two in float32; empty where not needed. With a group as in `mixup_rows`."""
+    (V,), the last two in float32; empty where not needed. A group means what it does in
+    `mixup_rows`."""
     transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
     ntp, mixup = torch.zeros_like(row_weight), torch.zeros_like(pair_weight)
     with torch.autocast(weight.device.type, enabled=False):
@@ -120,8 +108,8 @@ def sftmix_rows(
 
 
 @sftmix_rows.register_fake
-def _(hidden, weight, _b, _y, row_weight, _c, _u, pair_weight, _share, _ratio, _scale, _cap, _rows,
-      needs, _first=0, group=None):  # type: ignore[no-untyped-def]  # fmt: skip
+def _(hidden, weight, _b, _y, row_weight, _c, _u, pair_weight, _share, _ratio, _scale, _cap,  # type: ignore[no-untyped-def]
+      _rows, needs, _first=0, group=None):  # fmt: skip
     gradients = Gradients(hidden, weight, needs, 0, partial=group is not None)
     losses = torch.empty_like(row_weight), torch.empty_like(pair_weight)
     return *losses, gradients.hidden, gradients.weight, gradients.bias
@@ -135,14 +123,14 @@ def counted_singles(row_weight: Tensor, pair_c: Tensor, pair_u: Tensor) -> Tenso
 
 
 def chunks(pairs: Tensor, singles: Tensor, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs first, then single rows, filling chunks of the sizes given."""
+    """Yield the pairs and single rows of each chunk: pairs first, until there are no more."""
     pair = single = 0
     for size in sizes:
         some = pairs[pair : pair + size // 2]
         pair += some.numel()
-        alone = singles[single : single + size - 2 * some.numel()]
-        single += alone.numel()
-        yield some, alone
+        rest = singles[single : single + size - 2 * some.numel()]
+        single += rest.numel()
+        yield some, rest
 
 
 def chunk_losses_(
@@ -155,7 +143,7 @@ def chunk_losses_(
     transform: LogitTransform,
     needs_gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # NTP losses (K,), Mixup losses (p,)
-    """Weighted losses of one chunk; its logits become gradients in place."""
+    """Return the weighted losses of one chunk; turn its logits into gradients in place."""
     vocab_size, num_pairs = logits.shape[1], pair_weight.numel()
     if runs_triton(logits):
         from .row_chunks.kernels import pair_rows_, soft_rows_
@@ -221,19 +209,9 @@ class NTPAndMixup(torch.autograd.Function):
         mixup_divisor: Tensor,
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        row_ntp, pair_mixup, *gradients = sftmix_rows(
-            hidden,
-            weight,
-            bias,
-            labels,
-            row_weight,
-            pair_c,
-            pair_u,
-            pair_weight,
-            share,
-            mu * ntp_divisor / mixup_divisor,
-            *options,
-        )
+        tensors = (hidden, weight, bias, labels, row_weight, pair_c, pair_u, pair_weight, share)
+        mix_ratio = mu * ntp_divisor / mixup_divisor
+        row_ntp, pair_mixup, *gradients = sftmix_rows(*tensors, mix_ratio, *options)
         ctx.save_for_backward(ntp_divisor, *gradients)
         ctx.dtype = weight.dtype
         ntp, mixup = divided_sum(row_ntp, ntp_divisor), divided_sum(pair_mixup, mixup_divisor)
@@ -307,10 +285,24 @@ def fused_sftmix_loss(
     row_ntp_out: Tensor | None = None,  # (...) float32
     validate: bool = False,
 ) -> SFTMixLoss:
-    """``NTP(all tokens) + mu * Mixup(pairs)`` for the matrix products of NTP alone.
+    """Return ``NTP(all tokens) + mu * Mixup(pairs)``, for the matrix products of NTP.
 
     The LM head is linear, so the mixed logits are the interpolation of logits that NTP computes
     anyway (`reference.py` has the formula; arXiv 2410.05248 the method). No (N, V) logits are held.
+
+    Example:
+        Four tokens, of which the first two are mixed with each other and the last has no label:
+
+        >>> hidden = torch.eye(3)[[0, 1, 2, 0]].requires_grad_()
+        >>> weight = torch.arange(12.0).reshape(4, 3) / 4  # V = 4 tokens
+        >>> labels = torch.tensor([3, 2, 1, -100])
+        >>> pair_c, pair_u = torch.tensor([0]), torch.tensor([1])
+        >>> loss, ntp, mixup = fused_sftmix_loss(hidden, weight, labels, pair_c, pair_u, lam=0.75)
+        >>> print(f"{loss:.3f} = {ntp:.3f} + 0.2 * {mixup:.3f}")
+        1.493 = 1.338 + 0.2 * 0.776
+        >>> loss.backward()  # the gradients were made in the forward pass
+        >>> hidden.grad.any(dim=-1).tolist()
+        [True, True, True, False]
 
     Args:
         hidden: what the LM head reads; float32, bfloat16 or float16.

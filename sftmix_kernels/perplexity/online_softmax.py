@@ -2,7 +2,7 @@
 
 Legend: R tokens, K tokens of one block, N vocabulary entries of one chunk, S examples.
 
-Of each token a state is kept: the maximum ``m`` of the logits seen so far, the sum ``s`` of
+Each token has a state: the maximum ``m`` of the logits seen so far, the sum ``s`` of
 ``exp(a - m)`` over them, and the logit ``t`` of its label. `fold_logits` merges a chunk with
 maximum ``m'`` and sum ``s'`` into it,
 
@@ -10,8 +10,8 @@ maximum ``m'`` and sum ``s'`` into it,
 
 and `add_token_losses` adds the losses ``log s - (t - m)`` to their examples, in float64.
 ``csrc/online_softmax.h`` has this maths, ``online_softmax_cpu.cpp`` and ``_kernels.cuh`` the loops
-around it. Below stands each op in PyTorch operations: what it means, and what runs where it was not
-compiled.
+around it. Each op stands below in PyTorch operations, which say what it means and run where it was
+not compiled.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ build_info()
 
 
 def new_state(num_rows: int, like: Tensor) -> Tensor:  # (3, R) float32: m, s, t
-    """Tokens that have seen no logits. A label that no chunk holds leaves t, and the loss, NaN."""
+    """Return the states of tokens that have seen no logits.
+
+    A label that no chunk holds leaves t, and so the loss, NaN.
+    """
     state = like.new_empty(3, num_rows, dtype=torch.float32)
     for values, start in zip(state, (-torch.inf, 0.0, torch.nan), strict=True):
         values.fill_(start)
@@ -118,7 +121,7 @@ def warn_of_pytorch_operations() -> None:
 
 
 def nothing(*_: Any) -> None:
-    """What both ops return, and all that a trace has to know of them beside the schema."""
+    """Return nothing, as both ops do: all that a trace has to know of them beside the schema."""
 
 
 torch.library.register_fake("sftmix_kernels::fold_logits", nothing)

@@ -12,11 +12,11 @@ from ..schedules import FEWEST_ROWS, PADDING, runs_triton
 
 
 def chunk_sizes(num_rows: int, chunk_rows: int) -> list[int]:
-    """Rows of each chunk: as few chunks as ``chunk_rows`` allows, of about equal size.
+    """Return the rows of each chunk: as few chunks as ``chunk_rows`` allows, of about equal size.
 
-    A small last chunk would waste a pass over ``dW``. None has fewer than `FEWEST_ROWS` where there
-    are as many, so that the size of chunks does not change the bits of row losses. All but the last
-    are even, for pairs.
+    5,000 rows in chunks of at most 4,096 are two of 2,500: a small last chunk would waste a pass
+    over ``dW``. None has fewer than `FEWEST_ROWS` where there are as many, so that the size of
+    chunks does not change the bits of row losses. All but the last are even, for pairs.
     """
     if num_rows == 0:
         return []
@@ -28,10 +28,10 @@ def chunk_sizes(num_rows: int, chunk_rows: int) -> list[int]:
 
 
 def counted_rows(weight: Tensor) -> Tensor:
-    """Rows that enter the matrix products: (K,) int64.
+    """Return the rows that enter the matrix products: (K,) int64.
 
-    On the CPU those whose weight is not 0. On an accelerator all of them, since to know how many
-    count would make the host wait for the device; callers that know gather first, as the
+    On the CPU these are the rows whose weight is not 0. On an accelerator they are all rows, since
+    the host would have to wait to learn how many count; callers that know gather first, as the
     trainer does.
     """
     if weight.device.type == "cpu":
@@ -40,7 +40,7 @@ def counted_rows(weight: Tensor) -> Tensor:
 
 
 def gather_rows(hidden: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-    """``hidden[rows]`` with zeros where the weight is 0: an ignored NaN must not reach ``dW``."""
+    """Return ``hidden[rows]``, 0 where the weight is 0: an ignored NaN must not reach ``dW``."""
     return hidden.index_select(0, rows).masked_fill_((weight == 0).unsqueeze(-1), 0.0)
 
 
@@ -66,10 +66,10 @@ def mixed_rows(
 
 
 def logits_workspace(weight: Tensor, num_rows: int) -> Tensor:
-    """Room for logits of some rows, (K, V).
+    """Return room for the logits of some rows, (K, V).
 
-    For kernels the rows are padded, so that each begins where a 16-byte load can: V of GPT-2 is
-    50257, and of any model with one token added it is odd.
+    For kernels the rows are padded, so that each begins where a 16-byte load can: V is 50257 in
+    GPT-2, and odd in many a model to which one token was added.
     """
     vocab_size = weight.shape[0]
     padding = -vocab_size % PADDING if runs_triton(weight) else 0
@@ -77,7 +77,7 @@ def logits_workspace(weight: Tensor, num_rows: int) -> Tensor:
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, workspace: Tensor) -> Tensor:
-    """Raw logits of a chunk, (K, V) in hidden's dtype, in the workspace's first K rows."""
+    """Return the raw logits of a chunk, (K, V), which are the workspace's first K rows."""
     logits = workspace[: hidden.shape[0]]
     if bias is None:
         return torch.mm(hidden, weight.t(), out=logits)

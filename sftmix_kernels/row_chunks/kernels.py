@@ -45,7 +45,7 @@ MAX_REGISTERS = 128
 
 
 def num_stages(logits: Tensor) -> int:
-    """Blocks of logits on their way, about as many bytes in every dtype."""
+    """Return how many blocks of logits are on their way: about as many bytes in every dtype."""
     return 4 if logits.dtype == torch.float32 else 5
 
 
@@ -62,8 +62,10 @@ def launch_options(logits: Tensor) -> dict[str, int | bool]:
 
 
 def width_of(logits: Tensor) -> int:
-    """Columns that are read and written: with `logits_workspace`'s padding, so that accesses are
-    of whole vectors whatever V is."""
+    """Return how many columns are read and written.
+
+    They include `logits_workspace`'s padding, so that accesses are of whole vectors whatever V is.
+    """
     stride, vocab_size = logits.stride(0), logits.shape[1]
     padded = vocab_size + -vocab_size % PADDING
     return padded if stride == padded else vocab_size
@@ -71,8 +73,10 @@ def width_of(logits: Tensor) -> int:
 
 @triton.jit
 def columns(start, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """The columns of a block, (BLOCK / VECTOR, VECTOR): a thread's 16-byte loads side by side, so
-    that it finds their LSE by itself."""
+    """Return the columns of a block, (BLOCK / VECTOR, VECTOR).
+
+    A thread's 16-byte loads lie side by side, so that it finds their LSE by itself.
+    """
     lane = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR
     return start + lane + tl.arange(0, VECTOR)[None, :]
 
@@ -94,6 +98,7 @@ def soft_rows_kernel(
     VECTOR: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Find a row's loss, and turn its logits into gradients: one program for each row."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     weight = tl.load(weight_ptr + row)
@@ -173,6 +178,7 @@ def pair_rows_kernel(
     VECTOR: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Find a pair's three losses, and turn both rows into gradients: one program a pair."""
     row_c = tl.program_id(0).to(tl.int64)
     row_u = row_c + num_pairs
     ptr_c, ptr_u = logits_ptr + row_c * stride, logits_ptr + row_u * stride
@@ -264,6 +270,7 @@ def mixed_rows_kernel(
     hidden_size,
     BLOCK: tl.constexpr,
 ):
+    """Interpolate two rows of hidden states: one program for each row and block."""
     row = tl.load(rows_ptr + tl.program_id(0))
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     # A row of weight 0 has no columns to read: what it holds, perhaps NaN, must not reach dW.
@@ -284,7 +291,7 @@ def mixed_rows(
     rows: Tensor,  # (K,) int64
     row_weight: Tensor,  # (R,) float32
 ) -> Tensor:  # (K, D)
-    """``share_1 first + share_2 second`` of some rows, rounded once; 0 where the weight is 0."""
+    """Return ``share_1 first + share_2 second`` of some rows, rounded once; 0 for weight 0."""
     first, second = first.contiguous(), second.contiguous()
     mixed = first.new_empty(rows.numel(), first.shape[1])
     if mixed.numel():
@@ -311,7 +318,7 @@ def soft_rows_(
     transform: LogitTransform,
     needs_gradient: bool,
 ) -> Tensor:  # (K,) float32
-    """Weighted row losses; the logits become the gradients of their sum in place."""
+    """Return weighted row losses; turn the logits into the gradients of their sum in place."""
     loss = torch.empty_like(row_weight)
     if loss.numel():
         with torch.cuda.device_of(logits):
@@ -333,7 +340,7 @@ def soft_rows_(
 
 
 def pair_rows_(
-    logits: Tensor,  # (>= 2 P, V) likewise, rows of c before rows of u
+    logits: Tensor,  # (>= 2 P, V) as in `soft_rows_`, rows of c before rows of u
     labels: Tensor,  # (>= 2 P,) int64 in [0, V)
     row_weight: Tensor,  # (>= 2 P,) float32
     share: Tensor,  # (P, 2) float32: lam and 1 - lam
@@ -342,7 +349,7 @@ def pair_rows_(
     transform: LogitTransform,
     needs_gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # NTP (2 P,), Mixup (P,)
-    """Weighted losses; the logits become the gradients of ``sum(ntp) + mix_ratio * sum(mixup)``."""
+    """Return weighted losses; make logits the gradients of ``sum(ntp) + mix_ratio sum(mixup)``."""
     mixup = torch.empty_like(pair_weight)
     ntp = mixup.new_empty(2 * mixup.numel())
     if mixup.numel():

@@ -4,8 +4,7 @@ A chunk's logits come from the vendor GEMM; its row losses and logit gradients a
 block by block while the block sits in cache; ``dH`` and ``dW`` follow by vendor GEMMs, all in the
 forward pass. Full (N, V) logits never exist. `reference.py` has the derivation.
 
-Legend: R rows, K rows of one chunk, B rows of one cache block, T targets of a row, D hidden size,
-V vocabulary.
+Legend: K rows of one chunk, B rows of one cache block, T targets of a row, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,23 +26,24 @@ torch.log1p(torch.zeros(1))
 
 
 class TargetColumns(NamedTuple):
-    """The shares of a row's targets. Both may be the same token: its column carries both shares."""
+    """The shares of rows' targets. Two may be the same token, whose column carries both shares."""
 
     share: Tensor  # (B, T) float32, summing to 1
     column_share: Tensor  # (B, T): of all targets in this target's column
     same: Tensor  # (B, T, T): 1 where two targets are the same token
 
     def held(self, exp_at: Tensor) -> Tensor:
-        """What of the targets' exponentials is kept out of the row's sum.
+        """Return what the row's sum leaves out: the exponentials of targets that have a share.
 
-        A target without a share (lam is 0 or 1) stays in like any other: bitwise the plain loss.
+        A target without a share (lam is 0 or 1) stays in the sum like any other column, which makes
+        the row bitwise the plain cross-entropy.
         """
         return exp_at.masked_fill(self.column_share == 0, 0.0)
 
     def finish(
         self, log_p: Tensor, exp_at: Tensor, rest: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:  # (B,), (B, 1), (B, T)
-        """Loss, sum of all exponentials, and that times the gradient at the targets.
+        """Return the loss, the sum of all exponentials, and that times the gradient at the targets.
 
         ``log_p`` are the targets' logits less the row's peak, ``exp_at`` their exponentials, and
         ``rest`` (B, 1) is the sum of all exponentials but those held.
@@ -57,7 +57,7 @@ class TargetColumns(NamedTuple):
 
 
 def target_columns(targets: Tensor, share: Tensor) -> TargetColumns:
-    """From token ids (B, T) and shares (B, T)."""
+    """Return the columns of token ids (B, T) with shares (B, T)."""
     same = (targets.unsqueeze(-1) == targets.unsqueeze(-2)).float()
     return TargetColumns(share, (same * share.unsqueeze(-2)).sum(-1), same)
 
@@ -70,10 +70,10 @@ def soft_cross_entropy_(
     transform: LogitTransform,
     needs_gradient: bool,
 ) -> Tensor:  # (B,) float32
-    """Row losses ``-sum_t share_t log p[target_t]``; logits become ``weight * d loss / d raw``.
+    """Return ``-sum_t share_t log p[target_t]`` of rows; logits become ``weight d loss / d raw``.
 
-    The exponentials of targets are kept out of the row's sum: of a confident token that leaves the
-    sum of all others, from which ``p - 1`` and ``log p`` follow without cancelling.
+    The exponentials of targets are kept out of the row's sum. What is left is the sum of all
+    others, from which ``p - 1`` and ``log p`` of a confident token follow without cancelling.
     """
     slope = transform.apply_(logits, needs_gradient)
     peak = logits.amax(-1, keepdim=True)
@@ -100,7 +100,7 @@ def pair_cross_entropy_(
     workspace: Tensor,  # (>= B, V) float32, for the mixed logits
     needs_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # NTP of c, NTP of u, Mixup: (B,) float32 each
-    """The three losses of a pair of rows; both logits become ``G_c`` and ``G_u`` in place."""
+    """Return the three losses of pairs; turn both logits into ``G_c`` and ``G_u`` in place."""
     share_c, share_u = share.tensor_split(2, dim=-1)
     mixed = mixed_logits(logits, share, transform.has_bias, workspace)
     mixup = soft_cross_entropy_(
@@ -122,7 +122,7 @@ def mixed_logits(
     has_bias: bool,
     workspace: Tensor,  # (>= B, V)
 ) -> Tensor:  # (B, V)
-    """``share_c a_c + share_u a_u`` of raw logits, in the workspace's first rows."""
+    """Write ``share_c a_c + share_u a_u`` of raw logits into the workspace's first rows."""
     share_c, share_u = share.tensor_split(2, dim=-1)
     mixed = torch.mul(logits[0], share_c, out=workspace[: share.shape[0]])
     mixed.addcmul_(logits[1], share_u)
@@ -140,7 +140,7 @@ def cross_entropy_(
     transform: LogitTransform,
     needs_gradient: bool,
 ) -> Tensor:  # (B,) float32
-    """`soft_cross_entropy_` with one target."""
+    """Do what `soft_cross_entropy_` does, with one target."""
     targets = labels.unsqueeze(-1)
     share = torch.ones_like(targets, dtype=torch.float32)
     return soft_cross_entropy_(logits, targets, share, weight, transform, needs_gradient)
@@ -149,12 +149,12 @@ def cross_entropy_(
 def cache_blocks(
     start: int, stop: int, logits: Tensor, block_bytes: int = 2**21
 ) -> Iterator[slice]:
-    """Slices of rows whose float32 logits take about 2 MiB, so that every pass hits a cache.
+    """Yield slices of rows whose float32 logits take about 2 MiB, so that every pass hits a cache.
 
     NTP + Mixup at D = 512, V = 32000 on two cores with 2 MiB of L2 each, in turns: 2.15 s with
     1 MiB, 2.19 s with 2 MiB, quartiles overlapping.
 
-    A last row alone joins the block before it: PyTorch sums a single long row over threads, in
+    A single last row joins the block before it: PyTorch sums a single long row over threads, in
     another order, and then the bits of a row's loss would hang on its place in the chunk.
     """
     step = max(2, block_bytes // (4 * logits.shape[1]))
@@ -165,7 +165,7 @@ def cache_blocks(
 
 
 def load_rows(logits: Tensor, rows: slice) -> Tensor:
-    """Some rows of logits in float32: a view where they are float32 already."""
+    """Return some rows of logits in float32: a view where they are float32 already."""
     return logits[rows].float()
 
 

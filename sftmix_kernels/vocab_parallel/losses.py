@@ -12,18 +12,18 @@ Rank r knows the logits ``z_j`` of its own tokens j. With ``M_r`` the largest of
     z_t  = sum_r (z_t where t is of r, else 0)                       for each target t
     LSE  = M + log(rest + sum_(t held) exp(z_t - M))
 
-``held`` are the targets that have a share: as in one process they are left out of the sum, so that
-``p - 1`` and ``log p`` of a confident token do not cancel. One MAX gives M; one SUM carries
-``rest`` and ``z_t``; both serve the three losses of a chunk together. From M, ``rest`` and ``z_t``
-each rank finds the whole loss, and its own columns of the logit gradient ``G`` (`reference.py`) in
-place; so
+``held`` are the targets that have a share. They are left out of the sum, as in one process, so
+that ``p - 1`` and ``log p`` of a confident token do not cancel. One MAX gives M, one SUM gives
+``rest`` and ``z_t``, and both serve the three losses of a chunk together. From these numbers each
+rank finds the whole loss and, in place, its own columns of the logit gradient ``G``
+(`reference.py`), so that
 
     dW_r = G_r^T H,   db_r = sum G_r      are its own,      dH = sum_r G_r W_r
 
-of which the last is added up once for an op call, in float32. That makes two collectives for each
-chunk and one more where hidden needs a gradient, all in the forward pass (``reduction="none"``: in
-forward and in backward). Nothing waits for the device, and how many there are follows from numbers
-that all ranks share.
+where dH is added up once for each op call, in float32. That makes two collectives for each chunk
+and one more where hidden needs a gradient, all in the forward pass (in forward and in backward with
+``reduction="none"``). Nothing waits for the device, and the number of collectives follows from
+numbers that all ranks share.
 
 **Memory**, beside inputs and the gradients handed out: float32 dW (W, D) and dH (rows, D); a chunk
 of ``K = min(rows, max_bytes / (W_max * bytes))`` rows, that is ``K W`` logits, with ``W_max`` the
@@ -52,33 +52,33 @@ from ..transform import LogitTransform
 
 
 def all_reduce_(tensor: Tensor, operation: str, group: str) -> None:
-    """All-reduce in place, over the group of that name: an op's schema has no groups."""
+    """All-reduce in place over the group of that name, since an op's schema has no groups."""
     ops = torch.ops._c10d_functional
     ops.wait_tensor(ops.all_reduce_(tensor, operation, group))
 
 
 def add_over_ranks_(gradient: Tensor, group: str | None) -> None:
-    """The whole dH from each rank's part; nothing where there are no parts, or none is needed."""
+    """Add up the ranks' parts of dH; do nothing where there are no parts or none is needed."""
     if group is not None and gradient.numel():
         all_reduce_(gradient, "sum", group)
 
 
 class OwnColumns(NamedTuple):
-    """Targets of rows, and in which of this rank's columns they are, if they are this rank's."""
+    """The targets of rows, and the columns of those that are this rank's."""
 
     shares: TargetColumns
     column: Tensor  # (S, T) int64
     own: Tensor  # (S, T) bool
 
     def rows(self, block: slice) -> OwnColumns:
-        """Those of some rows."""
+        """Return the targets and columns of some rows."""
         shares = TargetColumns(*(tensor[block] for tensor in self.shares))
         return OwnColumns(shares, self.column[block], self.own[block])
 
     def put_(self, logits: Tensor, values: Tensor) -> None:
         """Write (S, T) values where targets are this rank's.
 
-        Of two writes to one column the order is open. So a target of another rank writes what its
+        Two writes to one column come in any order. So a target of another rank writes what its
         row's other target writes, and in a row without targets of this rank both write what is
         there.
         """
@@ -88,7 +88,10 @@ class OwnColumns(NamedTuple):
 
 
 def own_columns(targets: Tensor, share: Tensor, start: int, width: int) -> OwnColumns:
-    """Global token ids (S, T) and shares (S, T), for a rank of tokens ``start + [0, width)``."""
+    """Return where global token ids (S, T) with shares (S, T) are on a rank.
+
+    The rank holds the tokens ``start + [0, width)``.
+    """
     column = targets - start
     own = (column >= 0) & (column < width)
     column = torch.where(own, column, column.flip(-1)).masked_fill(~own.any(-1, True), 0)
@@ -96,7 +99,7 @@ def own_columns(targets: Tensor, share: Tensor, start: int, width: int) -> OwnCo
 
 
 class PartSoftmax(NamedTuple):
-    """What a row's softmax needs of its logits: those of one rank, or of all."""
+    """What rows' softmax needs of their logits: those of one rank, or of all ranks."""
 
     peak: Tensor  # (S, 1)
     rest: Tensor  # (S, 1): sum of exp(z - peak) over columns that no held target is in
@@ -104,7 +107,7 @@ class PartSoftmax(NamedTuple):
 
 
 def nothing_seen(columns: OwnColumns) -> PartSoftmax:
-    """That of a rank without tokens, and room for that of another."""
+    """Return the softmax state of a rank that holds no tokens, which others are written into."""
     targets = torch.zeros_like(columns.shares.share)
     peak = torch.full_like(targets[:, :1], -torch.inf)
     return PartSoftmax(peak, torch.zeros_like(peak), targets)
@@ -115,7 +118,7 @@ def part_softmax_(
     columns: OwnColumns,
     transform: LogitTransform,
 ) -> PartSoftmax:
-    """That of this rank's columns."""
+    """Return the softmax state of this rank's columns."""
     transform.apply_(logits, needs_slope=False)
     targets = logits.gather(-1, columns.column).masked_fill(~columns.own, 0.0)
     peak = logits.amax(-1, keepdim=True)
@@ -127,7 +130,7 @@ def part_softmax_(
 
 
 def whole_softmax(parts: list[PartSoftmax], group: str) -> list[PartSoftmax]:
-    """Those over all ranks, from those of this rank's columns: one MAX and one SUM."""
+    """Return the softmax states over all ranks, by one MAX and one SUM over all states together."""
     own_peak = torch.cat([part.peak for part in parts])
     peak = own_peak.clone()
     all_reduce_(peak, "max", group)
@@ -144,7 +147,7 @@ def whole_softmax(parts: list[PartSoftmax], group: str) -> list[PartSoftmax]:
 
 
 class SoftRows(NamedTuple):
-    """Rows of logits that one loss is taken of: the rows of a chunk, or its mixed pairs."""
+    """The rows of logits that have one loss each: the rows of a chunk, or its mixed pairs."""
 
     columns: OwnColumns
     peak: Tensor  # (S, 1)
@@ -152,7 +155,7 @@ class SoftRows(NamedTuple):
     at_targets: Tensor  # (S, T): gradient at targets
 
     def gradient_(self, logits: Tensor, rows: slice, transform: LogitTransform) -> None:
-        """Raw logits (B, W) of some rows become ``weight * d loss / d raw`` in place."""
+        """Turn raw logits (B, W) of some rows into ``weight * d loss / d raw`` in place."""
         slope = transform.apply_(logits, needs_slope=True)
         logits.sub_(self.peak[rows]).exp_().mul_(self.factor[rows])
         self.columns.rows(rows).put_(logits, self.at_targets[rows])
@@ -163,7 +166,7 @@ class SoftRows(NamedTuple):
 def soft_rows(
     whole: PartSoftmax, columns: OwnColumns, weight: Tensor, transform: LogitTransform
 ) -> tuple[Tensor, SoftRows]:
-    """Row losses (S,), and what the gradient needs; the end of `soft_cross_entropy_`."""
+    """Return row losses (S,) and what the gradient needs, as `soft_cross_entropy_` ends."""
     log_p = whole.targets - whole.peak
     loss, total, at_targets = columns.shares.finish(log_p, log_p.exp(), whole.rest)
     factor = (weight * transform.scale).unsqueeze(-1) / total
@@ -178,10 +181,11 @@ class Chunk(NamedTuple):
     transform: LogitTransform
 
     def blocks(self, start: int, stop: int) -> list[slice]:
-        """Rows to work on at a time: on the CPU what a cache holds.
+        """Return slices of rows to work on at a time: on the CPU as many as a cache holds.
 
-        On an accelerator 64 MiB: to read and write that takes ten times as long as to launch a
-        kernel (30 us at 4 TB/s, 3 us), and seven of them are less than half of the chunk's bytes.
+        On an accelerator a block has 64 MiB: reading and writing that takes ten times as long as
+        launching a kernel (30 us at 4 TB/s, 3 us), and seven blocks are less than half of the
+        chunk's bytes.
         """
         if self.logits.shape[1] == 0:
             return []
@@ -189,7 +193,7 @@ class Chunk(NamedTuple):
         return list(cache_blocks(start, stop, self.logits, block_bytes))
 
     def pair(self, rows: slice) -> tuple[tuple[slice, Tensor], tuple[slice, Tensor], Tensor]:
-        """Rows and float32 logits of c and of u for some pairs, and the mixed logits."""
+        """Return rows and float32 logits of c and of u for some pairs, and the mixed logits."""
         later = slice(rows.start + self.share.shape[0], rows.stop + self.share.shape[0])
         raw_c, raw_u = load_rows(self.logits, rows), load_rows(self.logits, later)
         has_bias = self.transform.has_bias
@@ -197,7 +201,7 @@ class Chunk(NamedTuple):
         return (rows, raw_c), (later, raw_u), mixed
 
     def part_softmaxes(self, of_rows: OwnColumns, of_pairs: OwnColumns) -> list[PartSoftmax]:
-        """What this rank's columns say of the rows and of the mixed pairs."""
+        """Return this rank's softmax states of the rows and of the mixed pairs."""
         rows, pairs = nothing_seen(of_rows), nothing_seen(of_pairs)
         for block in self.blocks(0, self.logits.shape[0]):
             raw = self.logits[block].to(torch.float32, copy=True)
@@ -236,7 +240,7 @@ def chunk_losses_(
     needs_gradient: bool,
     group: str,
 ) -> tuple[Tensor, Tensor]:  # (K,), (P,)
-    """Losses of a chunk's rows, and of its pairs mixed; its logits become gradients in place."""
+    """Return losses of a chunk's rows and mixed pairs; turn its logits into gradients in place."""
     parts = chunk.part_softmaxes(of_rows, of_pairs)
     whole_rows, whole_pairs = whole_softmax(parts, group)
     row_losses, rows = soft_rows(whole_rows, of_rows, row_weight, chunk.transform)
@@ -256,7 +260,7 @@ def sharded_losses_(
     start: int,
     group: str,
 ) -> Tensor:  # (K,)
-    """Weighted losses of a chunk of rows with T targets each; logits become gradients."""
+    """Return weighted losses of a chunk of rows with T targets each; make logits gradients."""
     pairs = targets.new_empty(0, 2), share.new_empty(0, 2)
     of_rows, of_pairs = (
         own_columns(*some, start, logits.shape[1]) for some in ((targets, share), pairs)
@@ -280,7 +284,7 @@ def sharded_pair_losses_(
     start: int,
     group: str,
 ) -> tuple[Tensor, Tensor]:  # NTP losses (K,), Mixup losses (P,)
-    """Weighted losses of a chunk of pairs and single rows; logits become gradients."""
+    """Return weighted losses of a chunk of pairs and single rows; make logits gradients."""
     num_pairs = share.shape[0]
     targets, mixed_targets = labels.unsqueeze(-1), labels[: 2 * num_pairs].view(2, num_pairs).t()
     one = torch.ones_like(targets, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Whose tokens are whose: an LM head whose rows are shared out over the ranks of a group.
+"""`VocabShard`: which rows of the LM head are this rank's, where a group shares them out.
 
 `losses.py` has the losses. Legend: D hidden size, V vocabulary of the group, W tokens of
 this rank.
@@ -50,7 +50,7 @@ class VocabShard:
                 f"got {type(group).__name__}"
             )
         for name, bound in (("start", start), ("stop", stop)):
-            # What the bounds are is checked on all ranks together, so that none is left waiting.
+            # The values are checked on all ranks together, so that none is left waiting.
             check_count(name, bound, -(2**63))
         self.start, self.stop, self.group = int(start), int(stop), group
         self.group_name = group.group_name
@@ -65,7 +65,7 @@ class VocabShard:
 
 
 def check_bounds(shards: list[tuple[int, int]]) -> None:
-    """Every token from 0 on in exactly one rank's ``[start, stop)``, and at least one token."""
+    """Refuse bounds unless every token from 0 on is in exactly one rank's ``[start, stop)``."""
     for rank, (start, stop) in enumerate(shards):
         if not 0 <= start <= stop:
             raise ValueError(

@@ -19,18 +19,10 @@ from ..primitives import add_dot, held_targets, mixed_logits, row_gradient, weig
 from ..schedules import BLOCK_P, BLOCK_R, BLOCK_V
 from ..transform import LogitTransform
 from .groups import PairGroup, RowGroup
-from .logits import (
-    grouped_tile,
-    load_operand,
-    load_targets,
-    pair_tile,
-    soft_tile,
-    tile_options,
-)
+from .logits import grouped_tile, load_operand, load_targets, pair_tile, soft_tile, tile_options
 
 # Columns of a program of the live product.
 BLOCK_N = 128
-
 
 # Numbers that change from call to call; each kind of them would be compiled anew.
 PLACE = ["first_tile", "num_tiles"]
@@ -62,6 +54,7 @@ def soft_gradient_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    """Write the gradient of one tile of rows, or zeros where the tile is dead."""
     row_block, local = grouped_tile(tl.cdiv(num_rows, BLOCK_R), num_tiles, GROUP)
     row = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
     column = (first_tile + local) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -94,19 +87,19 @@ def soft_gradient_kernel(
 
 @triton.jit
 def load_live(live_ptr, block, tile, all_tiles):
-    """Whether any probability of a row block in a tile can be above the filter."""
+    """Say whether any probability of a row block in a tile can be above the filter."""
     return tl.load(live_ptr + tl.cast(block, tl.int64) * all_tiles + tile) != 0
 
 
 @triton.jit
 def load_state(state_ptr, term, row, num_rows):
-    """One number of each row, as a column."""
+    """Return one number of each row, as a column."""
     return tl.load(state_ptr + term * num_rows + row, mask=row < num_rows, other=0.0)[:, None]
 
 
 @triton.jit
 def load_term(state_ptr, term: tl.constexpr, pair, num_pairs):
-    """Maximum and factor of c (0), of u (1) or of their mixture (2)."""
+    """Return maximum and factor of c (0), of u (1) or of their mixture (2)."""
     top = load_state(state_ptr, term, pair, num_pairs)
     return top, load_state(state_ptr, 3 + term, pair, num_pairs)
 
@@ -114,7 +107,7 @@ def load_term(state_ptr, term: tl.constexpr, pair, num_pairs):
 @triton.jit
 def row_of_pair(raw, gradient_m, share, at_c, at_u, state_ptr, term: tl.constexpr, pair, num_pairs,
                 logit_scale, softcap):  # fmt: skip
-    """``d loss / d raw`` of one row of each pair, given that of their mixture."""
+    """Return ``d loss / d raw`` of one row of each pair, given that of their mixture."""
     top, factor = load_term(state_ptr, term, pair, num_pairs)
     gradient = row_gradient(raw, top, factor, logit_scale, softcap) + share[:, None] * gradient_m
     gradient = tl.where(at_c, load_state(state_ptr, 6 + 2 * term, pair, num_pairs), gradient)
@@ -123,7 +116,7 @@ def row_of_pair(raw, gradient_m, share, at_c, at_u, state_ptr, term: tl.constexp
 
 @triton.jit
 def store_gradient(gradient_ptr, gradient, row, inside, local, num_tiles):
-    """A tile's gradient, rounded once; all of it 0 where the tile is dead."""
+    """Store a tile's gradient, rounded once."""
     BLOCK_V: tl.constexpr = gradient.shape[1]
     column = local * BLOCK_V + tl.arange(0, BLOCK_V)
     pointers = gradient_ptr + row.to(tl.int64)[:, None] * (num_tiles * BLOCK_V) + column[None, :]
@@ -156,6 +149,7 @@ def pair_gradient_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    """Write the gradients of both rows of pairs in one tile, or zeros where it is dead."""
     pair_block, local = grouped_tile(tl.cdiv(num_pairs, BLOCK_P), num_tiles, GROUP)
     pair = pair_block * BLOCK_P + tl.arange(0, BLOCK_P)
     column = (first_tile + local) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -217,6 +211,7 @@ def live_product_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    """Add one block of a product to the total, over the live blocks of its left side."""
     block_m, block_n = grouped_tile(tl.cdiv(size_m, BLOCK_M), tl.cdiv(size_n, BLOCK_N), GROUP)
     m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -249,7 +244,7 @@ def soft_gradient_(
     transform: LogitTransform,
     first_tile: int,
 ) -> None:
-    """``row_weight * d loss / d raw`` of the columns that begin with a tile."""
+    """Write ``row_weight * d loss / d raw`` of the columns that begin with a tile."""
     hidden_c, hidden_u, targets, share, row_weight = group
     num_rows, num_tiles = gradient.shape[0], gradient.shape[1] // BLOCK_V
     with torch.cuda.device_of(weight):
@@ -273,7 +268,7 @@ def pair_gradient_(
     transform: LogitTransform,
     first_tile: int,
 ) -> None:
-    """``G_c`` and ``G_u`` of the columns that begin with a tile."""
+    """Write ``G_c`` and ``G_u`` of the columns that begin with a tile."""
     rows, labels, weights, share = group
     num_pairs, num_tiles = rows.shape[1], gradient.shape[1] // BLOCK_V
     with torch.cuda.device_of(weight):
@@ -295,7 +290,7 @@ def add_live_product_(
     *,
     overwrite: bool,
 ) -> None:
-    """``total += left @ right`` over the blocks of ``left`` that are live."""
+    """Add ``left @ right`` to ``total``, over the blocks of ``left`` that are live."""
     blocks = live.argsort(dim=1, descending=True, stable=True).int().contiguous()
     with torch.cuda.device_of(total):
         live_product_kernel[(live.shape[0] * triton.cdiv(total.shape[1], BLOCK_N),)](
@@ -307,6 +302,6 @@ def add_live_product_(
 
 
 def product_options(left: Tensor) -> dict[str, int | bool]:
-    """Options of `live_product_kernel`: 64 KiB of operands in flight."""
+    """Return the options of `live_product_kernel`: 64 KiB of operands in flight."""
     options = tile_options(left, fuses=True)
     return {"DEPTH": options.pop("BLOCK_D"), **options}

@@ -1,7 +1,8 @@
 """The kernels between forward's tiles and backward's: one program for each block of rows.
 
-Of each row's LSEs of all tiles they make its loss, what backward needs to know of it (its state),
-and one flag for each tile: whether any probability of the block in it can be above the filter.
+From the LSEs of all tiles they find each row's loss and what backward needs to know of the row (its
+state), and one flag for each tile, which says whether any probability of the block in it can be
+above the filter.
 
 Legend: K rows of one group, P pairs of one group, T targets of a row (1 or 2), V vocabulary,
 B tiles of the vocabulary.
@@ -32,7 +33,7 @@ BLOCK_B = 16
 
 @triton.jit
 def load_lse(lse_ptr, start, row, inside, num_rows, num_tiles, BLOCK_B: tl.constexpr):
-    """``(peak, total)`` of some tiles, (BLOCK_B, rows) each."""
+    """Return ``(peak, total)`` of some tiles, (BLOCK_B, rows) each."""
     tile = start + tl.arange(0, BLOCK_B)
     pointers = lse_ptr + tile.to(tl.int64)[:, None] * num_rows + row[None, :]
     mask = (tile < num_tiles)[:, None] & inside[None, :]
@@ -43,7 +44,7 @@ def load_lse(lse_ptr, start, row, inside, num_rows, num_tiles, BLOCK_B: tl.const
 
 @triton.jit
 def combined_lse(lse_ptr, row, inside, num_rows, num_tiles, BLOCK_B: tl.constexpr):
-    """``(peak, total)`` of rows over all tiles."""
+    """Return ``(peak, total)`` of rows over all tiles."""
     peak = tl.full(row.shape, LOWEST, tl.float32)
     total = tl.zeros(row.shape, tl.float32)
     for start in range(0, num_tiles, BLOCK_B):
@@ -56,7 +57,7 @@ def combined_lse(lse_ptr, row, inside, num_rows, num_tiles, BLOCK_B: tl.constexp
 @triton.jit
 def reaching(lse_ptr, start, row, inside, num_rows, num_tiles, log_sum, counts, log_eps,
              BLOCK_B: tl.constexpr):  # fmt: skip
-    """1 where a row's largest probability in a tile is above the filter; NaN is."""
+    """Return 1 where a row's largest probability in a tile is above the filter, or is NaN."""
     peak, _ = load_lse(lse_ptr, start, row, inside, num_rows, num_tiles, BLOCK_B)
     below = peak - log_sum[None, :] <= log_eps
     return tl.where(below | (counts == 0)[None, :], 0, 1)
@@ -81,6 +82,7 @@ def soft_combine_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
+    """Find the losses of a block of rows, their state, and which tiles are live."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = row < num_rows
     weight = tl.load(weight_ptr + row, mask=inside, other=0.0)
@@ -123,7 +125,7 @@ def soft_combine_kernel(
 
 @triton.jit
 def store_live(live_ptr, live, tile, held_1, held_2, num_tiles):
-    """One flag for each tile: does any row reach it, or hold a target in it?"""
+    """Store one flag for each tile: whether any row reaches it or has a target in it."""
     holds = (tile[:, None] == held_1[None, :]) | (tile[:, None] == held_2[None, :])
     live = tl.max(tl.where(holds, 1, live), 1)
     flags = live_ptr + tl.program_id(0).to(tl.int64) * num_tiles + tile
@@ -151,6 +153,7 @@ def pair_combine_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
+    """Find the losses of a block of pairs, their state, and which tiles are live."""
     pair = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = pair < num_pairs
     weight_c = tl.load(weight_ptr + pair, mask=inside, other=0.0)

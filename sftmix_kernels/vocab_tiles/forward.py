@@ -1,7 +1,7 @@
 """Forward kernels of the ``vocab_tiles`` schedule: interpolation, projection and a tile's LSEs.
 
-They leave each row's ``(peak, total)`` of each tile, the targets left out, and the raw logits at
-the targets; `vocab_tiles_combine.py` makes losses of them.
+They leave each row's ``(peak, total)`` of each tile, without its targets, and the raw logits at the
+targets; `combine.py` makes losses of them.
 
 Legend: K rows of one group, P pairs of one group, T targets of a row (1 or 2), D hidden size,
 V vocabulary, B tiles of the vocabulary.
@@ -16,29 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..primitives import (
-    LOWEST,
-    held_targets,
-    mixed_logits,
-    online_lse_update,
-    transform_logits,
-)
+from ..primitives import LOWEST, held_targets, mixed_logits, online_lse_update, transform_logits
 from ..schedules import BLOCK_P, BLOCK_R, BLOCK_V
 from ..transform import LogitTransform
 from .combine import BLOCK_B, pair_combine_kernel, soft_combine_kernel
 from .groups import PairGroup, RowGroup
-from .logits import (
-    grouped_tile,
-    load_targets,
-    pair_tile,
-    soft_tile,
-    tile_options,
-)
+from .logits import grouped_tile, load_targets, pair_tile, soft_tile, tile_options
 
 
 @triton.jit
 def tile_lse(logits, left_out):
-    """``(peak, total)`` of each row of a tile, some columns left out."""
+    """Return ``(peak, total)`` of each row of a tile, with some columns left out."""
     peak = tl.full((logits.shape[0],), LOWEST, tl.float32)
     total = tl.zeros((logits.shape[0],), tl.float32)
     return online_lse_update(peak, total, tl.where(left_out, -float("inf"), logits))
@@ -84,6 +72,7 @@ def soft_lse_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    """Find the LSEs of rows in one tile, and the raw logits at their targets."""
     num_tiles = tl.cdiv(vocab_size, BLOCK_V)
     row_block, tile = grouped_tile(tl.cdiv(num_rows, BLOCK_R), num_tiles, GROUP)
     row = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -130,6 +119,7 @@ def pair_lse_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    """Find the three LSEs of pairs in one tile, and the raw logits at both targets."""
     num_tiles = tl.cdiv(vocab_size, BLOCK_V)
     pair_block, tile = grouped_tile(tl.cdiv(num_pairs, BLOCK_P), num_tiles, GROUP)
     pair = pair_block * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -169,7 +159,7 @@ def soft_forward(
     live: Tensor | None,  # (row blocks, B) uint8, to be filled
     filter_eps: float,
 ) -> tuple[Tensor, Tensor]:  # (K,), (4, K)
-    """Weighted losses of a group of rows, and their state for backward."""
+    """Return the weighted losses of a group of rows, and their state for backward."""
     hidden_c, hidden_u, targets, share, row_weight = group
     num_rows, num_tiles = row_weight.numel(), triton.cdiv(weight.shape[0], BLOCK_V)
     blocks = triton.cdiv(num_rows, BLOCK_R)
@@ -201,7 +191,7 @@ def pair_forward(
     live: Tensor | None,  # (pair blocks, B) uint8, to be filled
     filter_eps: float,
 ) -> tuple[Tensor, Tensor]:  # (3, P), (10, P)
-    """Weighted losses of a group of pairs (NTP of c and u, Mixup), and their state for backward."""
+    """Return weighted losses of a group of pairs (NTP of c and u, Mixup), and their state."""
     rows, labels, weights, share = group
     num_pairs, num_tiles = rows.shape[1], triton.cdiv(weight.shape[0], BLOCK_V)
     blocks = triton.cdiv(num_pairs, BLOCK_P)
@@ -224,5 +214,5 @@ def pair_forward(
 
 
 def log_filter(filter_eps: float) -> float:
-    """The filter as a log-probability."""
+    """Return the filter as a log-probability."""
     return math.log(filter_eps) if filter_eps else -math.inf

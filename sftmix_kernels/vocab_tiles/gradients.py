@@ -20,8 +20,8 @@ class TileGradients(Gradients):
     """Gradients filled by groups of rows and, in a group, by some tiles of the vocabulary at once.
 
     Three quarters of the workspace hold a group's hidden rows and its ``dH``, in float32 and
-    rounded, one quarter its logit gradient in those tiles: every group reads and writes all of
-    ``dW``, so that long groups are worth more than many tiles.
+    rounded; one quarter holds its logit gradient in some tiles. Long groups are worth more than
+    many tiles, since every group reads and writes all of ``dW``.
     """
 
     def __init__(
@@ -37,12 +37,12 @@ class TileGradients(Gradients):
         self.group = self.tile_columns = weight.new_empty(0)
 
     def groups(self, count: int, block: int, rows_each: int, weight: Tensor) -> Iterator[slice]:
-        """Groups of ``count`` rows, or of pairs of rows."""
+        """Yield groups of ``count`` rows, or of pairs of rows."""
         row_bytes = weight.shape[1] * (4 + 2 * weight.element_size())
         return groups(count, block, rows_each * row_bytes, self.max_bytes * 3 // 4)
 
     def tiles(self, hidden: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """Room (K, C) for the gradient of some whole tiles, and the first of their columns."""
+        """Yield room (K, C) for the gradient of some whole tiles, and their first column."""
         num_rows, vocab_size = hidden.shape[0], weight.shape[0]
         if self.needs_hidden and self.group.shape[0] < num_rows:
             self.group = hidden.new_empty(hidden.shape, dtype=torch.float32)
@@ -99,7 +99,7 @@ class TileGradients(Gradients):
 
 
 def part_of(count: int, part: int, parts: int) -> slice:
-    """One of ``parts`` equal parts of ``count`` rows."""
+    """Return one of ``parts`` equal parts of ``count`` rows."""
     return slice(part * count // parts, (part + 1) * count // parts)
 
 
@@ -111,7 +111,7 @@ def add_blocks_(
     blocks: tuple[int, int],
     overwrite: bool,
 ) -> None:
-    """``total += left @ right``, by the vendor GEMM or, with a filter, over live blocks alone."""
+    """Add ``left @ right`` to ``total``: all of it by the vendor GEMM, or only live blocks."""
     if live is None:
         add_product_(total, left, right, overwrite=overwrite)
     else:

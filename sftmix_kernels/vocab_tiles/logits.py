@@ -25,10 +25,12 @@ GROUP = 16
 def tile_options(
     hidden: Tensor, *, fuses: bool, interpolates: bool = False
 ) -> dict[str, int | bool]:
-    """Depth and stages of the operands' pipeline: at most 96 KiB, which every GPU from sm_80 on
-    has, of which an interpolated operand takes twice its share. Float32 products have no tensor
-    cores: they need fused multiply-adds, and the registers of twice the warps. Not measured on a
-    GPU yet."""
+    """Return depth and stages of the operands' pipeline.
+
+    It takes at most 96 KiB, which every GPU from sm_80 on has; an interpolated operand takes twice
+    its share of them. Float32 products have no tensor cores: they need fused multiply-adds, and the
+    registers of twice the warps. Not measured on a GPU yet.
+    """
     full = hidden.dtype == torch.float32
     if full:
         depth, stages, warps = 16 if interpolates else 32, 3, 2 * NUM_WARPS
@@ -45,8 +47,11 @@ def tile_options(
 
 @triton.jit
 def grouped_tile(num_row_blocks, num_tiles, GROUP: tl.constexpr):
-    """Row block and tile of this program: `GROUP` row blocks go through the vocabulary together,
-    so that a tile of the head is read from L2 by all but the first of them."""
+    """Return row block and tile of this program.
+
+    `GROUP` row blocks go through the vocabulary together, so that all but the first of them read a
+    tile of the head from L2.
+    """
     program = tl.program_id(0)
     in_group = program % (GROUP * num_tiles)
     first = program // (GROUP * num_tiles) * GROUP
@@ -56,14 +61,14 @@ def grouped_tile(num_row_blocks, num_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def load_operand(pointer, row, stride, counts, depth, size):
-    """``pointer[row, depth]`` in its own dtype, 0 where a row does not count."""
+    """Load ``pointer[row, depth]`` in its own dtype, 0 where a row does not count."""
     pointers = pointer + row.to(tl.int64)[:, None] * stride + depth[None, :]
     return tl.load(pointers, mask=counts[:, None] & (depth < size)[None, :], other=0.0)
 
 
 @triton.jit
 def load_bias(bias_ptr, column, vocab_size):
-    """The bias of some columns, 0 without one."""
+    """Load the bias of some columns, 0 without one."""
     if bias_ptr is None:
         return 0.0
     else:
@@ -88,7 +93,7 @@ def soft_tile(
     vocab_size,
     BLOCK_D: tl.constexpr,
 ):
-    """Raw logits of a tile, of interpolated hidden states where there are two."""
+    """Return the raw logits of a tile, of interpolated hidden states where there are two."""
     counts = tl.load(weight_ptr + row, mask=row < num_rows, other=0.0) != 0.0
     logits = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
     for start in range(0, hidden_size, BLOCK_D):
@@ -120,7 +125,7 @@ def pair_tile(
     vocab_size,
     BLOCK_D: tl.constexpr,
 ):
-    """Raw logits of both rows of some pairs; a tile of the head is loaded once for both."""
+    """Return raw logits of both rows of some pairs; a tile of the head is loaded once for both."""
     inside = pair < num_pairs
     row_c = tl.load(rows_ptr + pair, mask=inside, other=0)
     row_u = tl.load(rows_ptr + num_pairs + pair, mask=inside, other=0)
@@ -141,7 +146,7 @@ def pair_tile(
 
 @triton.jit
 def load_targets(targets_ptr, share_ptr, row, num_rows, inside):
-    """Both targets of rows and their shares; without shares the first target has all."""
+    """Load both targets of rows and their shares; without shares the first target has all."""
     target_1 = tl.load(targets_ptr + row, mask=inside, other=0).to(tl.int32)
     if share_ptr is None:
         share_1 = tl.full(row.shape, 1.0, tl.float32)

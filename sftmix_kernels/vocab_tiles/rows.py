@@ -124,7 +124,7 @@ class TileOptions(NamedTuple):
 
     @property
     def backward(self) -> tuple[float, float | None, int]:
-        """Those that the backward ops take: the filter has left its flags."""
+        """The options of the backward ops, which find the filter's flags."""
         return self.logit_scale, self.softcap, self.max_bytes
 
 
