@@ -1,4 +1,4 @@
-"""Builds `sftmix_kernels._extension`; everything else is declared in pyproject.toml."""
+"""Build `sftmix_kernels._extension`; everything else is declared in pyproject.toml."""
 
 import importlib.util
 import os
@@ -11,30 +11,33 @@ from setuptools import setup
 
 
 def can_build() -> bool:
-    """Whether torch and a C++ compiler are here; MSVC's dialect is not the sources'."""
+    """Say whether torch and a C++ compiler are here; the sources are not in MSVC's dialect."""
     command = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or ""
     compiler = shutil.which(shlex.split(command)[0]) if command and os.name == "posix" else None
     return compiler is not None and importlib.util.find_spec("torch") is not None
 
 
 def extension() -> dict[str, Any]:
-    """CPU kernels; CUDA kernels where torch has CUDA and nvcc is found, whether or not a GPU is."""
+    """Return what builds the CPU kernels, and CUDA kernels where torch has CUDA and nvcc is here.
+
+    Whether there is a GPU does not matter.
+    """
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
     make, macros, sources = CppExtension, [], ["csrc/extension.cpp", "csrc/online_softmax_cpu.cpp"]
     if torch.version.cuda and CUDA_HOME:
-        # USE_CUDA: torch's declarations for CUDA.
+        # USE_CUDA brings torch's declarations for CUDA.
         make, macros = CUDAExtension, [("USE_CUDA", None)]
         sources += ["csrc/online_softmax_cuda.cu"]
     # Where arithmetic may trap, as GCC assumes, loops with a condition are scalar without AVX-512.
     cxx = ["-O3", "-fopenmp-simd", "-ffp-contract=fast", "-fno-trapping-math"]
-    # Without -ftz three instructions more for each exponential, to keep numbers below 1e-38.
+    # Without -ftz each exponential takes three instructions more, to keep numbers below 1e-38.
     nvcc = ["-O3", "-ftz=true", "-arch=all-major"]
     options = {"define_macros": macros, "extra_compile_args": {"cxx": cxx, "nvcc": nvcc}}
     module = make("sftmix_kernels._extension", sources, **options)
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
 
 
-# Without either the package is pure Python. With both, a failing build is an error.
+# Without torch or a compiler the package is pure Python. With both, a failing build is an error.
 setup(**extension() if can_build() else {})

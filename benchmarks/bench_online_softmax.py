@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from sftmix_kernels import perplexity
 from sftmix_kernels.budget import Budget
+from sftmix_kernels.perplexity import streaming as perplexity
 
 from .bench_perplexity import size_of
 from .measure import L2Scrub, interleaved_samples

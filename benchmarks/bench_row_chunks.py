@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sftmix_kernels.row_chunks import LogitTransform, cross_entropy_, pair_cross_entropy_
+from sftmix_kernels.row_chunks.losses import cross_entropy_, pair_cross_entropy_
+from sftmix_kernels.transform import LogitTransform
 
 from .measure import SuiteError, interleaved_samples
 from .providers import PEER_LIMIT
@@ -49,7 +50,7 @@ class RowKernels:
 
     def pair_rows(self) -> tuple[Tensor, Tensor]:
         """Run the kernel of pairs: losses, and gradients in place of the logits."""
-        from sftmix_kernels.triton.row_chunks import pair_rows_
+        from sftmix_kernels.row_chunks.kernels import pair_rows_
 
         options = (self.mix_ratio, self.transform, True)
         rows = (self.logits, self.labels, self.row_weight)
@@ -57,7 +58,7 @@ class RowKernels:
 
     def soft_rows(self) -> Tensor:
         """Run the kernel of single rows: losses, and gradients in place of the logits."""
-        from sftmix_kernels.triton.row_chunks import soft_rows_
+        from sftmix_kernels.row_chunks.kernels import soft_rows_
 
         rows = (self.logits, self.labels.unsqueeze(-1), None, self.row_weight)
         return soft_rows_(*rows, self.transform, True)

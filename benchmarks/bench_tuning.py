@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from sftmix_kernels import perplexity
+from sftmix_kernels.perplexity import streaming as perplexity
 
 from .bench_perplexity import size_of, tokens_of
 from .bench_row_chunks import CHUNK_ROWS, PASSES, RowKernels
@@ -27,7 +27,7 @@ from .settings import HEADS, QUICK_HEAD, Settings
 
 # Columns, warps, blocks on their way, programs that fit on an SM at once.
 BLOCKS, WARPS, STAGES, PROGRAMS = (1024, 2048, 4096), (4, 8, 16), (3, 4, 5, 6), range(1, 6)
-# The constants of `sftmix_kernels.triton.row_chunks` that they go into.
+# The constants of `sftmix_kernels.row_chunks.kernels` that they go into.
 LAUNCH = ("BLOCK", "NUM_WARPS", "num_stages", "MAX_REGISTERS")
 # Each has to be compiled: a quick run takes no more.
 QUICK_LAUNCHES = 3
@@ -60,7 +60,7 @@ def launch_name(values: Launch) -> str:
 
 def under(values: Launch, kernels: RowKernels) -> tuple[Tensor, Tensor]:
     """Run the pair-row kernel with other launch constants."""
-    from sftmix_kernels.triton import row_chunks
+    from sftmix_kernels.row_chunks import kernels as row_chunks
 
     block, warps, stages, registers = values
     constants = dict(zip(LAUNCH, (block, warps, lambda logits: stages, registers), strict=True))

@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sftmix_kernels import online_softmax, perplexity, reference, streaming_perplexity
+from sftmix_kernels import reference, streaming_perplexity
 from sftmix_kernels.budget import Budget, budget
 from sftmix_kernels.build import build_info
-from sftmix_kernels.row_chunks import PADDING
+from sftmix_kernels.perplexity import online_softmax
+from sftmix_kernels.perplexity import streaming as perplexity
+from sftmix_kernels.schedules import PADDING
 
 from .measure import SuiteError
 from .records import DENSE_PERPLEXITY, OPERATIONS, STREAMING, TORCH_PERPLEXITY

@@ -20,8 +20,7 @@ from sftmix_kernels import (
     fused_mixup_loss,
     fused_sftmix_loss,
 )
-from sftmix_kernels.row_chunks import PADDING
-from sftmix_kernels.schedules import RowChunks, Schedule
+from sftmix_kernels.schedules import PADDING, RowChunks, Schedule
 
 from .inputs import FILTER_EPS, Inputs
 from .peers import HardLabelLoss, find_peers

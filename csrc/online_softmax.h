@@ -1,8 +1,8 @@
 // The softmax of a row of logits that arrives in chunks, and the loss that follows from it.
 //
 // The only place with this maths: the CUDA kernels (online_softmax_kernels.cuh) and their CPU twin
-// (online_softmax_cpu.cpp) are loops around it, and sftmix_kernels/online_softmax.py says the same
-// in PyTorch operations.
+// (online_softmax_cpu.cpp) are loops around it, and sftmix_kernels/perplexity/online_softmax.py
+// says the same in PyTorch operations.
 
 #pragma once
 
@@ -19,7 +19,7 @@
 
 namespace sftmix {
 
-// Of the logits a_j seen so far.
+// The state of a row after the logits a_j seen so far.
 struct RowState {
   float max = -INFINITY;  // m = max_j a_j
   float sum = 0.0f;       // sum_j exp(a_j - m)
@@ -67,7 +67,8 @@ SFTMIX_INLINE float divide(float x, float y) {
 }
 
 // tanh(x), to float32's own relative precision: up to 0.6 an odd polynomial (fitted to a relative
-// error of 3e-9), since 1 - e^(-2x) cancels there.
+// error of 3e-9), since 1 - e^(-2x) cancels there. `tanh_and_slope` in sftmix_kernels/primitives.py
+// has the same polynomial: change both.
 SFTMIX_INLINE float tanh_of(float x) {
   const float e = exp_of(-2.0f * std::fabs(x));
   const float large = 1.0f - divide(2.0f * e, 1.0f + e);

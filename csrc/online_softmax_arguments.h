@@ -1,5 +1,5 @@
 // The arguments of fold_logits and add_token_losses, checked alike on every device.
-// Shapes: sftmix_kernels/online_softmax.py.
+// Shapes: sftmix_kernels/perplexity/online_softmax.py.
 
 #pragma once
 

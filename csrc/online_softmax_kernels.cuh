@@ -1,5 +1,5 @@
 // The CUDA kernels of fold_logits and add_token_losses: threads around online_softmax.h.
-// Free of torch's runtime, so that the tests can run them on CPU threads.
+// They do not use torch's runtime, so that the tests can run them on CPU threads.
 
 #pragma once
 
@@ -11,8 +11,8 @@ namespace sftmix {
 
 constexpr int kWarp = 32;
 constexpr int kThreads = 128;
-// Blocks that a multiprocessor shall hold, which leaves a thread 80 registers. Told nothing, nvcc
-// 13.0 aims at 64 and spills.
+// Blocks that a multiprocessor shall hold, which leaves a thread 80 registers. Without
+// this bound nvcc 13.0 aims at 64 and spills.
 constexpr int kBlocks = 6;
 constexpr unsigned kFullWarp = 0xffffffffu;
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 class Budget(NamedTuple):
-    """The errors of one result and what each may be at most."""
+    """The errors of one result, and the limit of each."""
 
     rms: float
     rms_limit: float
@@ -29,12 +29,12 @@ class Budget(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether both errors are within their limits. NaN never is."""
+        """Say whether both errors are within their limits. NaN never is."""
         return self.rms <= self.rms_limit and self.largest <= self.largest_limit
 
     @property
     def says(self) -> str:
-        """The errors beside their limits."""
+        """Write the errors beside their limits."""
         return (
             f"rms {self.rms:.3g} of at most {self.rms_limit:.3g}, "
             f"largest {self.largest:.3g} of at most {self.largest_limit:.3g}"
@@ -67,16 +67,16 @@ def budget(
 
 
 def added_up(parts: Tensor, true_parts: Tensor) -> Tensor:
-    """The errors of the parts of a scalar, added up without cancelling."""
+    """Return the errors of a scalar's parts, added up by magnitude so that none cancel."""
     return (parts.double() - true_parts).abs().sum().detach()
 
 
 def rms(tensor: Tensor) -> float:
-    """Root mean square; 0 of nothing."""
+    """Return the root mean square, which is 0 for an empty tensor."""
     norm = torch.linalg.vector_norm(tensor, dtype=torch.float64)
     return float(norm) / math.sqrt(max(1, tensor.numel()))
 
 
 def largest(tensor: Tensor) -> float:
-    """Largest absolute value; NaN where there is one; 0 of nothing."""
+    """Return the largest absolute value: NaN where there is one, 0 for an empty tensor."""
     return float(tensor.abs().max()) if tensor.numel() else 0.0

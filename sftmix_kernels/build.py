@@ -6,7 +6,7 @@ _EXTENSION = "sftmix_kernels._extension"
 
 
 def build_info() -> dict[str, str] | None:
-    """Facts about the compiled extension, or None where the package was installed without it.
+    """Return facts about the compiled extension, or None where it was not built.
 
     The first call loads it, and with that its kernels are registered with torch. Keys: `compiler`
     (name and version), `cxx_standard` (the value of `__cplusplus`), `torch` (version it was built

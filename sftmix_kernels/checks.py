@@ -1,4 +1,4 @@
-"""Arguments of the public functions: what is refused, and with which words.
+"""The checks of the public functions' arguments, and what an error says.
 
 Shapes, dtypes and numbers held by the host are always checked. The *values* of tensors are checked
 where that is free, on the CPU outside of a compiled graph, or where ``validate=True`` asks for it;
@@ -60,13 +60,13 @@ def check_head(
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
-    """A Tensor and nothing else."""
+    """Refuse what is not a Tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
 
 
 def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """A Tensor of the same dtype and device as another argument."""
+    """Refuse what is not a Tensor of the same dtype and device as another argument."""
     check_tensor(name, tensor)
     if tensor.dtype != other.dtype:
         raise TypeError(f"{name}: expected {other_name}'s dtype {other.dtype}, got {tensor.dtype}")
@@ -77,7 +77,7 @@ def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
 
 
 def check_ids(name: str, ids: Tensor, hidden: Tensor) -> None:
-    """An int64 tensor of hidden's leading shape, on hidden's device."""
+    """Refuse what is not an int64 tensor of hidden's leading shape, on hidden's device."""
     check_tensor(name, ids)
     if ids.dtype != torch.int64:
         raise TypeError(f"{name}: expected int64, got {ids.dtype}")
@@ -91,7 +91,7 @@ def check_ids(name: str, ids: Tensor, hidden: Tensor) -> None:
 
 
 def check_label_values(name: str, labels: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """Every label in ``[0, V)`` or equal to ``ignore_index``; waits for the device."""
+    """Refuse labels outside ``[0, V)`` other than ``ignore_index``; this waits for the device."""
     bad = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
     if bad.any():
         position = bad.nonzero()[0].tolist()
@@ -102,20 +102,20 @@ def check_label_values(name: str, labels: Tensor, vocab_size: int, ignore_index:
 
 
 def check_real(name: str, value: object) -> None:
-    """A host number, which a bool is not."""
+    """Refuse what is not a Python number; a bool is none."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
 def check_count(name: str, value: int, low: int) -> None:
-    """A host integer of at least ``low``."""
+    """Refuse what is not a Python integer of at least ``low``."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     check_number(name, value, low)
 
 
 def check_number(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """A finite host number in ``[low, high]``."""
+    """Refuse what is not a finite Python number in ``[low, high]``."""
     check_real(name, value)
     if not (math.isfinite(value) and low <= value <= high):
         bounds = f"of at least {low}" if high == math.inf else f"in [{low}, {high}]"
@@ -123,7 +123,7 @@ def check_number(name: str, value: float, low: float, high: float = math.inf) ->
 
 
 def check_divisor(name: str, divisor: float | Tensor | None) -> None:
-    """None, a number above 0, or a scalar tensor."""
+    """Refuse what is neither None, nor a number above 0, nor a scalar tensor."""
     if isinstance(divisor, Tensor):
         if divisor.numel() != 1:
             raise ValueError(f"{name}: expected one number, got shape {tuple(divisor.shape)}")
@@ -136,19 +136,22 @@ def check_divisor(name: str, divisor: float | Tensor | None) -> None:
 
 
 def check_reduction(reduction: str) -> None:
-    """One of mean, sum, none."""
+    """Refuse what is none of mean, sum and none."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
 
 
 def values_are_free(tensor: Tensor) -> bool:
-    """Whether reading a tensor's values costs no wait and breaks no graph."""
+    """Say whether a tensor's values can be read without waiting and without breaking a graph."""
     on_cpu = tensor.device.type == "cpu" and not is_fake(tensor)
     return on_cpu and not torch.compiler.is_compiling()
 
 
 def checked_lam(lam: float | Tensor, labels: Tensor, *, validate: bool) -> Tensor:
-    """``lam`` spread over labels' shape in float32; outside ``[0, 1]`` refused, or device NaN."""
+    """Return ``lam`` spread over labels' shape, in float32.
+
+    Values outside ``[0, 1]`` are refused where they are read, and become NaN where they are not.
+    """
     if not isinstance(lam, Tensor):
         check_number("lam", lam, 0.0, 1.0)
         return torch.full(labels.shape, lam, dtype=torch.float32, device=labels.device)
@@ -168,7 +171,7 @@ def checked_lam(lam: float | Tensor, labels: Tensor, *, validate: bool) -> Tenso
 
 
 def check_pairs(pair_c: Tensor, pair_u: Tensor, labels: Tensor, *, validate: bool) -> None:
-    """Two int64 tensors (P,) of rows of labels, each row at most once in both together."""
+    """Refuse what are not two int64 tensors (P,) of rows that hold each row at most once."""
     num_rows = labels.numel()
     for name, pair in (("pair_c", pair_c), ("pair_u", pair_u)):
         check_tensor(name, pair)
@@ -202,7 +205,7 @@ def check_pairs(pair_c: Tensor, pair_u: Tensor, labels: Tensor, *, validate: boo
 
 
 def check_row_out(name: str, out: Tensor | None, labels: Tensor) -> None:
-    """None, or a float32 tensor of labels' shape and device to be filled."""
+    """Refuse what is neither None nor a float32 tensor of labels' shape and device."""
     if out is None:
         return
     check_tensor(name, out)
@@ -218,7 +221,7 @@ def check_row_out(name: str, out: Tensor | None, labels: Tensor) -> None:
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast as ``F.linear`` would inside ``torch.autocast``; outside, return tensors as they are.
 
-    What is no tensor of a floating-point dtype that we take stays for the checks to refuse.
+    Anything else than a tensor of one of our dtypes is returned too, for the checks to refuse.
     """
     device_types = [t.device.type for t in tensors if takes_part(t)]
     if not device_types or not torch.is_autocast_enabled(device_types[0]):
@@ -228,5 +231,5 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def takes_part(tensor: object) -> TypeGuard[Tensor]:
-    """Whether ``torch.autocast`` casts this argument."""
+    """Say whether ``torch.autocast`` casts this argument."""
     return isinstance(tensor, Tensor) and tensor.dtype in FLOAT_DTYPES

@@ -1,21 +1,15 @@
-"""Next-token prediction alone: the rows of `mixup_loss.py` with one hidden state and one target."""
+"""Next-token prediction: the rows of `mixup_loss.py` with one hidden state and one target each."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .checks import (
-    autocast,
-    check_divisor,
-    check_ids,
-    check_label_values,
-    check_reduction,
-)
+from .checks import autocast, check_divisor, check_ids, check_label_values, check_reduction
 from .mixup_loss import reduced_loss
 from .reference import label_weight
 from .schedules import Schedule, resolve_schedule
-from .vocab_parallel import VocabShard, checked_head
+from .vocab_parallel.shard import VocabShard, checked_head
 
 
 def fused_cross_entropy(
@@ -33,7 +27,7 @@ def fused_cross_entropy(
     vocab_parallel: VocabShard | None = None,
     validate: bool = False,
 ) -> Tensor:
-    """Cross-entropy of the LM head's logits without ever holding them.
+    """Return the cross-entropy of the LM head's logits, without ever holding all of them.
 
     ``a = f(W h + b)`` with ``f(x) = softcap * tanh(logit_scale * x / softcap)``, and
     ``loss = LSE(a) - a[y]`` in nats. Arguments, errors and the empty case are those of
@@ -60,8 +54,6 @@ def fused_cross_entropy(
         labels.unsqueeze(-1),
         torch.ones_like(counts).unsqueeze(-1),
         counts,
-        logit_scale,
-        softcap,
         reduction,
         divisor,
         resolve_schedule(schedule, hidden, head.widest),

@@ -1,14 +1,15 @@
-"""Mixup alone: interpolate, project, soft cross-entropy with two targets.
+"""Mixup without NTP: interpolate, project, soft cross-entropy with two targets.
 
 Legend: R positions, K rows of one chunk, T hidden states mixed in a row (2; 1 is the plain
 cross-entropy), D hidden size, V vocabulary.
 
 ``m = f(W (lam h_c + (1 - lam) h_u) + b)``, ``loss = LSE(m) - lam m[y_c] - (1 - lam) m[y_u]``.
-Where Mixup alone is wanted, mixing first costs one row of logits for a pair instead of two.
+Where only Mixup is wanted, mixing first costs one row of logits for a pair instead of two.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,32 +24,22 @@ from .checks import (
     check_same,
     checked_lam,
 )
-from .recomputed_loss import TileOptions, TileRows
+from .gradients import Gradients, first_order_only, input_gradients
 from .reference import both, label_weight, weighted_loss
-from .row_chunks import (
-    Gradients,
-    LogitTransform,
-    cache_blocks,
-    chunk_sizes,
-    counted_rows,
-    first_order_only,
-    input_gradients,
-    load_rows,
-    logits_workspace,
-    mixed_rows,
-    present,
-    project,
-    soft_cross_entropy_,
-    store_rows_,
-)
+from .row_chunks.chunks import chunk_sizes, counted_rows, logits_workspace, mixed_rows, project
+from .row_chunks.losses import cache_blocks, load_rows, soft_cross_entropy_, store_rows_
 from .schedules import Schedule, VocabTiles, resolve_schedule, runs_triton
-from .sharded_chunks import add_over_ranks_, sharded_losses_
-from .vocab_parallel import Head, VocabShard, checked_head
+from .terms import divided_sum, loss_divisor
+from .transform import LogitTransform
+from .vocab_parallel.losses import add_over_ranks_, sharded_losses_
+from .vocab_parallel.shard import Head, VocabShard, checked_head
+from .vocab_tiles.rows import TileOptions, TileRows
 
 
 @torch.library.custom_op("sftmix_kernels::mixup_rows", mutates_args=())
 def mixup_rows(
-    hidden: list[Tensor],  # T of (R, D)
+    hidden_c: Tensor,  # (R, D)
+    hidden_u: Tensor | None,  # (R, D); None for one hidden state and target
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (R, T) int64 in [0, V)
@@ -61,48 +52,43 @@ def mixup_rows(
     first_token: int = 0,
     group: str | None = None,  # over which the vocabulary is shared out
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weighted row losses (R,), and the gradients of their sum with respect to the mixed rows
-    (R, D), weight (V, D) and bias (V,), the last two in float32; empty where not needed. With a
-    group, weight and bias are this rank's, and the first gradient is float32 too."""
+    """Return weighted row losses (R,), and the gradients of their sum with respect to the mixed
+    rows (R, D), weight (V, D) and bias (V,), the last two in float32; empty where not needed. With
+    a group, weight and bias are this rank's, and the first gradient is float32 too."""
     transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
     loss = torch.zeros_like(row_weight)
     with torch.autocast(weight.device.type, enabled=False):
         rows = counted_rows(row_weight)
-        partial = group is not None
-        gradients = Gradients(hidden[0], weight, needs_gradient, rows.numel(), partial=partial)
+        gradients = Gradients(
+            hidden_c, weight, needs_gradient, rows.numel(), partial=group is not None
+        )
         sizes = chunk_sizes(rows.numel(), chunk_rows)
         workspace = logits_workspace(weight, max(sizes, default=0))
-        # Once, and not for every chunk.
-        hidden = [h.contiguous() for h in hidden] if runs_triton(weight) else hidden
+        if hidden_u is not None and runs_triton(weight):
+            # Once, and not for every chunk.
+            hidden_c, hidden_u = hidden_c.contiguous(), hidden_u.contiguous()
+        losses_ = chunk_losses_
+        if group is not None:
+            losses_ = partial(sharded_losses_, start=first_token, group=group)
         for chunk in rows.split(sizes):
-            mixed = mixed_rows(hidden, share, chunk, row_weight)
+            mixed = mixed_rows(hidden_c, hidden_u, share, chunk, row_weight)
             logits = project(mixed, weight, bias, workspace)
-            rest = (targets[chunk], share[chunk], row_weight[chunk], transform, gradients.needed)
-            if group is None:
-                loss[chunk] = chunk_losses_(logits, *rest)
-            else:
-                loss[chunk] = sharded_losses_(logits, *rest, first_token, group)
+            loss[chunk] = losses_(
+                logits,
+                targets[chunk],
+                share[chunk],
+                row_weight[chunk],
+                transform,
+                gradients.needed,
+            )
             gradients.add_chunk(logits, mixed, weight, chunk)
         add_over_ranks_(gradients.hidden, group)
     return loss, gradients.hidden, gradients.weight, gradients.bias
 
 
 @mixup_rows.register_fake
-def _(
-    hidden: list[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    share: Tensor,
-    row_weight: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    chunk_rows: int,
-    needs_gradient: list[bool],
-    first_token: int = 0,
-    group: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gradients = Gradients(hidden[0], weight, needs_gradient, 0, partial=group is not None)
+def _(hidden, _u, weight, _b, _t, _s, row_weight, _scale, _cap, _rows, needs, _first=0, group=None):  # type: ignore[no-untyped-def]
+    gradients = Gradients(hidden, weight, needs, 0, partial=group is not None)
     return torch.empty_like(row_weight), gradients.hidden, gradients.weight, gradients.bias
 
 
@@ -114,9 +100,9 @@ def chunk_losses_(
     transform: LogitTransform,
     needs_gradient: bool,
 ) -> Tensor:  # (K,)
-    """Weighted losses of one chunk; its logits become gradients in place."""
+    """Return the weighted losses of one chunk; turn its logits into gradients in place."""
     if runs_triton(logits):
-        from .triton.row_chunks import soft_rows_
+        from .row_chunks.kernels import soft_rows_
 
         both_shares = None if share.shape[1] == 1 else share
         return soft_rows_(logits, targets, both_shares, row_weight, transform, needs_gradient)
@@ -140,6 +126,12 @@ class Options(NamedTuple):
     first_token: int
     group: str | None
 
+    @classmethod
+    def of(cls, head: Head, chunk_rows: int, inputs: tuple[Tensor | None, ...]) -> Options:
+        """Return the options of a call with these hidden, weight and bias."""
+        needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
+        return cls(head.logit_scale, head.softcap, chunk_rows, needs, head.start, head.group)
+
 
 class ReducedRows(torch.autograd.Function):
     """``sum(row losses) / divisor``; gradients are made in forward and scaled in backward."""
@@ -158,18 +150,18 @@ class ReducedRows(torch.autograd.Function):
         options: Options,
     ) -> Tensor:
         loss, *gradients = mixup_rows(
-            present(hidden_c, hidden_u), weight, bias, targets, share, row_weight, *options
+            hidden_c, hidden_u, weight, bias, targets, share, row_weight, *options
         )
         ctx.save_for_backward(share, divisor, *gradients)
         ctx.dtype = weight.dtype
-        return (loss.sum(dtype=torch.float64) / divisor).float()  # type: ignore[no-any-return]
+        return divided_sum(loss, divisor)
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         share, divisor, *gradients = ctx.saved_tensors
         scale = upstream / divisor
-        return *input_gradients(ctx, gradients, share, scale), *(None,) * 5
+        return input_gradients(gradients, share, scale, ctx.needs_input_grad, ctx.dtype)
 
 
 class UnreducedRows(torch.autograd.Function):
@@ -187,12 +179,10 @@ class UnreducedRows(torch.autograd.Function):
         row_weight: Tensor,
         options: Options,
     ) -> Tensor:
-        ctx.save_for_backward(hidden_c, hidden_u, weight, bias, targets, share, row_weight)
-        ctx.dtype, ctx.options = weight.dtype, options
-        forward_only = options._replace(needs_gradient=[False] * 3)
-        loss, *_ = mixup_rows(
-            present(hidden_c, hidden_u), weight, bias, targets, share, row_weight, *forward_only
-        )
+        tensors = (hidden_c, hidden_u, weight, bias, targets, share, row_weight)
+        ctx.save_for_backward(*tensors)
+        ctx.options = options
+        loss, *_ = mixup_rows(*tensors, *options._replace(needs_gradient=[False] * 3))
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
@@ -201,9 +191,10 @@ class UnreducedRows(torch.autograd.Function):
         hidden_c, hidden_u, weight, bias, targets, share, row_weight = ctx.saved_tensors
         row_weight = weighted_loss(row_weight, upstream)
         _, *gradients = mixup_rows(
-            present(hidden_c, hidden_u), weight, bias, targets, share, row_weight, *ctx.options
+            hidden_c, hidden_u, weight, bias, targets, share, row_weight, *ctx.options
         )
-        return *input_gradients(ctx, gradients, share, upstream.new_ones(())), *(None,) * 4
+        one = upstream.new_ones(())
+        return input_gradients(gradients, share, one, ctx.needs_input_grad, weight.dtype)
 
 
 def reduced_loss(
@@ -213,18 +204,12 @@ def reduced_loss(
     targets: Tensor,  # (..., T)
     share: Tensor,  # (..., T)
     row_weight: Tensor,  # (...)
-    logit_scale: float,
-    softcap: float | None,
     reduction: str,
     divisor: float | Tensor | None,
     schedule: int | VocabTiles,
 ) -> Tensor:
-    """Flatten, run, and reduce: what Mixup and the plain cross-entropy have in common."""
+    """Flatten, run and reduce, for Mixup as for the plain cross-entropy."""
     weight, bias = head.weight, head.bias
-    inputs = (hidden_c, weight, bias)
-    if hidden_u is not None and hidden_u.requires_grad:
-        inputs = (hidden_u, weight, bias)
-    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
     size, terms = weight.shape[1], targets.shape[-1]
     tensors = (
         hidden_c.reshape(-1, size),
@@ -237,26 +222,17 @@ def reduced_loss(
     )
     total = loss_divisor(1.0 if reduction == "sum" else divisor, row_weight)
     if isinstance(schedule, VocabTiles):
-        tiles = TileOptions(float(logit_scale), softcap, schedule.filter_eps, schedule.max_bytes)
+        tiles = TileOptions(head.logit_scale, head.softcap, schedule.filter_eps, schedule.max_bytes)
         rows = TileRows.apply(*tensors, tiles)  # type: ignore[no-untyped-call]
         if reduction == "none":
             return rows.reshape(row_weight.shape)  # type: ignore[no-any-return]
-        return (rows.sum(dtype=torch.float64) / total).float()  # type: ignore[no-any-return]
-    options = Options(float(logit_scale), softcap, schedule, needs, head.start, head.group)
+        return divided_sum(rows, total)
+    # The mixed rows need a gradient where either of the two hidden states does.
+    either = hidden_u if hidden_u is not None and hidden_u.requires_grad else hidden_c
+    options = Options.of(head, schedule, (either, weight, bias))
     if reduction == "none":
         return UnreducedRows.apply(*tensors, options).reshape(row_weight.shape)  # type: ignore[no-any-return, no-untyped-call]
     return ReducedRows.apply(*tensors, total, options)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def loss_divisor(divisor: float | Tensor | None, row_weight: Tensor) -> Tensor:
-    """``divisor`` as a float32 scalar on the device, by default the rows that count; 1 for 0."""
-    if isinstance(divisor, Tensor):
-        total = divisor.detach().to(row_weight.device, torch.float32).reshape(())
-    elif divisor is not None:
-        total = torch.full((), divisor, dtype=torch.float32, device=row_weight.device)
-    else:
-        total = (row_weight != 0).sum().float()
-    return total.masked_fill(total == 0, 1.0)
 
 
 def fused_mixup_loss(
@@ -277,12 +253,21 @@ def fused_mixup_loss(
     vocab_parallel: VocabShard | None = None,
     validate: bool = False,
 ) -> Tensor:
-    """Mixup loss of pairs of hidden states without ever holding their logits.
+    """Return the Mixup loss of pairs of hidden states, without ever holding all of their logits.
 
     ``m = f(W (lam h_c + (1 - lam) h_u) + b)`` with ``f(x) = softcap * tanh(logit_scale * x /
     softcap)``, and ``loss = LSE(m) - lam m[y_c] - (1 - lam) m[y_u]`` in nats
     (arXiv 2410.05248). Drop-in for the same thing composed of dense PyTorch operations
     (`sftmix_kernels.reference.mixup_loss`), which holds (..., V) logits.
+
+    Example:
+        Two pairs of tokens, of which the second has no label for ``u`` and does not count:
+
+        >>> hidden_c, hidden_u = torch.eye(3)[:2], torch.eye(3)[1:]
+        >>> weight = torch.arange(12.0).reshape(4, 3) / 4  # V = 4 tokens
+        >>> labels_c, labels_u = torch.tensor([3, 1]), torch.tensor([2, -100])
+        >>> fused_mixup_loss(hidden_c, hidden_u, weight, labels_c, labels_u, 0.75)
+        tensor(0.7758)
 
     Args:
         hidden_c, hidden_u: what the LM head reads; float32, bfloat16 or float16.
@@ -337,8 +322,6 @@ def fused_mixup_loss(
         torch.stack((labels_c, labels_u), dim=-1),
         torch.stack((share_c, 1.0 - share_c), dim=-1),
         counts,
-        logit_scale,
-        softcap,
         reduction,
         divisor,
         resolve_schedule(schedule, hidden_c, head.widest),

@@ -1,24 +1,24 @@
-"""What a loss holds at its peak, from shapes alone: formulas that measurements are held to.
+"""How much memory a loss holds at its peak: formulas of shapes, to which measurements are held.
 
 Peak extra memory is the highest sum of tensor bytes allocated at once in one forward and backward,
 gradients and results included, inputs not. hidden and weight need gradients, no label is ignored,
-there is neither bias nor softcap. In NTP + Mixup every row is in a pair; Mixup alone takes two
-halves of N / 2 rows.
+there is neither bias nor softcap. In NTP + Mixup every row is in a pair; Mixup takes two halves of
+N / 2 rows.
 
-Legend: N rows of hidden, R rows of logits (N / 2 for Mixup alone, else N), K rows of one chunk or
+Legend: N rows of hidden, R rows of logits (N / 2 for Mixup, N otherwise), K rows of one chunk or
 group, B rows of one cache block, B2 of two that follow each other, C columns of the tiles at hand,
 D hidden size, V vocabulary, w bytes of a number of the inputs, f bytes of numbers a row of hidden.
 
-All through it dW in float32, dH and numbers of rows are kept, ``4 V D + w R D + f N``. On top of
-them comes the largest of these moments:
+dW in float32, dH and numbers of rows are kept all the time: ``4 V D + w R D + f N`` bytes. The
+largest of these moments comes on top:
 
 | schedule | moment | bytes |
 |---|---|---|
 | ``row_chunks``, kernels | a chunk; V padded to 16 | ``w K V + 2 w K D`` |
 | ``row_chunks``, CPU | a chunk: its rows gathered, its dH | ``w K V + 2 w K D`` |
-| | ... Mixup alone: its rows mixed in float32 | ``w K V + (w + 20) K D`` |
+| | ... Mixup: its rows mixed in float32 | ``w K V + (w + 20) K D`` |
 | | ... a cache block of NTP + Mixup | ``w K V + w K D + 4 B V`` |
-| | ... of half precision: NTP or Mixup alone | ``w K V + w K D + 4 B2 V`` |
+| | ... of half precision: NTP or Mixup | ``w K V + w K D + 4 B2 V`` |
 | | ... of half precision: NTP + Mixup | ``w K V + w K D + 4 (B + 2 B2) V`` |
 | | ... its dW, half precision | ``w K V + w K D + 4 K (V + D)`` |
 | ``vocab_tiles`` | a group; filtered or not | ``w K C + (4 + w) K D`` |
@@ -38,10 +38,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .perplexity import block_rows, round_up
-from .row_chunks import PADDING, cache_blocks, chunk_sizes
-from .schedules import RowChunks, VocabTiles
-from .tile_gradients import BLOCK_P, BLOCK_R, BLOCK_V, groups
+from .perplexity.streaming import block_rows, round_up
+from .row_chunks.chunks import chunk_sizes
+from .row_chunks.losses import cache_blocks
+from .schedules import BLOCK_P, BLOCK_R, BLOCK_V, PADDING, RowChunks, VocabTiles
+from .vocab_tiles.groups import groups
 
 NTP, MIXUP, BOTH = "NTP", "Mixup", "NTP + Mixup"
 
@@ -52,7 +53,7 @@ TILE_NUMBERS = {NTP: 44, MIXUP: 36, BOTH: 64}
 
 
 class Shape(NamedTuple):
-    """Of one call; hidden is (rows, hidden_size), of Mixup alone both halves together."""
+    """The shape of one call. For MIXUP, ``rows`` counts both hidden states of every pair."""
 
     rows: int
     hidden_size: int
@@ -61,10 +62,10 @@ class Shape(NamedTuple):
 
 
 def peak_bytes(task: str, schedule: RowChunks | VocabTiles, shape: Shape, kernels: bool) -> int:
-    """Peak extra bytes of one forward and backward of ``task``: NTP, MIXUP or BOTH.
+    """Return the peak extra bytes of one forward and backward of ``task``: NTP, MIXUP or BOTH.
 
-    ``kernels``: by Triton's on CUDA, or in float32 in its interpreter, not by PyTorch operations on
-    the CPU. `VocabTiles` knows no other way.
+    ``kernels`` says that Triton kernels run, on CUDA or in float32 in the interpreter, and not
+    PyTorch operations on the CPU. `VocabTiles` knows no other way.
     """
     if isinstance(schedule, VocabTiles):
         during, kernels = group_bytes(task, schedule, shape), True
@@ -76,12 +77,12 @@ def peak_bytes(task: str, schedule: RowChunks | VocabTiles, shape: Shape, kernel
 
 
 def logit_rows(task: str, shape: Shape) -> int:
-    """R: Mixup alone interpolates hidden states before it projects them."""
+    """Return R: MIXUP interpolates hidden states before it projects them."""
     return shape.rows // 2 if task == MIXUP else shape.rows
 
 
 def kept_bytes(task: str, schedule: RowChunks | VocabTiles, shape: Shape) -> int:
-    """dW and dH as they are summed up, not yet scaled by the upstream gradient; numbers of rows."""
+    """Return the bytes of dW and dH before they are scaled, and of the numbers of rows."""
     numbers = TILE_NUMBERS if isinstance(schedule, VocabTiles) else CHUNK_NUMBERS
     # float32, since sums over many chunks diverge in half precision. A row of dH is one sum.
     dw = 4 * shape.vocab_size * shape.hidden_size
@@ -90,7 +91,7 @@ def kept_bytes(task: str, schedule: RowChunks | VocabTiles, shape: Shape) -> int
 
 
 def handed_out_bytes(task: str, shape: Shape, kernels: bool) -> int:
-    """Gradients in the inputs' dtype, beside those kept."""
+    """Return the bytes of the gradients in the inputs' dtype, beside those kept."""
     num_rows, size, vocab_size, width = shape
     dw, dh = width * vocab_size * size, width * num_rows * size
     if kernels or width == 4:
@@ -101,7 +102,7 @@ def handed_out_bytes(task: str, shape: Shape, kernels: bool) -> int:
 
 
 def chunk_rows(task: str, schedule: RowChunks, shape: Shape, kernels: bool) -> int:
-    """K: rows of the largest chunk."""
+    """Return K, the rows of the largest chunk."""
     # The schedule asks hidden for its dtype, and whether it is on the CPU.
     hidden = torch.empty(0, dtype=dtype_of(shape), device="meta" if kernels else "cpu")
     most = schedule.rows_for(hidden, shape.vocab_size)
@@ -109,12 +110,12 @@ def chunk_rows(task: str, schedule: RowChunks, shape: Shape, kernels: bool) -> i
 
 
 def dtype_of(shape: Shape) -> torch.dtype:
-    """One of that size."""
+    """Return a dtype of the shape's itemsize."""
     return torch.float32 if shape.itemsize == 4 else torch.bfloat16
 
 
 def chunk_bytes(task: str, schedule: RowChunks, shape: Shape) -> int:
-    """A chunk by kernels: logits, whose gradients take their place, and rows of hidden."""
+    """Return the bytes of a chunk by kernels: logits, replaced by gradients, and rows of hidden."""
     num_rows = chunk_rows(task, schedule, shape, kernels=True)
     # Padded so that each row begins where a 16-byte load can.
     logits = shape.itemsize * num_rows * round_up(shape.vocab_size, PADDING)
@@ -124,7 +125,7 @@ def chunk_bytes(task: str, schedule: RowChunks, shape: Shape) -> int:
 
 
 def cpu_chunk_bytes(task: str, schedule: RowChunks, shape: Shape) -> int:
-    """A chunk by PyTorch operations, which need more than logits and rows in turn."""
+    """Return the bytes of a chunk by PyTorch operations, which need more than logits and rows."""
     _, size, vocab_size, width = shape
     num_rows = chunk_rows(task, schedule, shape, kernels=False)
     hidden = width * num_rows * size
@@ -134,14 +135,14 @@ def cpu_chunk_bytes(task: str, schedule: RowChunks, shape: Shape) -> int:
         # In float32 both rows, both times their shares, and the sum.
         moments.append(5 * 4 * num_rows * size)
     if width < 4:
-        # The CPU's GEMM adds to a float32 dW from float32 operands alone.
+        # The CPU's GEMM adds to a float32 dW only from float32 operands.
         moments.append(4 * num_rows * (vocab_size + size))
     logits = width * num_rows * vocab_size
     return logits + hidden + max(moments)
 
 
 def block_bytes(task: str, num_rows: int, shape: Shape) -> int:
-    """Float32 logits of the cache blocks of a chunk, beside the chunk's own."""
+    """Return the bytes of float32 logits of a chunk's cache blocks, beside the chunk's own."""
     count = num_rows // 2 if task == BOTH else num_rows
     blocks = cache_blocks(0, count, torch.empty(0, shape.vocab_size))
     rows = [block.stop - block.start for block in blocks]
@@ -155,7 +156,7 @@ def block_bytes(task: str, num_rows: int, shape: Shape) -> int:
 
 
 def group_bytes(task: str, schedule: VocabTiles, shape: Shape) -> int:
-    """A group of rows in backward of ``vocab_tiles``, with its logit gradient in some tiles."""
+    """Return the bytes of a group in ``vocab_tiles``' backward, with its gradient in some tiles."""
     _, size, vocab_size, width = shape
     count, block, rows_each = logit_rows(task, shape), BLOCK_R, 1
     if task == BOTH:
@@ -172,22 +173,23 @@ def group_bytes(task: str, schedule: VocabTiles, shape: Shape) -> int:
 
 
 def op_call(name: str, args: Sequence[Any]) -> tuple[str, Shape]:
-    """Task and shape of a call of a loss's op, by the op's name and positional arguments."""
-    hidden, weight = args[:2]
+    """Return the task and shape of a call of a loss's op, by its name and positional arguments."""
     if name.startswith("sftmix"):
+        hidden, weight = args[:2]
         mixed = not name.startswith("sftmix_rows") or args[5].shape[0] > 0
         num_rows, size = hidden.shape
         shape = Shape(num_rows, size, weight.shape[0], hidden.itemsize)
         return BOTH if mixed else NTP, shape
-    num_rows, size = hidden[0].shape
-    shape = Shape(len(hidden) * num_rows, size, weight.shape[0], weight.itemsize)
-    return MIXUP if len(hidden) == 2 else NTP, shape
+    hidden, partner, weight = args[:3]
+    task, halves = (NTP, 1) if partner is None else (MIXUP, 2)
+    num_rows, size = hidden.shape
+    return task, Shape(halves * num_rows, size, weight.shape[0], weight.itemsize)
 
 
 def op_workspace(
     name: str, args: Sequence[Any], schedule: RowChunks | VocabTiles, kernels: bool
 ) -> int:
-    """Bytes that a call of a loss's op holds for itself, beside the tensors that it returns."""
+    """Return the bytes that a call of a loss's op holds beside the tensors that it returns."""
     task, shape = op_call(name, args)
     if shape.rows == 0:
         return 0
@@ -203,7 +205,7 @@ def op_workspace(
 
 
 def op_products(name: str, args: Sequence[Any]) -> int:
-    """Operations of a call's matrix products: ``2 R D V`` for logits and for each gradient."""
+    """Return the operations of a call's products: ``2 R D V`` for logits and for each gradient."""
     task, shape = op_call(name, args)
     needs = [sum(arg[:2]) for arg in args if isinstance(arg, list) and isinstance(arg[0], bool)]
     products: int = 1 + sum(needs)
@@ -211,7 +213,7 @@ def op_products(name: str, args: Sequence[Any]) -> int:
 
 
 def perplexity_peak_bytes(shape: Shape, vocab_chunk: int = 8192, device: str = "cpu") -> int:
-    """Peak extra bytes of `streaming_perplexity` with its compiled ops; forward only."""
+    """Return the peak extra bytes of `streaming_perplexity` with its compiled ops."""
     chunk = min(round_up(vocab_chunk, PADDING), shape.vocab_size)
     # A workspace depends on the size of the device's cache.
     hidden = torch.empty(shape.rows, 0, dtype=dtype_of(shape), device=device)

@@ -22,12 +22,12 @@ mixed logits are the interpolation of the logits that NTP needs anyway. With
     G_u = ntp_weight * (softmax(a_u) - onehot(y_u)) + (1 - lam) * g_m
     dH_c = G_c W,   dH_u = G_u W,   dW = G_c^T H_c + G_u^T H_u
 
-each term times ``f'`` of its own raw logit. NTP + Mixup costs the matrix products of NTP alone.
+each term times ``f'`` of its own raw logit. NTP + Mixup costs the matrix products of NTP.
 
 **Labels.** ``ignore_index`` leaves a token out of loss, gradient and count. A label outside
 ``[0, V)`` makes its row NaN, and the pair it is mixed in; nothing is read out of bounds. A pair of
-which one token is ignored is not mixed. Nothing to average gives loss 0 and gradients 0, whatever
-the divisor: one of 0 counts as 1.
+which one token is ignored is not mixed. Where there is nothing to average, loss and gradients are
+0; a divisor of 0 counts as 1.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from torch import Tensor
 
 
 class SFTMixLoss(NamedTuple):
-    """``loss = ntp + mu * mixup``; float32 scalars, ``ntp`` and ``mixup`` detached."""
+    """The three scalars of a loss: ``loss = ntp + mu * mixup``; ``ntp`` and ``mixup`` detached."""
 
     loss: Tensor
     ntp: Tensor
@@ -55,7 +55,7 @@ def log_probabilities(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:  # (..., V)
-    """Log-softmax of the scaled, softcapped logits, in float32 or better."""
+    """Return the log-softmax of the scaled, softcapped logits, in float32 or better."""
     logits = F.linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
     if softcap is not None:
@@ -64,24 +64,24 @@ def log_probabilities(
 
 
 def label_weight(labels: Tensor, vocab_size: int, ignore_index: int = -100) -> Tensor:
-    """1 where a label counts, 0 where it is ignored, NaN where it is out of range; float32."""
+    """Return 1 where a label counts, 0 where it is ignored, NaN where it is out of range."""
     weight = (labels != ignore_index).float()
     out_of_range = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
     return weight.masked_fill(out_of_range, float("nan"))
 
 
 def both(first: Tensor, second: Tensor) -> Tensor:
-    """Label weight of a pair: 0 where either is 0, else NaN where either is NaN, else 1."""
+    """Return the weight of a pair: 0 where either is 0, else NaN where either is NaN, else 1."""
     return (first * second).masked_fill((first == 0) | (second == 0), 0.0)
 
 
 def weighted_loss(weight: Tensor, loss: Tensor) -> Tensor:
-    """``weight * loss``, exactly 0 where the weight is 0 whatever the loss."""
+    """Return ``weight * loss``, exactly 0 where the weight is 0 whatever the loss."""
     return (weight * loss.masked_fill(weight == 0, 0.0)).masked_fill(weight == 0, 0.0)
 
 
 def nll(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """``-log p(label)`` of each row; a label out of range reads its nearest neighbour."""
+    """Return ``-log p(label)`` of each row; a label out of range reads its nearest neighbour."""
     safe = labels.clamp(0, log_probs.shape[-1] - 1)
     return -log_probs.gather(-1, safe.unsqueeze(-1)).squeeze(-1)
 
@@ -89,7 +89,7 @@ def nll(log_probs: Tensor, labels: Tensor) -> Tensor:
 def reduce(
     losses: Tensor, weight: Tensor, reduction: str, divisor: float | Tensor | None
 ) -> Tensor:
-    """``sum`` or ``mean`` over the rows whose weight is not 0, or the rows as they are."""
+    """Return ``sum`` or ``mean`` over the rows whose weight is not 0, or the rows as they are."""
     if reduction == "none":
         return losses
     if reduction == "sum":
@@ -99,7 +99,7 @@ def reduce(
 
 
 def expand_lam(lam: float | Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
-    """``lam`` of a shape that is a prefix of labels' shape, spread over all positions."""
+    """Spread ``lam``, whose shape is a prefix of labels' shape, over all positions."""
     lam = torch.as_tensor(lam, device=labels.device, dtype=dtype)
     return lam.reshape(lam.shape + (1,) * (labels.dim() - lam.dim())).expand(labels.shape)
 
@@ -116,7 +116,7 @@ def cross_entropy(
     reduction: str = "mean",
     divisor: float | Tensor | None = None,
 ) -> Tensor:
-    """NTP: ``LSE(a) - a[y]``, reduced over the tokens that count."""
+    """Return NTP: ``LSE(a) - a[y]``, reduced over the tokens that count."""
     log_probs = log_probabilities(
         hidden, weight, bias=bias, logit_scale=logit_scale, softcap=softcap
     )
@@ -139,7 +139,7 @@ def mixup_loss(
     reduction: str = "mean",
     divisor: float | Tensor | None = None,
 ) -> Tensor:
-    """Mixup alone: ``LSE(m) - lam m[y_c] - (1 - lam) m[y_u]`` where both labels count."""
+    """Return Mixup: ``LSE(m) - lam m[y_c] - (1 - lam) m[y_u]`` where both labels count."""
     lam = expand_lam(lam, labels_c, torch.promote_types(hidden_c.dtype, torch.float32))
     share = lam.unsqueeze(-1)
     mixed = (share * hidden_c + (1 - share) * hidden_u).to(hidden_c.dtype)
@@ -171,7 +171,7 @@ def sftmix_loss(
     ntp_divisor: float | Tensor | None = None,
     mixup_divisor: float | Tensor | None = None,
 ) -> SFTMixLoss:
-    """``NTP(all tokens) + mu * Mixup(pairs)``, composed from the two functions above."""
+    """Return ``NTP(all tokens) + mu * Mixup(pairs)``, composed from the two functions above."""
     head = {
         "bias": bias,
         "logit_scale": logit_scale,
@@ -205,7 +205,7 @@ def perplexity(
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> Tensor:  # (S,) float64
-    """``exp(mean of an example's token losses)``; NaN where no token of it counts."""
+    """Return ``exp(mean of an example's token losses)``; NaN where no token of it counts."""
     losses = cross_entropy(
         hidden,
         weight,

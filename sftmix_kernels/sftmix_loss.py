@@ -17,6 +17,7 @@ a pair was cut, or unpaired.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,28 +33,24 @@ from .checks import (
     check_row_out,
     checked_lam,
 )
-from .mixup_loss import Options, fused_mixup_loss, loss_divisor
-from .recomputed_loss import TileOptions, tile_losses
-from .reference import SFTMixLoss, both, label_weight, weighted_loss
-from .row_chunks import (
-    Gradients,
-    LogitTransform,
+from .gradients import Gradients, first_order_only, handed_out
+from .mixup_loss import Options, reduced_loss
+from .reference import SFTMixLoss, label_weight, weighted_loss
+from .row_chunks.chunks import chunk_sizes, counted_rows, gather_rows, logits_workspace, project
+from .row_chunks.losses import (
     cache_blocks,
-    chunk_sizes,
-    counted_rows,
     cross_entropy_,
-    first_order_only,
-    gather_rows,
     load_rows,
-    logits_workspace,
     pair_cross_entropy_,
-    project,
-    scaled,
     store_rows_,
 )
 from .schedules import Schedule, VocabTiles, resolve_schedule, runs_triton
-from .sharded_chunks import add_over_ranks_, sharded_pair_losses_
-from .vocab_parallel import VocabShard, checked_head
+from .terms import PairPlan, divided_sum, is_paired, loss_divisor, ordered_pairs, single_rows
+from .transform import LogitTransform
+from .vocab_parallel.losses import add_over_ranks_, sharded_pair_losses_
+from .vocab_parallel.shard import Head, VocabShard, checked_head
+from .vocab_tiles.pairs import tile_losses
+from .vocab_tiles.rows import TileOptions
 
 
 @torch.library.custom_op("sftmix_kernels::sftmix_rows", mutates_args=())
@@ -75,86 +72,65 @@ def sftmix_rows(
     first_token: int = 0,
     group: str | None = None,  # over which the vocabulary is shared out
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """NTP losses of rows (R,), Mixup losses of pairs (P,), and the gradients of
+    """Return NTP losses of rows (R,), Mixup losses of pairs (P,), and the gradients of
     ``sum(ntp) + mix_ratio * sum(mixup)`` with respect to hidden (R, D), weight (V, D) and bias
-    (V,), the last two in float32; empty where not needed. With a group as in `mixup_rows`."""
+    (V,), the last two in float32; empty where not needed. A group means what it does in
+    `mixup_rows`."""
     transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
     ntp, mixup = torch.zeros_like(row_weight), torch.zeros_like(pair_weight)
     with torch.autocast(weight.device.type, enabled=False):
         pairs = counted_rows(pair_weight)
-        singles = single_rows(row_weight, pair_c[pairs], pair_u[pairs])
+        singles = counted_singles(row_weight, pair_c[pairs], pair_u[pairs])
         num_rows = 2 * pairs.numel() + singles.numel()
-        partial = group is not None
-        gradients = Gradients(hidden, weight, needs_gradient, num_rows, partial=partial)
+        gradients = Gradients(hidden, weight, needs_gradient, num_rows, partial=group is not None)
         sizes = chunk_sizes(num_rows, chunk_rows)
         workspace = logits_workspace(weight, max(sizes, default=0))
+        losses_ = chunk_losses_
+        if group is not None:
+            losses_ = partial(sharded_pair_losses_, start=first_token, group=group)
         for some, single in chunks(pairs, singles, sizes):
             rows = torch.cat((pair_c[some], pair_u[some], single))
             gathered = gather_rows(hidden, rows, row_weight[rows])
             logits = project(gathered, weight, bias, workspace)
-            weights = (row_weight[rows], pair_weight[some], share[some], mix_ratio)
-            rest = (labels[rows], *weights, transform, gradients.needed)
-            if group is None:
-                ntp[rows], mixup[some] = chunk_losses_(logits, *rest)
-            else:
-                ntp[rows], mixup[some] = sharded_pair_losses_(logits, *rest, first_token, group)
+            ntp[rows], mixup[some] = losses_(
+                logits,
+                labels[rows],
+                row_weight[rows],
+                pair_weight[some],
+                share[some],
+                mix_ratio,
+                transform,
+                gradients.needed,
+            )
             gradients.add_chunk(logits, gathered, weight, rows)
         add_over_ranks_(gradients.hidden, group)
     return ntp, mixup, gradients.hidden, gradients.weight, gradients.bias
 
 
 @sftmix_rows.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    row_weight: Tensor,
-    pair_c: Tensor,
-    pair_u: Tensor,
-    pair_weight: Tensor,
-    share: Tensor,
-    mix_ratio: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    chunk_rows: int,
-    needs_gradient: list[bool],
-    first_token: int = 0,
-    group: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gradients = Gradients(hidden, weight, needs_gradient, 0, partial=group is not None)
-    return (
-        torch.empty_like(row_weight),
-        torch.empty_like(pair_weight),
-        gradients.hidden,
-        gradients.weight,
-        gradients.bias,
-    )
+def _(hidden, weight, _b, _y, row_weight, _c, _u, pair_weight, _share, _ratio, _scale, _cap,  # type: ignore[no-untyped-def]
+      _rows, needs, _first=0, group=None):  # fmt: skip
+    gradients = Gradients(hidden, weight, needs, 0, partial=group is not None)
+    losses = torch.empty_like(row_weight), torch.empty_like(pair_weight)
+    return *losses, gradients.hidden, gradients.weight, gradients.bias
 
 
-def single_rows(row_weight: Tensor, rows_c: Tensor, rows_u: Tensor) -> Tensor:
-    """Rows that count and sit in no pair: (S,) int64.
-
-    On an accelerator all rows outside of pairs: their number is known from the shapes, since each
-    row is in one pair at most, so the host need not wait.
-    """
-    paired = torch.zeros_like(row_weight, dtype=torch.bool)
-    # Not `paired[rows] = True`, which copies True to the device and waits for it.
-    paired.index_fill_(0, rows_c, True).index_fill_(0, rows_u, True)
+def counted_singles(row_weight: Tensor, pair_c: Tensor, pair_u: Tensor) -> Tensor:  # (S,) int64
+    """Return the rows outside of pairs, of which the CPU leaves out those of weight 0."""
     if row_weight.device.type == "cpu":
-        return ((row_weight != 0) & ~paired).nonzero().squeeze(-1)
-    return paired.byte().argsort(stable=True)[: paired.numel() - 2 * rows_c.numel()]
+        return ((row_weight != 0) & ~is_paired(row_weight, pair_c, pair_u)).nonzero().squeeze(-1)
+    return single_rows(row_weight, pair_c, pair_u)
 
 
 def chunks(pairs: Tensor, singles: Tensor, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs first, then single rows, filling chunks of the sizes given."""
+    """Yield the pairs and single rows of each chunk: pairs first, until there are no more."""
     pair = single = 0
     for size in sizes:
         some = pairs[pair : pair + size // 2]
         pair += some.numel()
-        alone = singles[single : single + size - 2 * some.numel()]
-        single += alone.numel()
-        yield some, alone
+        rest = singles[single : single + size - 2 * some.numel()]
+        single += rest.numel()
+        yield some, rest
 
 
 def chunk_losses_(
@@ -167,10 +143,10 @@ def chunk_losses_(
     transform: LogitTransform,
     needs_gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # NTP losses (K,), Mixup losses (p,)
-    """Weighted losses of one chunk; its logits become gradients in place."""
+    """Return the weighted losses of one chunk; turn its logits into gradients in place."""
     vocab_size, num_pairs = logits.shape[1], pair_weight.numel()
     if runs_triton(logits):
-        from .triton.row_chunks import pair_rows_, soft_rows_
+        from .row_chunks.kernels import pair_rows_, soft_rows_
 
         ntp_of_pairs, mixup = pair_rows_(
             logits, labels, row_weight, share, pair_weight, mix_ratio, transform, needs_gradient
@@ -233,24 +209,12 @@ class NTPAndMixup(torch.autograd.Function):
         mixup_divisor: Tensor,
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        tensors = (hidden, weight, bias, labels, row_weight, pair_c, pair_u, pair_weight, share)
         mix_ratio = mu * ntp_divisor / mixup_divisor
-        row_ntp, pair_mixup, *gradients = sftmix_rows(
-            hidden,
-            weight,
-            bias,
-            labels,
-            row_weight,
-            pair_c,
-            pair_u,
-            pair_weight,
-            share,
-            mix_ratio,
-            *options,
-        )
+        row_ntp, pair_mixup, *gradients = sftmix_rows(*tensors, mix_ratio, *options)
         ctx.save_for_backward(ntp_divisor, *gradients)
         ctx.dtype = weight.dtype
-        ntp = (row_ntp.sum(dtype=torch.float64) / ntp_divisor).float()
-        mixup = (pair_mixup.sum(dtype=torch.float64) / mixup_divisor).float()
+        ntp, mixup = divided_sum(row_ntp, ntp_divisor), divided_sum(pair_mixup, mixup_divisor)
         ctx.mark_non_differentiable(ntp, mixup, row_ntp)
         return ntp + mu * mixup, ntp, mixup, row_ntp
 
@@ -258,30 +222,47 @@ class NTPAndMixup(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         divisor, *gradients = ctx.saved_tensors
-        scale = upstream / divisor
-        inputs = (
-            scaled(gradient, scale, ctx.dtype) if needed else None
-            for gradient, needed in zip(gradients, ctx.needs_input_grad, strict=False)
-        )
-        return *inputs, *(None,) * 10
+        return handed_out(gradients, [upstream / divisor] * 3, ctx.needs_input_grad, ctx.dtype)
 
 
-def ordered_pairs(
-    pair_c: Tensor, pair_u: Tensor, lam: Tensor, row_weight: Tensor
+def joint_losses(
+    hidden: Tensor,  # (R, D)
+    head: Head,
+    plan: PairPlan,
+    mu: float,
+    ntp_divisor: Tensor,
+    mixup_divisor: Tensor,
+    schedule: int | VocabTiles,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pairs with the lower row first, their shares (P, 2), and their weights (P,).
+    """Return loss, NTP, Mixup, and the row losses of NTP, by the schedule chosen."""
+    tensors, divisors = (hidden, head.weight, head.bias), (ntp_divisor, mixup_divisor)
+    if isinstance(schedule, VocabTiles):
+        tiles = TileOptions(head.logit_scale, head.softcap, schedule.filter_eps, schedule.max_bytes)
+        return tile_losses(*tensors, plan, mu, *divisors, tiles)
+    options = Options.of(head, schedule, tensors)
+    return NTPAndMixup.apply(*tensors, *plan, mu, *divisors, options)  # type: ignore[no-any-return, no-untyped-call]
 
-    The losses are symmetric in c and u, and so is every bit of the gradients when the order of rows
-    does not depend on which is called c. A row that does not exist makes its pair NaN.
-    """
-    pairs, order = torch.stack((pair_c, pair_u), dim=-1).sort(dim=-1)
-    share = torch.stack((lam, 1.0 - lam), dim=-1).gather(-1, order)
-    num_rows = row_weight.numel()
-    outside = ((pairs < 0) | (pairs >= num_rows)).any(-1)
-    first, second = pairs.clamp(0, max(num_rows - 1, 0)).unbind(-1)
-    weight = both(row_weight[first], row_weight[second]).masked_fill(outside, float("nan"))
-    # What lam is does not matter where nothing is mixed; not even that it is NaN.
-    return first, second, share.masked_fill((weight == 0).unsqueeze(-1), 0.5), weight
+
+def mixup_value(
+    hidden: Tensor,  # (R, D)
+    head: Head,
+    plan: PairPlan,
+    divisor: Tensor,
+    schedule: int | VocabTiles,
+) -> Tensor:
+    """Return the Mixup term without gradients, for logging where its weight is 0."""
+    with torch.no_grad():
+        return reduced_loss(
+            hidden[plan.pair_c],
+            hidden[plan.pair_u],
+            head,
+            torch.stack((plan.labels[plan.pair_c], plan.labels[plan.pair_u]), dim=-1),
+            plan.share,
+            plan.pair_weight,
+            "mean",
+            divisor,
+            schedule,
+        )
 
 
 def fused_sftmix_loss(
@@ -304,10 +285,24 @@ def fused_sftmix_loss(
     row_ntp_out: Tensor | None = None,  # (...) float32
     validate: bool = False,
 ) -> SFTMixLoss:
-    """``NTP(all tokens) + mu * Mixup(pairs)`` for the matrix products of NTP alone.
+    """Return ``NTP(all tokens) + mu * Mixup(pairs)``, for the matrix products of NTP.
 
     The LM head is linear, so the mixed logits are the interpolation of logits that NTP computes
     anyway (`reference.py` has the formula; arXiv 2410.05248 the method). No (N, V) logits are held.
+
+    Example:
+        Four tokens, of which the first two are mixed with each other and the last has no label:
+
+        >>> hidden = torch.eye(3)[[0, 1, 2, 0]].requires_grad_()
+        >>> weight = torch.arange(12.0).reshape(4, 3) / 4  # V = 4 tokens
+        >>> labels = torch.tensor([3, 2, 1, -100])
+        >>> pair_c, pair_u = torch.tensor([0]), torch.tensor([1])
+        >>> loss, ntp, mixup = fused_sftmix_loss(hidden, weight, labels, pair_c, pair_u, lam=0.75)
+        >>> print(f"{loss:.3f} = {ntp:.3f} + 0.2 * {mixup:.3f}")
+        1.493 = 1.338 + 0.2 * 0.776
+        >>> loss.backward()  # the gradients were made in the forward pass
+        >>> hidden.grad.any(dim=-1).tolist()
+        [True, True, True, False]
 
     Args:
         hidden: what the LM head reads; float32, bfloat16 or float16.
@@ -346,50 +341,18 @@ def fused_sftmix_loss(
     lam = checked_lam(lam, pair_c, validate=validate)
     flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     row_weight = label_weight(flat_labels, vocab_size, ignore_index)
-    pair_c, pair_u, share, pair_weight = ordered_pairs(pair_c, pair_u, lam, row_weight)
-    mixup_count = loss_divisor(mixup_divisor, pair_weight)
+    plan = ordered_pairs(flat_labels.clamp(0, vocab_size - 1), row_weight, pair_c, pair_u, lam)
+    divisors = loss_divisor(ntp_divisor, row_weight), loss_divisor(mixup_divisor, plan.pair_weight)
+    chosen = resolve_schedule(schedule, hidden, head.widest)
     if mu == 0:
         # Nothing of Mixup reaches the gradient, so no row is paired and NTP's own chunks run.
-        with torch.no_grad():
-            mixup_alone = fused_mixup_loss(
-                flat_hidden[pair_c],
-                flat_hidden[pair_u],
-                weight,
-                flat_labels[pair_c],
-                flat_labels[pair_u],
-                share[:, 0],
-                bias=bias,
-                logit_scale=logit_scale,
-                softcap=softcap,
-                ignore_index=ignore_index,
-                divisor=mixup_count,
-                schedule=schedule,
-                vocab_parallel=vocab_parallel,
-            )
-        pair_c, pair_u, pair_weight, share = (t[:0] for t in (pair_c, pair_u, pair_weight, share))
-    terms = (
-        flat_hidden,
-        head.weight,
-        head.bias,
-        flat_labels.clamp(0, vocab_size - 1),
-        row_weight,
-        pair_c,
-        pair_u,
-        pair_weight,
-        share,
-        float(mu),
-        loss_divisor(ntp_divisor, row_weight),
-        mixup_count,
-    )
-    plan = resolve_schedule(schedule, hidden, head.widest)
-    if isinstance(plan, VocabTiles):
-        tiles = TileOptions(float(logit_scale), softcap, plan.filter_eps, plan.max_bytes)
-        loss, ntp, mixup, row_ntp = tile_losses(*terms, tiles)
+        mixup = mixup_value(flat_hidden, head, plan, divisors[1], chosen)
+        plan = plan.without_pairs()
+        loss, ntp, _, row_ntp = joint_losses(flat_hidden, head, plan, 0.0, *divisors, chosen)
     else:
-        inputs = (hidden, weight, bias)
-        needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
-        options = Options(float(logit_scale), softcap, plan, needs, head.start, head.group)
-        loss, ntp, mixup, row_ntp = NTPAndMixup.apply(*terms, options)  # type: ignore[no-untyped-call]
+        loss, ntp, mixup, row_ntp = joint_losses(
+            flat_hidden, head, plan, float(mu), *divisors, chosen
+        )
     if row_ntp_out is not None:
         row_ntp_out.copy_(row_ntp.reshape(labels.shape))
-    return SFTMixLoss(loss, ntp, mixup_alone if mu == 0 else mixup)
+    return SFTMixLoss(loss, ntp, mixup)

@@ -27,8 +27,8 @@ from benchmarks.perplexity_providers import Tokens, chunks_of_logits, make_token
 from benchmarks.records import PAIR_ROWS
 from benchmarks.result_file import Results
 from benchmarks.settings import Settings
-from sftmix_kernels import perplexity
 from sftmix_kernels.build import build_info
+from sftmix_kernels.perplexity import streaming as perplexity
 
 QUICK = Settings(device="cpu", quick=True)
 # Room for 128 rows of 16 float32 columns.
@@ -37,7 +37,7 @@ built = pytest.mark.skipif(build_info() is None, reason="the extension is not bu
 
 
 def test_the_search_holds_what_is_shipped_and_nothing_that_cannot_launch() -> None:
-    row_chunks = pytest.importorskip("sftmix_kernels.triton.row_chunks")
+    row_chunks = pytest.importorskip("sftmix_kernels.row_chunks.kernels")
     for dtype in (torch.bfloat16, torch.float32):
         shipped = [getattr(row_chunks, name) for name in LAUNCH]
         shipped[2] = shipped[2](torch.empty(0, dtype=dtype))
@@ -53,7 +53,7 @@ class HostRows:
         self.seen: list[tuple[Any, ...]] = []
 
     def pair_rows(self) -> tuple[Tensor, Tensor]:
-        from sftmix_kernels.triton import row_chunks
+        from sftmix_kernels.row_chunks import kernels as row_chunks
 
         block = row_chunks.BLOCK
         stages = row_chunks.num_stages(torch.empty(0))
@@ -69,7 +69,7 @@ class HostRows:
 
 
 def test_a_wrong_launch_fails_and_constants_are_taken_back(results: Results) -> None:
-    row_chunks = pytest.importorskip("sftmix_kernels.triton.row_chunks")
+    row_chunks = pytest.importorskip("sftmix_kernels.row_chunks.kernels")
     before = [getattr(row_chunks, name) for name in LAUNCH]
     right, wrong = (1024, 4, 3, 64), (4096, 16, 6, 128)
     kernels: Any = HostRows(wrong=4096)
@@ -84,7 +84,7 @@ def test_a_wrong_launch_fails_and_constants_are_taken_back(results: Results) -> 
 def test_share_of_copy_counts_the_bytes_of_each(
     monkeypatch: pytest.MonkeyPatch, results: Results
 ) -> None:
-    pytest.importorskip("sftmix_kernels.triton.row_chunks")
+    pytest.importorskip("sftmix_kernels.row_chunks.kernels")
 
     def samples(steps: dict[str, Any], *_: object) -> dict[str, list[float]]:
         return {name: [2.0 if name == "copy" else 3.0] for name in steps}

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import sftmix_kernels.mixup_loss
-from sftmix_kernels import RowChunks, row_chunks
+from sftmix_kernels import RowChunks, gradients
 from sftmix_kernels.budget import added_up, budget
+from sftmix_kernels.row_chunks import losses
 
 from .budget import head_inputs, some_labels
 from .test_cross_entropy import assert_loss_in_budget
@@ -82,7 +83,7 @@ def test_a_weight_gradient_added_up_in_half_precision_is_caught(
     tensors, labels = head_inputs((4096, 64), 123, dtype), some_labels((4096,), 123)
     options = {"schedule": RowChunks(rows=16), "reduction": "sum"}
     assert_loss_in_budget(tensors, labels, **options)
-    monkeypatch.setattr(row_chunks, "add_product_", rounded)
+    monkeypatch.setattr(gradients, "add_product_", rounded)
     with pytest.raises(AssertionError, match="weight is over the error budget"):
         assert_loss_in_budget(tensors, labels, **options)
 
@@ -108,10 +109,10 @@ def test_logits_added_up_in_half_precision_are_caught(
 def test_a_probability_read_back_from_bfloat16_is_caught(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = row_chunks.TargetColumns.finish
+    own = losses.TargetColumns.finish
 
     def rounded(
-        self: row_chunks.TargetColumns, log_p: Tensor, exp_at: Tensor, rest: Tensor
+        self: losses.TargetColumns, log_p: Tensor, exp_at: Tensor, rest: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         loss, total, _ = own(self, log_p, exp_at, rest)
         p = (exp_at / total).bfloat16().float()
@@ -120,6 +121,6 @@ def test_a_probability_read_back_from_bfloat16_is_caught(
     labels, weight = torch.arange(20), (17.0 * torch.eye(20)).to(dtype)
     tensors = {"hidden": torch.eye(20).to(dtype), "weight": weight}
     assert_loss_in_budget(tensors, labels, UPSTREAM)
-    monkeypatch.setattr(row_chunks.TargetColumns, "finish", rounded)
+    monkeypatch.setattr(losses.TargetColumns, "finish", rounded)
     with pytest.raises(AssertionError, match="is over the error budget"):
         assert_loss_in_budget(tensors, labels, UPSTREAM)

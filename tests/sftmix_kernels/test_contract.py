@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sftmix_kernels import fused_cross_entropy, fused_mixup_loss, fused_sftmix_loss
 from sftmix_kernels.mixup_loss import mixup_rows
-from sftmix_kernels.perplexity import add_sample_losses_op
+from sftmix_kernels.perplexity.streaming import add_sample_losses_op
 from sftmix_kernels.sftmix_loss import sftmix_rows
 
 from .budget import assert_same_bits, exact, head_inputs, run
@@ -137,7 +137,7 @@ def test_opcheck() -> None:
     targets, share = torch.stack((labels, labels.flip(0)), -1), torch.full((R, 2), 0.5)
     rest = (1.5, 3.0, 4, [True, True, True])
     torch.library.opcheck(
-        mixup_rows, ([hidden, hidden + 1], weight, bias, targets, share, ones, *rest)
+        mixup_rows, (hidden, hidden + 1, weight, bias, targets, share, ones, *rest)
     )
     pairs = (PAIRS["pair_c"], PAIRS["pair_u"], torch.tensor([1.0, 0, 1, 1]), torch.rand(4, 2))
     torch.library.opcheck(

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sftmix_kernels import RowChunks, fused_cross_entropy, fused_sftmix_loss, reference
-from sftmix_kernels.sftmix_loss import ordered_pairs, sftmix_rows
+from sftmix_kernels.sftmix_loss import sftmix_rows
+from sftmix_kernels.terms import ordered_pairs
 from tools.peak_memory import peak_extra_bytes
 
 from .budget import (
@@ -275,13 +276,11 @@ def test_divisors_of_zero_count_as_one() -> None:
 
 def test_a_row_that_does_not_exist_poisons_its_pair_where_values_are_not_read() -> None:
     lam, ones = torch.tensor([0.25, 0.75]), torch.ones(3)
-    first, second, share, weight = ordered_pairs(
-        torch.tensor([2, 0]), torch.tensor([1, 7]), lam, ones
-    )
-    assert (first.tolist(), second.tolist()) == ([1, 0], [2, 2])
-    assert share.tolist() == [[0.75, 0.25], [0.75, 0.25]]
-    assert weight[0] == 1
-    assert weight[1].isnan()
+    plan = ordered_pairs(torch.arange(3), ones, torch.tensor([2, 0]), torch.tensor([1, 7]), lam)
+    assert (plan.pair_c.tolist(), plan.pair_u.tolist()) == ([1, 0], [2, 2])
+    assert plan.share.tolist() == [[0.75, 0.25], [0.75, 0.25]]
+    assert plan.pair_weight[0] == 1
+    assert plan.pair_weight[1].isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

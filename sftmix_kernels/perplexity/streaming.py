@@ -1,0 +1,360 @@
+"""Per-example perplexity in one pass over the vocabulary, a chunk of logits at a time.
+
+Legend: R tokens, K tokens of one block, D hidden size, V vocabulary, S examples, C checkpoints.
+
+For a block of tokens, each chunk of logits comes from the vendor GEMM into one workspace that stays
+in cache, and is folded into the tokens' running softmax (`online_softmax.py`). A token's loss is
+``log(sum of exp) - logit of its label``, an example's perplexity
+``exp(sum of losses / number of tokens)``, in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, all_reduce
+
+from ..checks import (
+    autocast,
+    check_count,
+    check_head,
+    check_ids,
+    check_label_values,
+    values_are_free,
+)
+from ..schedules import PADDING
+from .online_softmax import new_state, nothing
+
+# Bytes of the CPU's workspace: its logits are read from the cache again.
+CPU_WORKSPACE = 2**24
+# Blocks are multiples of this where they can be, as are the tiles of GEMMs.
+GEMM_TILE = 128
+
+
+def add_sample_losses(
+    hidden: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (R,) int64
+    sample_ids: Tensor,  # (R,) int64
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    vocab_chunk: int,
+    nll_sum: Tensor,  # (S,) float64; updated
+    num_tokens: Tensor,  # (S,) int64; updated
+) -> None:
+    """Add the losses of tokens whose label is not ``ignore_index``, and their number."""
+    if hidden.device.type == "cpu":
+        # Ignored tokens need no product. On an accelerator the host would have to wait for their
+        # number; callers that know it gather first.
+        counted = (labels != ignore_index).nonzero().squeeze(-1)
+        if counted.shape != labels.shape:
+            hidden, labels, sample_ids = hidden[counted], labels[counted], sample_ids[counted]
+    with torch.autocast(weight.device.type, enabled=False):
+        state = token_states(hidden, weight, bias, labels, logit_scale, softcap, vocab_chunk)
+    order = sample_ids.argsort(stable=True)
+    torch.ops.sftmix_kernels.add_token_losses(
+        state, labels, ignore_index, sample_ids, order, nll_sum, num_tokens
+    )
+
+
+# For compiled graphs. Eager calls go past it: it takes the host 0.2 ms, as long as everything else
+# does for a batch of few tokens.
+add_sample_losses_op = torch.library.custom_op(
+    "sftmix_kernels::add_sample_losses",
+    add_sample_losses,
+    mutates_args=("nll_sum", "num_tokens"),
+)
+add_sample_losses_op.register_fake(nothing)
+
+
+def token_states(
+    hidden: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (R,) int64
+    logit_scale: float,
+    softcap: float | None,
+    vocab_chunk: int,
+) -> Tensor:  # (3, R) float32
+    """Return the states of tokens after the whole vocabulary."""
+    state = new_state(hidden.shape[0], hidden)
+    # Each part of the bias begins where a 16-byte load can, whatever view it came as.
+    chunk = min(round_up(vocab_chunk, PADDING), weight.shape[0])
+    bias = None if bias is None else bias.clone(memory_format=torch.contiguous_format)
+    rows = block_rows(hidden, chunk)
+    workspace = hidden.new_empty(rows, round_up(chunk, PADDING))
+    blocks = zip(hidden.split(rows), labels.split(rows), state.split(rows, 1), strict=True)
+    for block, block_labels, block_state in blocks if hidden.shape[0] else ():
+        for start in range(0, weight.shape[0], chunk):
+            part = weight[start : start + chunk]
+            logits = workspace[: block.shape[0], : part.shape[0]]
+            torch.mm(block, part.t(), out=logits)
+            torch.ops.sftmix_kernels.fold_logits(
+                logits,
+                None if bias is None else bias[start : start + chunk],
+                block_labels,
+                start,
+                logit_scale,
+                softcap,
+                block_state,
+            )
+    return state
+
+
+def block_rows(hidden: Tensor, chunk: int) -> int:
+    """Return the tokens of one block: few blocks, of about equal size, that fit the workspace.
+
+    On CUDA it takes half of L2, beside the operands that the GEMM streams through it.
+    """
+    room = CPU_WORKSPACE
+    if hidden.is_cuda:
+        room = torch.cuda.get_device_properties(hidden.device).L2_cache_size // 2
+    most = max(1, room // (chunk * hidden.element_size()))
+    num_rows = max(1, hidden.shape[0])
+    num_blocks = -(-num_rows // most)
+    return min(num_rows, round_up(-(-num_rows // num_blocks), GEMM_TILE))
+
+
+def round_up(number: int, multiple: int) -> int:
+    """Return the least multiple that is not smaller."""
+    return -(-number // multiple) * multiple
+
+
+def new_sums(num_samples: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Return sums of losses (S,) float64 and numbers of tokens (S,) int64, all 0."""
+    check_count("num_samples", num_samples, 0)
+    nll_sum = torch.zeros(num_samples, dtype=torch.float64, device=device)
+    return nll_sum, torch.zeros_like(nll_sum, dtype=torch.int64)
+
+
+class StreamingPerplexity:
+    """Perplexities of a data set at several checkpoints, kept on the device as sums.
+
+    Call `update` for every batch (an example may arrive in several, in any order), then
+    `end_checkpoint` once the whole data set has been seen; repeat for each of the C checkpoints.
+    Token losses are rounded to 2^-32 nats before they are added, so that sums below 2^21 nats are
+    exact: batches, order and ranks do not change their bits.
+    """
+
+    def __init__(self, num_samples: int, device: torch.device | str) -> None:
+        self.num_samples = num_samples
+        self.device = torch.device(device)
+        self._closed: list[Tensor] = []
+        self._num_tokens: Tensor | None = None
+        self._open()
+
+    def _open(self) -> None:
+        self._sum, self._count = new_sums(self.num_samples, self.device)
+        self._outside = torch.zeros((), dtype=torch.bool, device=self.device)
+
+    def update(
+        self,
+        hidden: Tensor,  # (..., D)
+        weight: Tensor,  # (V, D)
+        labels: Tensor,  # (...) int64, already shifted
+        sample_ids: Tensor,  # (...) int64
+        *,
+        bias: Tensor | None = None,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        ignore_index: int = -100,
+        vocab_chunk: int = 8192,
+        validate: bool = False,
+    ) -> None:
+        """Add a batch's token losses to its examples.
+
+        Arguments and errors are those of `streaming_perplexity`, but a sample id outside ``[0, S)``
+        that is not refused here is refused by `end_checkpoint`.
+        """
+        hidden, weight, bias = autocast(hidden, weight, bias)  # type: ignore[assignment]
+        check_head(hidden, weight, bias, logit_scale, softcap)
+        check_ids("labels", labels, hidden)
+        check_ids("sample_ids", sample_ids, hidden)
+        if hidden.device != self._sum.device:
+            raise ValueError(
+                f"hidden: expected the sums' device {self._sum.device}, got {hidden.device}"
+            )
+        check_count("vocab_chunk", vocab_chunk, 1)
+        outside = (sample_ids < 0) | (sample_ids >= self.num_samples)
+        outside &= labels != ignore_index
+        if (validate or values_are_free(sample_ids)) and outside.any():
+            raise ValueError(
+                f"sample_ids: expected values in [0, {self.num_samples}), "
+                f"got {int(sample_ids[outside][0])}"
+            )
+        if validate:
+            check_label_values("labels", labels, weight.shape[0], ignore_index)
+        add = add_sample_losses_op if torch.compiler.is_compiling() else add_sample_losses
+        with torch.no_grad():
+            add(
+                hidden.reshape(-1, hidden.shape[-1]),
+                weight,
+                bias,
+                labels.reshape(-1).contiguous(),
+                sample_ids.reshape(-1).contiguous(),
+                float(logit_scale),
+                None if softcap is None else float(softcap),
+                ignore_index,
+                vocab_chunk,
+                self._sum,
+                self._count,
+            )
+        self._outside |= outside.any()
+
+    def add(
+        self,
+        losses: Tensor,  # (R,) nats
+        sample_ids: Tensor,  # (R,) int64, in [0, S)
+    ) -> None:
+        """Add token losses made elsewhere, rounded as those of `update`."""
+        losses = losses.float()
+        # A state of which the loss is log(1) - (0 - loss).
+        state = torch.stack([losses, torch.ones_like(losses), torch.zeros_like(losses)])
+        order = sample_ids.argsort(stable=True)
+        torch.ops.sftmix_kernels.add_token_losses(
+            state, torch.zeros_like(sample_ids), -100, sample_ids, order, self._sum, self._count
+        )
+
+    def end_checkpoint(self, group: ProcessGroup | None = None) -> None:
+        """Close one scoring of the data set; with a process group, add up what its ranks saw.
+
+        Raises:
+            ValueError: a sample id was outside ``[0, S)``, or an example had another number of
+                tokens than at the first checkpoint.
+        """
+        if group is not None:
+            outside = self._outside.long()
+            for sums in (self._sum, self._count, outside):
+                all_reduce(sums, group=group)
+            self._outside = outside != 0
+        if self._outside:
+            raise ValueError(f"sample_ids: expected values in [0, {self.num_samples})")
+        if self._num_tokens is None:
+            self._num_tokens = self._count
+        elif not torch.equal(self._num_tokens, self._count):
+            sample = int((self._num_tokens != self._count).nonzero()[0])
+            raise ValueError(
+                f"end_checkpoint: expected {int(self._num_tokens[sample])} tokens of example "
+                f"{sample} as at the first checkpoint, got {int(self._count[sample])}"
+            )
+        self._closed.append(self._sum)
+        self._open()
+
+    @property
+    def nll_sum(self) -> Tensor:
+        """The sums of token losses in nats, (S, C) float64."""
+        if not self._closed:
+            return torch.empty(self.num_samples, 0, dtype=torch.float64, device=self.device)
+        return torch.stack(self._closed, dim=1)
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """The tokens of each example that count, (S,) int64; those so far in the first one."""
+        return self._count if self._num_tokens is None else self._num_tokens
+
+    def open_perplexity(self) -> Tensor:
+        """Return the perplexities of the open checkpoint so far, (S,) float64.
+
+        All are NaN where a sample id was outside ``[0, S)``.
+        """
+        return (self._sum / self._count).exp().masked_fill(self._outside, torch.nan)
+
+    @property
+    def started(self) -> Tensor:
+        """Which examples have a token in the open checkpoint, (S,) bool."""
+        return self._count > 0
+
+    @property
+    def perplexity(self) -> Tensor:
+        """``exp(nll_sum / num_tokens)``, (S, C) float64; NaN where an example has no token."""
+        return (self.nll_sum / self.num_tokens.unsqueeze(-1)).exp()
+
+    @property
+    def confidence(self) -> Tensor:
+        """The negative mean perplexity over checkpoints, (S,) float64 (arXiv 2410.05248)."""
+        return -self.perplexity.mean(-1)
+
+    @property
+    def variability(self) -> Tensor:
+        """The population standard deviation of perplexity over checkpoints, (S,) float64.
+
+        It is infinite where a perplexity is.
+        """
+        perplexity, mean = self.perplexity, -self.confidence.unsqueeze(-1)
+        deviation = (perplexity - mean).square().mean(-1).sqrt()
+        return deviation.masked_fill(perplexity.isinf().any(-1), torch.inf)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return copies of all sums, of closed checkpoints and of the open one, for safetensors."""
+        state = {
+            "nll_sum": self.nll_sum,
+            "num_tokens": self.num_tokens,
+            "open_nll_sum": self._sum,
+            "open_num_tokens": self._count,
+            "open_outside": self._outside,
+        }
+        return {name: tensor.clone().contiguous() for name, tensor in state.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from `state_dict`, in the middle of a checkpoint too.
+
+        Raises:
+            ValueError: the state has another number of examples, or lacks a tensor.
+        """
+        missing = self.state_dict().keys() - state.keys()
+        if missing:
+            raise ValueError(f"state: expected {', '.join(sorted(missing))}, got none")
+        for name in ("nll_sum", "num_tokens", "open_nll_sum", "open_num_tokens"):
+            if state[name].shape[0] != self.num_samples:
+                raise ValueError(
+                    f"state: expected {self.num_samples} examples, "
+                    f"got {state[name].shape[0]} of {name}"
+                )
+        state = {name: tensor.to(self.device, copy=True) for name, tensor in state.items()}
+        self._closed = [column.contiguous() for column in state["nll_sum"].unbind(1)]
+        self._num_tokens = state["num_tokens"] if self._closed else None
+        self._sum, self._count = state["open_nll_sum"], state["open_num_tokens"]
+        self._outside = state["open_outside"]
+
+
+def streaming_perplexity(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (...) int64, already shifted
+    sample_ids: Tensor,  # (...) int64: which example each token belongs to
+    num_samples: int,
+    *,
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    vocab_chunk: int = 8192,
+    validate: bool = False,
+) -> Tensor:  # (S,) float64
+    """Return the perplexity of each example, ``exp(mean token loss)``, without (N, V) logits.
+
+    No gradient. ``vocab_chunk`` is how many vocabulary entries are projected at a time, rounded up
+    to a multiple of 16. An example without a token that counts gets NaN, and so does one with a
+    label outside ``[0, V)``. A sample id outside ``[0, S)`` of a token that counts is refused, or
+    makes every perplexity NaN where the host would have to wait to see it (on an accelerator,
+    without ``validate``).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, and what came.
+    """
+    state = StreamingPerplexity(num_samples, getattr(hidden, "device", "cpu"))
+    state.update(
+        hidden,
+        weight,
+        labels,
+        sample_ids,
+        bias=bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        vocab_chunk=vocab_chunk,
+        validate=validate,
+    )
+    return state.open_perplexity()

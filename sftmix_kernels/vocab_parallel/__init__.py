@@ -1,0 +1,1 @@
+"""An LM head whose rows are shared out over the ranks of a group."""

@@ -1,0 +1,59 @@
+"""Where the Triton kernels are tested: in Triton's interpreter on the CPU, and on a CUDA device."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sftmix_kernels import RowChunks, VocabTiles
+
+# Triton exists only on Linux; the package works without it.
+NEEDS_TRITON = ["row_chunks/test_kernels.py", "vocab_tiles", "test_compile.py", "test_kernels.py"]
+collect_ignore = [] if importlib.util.find_spec("triton") else NEEDS_TRITON
+
+INTERPRETER = pytest.param("cpu", marks=pytest.mark.interpret)
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+# The interpreter truncates float32 where it stores bfloat16, so that there bfloat16 says nothing.
+DTYPES = {
+    "cpu": (torch.float32, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+SCHEDULES = [
+    pytest.param(RowChunks(rows=32), id="row_chunks"),
+    pytest.param(VocabTiles(max_bytes=2**15), id="vocab_tiles"),
+]
+
+
+@pytest.fixture(params=[INTERPRETER, CUDA])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param((place.values[0], dtype), marks=place.marks, id=f"{place.values[0]}-{dtype}")
+        for place in (INTERPRETER, CUDA)
+        for dtype in DTYPES[str(place.values[0])]
+    ]
+)
+def device_and_dtype(request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(params=SCHEDULES)
+def schedule(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _silent_infinities() -> Iterator[None]:
+    """The interpreter computes with NumPy, which warns of NaN and infinity; a GPU does not."""
+    with np.errstate(all="ignore"):
+        yield

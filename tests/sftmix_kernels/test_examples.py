@@ -1,0 +1,16 @@
+"""The examples in docstrings do what they say."""
+
+from __future__ import annotations
+
+import doctest
+
+import pytest
+
+from sftmix_kernels import mixup_loss, sftmix_loss
+
+
+@pytest.mark.parametrize("module", [mixup_loss, sftmix_loss])
+def test_examples(module: object) -> None:
+    found = doctest.testmod(module)
+    assert found.attempted
+    assert not found.failed
