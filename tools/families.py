@@ -243,7 +243,7 @@ def ours(
 ) -> Run:
     """The trainer's loss of a batch, with the router's."""
     counts = batch_counts([batch], batch["rows"].device)
-    loss = batch_loss(model, head, batch, options(method), counts, options(method).mu)
+    loss = batch_loss(model, head, batch, options(method), counts)
     assert loss.row_ntp is not None  # Mixup alone has none
     return backward(model, total(loss, head), loss.row_ntp)
 

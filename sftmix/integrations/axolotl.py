@@ -65,8 +65,6 @@ class SFTMixArgs(BaseModel):
     sftmix_partition: str | None = None
     sftmix_method: Literal["sftmix", "ntp", "equal", "mixup", "ir_dro"] | None = None
     sftmix_mu: float | None = None
-    sftmix_mu_schedule: Literal["constant", "linear_warmup", "cosine"] | None = None
-    sftmix_mu_warmup_ratio: float | None = None
     sftmix_alpha: float | None = None
     sftmix_lambda_scope: Literal["pair", "batch"] | None = None
     sftmix_pairing: Literal["outer", "neighbours", "rank"] | None = None

@@ -331,8 +331,7 @@ def micro_step(
     counts = batch_counts([inputs], torch.device("cpu"))
     trace.moment = FORWARD
     with autocast(options):
-        # No schedule of mu is at 0 half way through.
-        loss = batch_loss(model, head, inputs, options, counts, options.mixup_weight(0.5))
+        loss = batch_loss(model, head, inputs, options, counts)
     trace.part, trace.moment = ACTIVATIONS, BACKWARD
     total = loss.loss if loss.router is None else loss.loss + head.router_coefficient * loss.router
     total.backward()

@@ -63,7 +63,7 @@ LAST = (
     "eval_loss",
     "eval_perplexity",
 )
-OF_MU = ("mu", "mu_schedule", "mu_warmup_ratio")
+OF_MU = ("mu",)
 
 
 def idle_options(method: str) -> tuple[str, ...]:

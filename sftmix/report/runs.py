@@ -30,8 +30,6 @@ OF_METHOD = {
     "method",
     "partition",
     "mu",
-    "mu_schedule",
-    "mu_warmup_ratio",
     "alpha",
     "lambda_scope",
     "pairing",

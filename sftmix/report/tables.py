@@ -54,7 +54,7 @@ FOUND = (
 # The options that the paper mixed a method's rows with.
 _PAIRS = {"alpha": 0.5, "pairing": "outer"}
 PAPERS_OPTIONS: dict[str, dict[str, Any]] = {
-    "sftmix": {"mu": 0.2, "mu_schedule": "constant", **_PAIRS},
+    "sftmix": {"mu": 0.2, **_PAIRS},
     "equal": _PAIRS,
     "mixup": _PAIRS,
 }

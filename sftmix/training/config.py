@@ -19,7 +19,6 @@ from sftmix_kernels.schedules import Schedule
 CHOICES = {
     "method": ("sftmix", "ntp", "equal", "mixup", "ir_dro"),
     "lambda_scope": ("pair", "batch"),
-    "mu_schedule": ("constant", "linear_warmup", "cosine"),
     "pairing": ("outer", "neighbours", "rank"),
     "loss_schedule": ("auto", "row_chunks", "vocab_tiles"),
     "head": ("fused", "logits"),
@@ -36,7 +35,7 @@ EVALUATED = ("loss", "perplexity")
 SAVE_MINUTES = 30.0
 
 # Options of Mixup, with pairs or in its weight, and of one method each.
-OF_MIXUP = ("mu", "mu_schedule", "mu_warmup_ratio", "alpha", "lambda_scope", "pairing")
+OF_MIXUP = ("mu", "alpha", "lambda_scope", "pairing")
 
 # transformers' name for it; older versions know the other alone.
 CHECKPOINTING = (
@@ -75,13 +74,6 @@ class SFTMixOptions(ConfigBase):
         "paper",
     )
     mu: float = option(0.2, "Weight of the Mixup term in sftmix", "paper")
-    mu_schedule: Literal["constant", "linear_warmup", "cosine"] = option(
-        "constant",
-        "constant: mu throughout [paper]; linear_warmup: from 0 to mu over mu_warmup_ratio of the "
-        "steps; cosine: from mu to 0 over all steps",
-        "ours",
-    )
-    mu_warmup_ratio: float = option(0.1, "Share of the steps in which mu rises", "ours")
     alpha: float = option(0.5, "lam ~ Beta(alpha, alpha)", "paper")
     lambda_scope: Literal["pair", "batch"] = option(
         "pair", "One lam for each pair of examples, or for all pairs of an optimizer step", "ours"
@@ -260,10 +252,6 @@ class SFTMixOptions(ConfigBase):
             raise ValueError(
                 "loss_max_bytes: expected head='fused'; head='logits' holds all logits"
             )
-        if not 0 < self.mu_warmup_ratio <= 1:
-            raise ValueError(
-                f"mu_warmup_ratio: expected above 0 and at most 1, got {self.mu_warmup_ratio}"
-            )
 
     def _check_steps(self) -> None:
         if self.save_minutes is not None and not 0 <= self.save_minutes < math.inf:
@@ -281,16 +269,6 @@ class SFTMixOptions(ConfigBase):
                 "num_train_epochs: expected a finite number above 0, got "
                 f"{self.num_train_epochs}, which trains {trained}"
             )
-
-    def mixup_weight(self, progress: float) -> float:
-        """The weight of Mixup beside NTP, when a share ``progress`` of all steps is done."""
-        if self.method != "sftmix":
-            return 1.0 if self.method in MIXED else 0.0
-        if self.mu_schedule == "linear_warmup":
-            return self.mu * min(1.0, progress / self.mu_warmup_ratio)
-        if self.mu_schedule == "cosine":
-            return self.mu * (1 + math.cos(math.pi * progress)) / 2
-        return self.mu
 
 
 @dataclass

@@ -91,16 +91,15 @@ def batch_loss(
     batch: dict[str, Any],
     options: SFTMixOptions,
     counts: Counts,
-    mu: float,
 ) -> BatchLoss:
-    """A micro-batch's share of the loss of ``options.method``, with ``mu`` as its Mixup weight.
+    """A micro-batch's share of the loss of ``options.method``.
 
     ``model`` is what is called: the model that ``head`` was made for, or a wrapper of it. Without
     Mixup pairs are left alone.
     """
     refuse_unknown(options.method)
     rows, targets = batch["rows"], batch["targets"]
-    pairs = None
+    pairs, mu = None, {"sftmix": options.mu, "equal": 1.0}.get(options.method, 0.0)
     if options.method in MIXED:
         pairs = Pairs(batch["mix_c"], batch["mix_u"], batch["lam"].float())
     tokens = {name: batch[name] for name in MODEL_INPUTS if name in batch}

@@ -249,8 +249,7 @@ class SFTMixMixin(WholeCheckpoints):
         if not isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         counts = Counts(*num_items_in_batch)
-        mu = self.args.mixup_weight(self.state.global_step / max(self.state.max_steps, 1))
-        loss = batch_loss(model, self.head, inputs, self.args, counts, mu)
+        loss = batch_loss(model, self.head, inputs, self.args, counts)
         # Gradients are averaged over ranks, while the counts are of all ranks together.
         ranks = self.accelerator.num_processes
         total = loss.loss * ranks
@@ -299,8 +298,6 @@ class SFTMixMixin(WholeCheckpoints):
                 router=self.head.router_coefficient != 0,
             )
             logs = {**logs, **report}
-            if self.args.method == "sftmix" and self.args.mu_schedule != "constant":
-                logs["mu"] = self.args.mixup_weight((step - 1) / self.state.max_steps)
             self.window.reset(step)
         super().log(logs, start_time)
 

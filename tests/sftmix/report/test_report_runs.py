@@ -295,7 +295,6 @@ def test_the_papers_figures(tmp_path: Path) -> None:
     others = (
         {"select": ["longest:1000"]},
         {"method": "sftmix", "mu": 0.5},
-        {"method": "sftmix", "mu_schedule": "cosine"},
         {"method": "sftmix", "pairing": "rank"},
         {"method": "sftmix", "alpha": 1.0},
     )

@@ -150,31 +150,6 @@ def test_ir_dro_counts_micro_batches_by_their_examples(tmp_path: Path) -> None:
     tiny.assert_in_budget("gradients", found, flat_gradients(plain), flat_gradients(exact))
 
 
-def logged(folder: Path, **changes: Any) -> list[dict[str, float]]:
-    made = tiny.trainer(tiny.build("Llama"), folder, tiny.examples(8), mu=0.5, **changes)
-    made.train()
-    return [line for line in made.state.log_history if "loss" in line]
-
-
-@pytest.mark.parametrize(
-    ("schedule", "weights"),
-    [
-        ("constant", [0.5] * 4),
-        ("linear_warmup", [0.0, 0.25, 0.5, 0.5]),  # over the first half of four steps
-        ("cosine", [0.5 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]),
-    ],
-)
-def test_the_weight_of_mixup_over_the_steps(
-    schedule: str, weights: list[float], tmp_path: Path
-) -> None:
-    lines = logged(tmp_path, mu_schedule=schedule, mu_warmup_ratio=0.5, num_train_epochs=2)
-    assert len(lines) == 4
-    for line, mu in zip(lines, weights, strict=True):
-        expected = line["ntp_loss"] + mu * line["mixup_loss"]
-        assert line["loss"] == pytest.approx(expected, rel=1e-6)
-        assert line.get("mu", 0.5) == pytest.approx(mu, abs=1e-12)
-
-
 def test_a_batch_shares_its_lam(tmp_path: Path) -> None:
     """Over accumulated micro-batches too: another way to make the same step changes nothing."""
 
