@@ -13,27 +13,27 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import datasets
 import numpy as np
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.integrations.base import BasePlugin
-from pydantic import BaseModel
+from pydantic import create_model
 from transformers import Trainer
 
 from sftmix.data.examples import content_hash
 from sftmix.integrations.tokens import has_targets, named_rows
+from sftmix.methods import METHODS, OPTIONS
 from sftmix.pairs.collator import PairedCollator
 from sftmix.pairs.partition import Partition, read_partition, take
-from sftmix.training.config import OF_MIXUP, SFTMixOptions
+from sftmix.training.config import SFTMixOptions, layout_for
 from sftmix.training.trainer import SFTMixMixin, make_collator
 
 HERE = "sftmix.integrations.axolotl"
-OF_MEMORY = ("memory", "mlp_tile_tokens", "activation_offload", "loss_max_bytes")
-OPTIONS = (
-    *("method", *OF_MIXUP, "kl_reg", "head", "loss_schedule", "layout", "row_length"),
-    *OF_MEMORY,
+NAMES = (
+    *("method", *OPTIONS, "head", "loss_schedule", "layout", "row_length"),
+    *("memory", "mlp_tile_tokens", "activation_offload", "loss_max_bytes"),
 )
 
 # Options of axolotl that the loss, the pairs or the collator would not heed.
@@ -59,24 +59,15 @@ INSTEAD = {"sample_packing": "packed", "batch_flattening": "padding_free"}
 PARALLEL = ("context_parallel_size", "tensor_parallel_size", "expert_parallel_size")
 
 
-class SFTMixArgs(BaseModel):
-    """The plugin's keys in the YAML file; what is left out has `SFTMixOptions`' default."""
-
-    sftmix_partition: str | None = None
-    sftmix_method: Literal["sftmix", "ntp", "equal", "mixup", "ir_dro"] | None = None
-    sftmix_mu: float | None = None
-    sftmix_alpha: float | None = None
-    sftmix_lambda_scope: Literal["pair", "batch"] | None = None
-    sftmix_pairing: Literal["outer", "neighbours", "rank"] | None = None
-    sftmix_kl_reg: float | None = None
-    sftmix_head: Literal["fused", "logits"] | None = None
-    sftmix_loss_schedule: Literal["auto", "row_chunks", "vocab_tiles"] | None = None
-    sftmix_layout: Literal["padded", "padding_free", "packed", "sequential"] | None = None
-    sftmix_row_length: int | None = None
-    sftmix_memory: Literal["plain", "lean"] | None = None
-    sftmix_mlp_tile_tokens: int | None = None
-    sftmix_activation_offload: bool | None = None
-    sftmix_loss_max_bytes: int | None = None
+_TYPES: dict[str, Any] = {**get_type_hints(SFTMixOptions), "method": Literal[tuple(METHODS)]}
+_KEYS: dict[str, Any] = {f"sftmix_{name}": (_TYPES[name] | None, None) for name in NAMES}
+SFTMixArgs = create_model(
+    "SFTMixArgs",
+    __doc__="The plugin's keys in the YAML file; what is left out has `SFTMixOptions`' default.",
+    __module__=__name__,
+    sftmix_partition=(str | None, None),
+    **_KEYS,
+)
 
 
 @dataclass
@@ -112,7 +103,7 @@ class SFTMixPlugin(BasePlugin):  # type: ignore[misc]
         for name in PARALLEL:
             if (cfg.get(name) or 1) > 1:
                 raise ValueError(f"{name}: not supported with SFTMix, got {cfg.get(name)!r}")
-        given = {name: cfg.get(f"sftmix_{name}") for name in OPTIONS}
+        given = {name: cfg.get(f"sftmix_{name}") for name in NAMES}
         given["sftmix_partition"] = cfg.get("sftmix_partition")
         return {name: value for name, value in given.items() if value is not None}
 
@@ -124,9 +115,9 @@ class SFTMixPlugin(BasePlugin):  # type: ignore[misc]
         self, cfg: Any, is_eval: bool = False
     ) -> tuple[Any, dict[str, Any]]:
         """The collator, which is called with the tokenizer."""
-        lean = cfg.get("sftmix_memory") == "lean"
+        layout = layout_for(cfg.get("sftmix_layout") or "padded", cfg.get("sftmix_memory"))
         return paired_collator, {
-            "layout": cfg.get("sftmix_layout") or ("sequential" if lean else "padded"),
+            "layout": layout,
             "row_length": cfg.get("sftmix_row_length"),
         }
 

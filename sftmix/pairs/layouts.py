@@ -17,14 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 Integers = NDArray[np.int64]
 
-LAYOUTS = ("padded", "padding_free", "packed", "sequential")
+LayoutName = Literal["padded", "padding_free", "packed", "sequential"]
+LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)
 
 
 class Slots(NamedTuple):

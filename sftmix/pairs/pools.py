@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from sftmix.pairs.partition import Partition, levels, take
 Rows: TypeAlias = NDArray[np.int64]
 # Of each example whether it is in the confident half, (S,), or the examples' partition.
 Confident: TypeAlias = Sequence[bool] | NDArray[Any] | Partition
+Pairing = Literal["outer", "neighbours", "rank"]
 
 # How far ranks are jittered, as a share of a half: partners change from epoch to epoch, while the
 # distance of their ranks stays within a tenth of the half.
@@ -112,7 +113,7 @@ def pools_of(confident: Confident, pairing: str) -> list[Pool]:
             upper, lower = np.array_split(middle, 2)
             pools.append(Pool(upper, lower, mixed=False))
     else:
-        raise ValueError(f"pairing: expected outer, neighbours or rank, got {pairing!r}")
+        raise ValueError(f"pairing: expected {', '.join(get_args(Pairing))}; got {pairing!r}")
     for pool in pools:
         if not len(pool.confident) or not len(pool.unconfident):
             raise ValueError(

@@ -5,37 +5,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from sftmix.methods import METHODS, method_of
+from sftmix.pairs.layouts import LayoutName
+from sftmix.pairs.pools import Pairing
 from sftmix.runs.failures import Naming
 from sftmix.training.option_checks import check_options, check_settled
 from sftmix_kernels import RowChunks, VocabTiles
 from sftmix_kernels.schedules import Schedule
 
-CHOICES = {
-    "method": ("sftmix", "ntp", "equal", "mixup", "ir_dro"),
-    "lambda_scope": ("pair", "batch"),
-    "pairing": ("outer", "neighbours", "rank"),
-    "loss_schedule": ("auto", "row_chunks", "vocab_tiles"),
-    "head": ("fused", "logits"),
-    "layout": ("padded", "padding_free", "packed", "sequential"),
-    "memory": ("plain", "lean"),
-}
-
-# The methods that have a Mixup term, and so need pairs.
-MIXED = ("sftmix", "equal", "mixup")
-
 # What an evaluation gives, of each of its data sets; the lower the better.
 EVALUATED = ("loss", "perplexity")
 # Minutes between two checkpoints: one of an 8B model with AdamW, 100 GB, takes one or two.
 SAVE_MINUTES = 30.0
-
-# Options of Mixup, with pairs or in its weight, and of one method each.
-OF_MIXUP = ("mu", "alpha", "lambda_scope", "pairing")
 
 # transformers' name for it; older versions know the other alone.
 CHECKPOINTING = (
@@ -48,9 +35,12 @@ LEAN_TILE_TOKENS = 4096
 LEAN_LOSS_BYTES = 2**28
 
 
-def option(default: Any, help_text: str, source: str) -> Any:
-    """A config field whose help names where the default comes from."""
-    return field(default=default, metadata={"help": f"{help_text} [{source}]"})
+def option(default: Any, help_text: str, source: str, **more: Any) -> Any:
+    """Return a config field whose help names where the default comes from.
+
+    ``more`` are further keywords of `argparse.ArgumentParser.add_argument`.
+    """
+    return field(default=default, metadata={"help": f"{help_text} [{source}]", **more})
 
 
 # The options go over any config derived from TrainingArguments; type checkers read them as one.
@@ -67,18 +57,18 @@ class SFTMixOptions(ConfigBase):
     Every help text ends in "paper" (arXiv 2410.05248) or "ours" (the paper does not say).
     """
 
-    method: Literal["sftmix", "ntp", "equal", "mixup", "ir_dro"] = option(
+    method: str = option(
         "sftmix",
-        "sftmix: NTP + mu * Mixup; ntp: next-token prediction alone; equal: NTP + Mixup; mixup: "
-        "Mixup alone; ir_dro: NTP, examples weighted by the softmax of their mean token loss",
+        "; ".join(f"{name}: {method.says}" for name, method in METHODS.items()),
         "paper",
+        choices=METHODS.keys(),
     )
     mu: float = option(0.2, "Weight of the Mixup term in sftmix", "paper")
     alpha: float = option(0.5, "lam ~ Beta(alpha, alpha)", "paper")
     lambda_scope: Literal["pair", "batch"] = option(
         "pair", "One lam for each pair of examples, or for all pairs of an optimizer step", "ours"
     )
-    pairing: Literal["outer", "neighbours", "rank"] = option(
+    pairing: Pairing = option(
         "outer",
         "outer: the confident half with the other, of K levels the first with the last and so on "
         "inwards; neighbours: level 1 with 2, 3 with 4; rank: halves, each example with one of "
@@ -95,7 +85,7 @@ class SFTMixOptions(ConfigBase):
         "through the model's own logits",
         "ours",
     )
-    layout: Literal["padded", "padding_free", "packed", "sequential"] = option(
+    layout: LayoutName = option(
         "padded",
         "How examples lie in a batch: a row each; all in one row; several in each row; one after "
         "the other through the model, so that activations are of one alone, for another forward "
@@ -108,8 +98,8 @@ class SFTMixOptions(ConfigBase):
     memory: Literal["plain", "lean"] = option(
         "plain",
         "lean: activation (gradient) checkpointing and, in place of their defaults, --layout "
-        "sequential, --mlp_tile_tokens 4096, --loss_max_bytes 268435456; results differ by "
-        "rounding alone",
+        f"sequential, --mlp_tile_tokens {LEAN_TILE_TOKENS}, --loss_max_bytes {LEAN_LOSS_BYTES}; "
+        "results differ only by rounding",
         "ours",
     )
     mlp_tile_tokens: int | None = option(
@@ -144,7 +134,7 @@ class SFTMixOptions(ConfigBase):
         self._check_steps()
         if self.memory == "lean":
             self._turn_lean()
-        if self.method in MIXED and self.per_device_train_batch_size % 2:
+        if METHODS[self.method].mixed and self.per_device_train_batch_size % 2:
             raise ValueError(
                 "per_device_train_batch_size: expected an even number (pairs of examples), "
                 f"got {self.per_device_train_batch_size}"
@@ -178,8 +168,7 @@ class SFTMixOptions(ConfigBase):
 
     def _turn_lean(self) -> None:
         """Turn on what is off of this trainer's own that saves memory and leaves results alone."""
-        if self.layout == "padded":
-            self.layout = "sequential"
+        self.layout = layout_for(self.layout, self.memory)
         if self.mlp_tile_tokens is None:
             self.mlp_tile_tokens = LEAN_TILE_TOKENS
         # vocab_tiles' own workspace is smaller, and with --head logits all logits are there.
@@ -234,10 +223,11 @@ class SFTMixOptions(ConfigBase):
         return RowChunks(max_bytes=self.loss_max_bytes)
 
     def _check_numbers(self) -> None:
-        for name, allowed in CHOICES.items():
+        method_of(self.method)
+        for name, allowed in choices().items():
             if getattr(self, name) not in allowed:
-                choices = ", ".join(allowed)
-                raise ValueError(f"{name}: expected {choices}; got {getattr(self, name)!r}")
+                known = ", ".join(allowed)
+                raise ValueError(f"{name}: expected {known}; got {getattr(self, name)!r}")
         if not (np.isfinite(self.mu) and self.mu >= 0):
             raise ValueError(f"mu: expected a finite number of at least 0, got {self.mu}")
         for name in ("alpha", "kl_reg"):
@@ -269,6 +259,17 @@ class SFTMixOptions(ConfigBase):
                 "num_train_epochs: expected a finite number above 0, got "
                 f"{self.num_train_epochs}, which trains {trained}"
             )
+
+
+def choices() -> dict[str, tuple[str, ...]]:
+    """Return the values of SFTMix's own options that are one of several words."""
+    hints = get_type_hints(SFTMixOptions)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+
+
+def layout_for(layout: LayoutName, memory: str) -> LayoutName:
+    """Return the layout of a run: in place of the default, `--memory lean` takes sequential."""
+    return "sequential" if memory == "lean" and layout == "padded" else layout
 
 
 @dataclass

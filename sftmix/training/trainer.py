@@ -20,6 +20,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import TrainOutput
 
 from sftmix.data.examples_check import check_examples, require_rows
+from sftmix.methods import method_of
 from sftmix.model.head import HeadAdapter
 from sftmix.model.layout_check import check_layout
 from sftmix.model.one_by_one import saved_on_host
@@ -46,9 +47,10 @@ from sftmix.runs.ranks import (
     weights_hash,
 )
 from sftmix.templates.turn_ends import TurnEnds
-from sftmix.training.config import EVALUATED, MIXED, SFTMixOptions
+from sftmix.training.config import EVALUATED, SFTMixOptions
+from sftmix.training.heads import BatchLoss, Counts
 from sftmix.training.metrics import LossWindow, RunTensorBoard
-from sftmix.training.objective import BatchLoss, Counts, batch_counts, batch_loss, refuse_unknown
+from sftmix.training.objective import batch_counts, batch_loss
 from sftmix.training.parallelism import (
     check_parallelism,
     check_processes,
@@ -118,7 +120,7 @@ class SFTMixMixin(WholeCheckpoints):
         check_processes(options)
         with _without_jit_checkpoint(options):
             super().__init__(*args, **kwargs)
-        refuse_unknown(self.args.method)
+        method = method_of(self.args.method)
         self._check_metric()
         check_examples(self.model, **{name: getattr(self, name) for name in data})
         if own_collator:
@@ -145,7 +147,7 @@ class SFTMixMixin(WholeCheckpoints):
             self.train_dataset = FilledExamples(self.train_dataset)
         if confident is not None:
             self._pair(confident)
-        elif self.args.method in MIXED:
+        elif method.mixed:
             raise ValueError(
                 f"confident: method={self.args.method!r} needs a partition of the training data"
             )
@@ -289,12 +291,13 @@ class SFTMixMixin(WholeCheckpoints):
         if "loss" in logs and self.is_in_train:
             step = self.state.global_step
             sums = self.accelerator.reduce(self.window.sums, "sum")
+            method = method_of(self.args.method)
             report = self.window.report(
                 sums,
                 step,
                 paired=self.paired,
-                mixed=self.args.method in MIXED,
-                ntp=self.args.method != "mixup",
+                mixed=method.mixed,
+                ntp=method.ntp,
                 router=self.head.router_coefficient != 0,
             )
             logs = {**logs, **report}

@@ -126,7 +126,7 @@ def test_any_partners_are_paired_otherwise() -> None:
             "pairing: 'neighbours' needs an even number of levels, got 3",
         ),
         ("quantiles:4", "rank", "pairing: 'rank' needs a partition file of two halves, got 4"),
-        ("confidence", "inner", "pairing: expected outer, neighbours or rank, got 'inner'"),
+        ("confidence", "inner", "pairing: expected outer, neighbours, rank; got 'inner'"),
     ],
 )
 def test_pairings_that_levels_do_not_have(by: str, pairing: str, message: str) -> None:

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
+from sftmix.methods import METHODS
 from sftmix.pairs.collator import PairedCollator
-from sftmix.training.config import MIXED, SFTMixConfig
+from sftmix.training.config import SFTMixConfig
 from sftmix.training.trainer import make_collator
 from tests.sftmix import tiny
 
@@ -354,7 +355,7 @@ def test_a_wrong_config_is_refused(changes: dict[str, Any], message: str, tmp_pa
 
 def test_wrong_data_is_refused(tmp_path: Path) -> None:
     model, data = tiny.build("Llama"), tiny.examples(6)
-    for method in MIXED:
+    for method in (name for name, method in METHODS.items() if method.mixed):
         args = tiny.config(tmp_path, method=method)
         with pytest.raises(ValueError, match=f"confident: method='{method}' needs a partition"):
             tiny.SFTMixTrainer(model=model, args=args, train_dataset=data)
