@@ -63,7 +63,7 @@ class Head:
     @property
     def pairs(self) -> Pairs:
         """The pairs of response tokens that are mixed."""
-        return Pairs(self.batch["mix_c"], self.batch["mix_u"], self.batch["lam"].float())
+        return Pairs(self.batch["pair_c"], self.batch["pair_u"], self.batch["lam"].float())
 
     def tokens(self) -> Tensor:
         """Return every response token's NTP loss, (N,), differentiable."""
