@@ -116,12 +116,12 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
             model=model, args=args, train_dataset=train_dataset, confident=rows, **kwargs
         )
 
-    def _find_head(self) -> HeadAdapter:
+    def _find_head(self, checked: bool) -> HeadAdapter:
         # TRL writes its coefficient into the config, which the model has read already.
-        model: Any = without_peft(self.accelerator.unwrap_model(self.model))
+        model: Any = without_peft(self._inner_model)
         if hasattr(model, "router_aux_loss_coef"):
             model.router_aux_loss_coef = self.router_aux_loss_coef
-        head = super()._find_head()
+        head = super()._find_head(checked)
         wanted, found = self.args.router_aux_loss_coef, head.router_coefficient
         if wanted is not None and not math.isclose(wanted, found, rel_tol=1e-5):
             raise ValueError(

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sftmix.model.head import evaluating, without_peft
+from sftmix.model.head import without_peft
+from sftmix.model.probe import evaluating
 from sftmix.pairs.layouts import Integers, Layout
 
 # Three short examples: in packed rows the second and third share one, and a slot is left over.

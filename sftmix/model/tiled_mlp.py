@@ -25,7 +25,8 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sftmix.model.head import evaluating, without_peft
+from sftmix.model.head import without_peft
+from sftmix.model.probe import evaluating
 from sftmix.model.stand_in import unbound_forward
 
 # What transformers' layers call them.

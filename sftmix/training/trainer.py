@@ -129,7 +129,7 @@ class SFTMixMixin(WholeCheckpoints):
         self.ends = TurnEnds(self.processing_class)
         self.ends.warn()
         self.ends.align(self.model)
-        self.head = self._find_head()
+        self.head = self._prepare_model()
         # The loss is divided by counts over the whole accumulation window, here and not by Trainer.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.window = LossWindow(self.args.device)
@@ -163,27 +163,33 @@ class SFTMixMixin(WholeCheckpoints):
         self.ends.align(self.model)
         super()._save(*args, **kwargs)
 
-    def _find_head(self) -> HeadAdapter:
-        model = self.accelerator.unwrap_model(self.model)
-        check_parallelism(self.args, self.accelerator, model)
-        alone = loads_on_main_alone(self.accelerator)
-        checked = is_main() or not alone
-        saving = saved_on_host if self.args.activation_offload else None
-        head = HeadAdapter(model, self.args.head, checked=checked, saving=saving)
-        if alone:
-            known = ("logit_scale", "softcap", "router_coefficient")
-            vars(head).update(on_main(lambda: {name: vars(head)[name] for name in known}))
+    @property
+    def _inner_model(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _prepare_model(self) -> HeadAdapter:
+        """Attach a head, check that the layout keeps examples apart, and tile the MLPs."""
+        check_parallelism(self.args, self.accelerator, self._inner_model)
+        # Where only the first rank loads the weights, the others have none to check.
+        checked = is_main() or not loads_on_main_alone(self.accelerator)
+        head = self._find_head(checked)
         if checked:
-            self._check_layout()
+            check_collator(self.data_collator, self.args.layout, self.args.row_length)
+            with self.accelerator.autocast():
+                check_layout(self._inner_model, self.args.layout)
         if self.args.mlp_tile_tokens is not None:
             refuse_router(head.router_coefficient)
-            tile_mlps(model, self.args.mlp_tile_tokens, checked=checked)
+            tile_mlps(self._inner_model, self.args.mlp_tile_tokens, checked=checked)
         return head
 
-    def _check_layout(self) -> None:
-        check_collator(self.data_collator, self.args.layout, self.args.row_length)
-        with self.accelerator.autocast():
-            check_layout(self.accelerator.unwrap_model(self.model), self.args.layout)
+    def _find_head(self, checked: bool) -> HeadAdapter:
+        """Attach a head; what the first rank finds out about it holds for all of them."""
+        saving = saved_on_host if self.args.activation_offload else None
+        head = HeadAdapter(self._inner_model, self.args.head, checked=checked, saving=saving)
+        if loads_on_main_alone(self.accelerator):
+            known = ("logit_scale", "softcap", "router_coefficient")
+            vars(head).update(on_main(lambda: {name: vars(head)[name] for name in known}))
+        return head
 
     def _pair(self, confident: Confident) -> None:
         dataset = self.train_dataset
@@ -382,7 +388,7 @@ class SFTMixMixin(WholeCheckpoints):
         if self.args.world_size > 1:
             refuse_differences(self._decisive())
         if not self.is_fsdp_enabled:
-            self.head.check_new_hooks(self.accelerator.unwrap_model(self.model))
+            self.head.check_new_hooks(self._inner_model)
         self.begin_steps()
         signals = interrupts.handled("") if self.handles_signals else contextlib.nullcontext()
         with signals, advising(*self._ways_to_save_memory()):
