@@ -8,8 +8,8 @@ How to add a method:
    ``tokens()`` (each token's NTP loss) and ``of_tokens(loss, tokens)``; see
    `sftmix.training.heads.Head`. One function serves `--head fused` and `--head logits`.
 3. Say with ``ntp`` and ``mixed`` which of the two kinds of rows the loss reads.
-4. Name options that no other method reads in ``options``, and declare them in
-   `sftmix.training.config.SFTMixOptions`.
+4. Name options that no other method reads in ``own_options``, and declare them in
+   `sftmix.training.config.SFTMixOptions` and in `sftmix.recipe.manifest.RECIPE_FIELDS`.
 5. Add its line to the table of `docs/methods.md`; `tests/sftmix/test_methods.py` says which.
 6. Add its formula over full logits to `tests/sftmix/training/test_methods.py`, which holds loss
    and gradients of every method beside it, with both heads.
@@ -36,7 +36,7 @@ class Method:
     loss: Callable[[Any], Any]  # of a `training.heads.Head`; gives a `BatchLoss`
     mixed: bool = False  # whether the loss reads mixed rows; such a method needs a partition
     ntp: bool = True  # whether the loss reads the rows of response tokens themselves
-    own_options: tuple[str, ...] = ()
+    own_options: tuple[str, ...] = ()  # options that only this method reads
 
     @property
     def options(self) -> tuple[str, ...]:

@@ -83,15 +83,15 @@ class SFTMixPlugin(BasePlugin):  # type: ignore[misc]
     """Names the classes of this module to axolotl."""
 
     def get_input_args(self) -> str:
-        """The keys in the YAML file."""
+        """Return the path of the class with the keys in the YAML file."""
         return f"{HERE}.SFTMixArgs"
 
     def get_training_args_mixin(self) -> str:
-        """The options that are added to axolotl's training arguments."""
+        """Return the path of the options that are added to axolotl's training arguments."""
         return f"{HERE}.SFTMixTrainingArgs"
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
-        """The options that the YAML file sets.
+        """Return the options that the YAML file sets.
 
         Raises:
             ValueError: an option of axolotl that would not be heeded.
@@ -108,13 +108,13 @@ class SFTMixPlugin(BasePlugin):  # type: ignore[misc]
         return {name: value for name, value in given.items() if value is not None}
 
     def get_trainer_cls(self, cfg: Any) -> type[Trainer]:
-        """The trainer."""
+        """Return the trainer's class."""
         return SFTMixAxolotlTrainer
 
     def get_collator_cls_and_kwargs(
         self, cfg: Any, is_eval: bool = False
     ) -> tuple[Any, dict[str, Any]]:
-        """The collator, which is called with the tokenizer."""
+        """Return the collator, which is called with the tokenizer, and its keywords."""
         layout = layout_for(cfg.get("sftmix_layout") or "padded", cfg.get("sftmix_memory"))
         return paired_collator, {
             "layout": layout,
@@ -126,7 +126,7 @@ class SFTMixAxolotlTrainer(SFTMixMixin, AxolotlTrainer):  # type: ignore[misc]
     """Axolotl's trainer with the loss, the pairs and the checkpoints of `SFTMixMixin`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As `AxolotlTrainer`, which gets all arguments by name.
+        """Take what `AxolotlTrainer` takes, all of it by name.
 
         Raises:
             TypeError: training arguments without the plugin's.
@@ -147,7 +147,7 @@ class SFTMixAxolotlTrainer(SFTMixMixin, AxolotlTrainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        # Axolotl's own adds sample packing alone, and asks the data set for its columns.
+        # Axolotl's own only adds sample packing, and asks the data set for its columns.
         return Trainer._get_dataloader(self, *args, **kwargs)
 
 
@@ -159,13 +159,13 @@ def paired_collator(
     pad_to_multiple_of: int | None = None,
     **_: Any,
 ) -> PairedCollator:
-    """A `PairedCollator`, of the arguments that axolotl gives to any collator."""
+    """Return a `PairedCollator`, of the arguments that axolotl gives to any collator."""
     token = make_collator(tokenizer).pad_token_id
     return PairedCollator(token, pad_to_multiple_of or 1, layout=layout, row_length=row_length)
 
 
 def numbered(dataset: datasets.Dataset) -> datasets.Dataset:
-    """Tokens and labels, and in ``id`` the number of the row.
+    """Return tokens and labels, with the number of each row as ``id``.
 
     Raises:
         ValueError: a row without a token to learn.
@@ -181,7 +181,7 @@ def numbered(dataset: datasets.Dataset) -> datasets.Dataset:
 
 
 def find_halves(dataset: datasets.Dataset, path: Path) -> Partition:
-    """The partition in the order of the rows, found by the content hash of tokens and labels.
+    """Return the partition in the order of the rows, found by their content hashes.
 
     The partition may have rows that axolotl left out or holds back for evaluation. Where several
     rows have one content, each takes one of its places.

@@ -2,7 +2,7 @@
 
 A confident and an unconfident example form a pair with one ``lam ~ Beta(alpha, alpha)``
 (arXiv 2410.05248); the n-th response token of one is mixed with the n-th of the other, up to the
-shorter response. Pairs and lam depend on (seed, epoch) alone, so that neither a resumed run nor
+shorter response. Pairs and lam depend only on (seed, epoch), so that neither a resumed run nor
 another number of processes changes them.
 """
 
@@ -58,7 +58,7 @@ class PairedCollator:
         layout: str = "padded",
         row_length: int | None = None,
     ) -> None:
-        """See `Layout` for the options and their errors; ``row_length`` is for packed rows."""
+        """Take the options of a `Layout`, which says what it refuses."""
         self.pad_token_id = pad_token_id
         self.layout = Layout(layout, pad_to_multiple_of, row_length)
 
@@ -95,7 +95,7 @@ class PairedCollator:
         return {**tensors, "ids": torch.tensor([example.get("id", -1) for example in examples])}
 
     def padded(self) -> PairedCollator:
-        """The same with an example a row, as scoring takes them."""
+        """Return a collator that puts an example in each row, as scoring takes them."""
         return PairedCollator(self.pad_token_id, self.layout.pad_to_multiple_of)
 
 
@@ -118,7 +118,7 @@ def check_collator(collator: Any, layout: str, row_length: int | None) -> None:
 
 
 def joined(examples: Sequence[dict[str, Any]], name: str, lengths: Integers) -> Integers:
-    """One column of all examples, one after another: (T,)."""
+    """Return one column of all examples, one after another: (T,)."""
     values = [np.asarray(example[name], dtype=np.int64) for example in examples]
     for example, value, length in zip(examples, values, lengths, strict=True):
         if value.shape != (length,):
@@ -130,7 +130,7 @@ def joined(examples: Sequence[dict[str, Any]], name: str, lengths: Integers) -> 
 
 
 def unshifted(labels: Integers, slots: Slots) -> Integers:
-    """The labels in their slots: none where a model would predict it from another example."""
+    """Return labels in their slots, without those that another example would predict."""
     grid = slots.fill(labels, IGNORE_INDEX)
     follows = (slots.positions == 0) & (slots.flat % slots.shape[1] > 0)
     grid.reshape(-1)[slots.flat[follows]] = IGNORE_INDEX

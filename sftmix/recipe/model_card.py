@@ -72,7 +72,7 @@ def model_card(
     adapter: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> str:
-    """The card of a trained model as Markdown, with metadata in YAML before it.
+    """Return the card of a trained model as Markdown, with metadata in YAML before it.
 
     ``recipe`` is that of `manifest.recipe`, ``log`` the trainer's log history, ``seconds``
     the time trained, ``subsets`` the numbers of examples in the partition's halves or levels;
@@ -116,7 +116,7 @@ def model_card(
 
 
 def _of_turns(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """How the model is asked, and what ends its answers."""
+    """Return how the model is asked, and what ends its answers."""
     template = chat_template(tokenizer)
     try:
         end = end_of_turn(tokenizer)
@@ -127,7 +127,7 @@ def _of_turns(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def figures(log: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
-    """What was measured: last losses, median speed, peak memory, time trained."""
+    """Return what was measured: last losses, median speed, peak memory, time trained."""
     found = {name: line[name] for name in LAST for line in log if name in line}
     speeds = [line["tokens_per_second"] for line in log if "tokens_per_second" in line]
     peaks = [line["peak_memory_gib"] for line in log if "peak_memory_gib" in line]
@@ -138,7 +138,7 @@ def figures(log: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
 
 
 def public_name(name: str) -> str:
-    """A hub name as it is; of a path its last part alone."""
+    """Return a hub name as it is, and of a path only the last part."""
     return Path(name).name if _is_local(name) else name
 
 
@@ -221,7 +221,7 @@ def _line(value: Any) -> str:
 
 
 def _visible(text: str) -> str:
-    """The text without what a terminal or a browser would obey and nobody sees."""
+    """Return the text without what a terminal or a browser would obey and nobody sees."""
     text = re.sub("\r\n?|[\v\f\x1c-\x1e\x85\u2028\u2029]", "\n", text).replace("\t", "    ")
     return "".join(
         "\ufffd" if one != "\n" and unicodedata.category(one) in ("Cc", "Cf", "Cs") else one

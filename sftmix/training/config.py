@@ -24,7 +24,7 @@ EVALUATED = ("loss", "perplexity")
 # Minutes between two checkpoints: one of an 8B model with AdamW, 100 GB, takes one or two.
 SAVE_MINUTES = 30.0
 
-# transformers' name for it; older versions know the other alone.
+# transformers' name for it; older versions know only the other.
 CHECKPOINTING = (
     "activation_checkpointing"
     if hasattr(TrainingArguments, "activation_checkpointing")
@@ -81,14 +81,14 @@ class SFTMixOptions(ConfigBase):
     )
     head: Literal["fused", "logits"] = option(
         "fused",
-        "fused: the loss reads a linear head, logits are never made; logits: any head, slowly, "
-        "through the model's own logits",
+        "fused: the loss reads a linear head and makes no logits; logits: the loss reads the "
+        "model's own logits, of any head, slowly",
         "ours",
     )
     layout: LayoutName = option(
         "padded",
         "How examples lie in a batch: a row each; all in one row; several in each row; one after "
-        "the other through the model, so that activations are of one alone, for another forward "
+        "the other through the model, which keeps the activations of one, for another forward "
         "pass of all but the last",
         "ours",
     )
@@ -104,13 +104,13 @@ class SFTMixOptions(ConfigBase):
     )
     mlp_tile_tokens: int | None = option(
         None,
-        "MLPs run on so many tokens at a time and keep nothing inside, for another forward pass of "
-        "them in backward",
+        "Run MLPs on so many tokens at a time, keeping nothing inside them, for another forward "
+        "pass of them in backward",
         "ours",
     )
     activation_offload: bool = option(
         False,
-        "What activation checkpointing keeps, a hidden state of each token and layer, lies in the "
+        "Keep what activation checkpointing keeps, a hidden state of each token and layer, in the "
         "host's memory; costs its way there and back",
         "ours",
     )
@@ -122,8 +122,8 @@ class SFTMixOptions(ConfigBase):
     )
     save_minutes: float | None = option(
         None,
-        "Write a checkpoint as well when so many minutes have passed since the last; by default "
-        "30, and with --save_strategy no none; 0: none",
+        "Write a checkpoint also when so many minutes have passed since the last; by default 30, "
+        "with --save_strategy no none; 0: none",
         "ours",
     )
     # Examples carry columns that no model's forward knows, and the trainer sorts them itself.
@@ -163,11 +163,11 @@ class SFTMixOptions(ConfigBase):
         self._check_settled()
 
     def _check_settled(self) -> None:
-        """What can be told only once transformers has read the options."""
+        """Check what can be told only once transformers has read the options."""
         check_settled(self, {name: one.default for name, one in self.__dataclass_fields__.items()})
 
     def _turn_lean(self) -> None:
-        """Turn on what is off of this trainer's own that saves memory and leaves results alone."""
+        """Turn on what `--memory lean` stands for, where the user has not chosen otherwise."""
         self.layout = layout_for(self.layout, self.memory)
         if self.mlp_tile_tokens is None:
             self.mlp_tile_tokens = LEAN_TILE_TOKENS
@@ -177,7 +177,7 @@ class SFTMixOptions(ConfigBase):
             self.loss_max_bytes = LEAN_LOSS_BYTES
 
     def _check_memory(self) -> None:
-        """What can be told only now: FSDP's options, which may be in a file, are read."""
+        """Check what can be told only now: FSDP's options, which may be in a file, are read."""
         if self.memory == "lean" and not self.checkpoints_activations:
             for name in {CHECKPOINTING, "gradient_checkpointing"}:
                 setattr(self, name, True)
@@ -194,7 +194,7 @@ class SFTMixOptions(ConfigBase):
 
     @property
     def checkpoints_activations(self) -> bool:
-        """Whether layers keep their inputs alone, by transformers' option or by FSDP's."""
+        """Return whether layers keep only their inputs, by transformers' option or by FSDP's."""
         names = (CHECKPOINTING, "gradient_checkpointing")
         sharded = self.fsdp_config if self.fsdp and isinstance(self.fsdp_config, dict) else {}
         by_fsdp = sharded.get("activation_checkpointing", False)
@@ -202,7 +202,7 @@ class SFTMixOptions(ConfigBase):
 
     @property
     def save_seconds(self) -> float:
-        """Seconds after which a checkpoint is due; infinite where none is due by the clock."""
+        """Return the seconds after which a checkpoint is due; infinite if the clock makes none."""
         minutes = self.save_minutes
         if minutes is None:
             minutes = SAVE_MINUTES if self.writes_checkpoints else 0.0
@@ -210,12 +210,12 @@ class SFTMixOptions(ConfigBase):
 
     @property
     def writes_checkpoints(self) -> bool:
-        """Whether a run that nobody interrupts writes any."""
+        """Return whether a run that nobody interrupts writes checkpoints."""
         return self.save_strategy != "no"
 
     @property
     def loss_plan(self) -> Schedule:
-        """How the loss avoids full logits: the fused ops' ``schedule``."""
+        """Return how the loss avoids full logits: the fused ops' ``schedule``."""
         if self.loss_max_bytes is None:
             return self.loss_schedule
         if self.loss_schedule == "vocab_tiles":
@@ -303,7 +303,7 @@ class SFTMixConfig(SFTMixOptions, TrainingArguments):
 
 @dataclasses.dataclass
 class ScoreConfig(SFTMixConfig):
-    """Training of the reference model: one epoch of next-token prediction."""
+    """Options of the reference model's training: one epoch of next-token prediction."""
 
     method: Literal["ntp"] = option("ntp", "The reference model is trained with NTP", "paper")
     num_train_epochs: float = option(1.0, "The confidence is that of one epoch", "paper")
@@ -315,7 +315,7 @@ class ScoreConfig(SFTMixConfig):
     )
     checkpoint_scorings: bool = option(
         True,
-        "Write a checkpoint before each scoring, so that a killed run goes on in the midst of it",
+        "Write a checkpoint before each scoring, so that a killed run resumes in the midst of it",
         "ours",
     )
     save_strategy: str = option(
@@ -341,5 +341,5 @@ class ScoreConfig(SFTMixConfig):
 
     @property
     def writes_checkpoints(self) -> bool:
-        """Whether a run that nobody interrupts writes any."""
+        """Return whether a run that nobody interrupts writes checkpoints."""
         return self.checkpoint_scorings or super().writes_checkpoints

@@ -62,7 +62,7 @@ class Head:
 
     @property
     def pairs(self) -> Pairs:
-        """The pairs of response tokens that are mixed."""
+        """Return the pairs of response tokens that are mixed."""
         return Pairs(self.batch["pair_c"], self.batch["pair_u"], self.batch["lam"].float())
 
     def tokens(self) -> Tensor:
@@ -120,7 +120,7 @@ class FusedHead(Head):
         weight: Tensor,  # (V, D)
         **keywords: Any,
     ) -> None:
-        """``keywords`` are the fused ops' own: bias, schedule, logit_scale, softcap."""
+        """Take ``keywords`` for the fused ops: bias, schedule, logit_scale, softcap."""
         super().__init__(batch, counts, options)
         self.hidden, self.weight, self.keywords = hidden, weight, keywords
 

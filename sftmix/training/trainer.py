@@ -1,4 +1,4 @@
-"""Training with NTP + mu * Mixup on top of `transformers.Trainer`.
+"""Training on top of `transformers.Trainer`, with the loss and the pairs of a method.
 
 `SFTMixMixin` holds everything, so that it also sits on other trainers derived from
 `transformers.Trainer`; `SFTMixTrainer` is the mixin over the plain one.
@@ -67,12 +67,16 @@ OF_RANK = ("local_rank", "output_dir", "logging_dir", "run_name", "disable_tqdm"
 
 
 class SFTMixMixin(WholeCheckpoints):
-    """NTP + mu * Mixup, and the methods it is compared with, for a `transformers.Trainer`.
+    """Trains by a method of `sftmix.methods` on any trainer derived from `transformers.Trainer`.
 
     ``train_dataset`` has ``input_ids`` and ``labels`` (-100 outside of responses, not shifted), and
-    ``id`` for messages. ``confident`` (S,) says of each row whether it is in the confident half, or
-    is the rows' `Partition`, which may have more levels; methods with a Mixup term need it. With
-    the others it fixes the same batches and order, so that the loss is all that differs.
+    ``id`` for messages. ``confident`` (S,) says of each example whether it is in the confident
+    half, or is the examples' `Partition`, which may have more levels. Methods that mix need it;
+    with the others it fixes the same batches and order, so that only the loss differs.
+
+        args = SFTMixConfig(output_dir="run", method="sftmix", mu=0.2)
+        confident = read_partition(Path("runs/score/confidence.parquet"))
+        SFTMixTrainer(model, args, train_dataset=data, confident=confident).train()
     """
 
     args: SFTMixOptions
@@ -87,13 +91,15 @@ class SFTMixMixin(WholeCheckpoints):
         checkpoint_extras: Sequence[Any] = (),
         **kwargs: Any,
     ) -> None:
-        """See the class; other arguments are the trainer's own.
+        """Check everything that can be checked before training; see the class.
 
         Args:
-            confident: which rows of ``train_dataset`` are in the confident half; or a partition of
-                as many rows in the same order (see `sftmix.pairs.partition.match`).
+            args: the trainer's own, like ``kwargs``.
+            confident: which examples of ``train_dataset`` are in the confident half; or a partition
+                of as many examples in the same order (see `sftmix.pairs.partition.match`).
             checkpoint_extras: objects with ``save(folder)`` and ``load(folder)`` whose state
                 travels with checkpoints, in the file ``FILE``, which they may write again later.
+            kwargs: the trainer's own.
 
         Raises:
             ValueError: no partition for a method with Mixup, one of another length, a model whose
@@ -237,7 +243,7 @@ class SFTMixMixin(WholeCheckpoints):
         return FilledSampler(sampler, batch, (None, 1.0) if self.paired else None)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """The `Counts` of a window over all ranks, (4,)."""
+        """Return the `Counts` of a window over all ranks, (4,)."""
         counts = torch.stack(batch_counts(batch_samples, device))
         total: Tensor = self.accelerator.reduce(counts, "sum")
         return total.clamp(min=1)
@@ -249,10 +255,10 @@ class SFTMixMixin(WholeCheckpoints):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """This micro-batch's share of the method's loss over the whole window and all ranks.
+        """Return this micro-batch's share of the loss over the whole window and all ranks.
 
         A router's auxiliary loss, times the model's coefficient, is a mean over the micro-batches
-        of all ranks; those that hold fillers alone are left out.
+        of all ranks; those that hold only fillers are left out.
         """
         if not isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
@@ -316,7 +322,7 @@ class SFTMixMixin(WholeCheckpoints):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """NTP loss of a data set, a mean over its response tokens, and its perplexity.
+        """Return the NTP loss of a data set, a mean over its response tokens, and its perplexity.
 
         Batches hold examples of one length, up to 8,192 tokens; ``per_device_eval_batch_size`` is
         not used. Several data sets, given as a dict, are evaluated one by one, as `Trainer` does.
@@ -355,7 +361,7 @@ class SFTMixMixin(WholeCheckpoints):
         return metrics
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Not there: logits are never made.
+        """Refuse to predict: logits are never made.
 
         Raises:
             NotImplementedError: always.
@@ -368,7 +374,7 @@ class SFTMixMixin(WholeCheckpoints):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """As `transformers.Trainer.train`; ``True`` resumes from the newest whole checkpoint.
+        """Train as `transformers.Trainer.train` does; ``True`` resumes from the newest checkpoint.
 
         A run that has no checkpoint yet starts from the beginning, which comes to the same.
 
@@ -401,7 +407,7 @@ class SFTMixMixin(WholeCheckpoints):
         return output
 
     def _ways_to_save_memory(self) -> list[str]:
-        """What is left to try where memory does not suffice, the cheapest first."""
+        """Return what is left to try if memory does not suffice, the cheapest first."""
         args = self.args
         ways = {
             "--memory lean, which changes no result": args.memory == "plain",
@@ -434,7 +440,7 @@ class SFTMixMixin(WholeCheckpoints):
             )
 
     def _decisive(self) -> dict[str, Any]:
-        """What decides a training's results, by name, and has to be the same on all ranks."""
+        """Return by name what decides a training's results: it has to be the same on all ranks."""
         options: dict[str, Any] = self.args.to_dict()  # type: ignore[no-untyped-call]
         values = {name: value for name, value in options.items() if name not in OF_RANK}
         # DDP begins with the first rank's weights; FSDP2 shards those of each.
@@ -488,7 +494,7 @@ class SFTMixTrainer(SFTMixMixin, Trainer):
 
 
 def make_collator(tokenizer: Any, options: SFTMixOptions | None = None) -> PairedCollator:
-    """The collator that `SFTMixMixin` expects, padding with the tokenizer's token.
+    """Return the collator that `SFTMixMixin` expects, padding with the tokenizer's token.
 
     Padding carries nothing, so that the end token will do where there is none, and 0 without a
     tokenizer. Batches are laid out as ``options`` says, padded without.

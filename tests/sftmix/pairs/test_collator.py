@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftmix.pairs import collator
+from sftmix.pairs import collator, partition
 from sftmix.pairs.collator import PairedCollator
 from sftmix.pairs.pools import Pool
 from sftmix.pairs.sampling import PairedExamples, PairedSampler, ShuffledSampler
@@ -142,8 +142,9 @@ def test_examples_get_their_lam() -> None:
 # The collator
 
 
-def test_the_example_of_the_docstring() -> None:
-    assert doctest.testmod(collator) == (0, 6)
+def test_the_examples_of_the_docstrings() -> None:
+    for module, lines in ((collator, 6), (partition, 4)):
+        assert doctest.testmod(module) == (0, lines)
 
 
 def expected_batch(batch: list[dict[str, Any]], length: int) -> dict[str, list[Any]]:
