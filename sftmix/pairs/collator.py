@@ -71,7 +71,7 @@ class PairedCollator:
         """
         # In NumPy, which takes lists of numbers eight times as fast as torch does.
         lengths = np.array([len(example["input_ids"]) for example in examples])
-        tokens, labels = (joined(examples, name, lengths) for name in ("input_ids", "labels"))
+        tokens, labels = (column_of(examples, name, lengths) for name in ("input_ids", "labels"))
         slots = self.layout.place(lengths)
         batch = {
             **self.layout.inputs(tokens, slots, self.pad_token_id),
@@ -117,7 +117,7 @@ def check_collator(collator: Any, layout: str, row_length: int | None) -> None:
             raise ValueError(f"data_collator: expected {name}={wanted!r} as in args, got {given!r}")
 
 
-def joined(examples: Sequence[dict[str, Any]], name: str, lengths: Integers) -> Integers:
+def column_of(examples: Sequence[dict[str, Any]], name: str, lengths: Integers) -> Integers:
     """Return one column of all examples, one after another: (T,)."""
     values = [np.asarray(example[name], dtype=np.int64) for example in examples]
     for example, value, length in zip(examples, values, lengths, strict=True):

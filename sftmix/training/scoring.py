@@ -28,6 +28,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sftmix.model.head import HeadAdapter
+from sftmix.model.probe import evaluating
 from sftmix.pairs.collator import PairedCollator
 from sftmix.pairs.sampling import filler
 from sftmix.runs import interrupts
@@ -97,7 +98,7 @@ def score_examples(
     )
     saved = time.monotonic()
     number, size = (rank(), num_ranks()) if shared else (0, 1)
-    with torch.no_grad(), _evaluating(model), context(), progress:
+    with torch.no_grad(), evaluating(model), context(), progress:
         batches = batches_by_length(lengths, max_tokens, waiting)
         # A sharded model has to be called equally often by all ranks.
         batches += [[]] * (-len(batches) % size)
@@ -114,16 +115,6 @@ def score_examples(
                 raise interrupts.Interrupted(signum, f"in {description}")
     perplexity.end_checkpoint(dist.group.WORLD if size > 1 else None)
     return perplexity
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def agreed(saved: float, done: int, size: int) -> tuple[bool, int | None]:

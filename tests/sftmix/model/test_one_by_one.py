@@ -250,7 +250,7 @@ def opt() -> PreTrainedModel:
     [
         (opt, "expected OPTForCausalLM to call its backbone model once, got 0 calls"),
         (counting, "cannot take 'sequential' batches.*its logits are not those of each example"),
-        (placing, "a model whose backbone is given tokens alone, got position_ids too"),
+        (placing, "a model whose backbone is given only tokens, got position_ids too"),
     ],
     ids=["reads past its backbone", "counts on", "places"],
 )
