@@ -1,7 +1,6 @@
 """Training on top of `transformers.Trainer`, with the loss and the pairs of a method.
 
-`SFTMixMixin` holds everything, so that it also sits on other trainers derived from
-`transformers.Trainer`; `SFTMixTrainer` is the mixin over the plain one.
+`SFTMixMixin` sits on any trainer derived from it; `SFTMixTrainer` is the mixin over the plain one.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from sftmix.model.saved_config import as_loaded, make_savable
 from sftmix.model.tiled_mlp import refuse_router, tile_mlps
 from sftmix.pairs.collator import PairedCollator, check_collator
 from sftmix.pairs.partition import Partition
-from sftmix.pairs.pools import Confident, pools_of
+from sftmix.pairs.pools import Confident, Pool, pools_of
 from sftmix.pairs.sampling import (
     FilledExamples,
     FilledSampler,
@@ -94,12 +93,10 @@ class SFTMixMixin(WholeCheckpoints):
         """Check everything that can be checked before training; see the class.
 
         Args:
-            args: the trainer's own, like ``kwargs``.
             confident: which examples of ``train_dataset`` are in the confident half; or a partition
                 of as many examples in the same order (see `sftmix.pairs.partition.match`).
             checkpoint_extras: objects with ``save(folder)`` and ``load(folder)`` whose state
                 travels with checkpoints, in the file ``FILE``, which they may write again later.
-            kwargs: the trainer's own.
 
         Raises:
             ValueError: no partition for a method with Mixup, one of another length, a model whose
@@ -147,7 +144,7 @@ class SFTMixMixin(WholeCheckpoints):
         if "tensorboard" in (self.args.report_to or ()):
             self.pop_callback(TensorBoardCallback)
             self.add_callback(RunTensorBoard(Path(str(self.args.output_dir))))
-        self.paired = confident is not None
+        self.paired, self.pools = confident is not None, list[Pool]()
         self.examples = self.train_dataset
         if self.args.world_size > 1 and self.train_dataset is not None:
             self.train_dataset = FilledExamples(self.train_dataset)
@@ -329,11 +326,10 @@ class SFTMixMixin(WholeCheckpoints):
         """
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):
-            parts = [
-                self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
-                for name, part in dataset.items()
-            ]
-            return {key: value for part in parts for key, value in part.items()}
+            metrics: dict[str, float] = {}
+            for name, part in dataset.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
         if dataset is None:
             raise ValueError("eval_dataset: expected a data set to evaluate on, got None")
         if self.is_fsdp_enabled and not sharded_weights(self.model):
@@ -453,9 +449,7 @@ class SFTMixMixin(WholeCheckpoints):
                 array_hash(side)
                 for pool in self.pools
                 for side in (pool.confident, pool.unconfident)
-            ]
-            if self.paired
-            else None,
+            ],
         }
 
 
