@@ -137,7 +137,8 @@ class DenseSFTMixTrainer(Trainer):
             vocab_size=model.config.vocab_size,
             num_items_in_batch=num_items_in_batch,
         )
-        pair_c, pair_u, lam = (inputs[name] for name in ("pair_c", "pair_u", "lam"))  # (P,) each
+        pair_c, pair_u = (inputs["rows"][inputs[name]] for name in ("pair_c", "pair_u"))  # (P,)
+        lam = inputs["lam"]  # (P,)
         rows = hidden.flatten(0, 1)
         weight = lam.unsqueeze(-1)
         mixed = (weight * rows[pair_c] + (1 - weight) * rows[pair_u]).to(rows.dtype)

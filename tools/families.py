@@ -25,7 +25,7 @@ import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -37,7 +37,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from sftmix.model.head import HeadAdapter
 from sftmix.pairs.collator import PairedCollator
 from sftmix.training.config import SFTMixConfig
-from sftmix.training.objective import MODEL_INPUTS, BatchLoss, batch_counts, batch_loss
+from sftmix.training.heads import BatchLoss
+from sftmix.training.objective import MODEL_INPUTS, batch_counts, batch_loss
 
 HEADING = """# Models
 
@@ -170,9 +171,6 @@ UNSHIFTED = {
 REFUSED = {"cpmant"}
 
 
-Method = Literal["sftmix", "ntp"]
-
-
 class Run(NamedTuple):
     """A loss, its tokens' own losses, and the gradient of every parameter that has one."""
 
@@ -233,17 +231,15 @@ def padded_batch(seed: int) -> dict[str, Tensor]:
 
 
 @functools.cache
-def options(method: Method) -> SFTMixConfig:
+def options(method: str) -> SFTMixConfig:
     """The trainer's options, with enough Mixup to be seen."""
     return SFTMixConfig(output_dir="unused", use_cpu=True, method=method, mu=0.5)
 
 
-def ours(
-    model: PreTrainedModel, head: HeadAdapter, batch: dict[str, Tensor], method: Method
-) -> Run:
+def ours(model: PreTrainedModel, head: HeadAdapter, batch: dict[str, Tensor], method: str) -> Run:
     """The trainer's loss of a batch, with the router's."""
     counts = batch_counts([batch], batch["rows"].device)
-    loss = batch_loss(model, head, batch, options(method), counts, options(method).mu)
+    loss = batch_loss(model, head, batch, options(method), counts)
     assert loss.row_ntp is not None  # Mixup alone has none
     return backward(model, total(loss, head), loss.row_ntp)
 
@@ -298,7 +294,7 @@ def errors(model: PreTrainedModel, head: HeadAdapter, *, shifted: bool) -> tuple
     dense.fused = False
     doubles = copy.deepcopy(model).double()
     losses, found, allowed = [0.0], [0.0], [EPS]
-    methods: tuple[Method, Method] = ("ntp", "sftmix")
+    methods: tuple[str, str] = ("ntp", "sftmix")
     for batch in (padded_batch(0), padded_batch(1)):
         exact, near = (ours(one, dense, batch, "sftmix") for one in (doubles, model))
         own_exact, own_near = (own(one, batch, shifted=shifted) for one in (doubles, model))

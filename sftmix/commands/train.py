@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 from sftmix.conventions import CONFIGS, MODEL_CARD, TRAINER_STATE
 from sftmix.data.examples import data_hash
 from sftmix.data.selection import naming_selections
+from sftmix.methods import method_of
 from sftmix.model.source import check_model
 from sftmix.pairs.partition import Partition, match, partition_hash, read_partition, subset_counts
 from sftmix.recipe.arguments import TrainRunArguments, parse
@@ -41,7 +42,7 @@ from sftmix.runs.out_of_memory import MODEL_WAYS, advising
 from sftmix.runs.ranks import is_main, on_main, opened_run, refuse_differences, together
 from sftmix.templates.chat import set_template_date
 from sftmix.templates.rendering import today
-from sftmix.training.config import MIXED, SFTMixConfig
+from sftmix.training.config import SFTMixConfig
 from sftmix.training.hub import Repository, model_files, repository
 from sftmix.training.parallelism import check_processes
 from sftmix.training.saving import save_final_model
@@ -82,7 +83,7 @@ def main(words: Sequence[str]) -> None:
     """Run the command."""
     arguments, config = parse(words, TrainRunArguments, SFTMixConfig, "sftmix train")
     interrupts.advise("before training began: nothing is lost; start it again")
-    if config.method in MIXED and arguments.partition is None:
+    if method_of(config.method).mixed and arguments.partition is None:
         raise ValueError(
             f"partition: expected RUN/confidence.parquet of `sftmix score`, which --method "
             f"{config.method} needs, got none"

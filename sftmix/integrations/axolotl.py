@@ -13,27 +13,27 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import datasets
 import numpy as np
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.integrations.base import BasePlugin
-from pydantic import BaseModel
+from pydantic import create_model
 from transformers import Trainer
 
 from sftmix.data.examples import content_hash
 from sftmix.integrations.tokens import has_targets, named_rows
+from sftmix.methods import METHODS, OPTIONS
 from sftmix.pairs.collator import PairedCollator
 from sftmix.pairs.partition import Partition, read_partition, take
-from sftmix.training.config import OF_MIXUP, SFTMixOptions
+from sftmix.training.config import SFTMixOptions, layout_for
 from sftmix.training.trainer import SFTMixMixin, make_collator
 
 HERE = "sftmix.integrations.axolotl"
-OF_MEMORY = ("memory", "mlp_tile_tokens", "activation_offload", "loss_max_bytes")
-OPTIONS = (
-    *("method", *OF_MIXUP, "kl_reg", "head", "loss_schedule", "layout", "row_length"),
-    *OF_MEMORY,
+NAMES = (
+    *("method", *OPTIONS, "head", "loss_schedule", "layout", "row_length"),
+    *("memory", "mlp_tile_tokens", "activation_offload", "loss_max_bytes"),
 )
 
 # Options of axolotl that the loss, the pairs or the collator would not heed.
@@ -59,26 +59,15 @@ INSTEAD = {"sample_packing": "packed", "batch_flattening": "padding_free"}
 PARALLEL = ("context_parallel_size", "tensor_parallel_size", "expert_parallel_size")
 
 
-class SFTMixArgs(BaseModel):
-    """The plugin's keys in the YAML file; what is left out has `SFTMixOptions`' default."""
-
-    sftmix_partition: str | None = None
-    sftmix_method: Literal["sftmix", "ntp", "equal", "mixup", "ir_dro"] | None = None
-    sftmix_mu: float | None = None
-    sftmix_mu_schedule: Literal["constant", "linear_warmup", "cosine"] | None = None
-    sftmix_mu_warmup_ratio: float | None = None
-    sftmix_alpha: float | None = None
-    sftmix_lambda_scope: Literal["pair", "batch"] | None = None
-    sftmix_pairing: Literal["outer", "neighbours", "rank"] | None = None
-    sftmix_kl_reg: float | None = None
-    sftmix_head: Literal["fused", "logits"] | None = None
-    sftmix_loss_schedule: Literal["auto", "row_chunks", "vocab_tiles"] | None = None
-    sftmix_layout: Literal["padded", "padding_free", "packed", "sequential"] | None = None
-    sftmix_row_length: int | None = None
-    sftmix_memory: Literal["plain", "lean"] | None = None
-    sftmix_mlp_tile_tokens: int | None = None
-    sftmix_activation_offload: bool | None = None
-    sftmix_loss_max_bytes: int | None = None
+_TYPES: dict[str, Any] = {**get_type_hints(SFTMixOptions), "method": Literal[tuple(METHODS)]}
+_KEYS: dict[str, Any] = {f"sftmix_{name}": (_TYPES[name] | None, None) for name in NAMES}
+SFTMixArgs = create_model(
+    "SFTMixArgs",
+    __doc__="The plugin's keys in the YAML file; what is left out has `SFTMixOptions`' default.",
+    __module__=__name__,
+    sftmix_partition=(str | None, None),
+    **_KEYS,
+)
 
 
 @dataclass
@@ -94,15 +83,15 @@ class SFTMixPlugin(BasePlugin):  # type: ignore[misc]
     """Names the classes of this module to axolotl."""
 
     def get_input_args(self) -> str:
-        """The keys in the YAML file."""
+        """Return the path of the class with the keys in the YAML file."""
         return f"{HERE}.SFTMixArgs"
 
     def get_training_args_mixin(self) -> str:
-        """The options that are added to axolotl's training arguments."""
+        """Return the path of the options that are added to axolotl's training arguments."""
         return f"{HERE}.SFTMixTrainingArgs"
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
-        """The options that the YAML file sets.
+        """Return the options that the YAML file sets.
 
         Raises:
             ValueError: an option of axolotl that would not be heeded.
@@ -114,21 +103,21 @@ class SFTMixPlugin(BasePlugin):  # type: ignore[misc]
         for name in PARALLEL:
             if (cfg.get(name) or 1) > 1:
                 raise ValueError(f"{name}: not supported with SFTMix, got {cfg.get(name)!r}")
-        given = {name: cfg.get(f"sftmix_{name}") for name in OPTIONS}
+        given = {name: cfg.get(f"sftmix_{name}") for name in NAMES}
         given["sftmix_partition"] = cfg.get("sftmix_partition")
         return {name: value for name, value in given.items() if value is not None}
 
     def get_trainer_cls(self, cfg: Any) -> type[Trainer]:
-        """The trainer."""
+        """Return the trainer's class."""
         return SFTMixAxolotlTrainer
 
     def get_collator_cls_and_kwargs(
         self, cfg: Any, is_eval: bool = False
     ) -> tuple[Any, dict[str, Any]]:
-        """The collator, which is called with the tokenizer."""
-        lean = cfg.get("sftmix_memory") == "lean"
+        """Return the collator, which is called with the tokenizer, and its keywords."""
+        layout = layout_for(cfg.get("sftmix_layout") or "padded", cfg.get("sftmix_memory"))
         return paired_collator, {
-            "layout": cfg.get("sftmix_layout") or ("sequential" if lean else "padded"),
+            "layout": layout,
             "row_length": cfg.get("sftmix_row_length"),
         }
 
@@ -137,7 +126,7 @@ class SFTMixAxolotlTrainer(SFTMixMixin, AxolotlTrainer):  # type: ignore[misc]
     """Axolotl's trainer with the loss, the pairs and the checkpoints of `SFTMixMixin`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As `AxolotlTrainer`, which gets all arguments by name.
+        """Take what `AxolotlTrainer` takes, all of it by name.
 
         Raises:
             TypeError: training arguments without the plugin's.
@@ -158,7 +147,7 @@ class SFTMixAxolotlTrainer(SFTMixMixin, AxolotlTrainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        # Axolotl's own adds sample packing alone, and asks the data set for its columns.
+        # Axolotl's own only adds sample packing, and asks the data set for its columns.
         return Trainer._get_dataloader(self, *args, **kwargs)
 
 
@@ -170,13 +159,13 @@ def paired_collator(
     pad_to_multiple_of: int | None = None,
     **_: Any,
 ) -> PairedCollator:
-    """A `PairedCollator`, of the arguments that axolotl gives to any collator."""
+    """Return a `PairedCollator`, of the arguments that axolotl gives to any collator."""
     token = make_collator(tokenizer).pad_token_id
     return PairedCollator(token, pad_to_multiple_of or 1, layout=layout, row_length=row_length)
 
 
 def numbered(dataset: datasets.Dataset) -> datasets.Dataset:
-    """Tokens and labels, and in ``id`` the number of the row.
+    """Return tokens and labels, with the number of each row as ``id``.
 
     Raises:
         ValueError: a row without a token to learn.
@@ -192,7 +181,7 @@ def numbered(dataset: datasets.Dataset) -> datasets.Dataset:
 
 
 def find_halves(dataset: datasets.Dataset, path: Path) -> Partition:
-    """The partition in the order of the rows, found by the content hash of tokens and labels.
+    """Return the partition in the order of the rows, found by their content hashes.
 
     The partition may have rows that axolotl left out or holds back for evaluation. Where several
     rows have one content, each takes one of its places.

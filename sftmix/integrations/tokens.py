@@ -11,7 +11,7 @@ from sftmix.conventions import IGNORE_INDEX
 
 
 def has_targets(prepared: datasets.Dataset) -> np.ndarray[Any, Any]:
-    """Which rows have a label after their first token, which is never predicted: (S,)."""
+    """Return which rows have a label after their first token, which nothing predicts: (S,)."""
     column = prepared.with_format("arrow")[:]["labels"].combine_chunks()
     lengths = np.asarray(column.value_lengths())
     rows = np.repeat(np.arange(len(lengths)), lengths)
@@ -23,5 +23,5 @@ def has_targets(prepared: datasets.Dataset) -> np.ndarray[Any, Any]:
 
 
 def named_rows(rows: np.ndarray[Any, Any]) -> str:
-    """A few row numbers for an error message."""
+    """Return a few row numbers for an error message."""
     return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")

@@ -86,7 +86,7 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
         confident: Confident | str | Path | None = None,
         **kwargs: Any,
     ) -> None:
-        """As `trl.SFTTrainer`.
+        """Take what `trl.SFTTrainer` takes, and ``confident``.
 
         Args:
             model: a name or a model, as TRL takes it.
@@ -116,12 +116,12 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
             model=model, args=args, train_dataset=train_dataset, confident=rows, **kwargs
         )
 
-    def _find_head(self) -> HeadAdapter:
+    def _find_head(self, checked: bool) -> HeadAdapter:
         # TRL writes its coefficient into the config, which the model has read already.
-        model: Any = without_peft(self.accelerator.unwrap_model(self.model))
+        model: Any = without_peft(self._inner_model)
         if hasattr(model, "router_aux_loss_coef"):
             model.router_aux_loss_coef = self.router_aux_loss_coef
-        head = super()._find_head()
+        head = super()._find_head(checked)
         wanted, found = self.args.router_aux_loss_coef, head.router_coefficient
         if wanted is not None and not math.isclose(wanted, found, rel_tol=1e-5):
             raise ValueError(
@@ -154,7 +154,7 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
         formatting_func: Any,
         dataset_name: str,
     ) -> datasets.Dataset:
-        """TRL's tokens and labels, and in ``id`` the number of the row that they come from."""
+        """Return TRL's tokens and labels, with the number of the user's row as ``id``."""
         require_rows(dataset, f"{dataset_name}_dataset")
         prepared = super()._prepare_dataset(
             dataset.add_column(ROW, np.arange(len(dataset))),
@@ -179,7 +179,7 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """As `SFTMixMixin.evaluate`; data given here are prepared as the trainer's own are."""
+        """Evaluate as `SFTMixMixin` does; data given here are prepared like the trainer's own."""
         own = self.eval_dataset
         known = list(own.values()) if isinstance(own, dict) else [own]
         is_dict = isinstance(eval_dataset, dict)  # evaluated one by one, each by a call of this
@@ -248,7 +248,7 @@ def score(
 
 
 def confident_rows(dataset: datasets.Dataset, confident: Confident | str | Path) -> Confident:
-    """``confident`` of each row of the data as the user has them, (S,).
+    """Return ``confident`` for each row of the user's data, (S,).
 
     Raises:
         ValueError: another number of rows, or a partition of other data.
@@ -277,7 +277,7 @@ def require_rows(dataset: Any, name: str) -> None:
 
 
 def require_all(prepared: datasets.Dataset, number: int, args: SFTMixSFTConfig) -> list[int]:
-    """The row numbers of prepared data, none of ``number`` missing.
+    """Return the row numbers of prepared data, after checking that none of ``number`` is missing.
 
     Raises:
         ValueError: rows that were left out, because nothing in them is learnt.

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sftmix.model.head import evaluating, without_peft
+from sftmix.model.head import without_peft
+from sftmix.model.probe import evaluating
 from sftmix.pairs.layouts import Integers, Layout
 
 # Three short examples: in packed rows the second and third share one, and a slot is left over.
@@ -24,7 +25,7 @@ def check_layout(model: nn.Module, layout: str) -> None:
 
     - The gradient of the last one's hidden states with respect to the embeddings of the others has
       to be zero. It is exactly that, in any dtype, where none is read: attention's share of a
-      masked token is 0. (Values alone do not tell: in bfloat16 what a state-space layer of a fresh
+      masked token is 0. (Values do not tell: in bfloat16 what a state-space layer of a fresh
       model carries over can be less than rounding.)
     - Its hidden states have to be those of each example alone, or positions are counted on. The
       largest ``|h' - h| / |h|`` of a token is held to twice that of the same examples padded, which
@@ -34,7 +35,7 @@ def check_layout(model: nn.Module, layout: str) -> None:
     Gradients of parameters, modes of modules and the state of random generators stay as they are.
 
     Read one by one, examples are apart; there the model's forward has to call its backbone as one
-    does that knows tokens alone: its logits have to be those of each example alone.
+    does that knows only tokens: its logits have to be those of each example alone.
 
     Raises:
         ValueError: the model fails one of them, or takes no ``position_ids`` where there are some.
@@ -70,7 +71,7 @@ def check_layout(model: nn.Module, layout: str) -> None:
 
 @torch.no_grad()
 def check_one_by_one(model: Any, refusal: str) -> None:
-    """`check_layout` of a model whose forward knows ``parts``."""
+    """Check the layout "sequential" of a model whose forward knows ``parts``."""
     vocab_size = model.config.get_text_config().vocab_size
     random = np.random.default_rng(0)
     tokens = torch.from_numpy(random.integers(vocab_size, size=(1, sum(CHECKED_LENGTHS))))
@@ -94,7 +95,7 @@ class Reading(NamedTuple):
 
 
 def read(backbone: Any, layout: Layout, examples: Sequence[Integers]) -> Reading:
-    """What the head would read of examples laid out, as a function of their embeddings."""
+    """Return what the head would read of examples laid out, as a function of embeddings."""
     slots = layout.place(np.array([len(example) for example in examples]))
     inputs = layout.inputs(np.concatenate(examples), slots, pad_token_id=0)
     tensors = {name: torch.from_numpy(array).to(backbone.device) for name, array in inputs.items()}
@@ -114,7 +115,7 @@ def read(backbone: Any, layout: Layout, examples: Sequence[Integers]) -> Reading
 
 
 def reads_others(reading: Reading, length: int) -> bool:
-    """Whether the last ``length`` tokens' hidden states hang on the embeddings of the others."""
+    """Return whether the last ``length`` hidden states depend on the others' embeddings."""
     last = reading.hidden[-length:]
     # Not ones: what a layer norm gives adds up to the same whatever it reads.
     weights = np.random.default_rng(1).choice([-1.0, 1.0], size=last.shape)
@@ -125,14 +126,14 @@ def reads_others(reading: Reading, length: int) -> bool:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """The largest ``|found - expected| / |expected|`` of a row."""
+    """Return the largest ``|found - expected| / |expected|`` of a row."""
     found, expected = found.detach().float(), expected.float()
     smallest = torch.finfo(torch.float32).tiny
     return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(smallest)).max())
 
 
 def epsilon(hidden: Tensor) -> float:
-    """Eps of what the hidden states were computed in; a GPU may round float32 products to TF32."""
+    """Return eps of the dtype computed in; a GPU may round float32 products to TF32."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         return torch.finfo(torch.get_autocast_dtype(device)).eps

@@ -25,7 +25,7 @@ Saving = Callable[[], AbstractContextManager[Any]]
 
 
 def saved_on_host() -> AbstractContextManager[Any]:
-    """What is saved for backward lies in the host's memory, pinned where there is a GPU.
+    """Return a context that keeps what backward needs on the host, pinned if there is a GPU.
 
     With activation checkpointing that is the input of each layer, and hardly anything else.
     """
@@ -33,7 +33,7 @@ def saved_on_host() -> AbstractContextManager[Any]:
 
 
 def backbone_path(model: PreTrainedModel) -> str:
-    """Where the backbone is in its model.
+    """Return the name of the backbone in its model.
 
     Raises:
         ValueError: the model has none of its own.
@@ -45,7 +45,7 @@ def backbone_path(model: PreTrainedModel) -> str:
 
 
 def reading(parts: Sequence[int] | None, saving: Saving | None) -> Callable[..., Any]:
-    """``call(backbone, input_ids, ...)`` that reads examples of ``parts`` tokens one by one.
+    """Return ``call(backbone, input_ids, ...)``, which reads ``parts`` tokens at a time.
 
     Without ``parts`` all are read at once. What it returns has the backbone's own form, the
     examples' hidden states (1, T, D) one after another.
@@ -76,13 +76,13 @@ def refuse_more(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     names = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
     if names or any(isinstance(value, Tensor) for value in args):
         raise ValueError(
-            "layout: 'sequential' needs a model whose backbone is given tokens alone, got "
+            "layout: 'sequential' needs a model whose backbone is given only tokens, got "
             f"{', '.join(names) or 'other tensors'} too"
         )
 
 
 def joined(outputs: Sequence[Any]) -> Any:
-    """The backbone's outputs of single examples as one of them all.
+    """Return one output of the backbone for all examples, from those of single ones.
 
     Raises:
         ValueError: they hold something besides hidden states and, of each layer, a router's logits.

@@ -10,14 +10,14 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# On in training alone: with it `generate` adds the router's loss, which fails on padded prompts.
+# Only on in training: with it `generate` adds the router's loss, which fails on padded prompts.
 TRAINING_ONLY = {"output_router_logits": False}
 # What transformers' trainer sets to an option of its own.
 SET_BY_TRAINER = ("use_cache",)
 
 
 def configs_of(model: Any) -> list[Any]:
-    """The model's config, and that of its text model where that is another."""
+    """Return the model's config, and that of its text model where that is another."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         return []
@@ -26,7 +26,7 @@ def configs_of(model: Any) -> list[Any]:
 
 
 def as_loaded(model: Any) -> dict[str, Any]:
-    """The values that a trainer is about to replace in the model's config."""
+    """Return the values that a trainer is about to replace in the model's config."""
     found = {}
     for config in configs_of(model)[:1]:
         found = {name: getattr(config, name) for name in SET_BY_TRAINER if hasattr(config, name)}
@@ -35,7 +35,7 @@ def as_loaded(model: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def config_to_save(model: Any, loaded: Mapping[str, Any]) -> Iterator[None]:
-    """The config without what training turned on, for as long as it is written.
+    """Take out of the config what training turned on, for as long as it is written.
 
     ``loaded`` is what `as_loaded` found before the trainer was made.
     """
@@ -53,7 +53,7 @@ def config_to_save(model: Any, loaded: Mapping[str, Any]) -> Iterator[None]:
 
 
 def make_savable(model: Any) -> None:
-    """Have the model's generation config be one that transformers saves, or refuse the model.
+    """Make the generation config one that transformers saves, or refuse the model.
 
     Some models come with a temperature or a top_p beside greedy search. transformers reads that and
     does not write it, which would be found out when the trained model is saved.

@@ -44,7 +44,7 @@ class ReadingModel(Naming):
         self.model = model
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        """Name the model; of a name that cannot be had from the hub, say why."""
+        """Raise the error again with the model's name, and why the hub did not give it."""
         if isinstance(error, OSError) and not Path(self.model).exists():
             why = hub_fault(error)
             if why is not None:
@@ -53,7 +53,7 @@ class ReadingModel(Naming):
 
 
 def hub_fault(error: BaseException) -> str | None:
-    """Why the hub did not give a model, from the errors behind the one that was raised."""
+    """Return why the hub did not give a model, from the errors behind the one raised."""
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, GatedRepoError):

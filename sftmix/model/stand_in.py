@@ -8,7 +8,7 @@ loss is made right there and logits never are; with other rows the head and all 
 it run on those. Either way the head's module is called once, so that wrappers that gather a sharded
 weight in its hooks (FSDP2), replace it (PEFT) or cast its inputs (autocast) keep working,
 and a router's auxiliary loss is the model's own. The backbone is reached in the same way
-(`backbone.py`).
+(`one_by_one.py`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class StandIn(nn.Module):
     # Each call brings another function: torch.compile would compile the model anew.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model is to take for the module's output."""
+        """Return what the model is to take for the module's output."""
         self.calls += 1
         return self.__dict__["call"](self.__dict__["module"], *args, **kwargs)
 
@@ -83,9 +83,7 @@ def standing_in(
 
 
 def model_forward(model: PreTrainedModel, path: str) -> Callable[..., Any]:
-    """A model's forward that knows ``rows``, ``head_function``, ``head_input``, ``parts`` and
-    ``saving``.
-    """
+    """Return a model's forward with the keywords that `HeadAdapter` describes."""
     own_forward = unbound_forward(model)
 
     # Eager under torch.compile, as the stand-in; what it calls is compiled.
@@ -132,7 +130,7 @@ def model_forward(model: PreTrainedModel, path: str) -> Callable[..., Any]:
 
 
 def linear_forward(linear: nn.Linear) -> Callable[..., Any]:
-    """A linear head's forward that knows ``head_function``."""
+    """Return a linear head's forward that knows ``head_function``."""
     own_forward = unbound_forward(linear)
 
     def forward(
@@ -146,7 +144,7 @@ def linear_forward(linear: nn.Linear) -> Callable[..., Any]:
 
 
 def unbound_forward(module: nn.Module) -> Callable[..., Any]:
-    """A module's forward as it is now, called with the module as first argument."""
+    """Return a module's forward as it is now, to be called with the module first."""
     own = module.__dict__.get("forward")
     if own is None:
         return type(module).forward
@@ -154,6 +152,6 @@ def unbound_forward(module: nn.Module) -> Callable[..., Any]:
 
 
 def router_loss(output: Any) -> Tensor | None:
-    """A mixture of experts' auxiliary loss, where its config asks for one."""
+    """Return a mixture of experts' auxiliary loss, where its config asks for one."""
     loss = getattr(output, "aux_loss", None)
     return loss if isinstance(loss, Tensor) else None

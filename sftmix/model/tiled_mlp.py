@@ -25,7 +25,8 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sftmix.model.head import evaluating, without_peft
+from sftmix.model.head import without_peft
+from sftmix.model.probe import evaluating
 from sftmix.model.stand_in import unbound_forward
 
 # What transformers' layers call them.
@@ -35,7 +36,7 @@ WAY_OUT = "leave it off (memory='lean' turns it on: give its other switches inst
 
 
 class Circumstances(NamedTuple):
-    """What a forward hangs on besides its inputs: autocast, and the random numbers of dropout."""
+    """What a forward depends on besides its inputs: autocast, and dropout's random numbers."""
 
     device: str
     autocast: bool
@@ -46,7 +47,7 @@ class Circumstances(NamedTuple):
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """The same once more, with gradients."""
+        """Restore the circumstances, with gradients on."""
         device = "cuda" if self.device == "cpu" else self.device
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(self.devices, device_type=device))
@@ -61,7 +62,7 @@ class Circumstances(NamedTuple):
 
 
 def circumstances(hidden: Tensor) -> Circumstances:
-    """Those of this moment."""
+    """Return the circumstances of this moment."""
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return Circumstances(device, *autocast, torch.get_rng_state(), *get_device_states(hidden))
@@ -99,7 +100,7 @@ def tile_gradients(
     weights: tuple[Tensor, ...],
     upstream: Tensor,  # (1, N, D)
 ) -> list[Tensor | None]:
-    """Gradients of hidden and of each weight; None where the MLP does not read it."""
+    """Return gradients of hidden and each weight; None for one that the MLP does not read."""
     gradient = torch.empty_like(hidden)
     sums: list[Tensor | None] = [None] * len(weights)
     tiles = (tensor.split(tokens, dim=1) for tensor in (hidden, upstream, gradient))
@@ -120,7 +121,7 @@ def tile_gradients(
 
 
 def added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    """A sum in float32 or better."""
+    """Return a sum in float32 or better."""
     if part is None:
         return total
     part = part.to(torch.promote_types(part.dtype, torch.float32))
@@ -128,7 +129,7 @@ def added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
 
 
 def tile_mlps(model: nn.Module, tokens: int, *, checked: bool = True) -> None:
-    """Let the MLP of each layer run on so many tokens at a time.
+    """Make the MLP of each layer run on so many tokens at a time.
 
     ``checked``: whether the weights are there to be checked. Only the given model is changed.
 
@@ -159,7 +160,7 @@ def refuse_router(coefficient: float) -> None:
 
 
 def mlps(model: PreTrainedModel) -> list[nn.Module]:
-    """The MLPs of the layers.
+    """Return the MLPs of the layers.
 
     Raises:
         ValueError: there are none.
@@ -209,7 +210,7 @@ def check_by_tokens(model: nn.Module, mlp: nn.Module) -> None:
 def tiled_forward(
     mlp: nn.Module, tokens: int, tiled: Callable[..., Tensor] = TiledMLP.apply
 ) -> Callable[..., Any]:
-    """An MLP's forward that goes by tiles where there are more tokens than one holds.
+    """Return an MLP's forward that goes by tiles if there are more tokens than one holds.
 
     ``tiled(run, tokens, hidden, *weights)`` is what goes by them.
     """

@@ -2,7 +2,7 @@
 
 A confident and an unconfident example form a pair with one ``lam ~ Beta(alpha, alpha)``
 (arXiv 2410.05248); the n-th response token of one is mixed with the n-th of the other, up to the
-shorter response. Pairs and lam depend on (seed, epoch) alone, so that neither a resumed run nor
+shorter response. Pairs and lam depend only on (seed, epoch), so that neither a resumed run nor
 another number of processes changes them.
 """
 
@@ -20,18 +20,34 @@ from sftmix.pairs.layouts import Integers, Layout, Slots, spans
 
 
 class PairedCollator:
-    """Lays examples out and says which rows carry loss and which are mixed.
+    """Lays examples out, and says which tokens carry loss and which are mixed.
 
-    Legend: B examples, R rows of L slots, N tokens with loss, P mixed pairs of tokens.
+    Legend: B examples, R rows of L slots, N response tokens, P mixed pairs of them, D hidden size.
 
-    The batch holds ``input_ids`` and ``labels`` (R, L), labels unshifted as models take them, with
-    ``attention_mask`` (padded) or ``position_ids`` (padding_free, packed; see `Layout`); ``ids``
-    and ``lengths`` (B,) in tokens; ``rows`` (N,) of ``hidden.reshape(R * L, D)`` that predict a
-    response token, example by example, ``targets`` (N,) what they predict, ``owner`` (N,) whose row
-    it is within the batch; and where examples carry ``lam``, taken as pairs (c, u) in order,
-    ``mix_c``, ``mix_u`` (P,) places in ``rows``, ``pair_c``, ``pair_u`` (P,) the rows there, and
-    ``lam`` (P,) float32. In the order of ``rows`` all of it is the same in every layout. Examples
-    marked as ``filler`` alone may be without loss; their ``lengths`` are 0.
+    A batch holds:
+
+    - ``input_ids`` and ``labels`` (R, L), labels not shifted, with ``attention_mask`` (padded) or
+      ``position_ids`` (padding_free, packed; see `Layout`), or ``parts`` (sequential);
+    - ``ids`` and ``lengths`` (B,), the latter in tokens;
+    - ``rows`` (N,): the rows of ``hidden.reshape(R * L, D)`` that predict a response token, example
+      by example; ``targets`` (N,), the tokens that they predict; ``owner`` (N,), the example of the
+      batch that each belongs to;
+    - where examples carry ``lam``, and so are pairs (c, u) in order: ``pair_c`` and ``pair_u``
+      (P,), which of the N tokens are mixed (indices of ``rows``, ``targets`` and ``owner``), and
+      ``lam`` (P,) float32.
+
+    From ``targets`` on all of it is the same in every layout. Only an example marked as ``filler``
+    may be without a response token; its length is 0.
+
+    >>> c = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "lam": 0.25}
+    >>> u = {"input_ids": [8, 9], "labels": [-100, 9], "lam": 0.25}
+    >>> batch = PairedCollator(pad_token_id=0)([c, u])
+    >>> batch["input_ids"].tolist()
+    [[5, 6, 7], [8, 9, 0]]
+    >>> batch["rows"].tolist(), batch["targets"].tolist(), batch["owner"].tolist()
+    ([0, 1, 3], [6, 7, 9], [0, 0, 1])
+    >>> batch["pair_c"].tolist(), batch["pair_u"].tolist(), batch["lam"].tolist()
+    ([0], [2], [0.25])
     """
 
     def __init__(
@@ -42,7 +58,7 @@ class PairedCollator:
         layout: str = "padded",
         row_length: int | None = None,
     ) -> None:
-        """See `Layout` for the options and their errors; ``row_length`` is for packed rows."""
+        """Take the options of a `Layout`, which says what it refuses."""
         self.pad_token_id = pad_token_id
         self.layout = Layout(layout, pad_to_multiple_of, row_length)
 
@@ -55,7 +71,7 @@ class PairedCollator:
         """
         # In NumPy, which takes lists of numbers eight times as fast as torch does.
         lengths = np.array([len(example["input_ids"]) for example in examples])
-        tokens, labels = (joined(examples, name, lengths) for name in ("input_ids", "labels"))
+        tokens, labels = (column_of(examples, name, lengths) for name in ("input_ids", "labels"))
         slots = self.layout.place(lengths)
         batch = {
             **self.layout.inputs(tokens, slots, self.pad_token_id),
@@ -72,14 +88,14 @@ class PairedCollator:
         rows = slots.flat[learned] - 1
         batch.update(rows=rows, targets=labels[learned], owner=owner, lengths=lengths * ~fillers)
         if "lam" in examples[0]:
-            batch.update(pair(rows, counts, [example["lam"] for example in examples]))
+            batch.update(mixed_tokens(counts, [example["lam"] for example in examples]))
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in batch.items()}
         if self.layout.name == "sequential":
             tensors["parts"] = tuple(lengths.tolist())
         return {**tensors, "ids": torch.tensor([example.get("id", -1) for example in examples])}
 
     def padded(self) -> PairedCollator:
-        """The same with an example a row, as scoring takes them."""
+        """Return a collator that puts an example in each row, as scoring takes them."""
         return PairedCollator(self.pad_token_id, self.layout.pad_to_multiple_of)
 
 
@@ -101,8 +117,8 @@ def check_collator(collator: Any, layout: str, row_length: int | None) -> None:
             raise ValueError(f"data_collator: expected {name}={wanted!r} as in args, got {given!r}")
 
 
-def joined(examples: Sequence[dict[str, Any]], name: str, lengths: Integers) -> Integers:
-    """One column of all examples, one after another: (T,)."""
+def column_of(examples: Sequence[dict[str, Any]], name: str, lengths: Integers) -> Integers:
+    """Return one column of all examples, one after another: (T,)."""
     values = [np.asarray(example[name], dtype=np.int64) for example in examples]
     for example, value, length in zip(examples, values, lengths, strict=True):
         if value.shape != (length,):
@@ -114,17 +130,18 @@ def joined(examples: Sequence[dict[str, Any]], name: str, lengths: Integers) -> 
 
 
 def unshifted(labels: Integers, slots: Slots) -> Integers:
-    """The labels in their slots: none where a model would predict it from another example."""
+    """Return labels in their slots, without those that another example would predict."""
     grid = slots.fill(labels, IGNORE_INDEX)
     follows = (slots.positions == 0) & (slots.flat % slots.shape[1] > 0)
     grid.reshape(-1)[slots.flat[follows]] = IGNORE_INDEX
     return grid
 
 
-def pair(rows: Integers, counts: Integers, lam: Sequence[float]) -> dict[str, NDArray[Any]]:
-    """The mixed rows of examples (0, 1), (2, 3), ...: the first ``min`` of both responses.
+def mixed_tokens(counts: Integers, lam: Sequence[float]) -> dict[str, NDArray[Any]]:
+    """Return the mixed tokens of examples (0, 1), (2, 3), ... with ``counts`` response tokens.
 
-    A pair whose lam is NaN is not mixed.
+    The n-th token of one is mixed with the n-th of the other, up to the shorter response. A pair
+    whose lam is NaN is not mixed.
     """
     if len(counts) % 2:
         raise ValueError(
@@ -132,13 +149,10 @@ def pair(rows: Integers, counts: Integers, lam: Sequence[float]) -> dict[str, ND
             "use an even per-device batch size"
         )
     firsts = np.cumsum(counts) - counts
-    share = np.asarray(lam[::2], dtype=np.float32)
-    mixed = np.minimum(counts[::2], counts[1::2]) * ~np.isnan(share)
-    mix_c, mix_u = spans(firsts[::2], mixed), spans(firsts[1::2], mixed)
+    of_pairs = np.asarray(lam[::2], dtype=np.float32)
+    mixed = np.minimum(counts[::2], counts[1::2]) * ~np.isnan(of_pairs)
     return {
-        "mix_c": mix_c,
-        "mix_u": mix_u,
-        "pair_c": rows[mix_c],
-        "pair_u": rows[mix_u],
-        "lam": np.repeat(share, mixed),
+        "pair_c": spans(firsts[::2], mixed),
+        "pair_u": spans(firsts[1::2], mixed),
+        "lam": np.repeat(of_pairs, mixed),
     }

@@ -3,7 +3,7 @@
 - ``padded``: an example a row, padded on the right, with an attention mask.
 - ``padding_free``: all examples one after another in one row.
 - ``packed``: several rows of a common length, each holding whole examples one after another.
-- ``sequential``: as padding-free, but the backbone reads the examples one by one (`backbone.py`),
+- ``sequential``: as padding-free, but the backbone reads the examples one by one (`one_by_one.py`),
   each as if it were alone: without padding, mask or positions.
 
 Packed and padding-free rows have no attention mask: ``position_ids`` start again at 0 with each
@@ -17,14 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 Integers = NDArray[np.int64]
 
-LAYOUTS = ("padded", "padding_free", "packed", "sequential")
+LayoutName = Literal["padded", "padding_free", "packed", "sequential"]
+LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)
 
 
 class Slots(NamedTuple):
@@ -35,7 +36,7 @@ class Slots(NamedTuple):
     shape: tuple[int, int]  # R, L
 
     def fill(self, values: Integers | int, padding: int) -> Integers:
-        """``values`` (T,) in their slots (R, L), and ``padding`` in the others."""
+        """Return ``values`` (T,) in their slots (R, L), and ``padding`` in the others."""
         grid = np.full(self.shape, padding)
         grid.reshape(-1)[self.flat] = values
         return grid
@@ -74,7 +75,7 @@ class Layout:
             )
 
     def place(self, lengths: Integers) -> Slots:
-        """The slots of examples of those lengths (B,).
+        """Return the slots of examples of those lengths (B,).
 
         Raises:
             ValueError: an example is longer than ``row_length``.
@@ -91,9 +92,7 @@ class Layout:
         return Slots(spans(rows * shape[1] + offsets, lengths), positions, shape)
 
     def pack(self, lengths: Integers, longest: int) -> tuple[Integers, Integers]:
-        """Row and offset of each example, in the shorter rows or in the longer: no more slots than
-        padded.
-        """
+        """Return row and offset of each example, in short or long rows: the fewer slots."""
         limit = self.row_length or longest
         if longest > limit:
             raise ValueError(
@@ -106,18 +105,17 @@ class Layout:
         return min(packings, key=lambda packing: self.num_slots(lengths, *packing))
 
     def num_slots(self, lengths: Integers, rows: Integers, offsets: Integers) -> int:
-        """R * L of a packing."""
+        """Return the number of slots, R * L, of a packing."""
         return (int(rows.max()) + 1) * self.rounded(int((offsets + lengths).max()))
 
     def rounded(self, length: int) -> int:
-        """The length, up to a multiple of ``pad_to_multiple_of``; nothing is padded one by one."""
+        """Return the length, up to a multiple of ``pad_to_multiple_of``, but not for sequential."""
         if self.name == "sequential":
             return length
         return -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
     def inputs(self, tokens: Integers, slots: Slots, pad_token_id: int) -> dict[str, Integers]:
-        """What the model reads (R, L): ``input_ids``, and what its layout has of
-        ``attention_mask`` and ``position_ids``.
+        """Return what the model reads, (R, L): ``input_ids``, and the layout's mask or positions.
 
         Padding without a mask has position 0 throughout, which makes each slot a segment of its
         own, and no position is beyond the longest example's.
@@ -131,13 +129,13 @@ class Layout:
 
 
 def spans(starts: Integers, lengths: Integers) -> Integers:
-    """``start, start + 1, ...`` of each start, ``length`` numbers of it, one after another."""
+    """Return ``start, start + 1, ...`` for each start, ``length`` numbers of it, joined."""
     ends = np.cumsum(lengths)
     return np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1])
 
 
 def first_fit(lengths: Integers, room: int) -> tuple[Integers, Integers]:
-    """Row and offset of each example: the longest first, each in the first row that has room."""
+    """Return row and offset of each example: longest first, in the first row with room."""
 
     def choose(used: list[int], length: int) -> int:
         fitting = (row for row, taken in enumerate(used) if taken + length <= room)
@@ -150,7 +148,7 @@ def first_fit(lengths: Integers, room: int) -> tuple[Integers, Integers]:
 
 
 def level(lengths: Integers, num_rows: int, room: int) -> tuple[Integers, Integers] | None:
-    """Row and offset of each example: the longest first, each in the emptiest row.
+    """Return row and offset of each example: the longest first, each in the emptiest row.
 
     As few slots are left over at the end of rows as can be; None where a row has no room for it.
     """
@@ -161,7 +159,7 @@ def level(lengths: Integers, num_rows: int, room: int) -> tuple[Integers, Intege
 def in_rows(
     lengths: Integers, used: list[int], choose: Callable[[list[int], int], int]
 ) -> tuple[Integers, Integers]:
-    """Row and offset of each example, ``choose(tokens in each row, length)`` giving the row."""
+    """Return row and offset of each example; ``choose(tokens in rows, length)`` picks a row."""
     rows, offsets = np.zeros_like(lengths), np.zeros_like(lengths)
     for example in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[example])

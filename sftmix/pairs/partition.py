@@ -48,7 +48,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """One row per example; the formulas are those of this module."""
+    """A table with one row for each example; the module says the formulas."""
 
     id: NDArray[np.int64]  # (S,), each once
     content_hash: NDArray[np.str_]  # (S,), tells whether the data changed after scoring
@@ -69,7 +69,14 @@ def from_scores(
     num_tokens: ArrayLike,  # (S,) integers
     nll_sum: ArrayLike,  # (S, C), nats
 ) -> Partition:
-    """Computes perplexity, confidence, variability and the median split from the scores.
+    """Return the partition at the median, with the confidence that the scores give.
+
+    >>> nll = [[1.0, 0.5], [8.0, 6.0], [3.0, 2.0]]  # two scorings of three examples
+    >>> partition = from_scores([0, 1, 2], ["a", "b", "c"], [2, 2, 2], nll)
+    >>> partition.confidence.round(2).tolist()
+    [-1.47, -37.34, -3.6]
+    >>> partition.subset.tolist()
+    ['confident', 'unconfident', 'confident']
 
     Raises:
         TypeError: `id` or `num_tokens` are not integers that fit int64, or `content_hash` are not
@@ -109,7 +116,7 @@ def split_subsets(
     by: str,
     seed: int = 0,
 ) -> NDArray[np.str_]:
-    """Names the half of every example, (S,): "confident" or "unconfident"; or its level.
+    """Return the half of every example, (S,): "confident" or "unconfident"; or its level.
 
     confidence: the ceil(S/2) most confident examples are confident; equal ones go by smaller id.
     reversed: the same two halves with their names swapped, so with odd S the smaller one is
@@ -145,7 +152,7 @@ def split_subsets(
 
 
 def _num_levels(by: str, num_examples: int) -> int:
-    """K of "quantiles:K", 0 for halves."""
+    """Return K of "quantiles:K", 0 for halves."""
     if by in HALVES:
         return 0
     quantiles = re.fullmatch(r"quantiles:(\d+)", by)
@@ -160,7 +167,7 @@ def _num_levels(by: str, num_examples: int) -> int:
 
 
 def levels(partition: Partition) -> NDArray[np.int64]:
-    """The level of every example, (S,), 1 the most confident: of two halves 1 or 2."""
+    """Return the level of every example, (S,), 1 the most confident: of two halves 1 or 2."""
     halves = {CONFIDENT: 1, UNCONFIDENT: 2}
     found = [
         halves[name] if name in halves else int(name.removeprefix(LEVEL.format("")))
@@ -170,7 +177,7 @@ def levels(partition: Partition) -> NDArray[np.int64]:
 
 
 def subset_names(partition: Partition) -> list[str]:
-    """The names of the partition's halves or levels, the most confident first."""
+    """Return the names of the partition's halves or levels, the most confident first."""
     found = [re.fullmatch(r"level (\d+)", name) for name in set(partition.subset.tolist())]
     last = max((int(name[1]) for name in found if name), default=0)
     if not last:
@@ -179,12 +186,12 @@ def subset_names(partition: Partition) -> list[str]:
 
 
 def subset_counts(partition: Partition) -> dict[str, int]:
-    """How many examples each of the halves or levels has, the most confident first."""
+    """Return how many examples each half or level has, the most confident first."""
     return {name: int((partition.subset == name).sum()) for name in subset_names(partition)}
 
 
 def split(partition: Partition, by: str, seed: int = 0) -> Partition:
-    """Returns the partition with its halves or levels drawn anew, as `split_subsets` says.
+    """Return the partition with its halves or levels drawn anew, as `split_subsets` says.
 
     Raises:
         ValueError: as `split_subsets` does.
@@ -194,7 +201,7 @@ def split(partition: Partition, by: str, seed: int = 0) -> Partition:
 
 
 def write_partition(path: Path, partition: Partition) -> None:
-    """Writes the partition as a parquet file, atomically, with a checksum on every page.
+    """Write the partition as a parquet file, atomically, with a checksum on every page.
 
     Raises:
         OSError: the file cannot be written.
@@ -205,7 +212,7 @@ def write_partition(path: Path, partition: Partition) -> None:
 
 
 def read_partition(path: Path) -> Partition:
-    """Reads a partition that `write_partition` wrote.
+    """Read a partition that `write_partition` wrote.
 
     Raises:
         ValueError: the file is missing, cut off or damaged; its columns or their types are other
@@ -237,7 +244,7 @@ def match(
     ids: ArrayLike,  # (S,) integers
     content_hashes: Sequence[str] | NDArray[np.str_],  # (S,)
 ) -> Partition:
-    """The partition in the order of a data set's examples.
+    """Return the partition in the order of a data set's examples.
 
     The data must be what was scored: the same ids with the same content, no more and no fewer.
 
@@ -263,13 +270,13 @@ def match(
 
 
 def take(partition: Partition, rows: NDArray[np.int64]) -> Partition:
-    """The examples in ``rows`` of the partition, in that order."""
+    """Return the examples in ``rows`` of the partition, in that order."""
     columns = {field.name: getattr(partition, field.name)[rows] for field in fields(Partition)}
     return Partition(**columns)
 
 
 def partition_hash(partition: Partition) -> str:
-    """SHA-256 over ids, content, subsets and confidence in order: what training takes from it."""
+    """Return SHA-256 over what training reads: ids, content, subsets and confidence in order."""
     columns = (partition.id, partition.content_hash, partition.subset, partition.confidence)
     rows = zip(*(column.tolist() for column in columns), strict=True)
     lines = "\n".join(" ".join(map(str, row)) for row in rows)
@@ -277,7 +284,7 @@ def partition_hash(partition: Partition) -> str:
 
 
 def summary(partition: Partition) -> str:
-    """Describes the halves or levels in a small plain-text table, one line each.
+    """Return a small plain-text table of the halves or levels, one line each.
 
     Median, mean and standard deviation are those of the confidence; the latter two are taken over
     its finite values. `infinite` counts the perplexities, of S * C, that are inf.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from sftmix.pairs.partition import Partition, levels, take
 Rows: TypeAlias = NDArray[np.int64]
 # Of each example whether it is in the confident half, (S,), or the examples' partition.
 Confident: TypeAlias = Sequence[bool] | NDArray[Any] | Partition
+Pairing = Literal["outer", "neighbours", "rank"]
 
 # How far ranks are jittered, as a share of a half: partners change from epoch to epoch, while the
 # distance of their ranks stays within a tenth of the half.
@@ -25,7 +26,7 @@ JITTER = 0.05
 
 
 def chosen(confident: Confident, rows: Sequence[int]) -> Confident:
-    """The same of some of the examples, in the order of ``rows``."""
+    """Return ``confident`` for the examples in ``rows``, in that order."""
     places = np.asarray(rows, dtype=np.int64)
     if isinstance(confident, Partition):
         return take(confident, places)
@@ -34,7 +35,7 @@ def chosen(confident: Confident, rows: Sequence[int]) -> Confident:
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Pairs take one example of either side, the more confident one first.
+    """Two sides of examples; a pair takes one of each, the more confident one first.
 
     ``ranked``: both sides are ordered by confidence, and examples of about equal rank are paired;
     otherwise any two. Examples of a pool that is not ``mixed`` are in batches without Mixup.
@@ -47,11 +48,11 @@ class Pool:
 
     @property
     def num_pairs(self) -> int:
-        """Pairs of an epoch, in which every example comes at least once."""
+        """Return the number of pairs of an epoch, in which every example comes at least once."""
         return max(len(self.confident), len(self.unconfident))
 
     def draw(self, random: np.random.Generator) -> tuple[Rows, Rows]:
-        """An epoch's pairs, both sides (num_pairs,).
+        """Return an epoch's pairs, both sides (num_pairs,).
 
         A smaller side starts again when used up; a ranked one is stretched, so that partners keep
         their ranks' shares.
@@ -74,7 +75,7 @@ def _jittered(rows: Rows, random: np.random.Generator) -> Rows:
 
 
 def pools_of(confident: Confident, pairing: str) -> list[Pool]:
-    """The pools of examples whose half, (S,) booleans, or level is known.
+    """Return the pools of examples whose half, (S,) booleans, or level is known.
 
     outer: level 1 with level K, 2 with K - 1, and so on inwards; the middle level of an odd K is
         not mixed. Of two halves: one with the other, the paper's.
@@ -112,7 +113,7 @@ def pools_of(confident: Confident, pairing: str) -> list[Pool]:
             upper, lower = np.array_split(middle, 2)
             pools.append(Pool(upper, lower, mixed=False))
     else:
-        raise ValueError(f"pairing: expected outer, neighbours or rank, got {pairing!r}")
+        raise ValueError(f"pairing: expected {', '.join(get_args(Pairing))}; got {pairing!r}")
     for pool in pools:
         if not len(pool.confident) or not len(pool.unconfident):
             raise ValueError(

@@ -1,6 +1,6 @@
 """Which examples sit in a batch together: an epoch's order, its pairs and their lam.
 
-Pairs and lam depend on (seed, epoch) alone, so that neither a resumed run nor another number of
+Pairs and lam depend only on (seed, epoch), so that neither a resumed run nor another number of
 processes changes them.
 """
 
@@ -47,13 +47,13 @@ class PairedSampler(Sampler[tuple[int, float]]):
         draws = random.beta(self.alpha, self.alpha, size=-(-len(order) // self.pairs_per_lam))
         lam = np.repeat(draws, self.pairs_per_lam)[: len(order)]
         lam[~mixed[order]] = np.nan
-        for c, u, share in zip(confident.tolist(), unconfident.tolist(), lam.tolist(), strict=True):
-            yield c, share
-            yield u, share
+        for c, u, one in zip(confident.tolist(), unconfident.tolist(), lam.tolist(), strict=True):
+            yield c, one
+            yield u, one
 
 
 class ShuffledSampler(Sampler[int]):
-    """Every example once in an epoch, in an order that depends on (seed, epoch) alone."""
+    """Yields every example once in an epoch, in an order that depends only on (seed, epoch)."""
 
     def __init__(self, num_examples: int, *, seed: int) -> None:
         self.num_examples, self.seed, self.epoch = num_examples, seed, 0
@@ -71,7 +71,7 @@ class ShuffledSampler(Sampler[int]):
 
 
 class PairedExamples(Dataset[dict[str, Any]]):
-    """Examples looked up by a `PairedSampler`'s ``(row, lam)``."""
+    """Looks examples up by a `PairedSampler`'s ``(row, lam)``."""
 
     def __init__(self, examples: Sequence[dict[str, Any]]) -> None:
         self.examples = examples
@@ -85,7 +85,7 @@ class PairedExamples(Dataset[dict[str, Any]]):
 
 
 class FilledSampler(Sampler[Any]):
-    """Another sampler's keys, filled up to whole batches of all ranks.
+    """Yields another sampler's keys, filled up to whole batches of all ranks.
 
     The last batch of an epoch is not whole where the data do not divide. Fillers carry no loss, but
     a rank that has nothing else still makes its forward and backward, which the others wait for.
@@ -108,7 +108,7 @@ class FilledSampler(Sampler[Any]):
 
 
 class FilledExamples(Dataset[dict[str, Any]]):
-    """Examples by their row, and a filler by None."""
+    """Looks examples up by their row, and a filler by None."""
 
     def __init__(self, examples: Sequence[dict[str, Any]]) -> None:
         self.examples = examples
@@ -121,5 +121,5 @@ class FilledExamples(Dataset[dict[str, Any]]):
 
 
 def filler() -> dict[str, Any]:
-    """An example without loss, which `PairedCollator` takes because it says so."""
+    """Return an example without loss, marked so that `PairedCollator` takes it."""
     return {"id": -1, "input_ids": [0, 0], "labels": [IGNORE_INDEX] * 2, "filler": True}

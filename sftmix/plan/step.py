@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import (
 )
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from sftmix.methods import method_of
 from sftmix.model.head import HeadAdapter
 from sftmix.plan.attention import planned_implementation
 from sftmix.plan.moments import BACKWARD, FORWARD, UPDATE, decoder_layers, name_moments
@@ -41,7 +42,7 @@ from sftmix.plan.trace import (
 )
 from sftmix.recipe.arguments import RunArguments
 from sftmix.recipe.lora import add_lora
-from sftmix.training.config import CHECKPOINTING, MIXED, SFTMixConfig
+from sftmix.training.config import CHECKPOINTING, SFTMixConfig
 from sftmix.training.objective import batch_counts, batch_loss
 from sftmix.training.trainer import make_collator
 from sftmix_kernels import RowChunks, VocabTiles
@@ -282,7 +283,7 @@ def planned_batch(options: SFTMixConfig, length: int) -> dict[str, Any]:
     """Return the collator's batch of equal sequences, in pairs if the method mixes them."""
     tokens = np.zeros(length, dtype=np.int64)
     example: dict[str, Any] = {"input_ids": tokens, "labels": tokens}
-    if options.method in MIXED:
+    if method_of(options.method).mixed:
         example["lam"] = 0.5
     return make_collator(None, options)([example] * options.per_device_train_batch_size)
 
@@ -331,8 +332,7 @@ def micro_step(
     counts = batch_counts([inputs], torch.device("cpu"))
     trace.moment = FORWARD
     with autocast(options):
-        # No schedule of mu is at 0 half way through.
-        loss = batch_loss(model, head, inputs, options, counts, options.mixup_weight(0.5))
+        loss = batch_loss(model, head, inputs, options, counts)
     trace.part, trace.moment = ACTIVATIONS, BACKWARD
     total = loss.loss if loss.router is None else loss.loss + head.router_coefficient * loss.router
     total.backward()

@@ -17,9 +17,10 @@ from typing import Any, Literal, NoReturn, cast
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
+from sftmix.methods import OPTIONS
 from sftmix.recipe.config_file import config_words, place_of
 from sftmix.runs.failures import Naming, OneMessage, OneSpelling
-from sftmix.training.config import OF_MIXUP, ScoreConfig, SFTMixConfig, SFTMixOptions, option
+from sftmix.training.config import ScoreConfig, SFTMixConfig, SFTMixOptions, option
 
 # The commands have flags of their own in place of these of transformers.
 ELSEWHERE = {"output_dir": "the folder as --output", "resume_from_checkpoint": "--resume"}
@@ -305,7 +306,7 @@ def _show_bars(show: bool) -> None:
 
 def idle_options(config_type: type[SFTMixConfig]) -> set[str]:
     """Return the options that a command does not use: a reference model is trained with NTP."""
-    return {*OF_MIXUP, "kl_reg"} if issubclass(config_type, ScoreConfig) else set()
+    return set(OPTIONS) if issubclass(config_type, ScoreConfig) else set()
 
 
 def _hide_inherited(parser: argparse.ArgumentParser, config_type: type[SFTMixConfig]) -> None:

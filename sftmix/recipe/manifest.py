@@ -71,8 +71,6 @@ RECIPE_FIELDS = (
     "mlp_tile_tokens",
     "loss_max_bytes",
     "mu",
-    "mu_schedule",
-    "mu_warmup_ratio",
     "alpha",
     "lambda_scope",
     "pairing",

@@ -17,11 +17,11 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedTokenizerBase
 
+from sftmix.methods import METHODS, OPTIONS, Method, title_of
 from sftmix.runs.provenance import PARTS
 from sftmix.runs.redaction import redacted
 from sftmix.templates.chat import chat_template, end_of_turn
 from sftmix.templates.turn_ends import stop_advice
-from sftmix.training.config import MIXED, OF_MIXUP
 
 PAPER = "https://arxiv.org/abs/2410.05248"
 # https://aclanthology.org/2026.acl-long.78
@@ -35,24 +35,9 @@ CITATION = """\
   pages = "1705--1718",
 }"""
 PAIRS = (
-    "between a confident and an unconfident part of the data, `lam ~ Beta(alpha, alpha)` for each "
-    "`lambda_scope`"
+    f" ([SFTMix]({PAPER})). Mixup is between a confident and an unconfident part of the data, "
+    "`lam ~ Beta(alpha, alpha)` for each `lambda_scope`"
 )
-METHODS = {
-    "sftmix": f"[SFTMix]({PAPER}): next-token prediction plus `mu` times Mixup {PAIRS}",
-    "equal": f"an ablation of [SFTMix]({PAPER}): next-token prediction plus Mixup {PAIRS}",
-    "mixup": f"an ablation of [SFTMix]({PAPER}): Mixup alone, {PAIRS}",
-    "ntp": "next-token prediction",
-    "ir_dro": "IR-DRO: next-token prediction, each example weighted by the softmax over the batch "
-    "of its mean token loss, divided by `kl_reg`",
-}
-NAMES = {
-    "sftmix": "SFTMix",
-    "ntp": "NTP",
-    "ir_dro": "IR-DRO",
-    "equal": "NTP and Mixup",
-    "mixup": "Mixup",
-}
 # Of the last log line that has them.
 LAST = (
     "loss",
@@ -63,16 +48,18 @@ LAST = (
     "eval_loss",
     "eval_perplexity",
 )
-OF_MU = ("mu", "mu_schedule", "mu_warmup_ratio")
 
 
-def idle_options(method: str) -> tuple[str, ...]:
-    """The options that a method does not heed."""
-    return (
-        *(() if method == "sftmix" else OF_MU),
-        *(() if method in MIXED else set(OF_MIXUP) - set(OF_MU)),
-        *(() if method == "ir_dro" else ("kl_reg",)),
-    )
+def idle_options(method: Method | None) -> set[str]:
+    """Return the options that a method does not heed; one that is not known may heed all."""
+    return set() if method is None else {*OPTIONS} - {*method.options}
+
+
+def described(method: Method | None, name: str) -> str:
+    """Return what a model was made by, as the end of a sentence."""
+    if method is None:
+        return f"the method {code_span(name)}"
+    return f"{method.says}{PAIRS if method.mixed else ''}"
 
 
 def model_card(
@@ -85,7 +72,7 @@ def model_card(
     adapter: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> str:
-    """The card of a trained model as Markdown, with metadata in YAML before it.
+    """Return the card of a trained model as Markdown, with metadata in YAML before it.
 
     ``recipe`` is that of `manifest.recipe`, ``log`` the trainer's log history, ``seconds``
     the time trained, ``subsets`` the numbers of examples in the partition's halves or levels;
@@ -94,7 +81,8 @@ def model_card(
     neither Markdown nor HTML, and has no secret in it.
     """
     recipe = redacted(dict(recipe))
-    method = str(recipe["method"])
+    name = str(recipe["method"])
+    method = METHODS.get(name)
     hidden = ("method", "model", "data", PARTS, *idle_options(method))
     options = {name: value for name, value in recipe.items() if name not in hidden}
     if selected := options.get("select"):
@@ -102,15 +90,15 @@ def model_card(
     counts = {}
     if subsets:
         counts = {f"{', '.join(subsets)} examples": ", ".join(map(str, subsets.values()))}
+    mixed = method is not None and method.mixed
     model, data = public_name(recipe["model"]), [public_name(name) for name in recipe["data"]]
-    words = METHODS.get(method, f"the method {code_span(method)}")
     return (
         "\n\n".join(
             [
-                f"---\n{_metadata(recipe, adapter=adapter).to_yaml()}\n---",
-                f"# {plain(model)}, fine-tuned with {NAMES.get(method, plain(method))}",
+                f"---\n{_metadata(recipe, adapter=adapter, mixed=mixed).to_yaml()}\n---",
+                f"# {plain(model)}, fine-tuned with {plain(title_of(name))}",
                 f"{'An adapter of' if adapter else 'Made from'} {code_span(model)} on "
-                f"{', '.join(map(code_span, data))} by {words}.",
+                f"{', '.join(map(code_span, data))} by {described(method, name)}.",
                 *(() if tokenizer is None else _of_turns(tokenizer)),
                 "## Recipe",
                 _table(("option", "value"), {**options, **counts}),
@@ -120,7 +108,7 @@ def model_card(
                 "log line.",
                 "## Versions",
                 _table(("package", "version"), versions),
-                *(("## Citation", f"```bibtex\n{CITATION}\n```") if method in MIXED else ()),
+                *(("## Citation", f"```bibtex\n{CITATION}\n```") if mixed else ()),
             ]
         )
         + "\n"
@@ -128,7 +116,7 @@ def model_card(
 
 
 def _of_turns(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """How the model is asked, and what ends its answers."""
+    """Return how the model is asked, and what ends its answers."""
     template = chat_template(tokenizer)
     try:
         end = end_of_turn(tokenizer)
@@ -139,7 +127,7 @@ def _of_turns(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def figures(log: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
-    """What was measured: last losses, median speed, peak memory, time trained."""
+    """Return what was measured: last losses, median speed, peak memory, time trained."""
     found = {name: line[name] for name in LAST for line in log if name in line}
     speeds = [line["tokens_per_second"] for line in log if "tokens_per_second" in line]
     peaks = [line["peak_memory_gib"] for line in log if "peak_memory_gib" in line]
@@ -150,7 +138,7 @@ def figures(log: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
 
 
 def public_name(name: str) -> str:
-    """A hub name as it is; of a path its last part alone."""
+    """Return a hub name as it is, and of a path only the last part."""
     return Path(name).name if _is_local(name) else name
 
 
@@ -165,13 +153,13 @@ def _is_local(name: str) -> bool:
     return not on_hub or is_file or Path(name).exists()
 
 
-def _metadata(recipe: Mapping[str, Any], *, adapter: bool) -> ModelCardData:
+def _metadata(recipe: Mapping[str, Any], *, adapter: bool, mixed: bool) -> ModelCardData:
     return ModelCardData(
         base_model=None if _is_local(recipe["model"]) else recipe["model"],
         datasets=[name for name in recipe["data"] if not _is_local(name)] or None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=[*(["sftmix"] if recipe["method"] in MIXED else []), "sft"],
+        tags=[*(["sftmix"] if mixed else []), "sft"],
     )
 
 
@@ -233,7 +221,7 @@ def _line(value: Any) -> str:
 
 
 def _visible(text: str) -> str:
-    """The text without what a terminal or a browser would obey and nobody sees."""
+    """Return the text without what a terminal or a browser would obey and nobody sees."""
     text = re.sub("\r\n?|[\v\f\x1c-\x1e\x85\u2028\u2029]", "\n", text).replace("\t", "    ")
     return "".join(
         "\ufffd" if one != "\n" and unicodedata.category(one) in ("Cc", "Cf", "Cs") else one

@@ -13,30 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from sftmix.conventions import CONFIGS, EVALUATION, MANIFEST, PARTITION, TRAINER_STATE
+from sftmix.methods import METHODS, OPTIONS, title_of
 from sftmix.pairs.partition import Partition, partition_hash, read_partition
 
 # Of a manifest, not of the recipe.
 NOT_RECIPE = ("versions", "files", "split", "parts")
-METHODS = {
-    "ntp": "NTP",
-    "sftmix": "SFTMix",
-    "equal": "NTP + Mixup, equal",
-    "mixup": "Mixup alone",
-    "ir_dro": "IR-DRO",
-}
-MIXED = ("sftmix", "equal", "mixup")
 # What a method brings with it: two methods differ in these as well.
-OF_METHOD = {
-    "method",
-    "partition",
-    "mu",
-    "mu_schedule",
-    "mu_warmup_ratio",
-    "alpha",
-    "lambda_scope",
-    "pairing",
-    "kl_reg",
-}
+OF_METHOD = {"method", "partition", *OPTIONS}
 # What data were made with: they are the same where their hash is.
 OF_DATA = {"data", "data_split", "select", "on_bad_row"}
 # Likewise where a model lay.
@@ -121,6 +104,11 @@ class Group:
     def method(self) -> str:
         """As `--method`."""
         return str(self.recipe["method"])
+
+    @property
+    def mixed(self) -> bool:
+        """Whether its method mixes pairs, as far as this version knows it."""
+        return self.method in METHODS and METHODS[self.method].mixed
 
     @property
     def start(self) -> tuple[Any, ...]:
@@ -283,7 +271,7 @@ def _names(parts: Sequence[Sequence[Run]]) -> list[str]:
         if len(texts) > 2:
             others = f" and {len(part) - 1} more" if len(part) > 1 else ""
             texts = [f"{part[0].name}{others}"]
-        names.append(", ".join([METHODS.get(method, method), *texts]))
+        names.append(", ".join([title_of(method), *texts]))
     return names
 
 

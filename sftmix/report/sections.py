@@ -13,7 +13,7 @@ from sftmix.report import confidence, curves, mixing, representations, tables
 from sftmix.report.drawing import LeftOut, Picture, attempt, colour
 from sftmix.report.findings import Findings
 from sftmix.report.page import Section, Table
-from sftmix.report.runs import MIXED, Group, Run
+from sftmix.report.runs import Group, Run
 
 if TYPE_CHECKING:  # brings torch
     from sftmix.report.measured import Measured
@@ -196,7 +196,7 @@ def _places(findings: Findings, group: Group, name: str, found: Measured) -> Pic
 def mixing_section(findings: Findings) -> Section:
     """Return the pairs of the rows that have a Mixup term."""
     parts: Parts = []
-    for group in (group for group in findings.groups if group.method in MIXED):
+    for group in (group for group in findings.groups if group.mixed):
         name = group.name
         parts.append(attempt(f"Truncation losses: {name}", _truncation, findings, group))
         parts.append(attempt(f"Mixing shares: {name}", _lam, findings, group))

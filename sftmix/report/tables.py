@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sftmix.methods import title_of
 from sftmix.report.comparison import LEVEL, Comparison, compare
 from sftmix.report.page import Table
 from sftmix.report.paper import ROWS, PaperRow
 from sftmix.report.runs import (
-    METHODS,
     Group,
     Run,
     baseline_of,
@@ -54,7 +54,7 @@ FOUND = (
 # The options that the paper mixed a method's rows with.
 _PAIRS = {"alpha": 0.5, "pairing": "outer"}
 PAPERS_OPTIONS: dict[str, dict[str, Any]] = {
-    "sftmix": {"mu": 0.2, "mu_schedule": "constant", **_PAIRS},
+    "sftmix": {"mu": 0.2, **_PAIRS},
     "equal": _PAIRS,
     "mixup": _PAIRS,
 }
@@ -310,9 +310,7 @@ def paper_table(groups: Sequence[Group], values: Sequence[Values]) -> Table | No
     for group, row in zip(groups, values, strict=True):
         for paper in paper_rows(group):
             for name, figure in paper.figures.items():
-                label = (
-                    f"{METHODS.get(paper.method, paper.method)}, {last_part(paper.model)}: {name}"
-                )
+                label = f"{title_of(paper.method)}, {last_part(paper.model)}: {name}"
                 ours = _spread(row.get(name), Measure(name, name, ".2f"))
                 name = f"{group.name} (LoRA)" if group.recipe.get("lora_rank") else group.name
                 rows[label, paper.data, name] = [label, paper.data, f"{figure:g}", ours, name]

@@ -5,40 +5,26 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from sftmix.methods import METHODS, method_of
+from sftmix.pairs.layouts import LayoutName
+from sftmix.pairs.pools import Pairing
 from sftmix.runs.failures import Naming
 from sftmix.training.option_checks import check_options, check_settled
 from sftmix_kernels import RowChunks, VocabTiles
 from sftmix_kernels.schedules import Schedule
-
-CHOICES = {
-    "method": ("sftmix", "ntp", "equal", "mixup", "ir_dro"),
-    "lambda_scope": ("pair", "batch"),
-    "mu_schedule": ("constant", "linear_warmup", "cosine"),
-    "pairing": ("outer", "neighbours", "rank"),
-    "loss_schedule": ("auto", "row_chunks", "vocab_tiles"),
-    "head": ("fused", "logits"),
-    "layout": ("padded", "padding_free", "packed", "sequential"),
-    "memory": ("plain", "lean"),
-}
-
-# The methods that have a Mixup term, and so need pairs.
-MIXED = ("sftmix", "equal", "mixup")
 
 # What an evaluation gives, of each of its data sets; the lower the better.
 EVALUATED = ("loss", "perplexity")
 # Minutes between two checkpoints: one of an 8B model with AdamW, 100 GB, takes one or two.
 SAVE_MINUTES = 30.0
 
-# Options of Mixup, with pairs or in its weight, and of one method each.
-OF_MIXUP = ("mu", "mu_schedule", "mu_warmup_ratio", "alpha", "lambda_scope", "pairing")
-
-# transformers' name for it; older versions know the other alone.
+# transformers' name for it; older versions know only the other.
 CHECKPOINTING = (
     "activation_checkpointing"
     if hasattr(TrainingArguments, "activation_checkpointing")
@@ -49,9 +35,12 @@ LEAN_TILE_TOKENS = 4096
 LEAN_LOSS_BYTES = 2**28
 
 
-def option(default: Any, help_text: str, source: str) -> Any:
-    """A config field whose help names where the default comes from."""
-    return field(default=default, metadata={"help": f"{help_text} [{source}]"})
+def option(default: Any, help_text: str, source: str, **more: Any) -> Any:
+    """Return a config field whose help names where the default comes from.
+
+    ``more`` are further keywords of `argparse.ArgumentParser.add_argument`.
+    """
+    return field(default=default, metadata={"help": f"{help_text} [{source}]", **more})
 
 
 # The options go over any config derived from TrainingArguments; type checkers read them as one.
@@ -68,25 +57,18 @@ class SFTMixOptions(ConfigBase):
     Every help text ends in "paper" (arXiv 2410.05248) or "ours" (the paper does not say).
     """
 
-    method: Literal["sftmix", "ntp", "equal", "mixup", "ir_dro"] = option(
+    method: str = option(
         "sftmix",
-        "sftmix: NTP + mu * Mixup; ntp: next-token prediction alone; equal: NTP + Mixup; mixup: "
-        "Mixup alone; ir_dro: NTP, examples weighted by the softmax of their mean token loss",
+        "; ".join(f"{name}: {method.says}" for name, method in METHODS.items()),
         "paper",
+        choices=METHODS.keys(),
     )
     mu: float = option(0.2, "Weight of the Mixup term in sftmix", "paper")
-    mu_schedule: Literal["constant", "linear_warmup", "cosine"] = option(
-        "constant",
-        "constant: mu throughout [paper]; linear_warmup: from 0 to mu over mu_warmup_ratio of the "
-        "steps; cosine: from mu to 0 over all steps",
-        "ours",
-    )
-    mu_warmup_ratio: float = option(0.1, "Share of the steps in which mu rises", "ours")
     alpha: float = option(0.5, "lam ~ Beta(alpha, alpha)", "paper")
     lambda_scope: Literal["pair", "batch"] = option(
         "pair", "One lam for each pair of examples, or for all pairs of an optimizer step", "ours"
     )
-    pairing: Literal["outer", "neighbours", "rank"] = option(
+    pairing: Pairing = option(
         "outer",
         "outer: the confident half with the other, of K levels the first with the last and so on "
         "inwards; neighbours: level 1 with 2, 3 with 4; rank: halves, each example with one of "
@@ -99,14 +81,14 @@ class SFTMixOptions(ConfigBase):
     )
     head: Literal["fused", "logits"] = option(
         "fused",
-        "fused: the loss reads a linear head, logits are never made; logits: any head, slowly, "
-        "through the model's own logits",
+        "fused: the loss reads a linear head and makes no logits; logits: the loss reads the "
+        "model's own logits, of any head, slowly",
         "ours",
     )
-    layout: Literal["padded", "padding_free", "packed", "sequential"] = option(
+    layout: LayoutName = option(
         "padded",
         "How examples lie in a batch: a row each; all in one row; several in each row; one after "
-        "the other through the model, so that activations are of one alone, for another forward "
+        "the other through the model, which keeps the activations of one, for another forward "
         "pass of all but the last",
         "ours",
     )
@@ -116,19 +98,19 @@ class SFTMixOptions(ConfigBase):
     memory: Literal["plain", "lean"] = option(
         "plain",
         "lean: activation (gradient) checkpointing and, in place of their defaults, --layout "
-        "sequential, --mlp_tile_tokens 4096, --loss_max_bytes 268435456; results differ by "
-        "rounding alone",
+        f"sequential, --mlp_tile_tokens {LEAN_TILE_TOKENS}, --loss_max_bytes {LEAN_LOSS_BYTES}; "
+        "results differ only by rounding",
         "ours",
     )
     mlp_tile_tokens: int | None = option(
         None,
-        "MLPs run on so many tokens at a time and keep nothing inside, for another forward pass of "
-        "them in backward",
+        "Run MLPs on so many tokens at a time, keeping nothing inside them, for another forward "
+        "pass of them in backward",
         "ours",
     )
     activation_offload: bool = option(
         False,
-        "What activation checkpointing keeps, a hidden state of each token and layer, lies in the "
+        "Keep what activation checkpointing keeps, a hidden state of each token and layer, in the "
         "host's memory; costs its way there and back",
         "ours",
     )
@@ -140,8 +122,8 @@ class SFTMixOptions(ConfigBase):
     )
     save_minutes: float | None = option(
         None,
-        "Write a checkpoint as well when so many minutes have passed since the last; by default "
-        "30, and with --save_strategy no none; 0: none",
+        "Write a checkpoint also when so many minutes have passed since the last; by default 30, "
+        "with --save_strategy no none; 0: none",
         "ours",
     )
     # Examples carry columns that no model's forward knows, and the trainer sorts them itself.
@@ -152,7 +134,7 @@ class SFTMixOptions(ConfigBase):
         self._check_steps()
         if self.memory == "lean":
             self._turn_lean()
-        if self.method in MIXED and self.per_device_train_batch_size % 2:
+        if METHODS[self.method].mixed and self.per_device_train_batch_size % 2:
             raise ValueError(
                 "per_device_train_batch_size: expected an even number (pairs of examples), "
                 f"got {self.per_device_train_batch_size}"
@@ -181,13 +163,12 @@ class SFTMixOptions(ConfigBase):
         self._check_settled()
 
     def _check_settled(self) -> None:
-        """What can be told only once transformers has read the options."""
+        """Check what can be told only once transformers has read the options."""
         check_settled(self, {name: one.default for name, one in self.__dataclass_fields__.items()})
 
     def _turn_lean(self) -> None:
-        """Turn on what is off of this trainer's own that saves memory and leaves results alone."""
-        if self.layout == "padded":
-            self.layout = "sequential"
+        """Turn on what `--memory lean` stands for, where the user has not chosen otherwise."""
+        self.layout = layout_for(self.layout, self.memory)
         if self.mlp_tile_tokens is None:
             self.mlp_tile_tokens = LEAN_TILE_TOKENS
         # vocab_tiles' own workspace is smaller, and with --head logits all logits are there.
@@ -196,7 +177,7 @@ class SFTMixOptions(ConfigBase):
             self.loss_max_bytes = LEAN_LOSS_BYTES
 
     def _check_memory(self) -> None:
-        """What can be told only now: FSDP's options, which may be in a file, are read."""
+        """Check what can be told only now: FSDP's options, which may be in a file, are read."""
         if self.memory == "lean" and not self.checkpoints_activations:
             for name in {CHECKPOINTING, "gradient_checkpointing"}:
                 setattr(self, name, True)
@@ -213,7 +194,7 @@ class SFTMixOptions(ConfigBase):
 
     @property
     def checkpoints_activations(self) -> bool:
-        """Whether layers keep their inputs alone, by transformers' option or by FSDP's."""
+        """Return whether layers keep only their inputs, by transformers' option or by FSDP's."""
         names = (CHECKPOINTING, "gradient_checkpointing")
         sharded = self.fsdp_config if self.fsdp and isinstance(self.fsdp_config, dict) else {}
         by_fsdp = sharded.get("activation_checkpointing", False)
@@ -221,7 +202,7 @@ class SFTMixOptions(ConfigBase):
 
     @property
     def save_seconds(self) -> float:
-        """Seconds after which a checkpoint is due; infinite where none is due by the clock."""
+        """Return the seconds after which a checkpoint is due; infinite if the clock makes none."""
         minutes = self.save_minutes
         if minutes is None:
             minutes = SAVE_MINUTES if self.writes_checkpoints else 0.0
@@ -229,12 +210,12 @@ class SFTMixOptions(ConfigBase):
 
     @property
     def writes_checkpoints(self) -> bool:
-        """Whether a run that nobody interrupts writes any."""
+        """Return whether a run that nobody interrupts writes checkpoints."""
         return self.save_strategy != "no"
 
     @property
     def loss_plan(self) -> Schedule:
-        """How the loss avoids full logits: the fused ops' ``schedule``."""
+        """Return how the loss avoids full logits: the fused ops' ``schedule``."""
         if self.loss_max_bytes is None:
             return self.loss_schedule
         if self.loss_schedule == "vocab_tiles":
@@ -242,10 +223,11 @@ class SFTMixOptions(ConfigBase):
         return RowChunks(max_bytes=self.loss_max_bytes)
 
     def _check_numbers(self) -> None:
-        for name, allowed in CHOICES.items():
+        method_of(self.method)
+        for name, allowed in choices().items():
             if getattr(self, name) not in allowed:
-                choices = ", ".join(allowed)
-                raise ValueError(f"{name}: expected {choices}; got {getattr(self, name)!r}")
+                known = ", ".join(allowed)
+                raise ValueError(f"{name}: expected {known}; got {getattr(self, name)!r}")
         if not (np.isfinite(self.mu) and self.mu >= 0):
             raise ValueError(f"mu: expected a finite number of at least 0, got {self.mu}")
         for name in ("alpha", "kl_reg"):
@@ -259,10 +241,6 @@ class SFTMixOptions(ConfigBase):
         if self.loss_max_bytes is not None and self.head == "logits":
             raise ValueError(
                 "loss_max_bytes: expected head='fused'; head='logits' holds all logits"
-            )
-        if not 0 < self.mu_warmup_ratio <= 1:
-            raise ValueError(
-                f"mu_warmup_ratio: expected above 0 and at most 1, got {self.mu_warmup_ratio}"
             )
 
     def _check_steps(self) -> None:
@@ -282,15 +260,16 @@ class SFTMixOptions(ConfigBase):
                 f"{self.num_train_epochs}, which trains {trained}"
             )
 
-    def mixup_weight(self, progress: float) -> float:
-        """The weight of Mixup beside NTP, when a share ``progress`` of all steps is done."""
-        if self.method != "sftmix":
-            return 1.0 if self.method in MIXED else 0.0
-        if self.mu_schedule == "linear_warmup":
-            return self.mu * min(1.0, progress / self.mu_warmup_ratio)
-        if self.mu_schedule == "cosine":
-            return self.mu * (1 + math.cos(math.pi * progress)) / 2
-        return self.mu
+
+def choices() -> dict[str, tuple[str, ...]]:
+    """Return the values of SFTMix's own options that are one of several words."""
+    hints = get_type_hints(SFTMixOptions)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+
+
+def layout_for(layout: LayoutName, memory: str) -> LayoutName:
+    """Return the layout of a run: in place of the default, `--memory lean` takes sequential."""
+    return "sequential" if memory == "lean" and layout == "padded" else layout
 
 
 @dataclass
@@ -324,7 +303,7 @@ class SFTMixConfig(SFTMixOptions, TrainingArguments):
 
 @dataclasses.dataclass
 class ScoreConfig(SFTMixConfig):
-    """Training of the reference model: one epoch of next-token prediction."""
+    """Options of the reference model's training: one epoch of next-token prediction."""
 
     method: Literal["ntp"] = option("ntp", "The reference model is trained with NTP", "paper")
     num_train_epochs: float = option(1.0, "The confidence is that of one epoch", "paper")
@@ -336,7 +315,7 @@ class ScoreConfig(SFTMixConfig):
     )
     checkpoint_scorings: bool = option(
         True,
-        "Write a checkpoint before each scoring, so that a killed run goes on in the midst of it",
+        "Write a checkpoint before each scoring, so that a killed run resumes in the midst of it",
         "ours",
     )
     save_strategy: str = option(
@@ -362,5 +341,5 @@ class ScoreConfig(SFTMixConfig):
 
     @property
     def writes_checkpoints(self) -> bool:
-        """Whether a run that nobody interrupts writes any."""
+        """Return whether a run that nobody interrupts writes checkpoints."""
         return self.checkpoint_scorings or super().writes_checkpoints

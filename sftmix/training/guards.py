@@ -3,7 +3,7 @@
 Once a step, when its gradients are there and none of them is used, all ranks put together what each
 has seen: losses and a gradient's norm that are not finite, a signal, and on the first rank whether
 a checkpoint is due. That is one reduction of five numbers and one wait for the device, which was
-there for the losses alone; the norm is the one that clipping and the log have anyway.
+only for the losses; the norm is the one that clipping and the log have anyway.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class GuardedSteps(TrainerBase):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None
     ) -> Tensor:
-        """One micro-batch, whose loss is looked at with those of its step."""
+        """Make a micro-batch's forward and backward; its loss is checked with those of its step."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.unchecked.append((loss, inputs["ids"]))
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm of the step's gradients, which Trainer asks for before the optimizer's step.
+        """Return the norm of the gradients, which Trainer asks for before the optimizer's step.
 
         Raises:
             FloatingPointError: a loss or a gradient is NaN or infinite, with the step and the ids
@@ -92,7 +92,7 @@ class GuardedSteps(TrainerBase):
         self.stop_signal = next((signum for signum, ranks in signals if ranks), None)
 
     def _is_scaled_down(self) -> bool:
-        """Whether fp16's scaler leaves this step out, and takes a smaller scale for the next."""
+        """Return whether fp16's scaler leaves this step out and takes a smaller scale next."""
         scaler = self.accelerator.scaler
         return scaler is not None and scaler.is_enabled() and scaler.get_scale() > LOWEST_SCALE
 
@@ -106,7 +106,7 @@ class GuardedSteps(TrainerBase):
         raise RankError(f"the loss of another rank is not finite {step}; {self._unharmed()}")
 
     def _refuse_gradients(self, window: list[tuple[Tensor, Tensor]], norm: Tensor) -> None:
-        """All ranks have the same gradients by now: whose examples made them cannot be told."""
+        """Refuse gradients that all ranks share by now: whose examples made them cannot be told."""
         step = f"at step {self.state.global_step + 1}"
         everyone = gathered([number for _, ids in window for number in ids.tolist()])
         if not is_main():
@@ -119,7 +119,7 @@ class GuardedSteps(TrainerBase):
         )
 
     def _unharmed(self) -> str:
-        """Say what this step has done to the model, which an earlier one may have spoilt."""
+        """Return in words what this step did to the model, which an earlier one may have spoilt."""
         optimizer = str(getattr(self.args.optim, "value", self.args.optim))
         if any(kind in optimizer for kind in IN_BACKWARD):
             return f"--optim {optimizer} updates weights in backward: the model may be spoilt"
@@ -147,7 +147,7 @@ class GuardedSteps(TrainerBase):
 
 
 def weight_not_finite(model: nn.Module) -> str | None:
-    """The name of a trained weight that is NaN or infinite here, None where all are finite.
+    """Return the name of a trained weight that is NaN or infinite here, None where all are finite.
 
     Looks at the smallest and the largest value, which takes no memory, and waits once.
     """

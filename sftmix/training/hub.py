@@ -66,7 +66,7 @@ class Repository:
 
 
 def repository(config: SFTMixOptions) -> Repository | None:
-    """Where the options want the final model pushed to, None where they do not.
+    """Return where the options want the final model pushed to, None where they do not.
 
     The trainer is told nothing of it: it would make a repository and push nothing to it.
 
@@ -90,6 +90,6 @@ def repository(config: SFTMixOptions) -> Repository | None:
 
 
 def model_files(run: Path) -> list[str]:
-    """The names of a final model's files, its tokenizer's among them, and of nothing else."""
+    """Return the names of a final model's files, its tokenizer's among them."""
     found = {path for pattern in MODEL_FILES for path in run.glob(pattern) if path.is_file()}
     return sorted(str(path.relative_to(run)) for path in found)

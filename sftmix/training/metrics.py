@@ -73,7 +73,7 @@ class LossWindow:
         ntp: bool = True,
         router: bool = False,
     ) -> dict[str, float]:
-        """The log line of a window that ends at ``step``, from its sums over all ranks.
+        """Return the log line of a window that ends at ``step``, from its sums over all ranks.
 
         The terms are those that the method has: ``ntp``, ``mixed``, and a ``router``'s.
         """
@@ -115,7 +115,7 @@ class LossWindow:
             write_json(folder / self.FILE, state)
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint's sums, which the first rank takes."""
+        """Load a checkpoint's sums, which the first rank takes."""
         state = json.loads((folder / self.FILE).read_text(encoding="utf-8"))
         self.first_step = state["first_step"]
         self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64) * is_main())
@@ -150,7 +150,7 @@ class RunTensorBoard(TensorBoardCallback):
 
 
 def peak_memory(device: torch.device) -> float:
-    """Bytes at the highest: allocated on the GPU, resident in the process on the CPU."""
+    """Return the most bytes so far: allocated on the GPU, or resident in the process on a CPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     # Not ru_maxrss where there is another: Linux lets a child begin with its parent's.

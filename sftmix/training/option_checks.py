@@ -226,7 +226,7 @@ def check_numbers(args: Any) -> None:
 
 
 def counts(args: Any, strategy: str) -> bool:
-    """Whether something happens every so many steps."""
+    """Return whether something happens every so many steps."""
     return bool(getattr(args, strategy) == "steps")
 
 
@@ -332,7 +332,7 @@ def check_loading(args: Any) -> None:
             if getattr(args, name):
                 raise ValueError(
                     f"{name}: expected --dataloader_num_workers above 0 with it, "
-                    f"got {getattr(args, name)} alone"
+                    f"got {getattr(args, name)} and 0 of them"
                 )
 
 
@@ -473,7 +473,7 @@ def check_optimizer(args: Any) -> None:
 
 
 def optimizer_of(args: Any, optim_args: str | None = None) -> tuple[Any, dict[str, Any]]:
-    """The optimizer's class and keywords, as transformers chooses them for a linear model."""
+    """Return the class and keywords that transformers chooses for a linear model."""
     model: Any = nn.Sequential(nn.Linear(2, 2))
     given = args.optim_args, args.optim_target_modules
     if args.optim_target_modules is not None:

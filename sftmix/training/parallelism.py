@@ -58,13 +58,13 @@ def check_parallelism(args: Any, accelerator: Any, model: nn.Module) -> None:
 
 
 def loads_on_main_alone(accelerator: Any) -> bool:
-    """Whether the other ranks' weights are not there before the model is sharded."""
+    """Return whether only the first rank has weights before the model is sharded."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     return plugin is not None and bool(plugin.cpu_ram_efficient_loading)
 
 
 def sharded_weights(model: nn.Module) -> list[str]:
-    """The names of the parameters of which this rank holds a part."""
+    """Return the names of the parameters of which this rank holds a part."""
     return [name for name, weight in model.named_parameters() if isinstance(weight, DTensor)]
 
 

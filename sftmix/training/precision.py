@@ -33,7 +33,7 @@ WAYS_OUT = (
 
 
 class HalfPrecisionUpdates(TrainerCallback):
-    """Warn of updates that rounding would lose; key rounding at random by the seed and the step.
+    """Warns of updates that rounding would lose; keys random rounding by the seed and the step.
 
     The process' own random numbers would not do under DDP, where all ranks have to round alike:
     dropout and noise draw more of them on the rank whose sequences are longer.
@@ -57,12 +57,12 @@ class HalfPrecisionUpdates(TrainerCallback):
             torch.manual_seed(int(key.generate_state(1)[0]))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Go on with the random numbers of before."""
+        """Restore the random numbers of before the step."""
         self.keyed.close()
 
 
 def lost_updates(optimizer: Any) -> str | None:
-    """What rounding to nearest would lose, in words; None where small updates are kept.
+    """Return in words what rounding to nearest would lose; None if small updates are kept.
 
     AdamW moves a weight by about the learning rate. The estimate counts the weights that stay as
     they are when the highest rate is added to them.
@@ -85,7 +85,7 @@ def lost_updates(optimizer: Any) -> str | None:
 
 
 def rounded_weights(optimizer: Any) -> Iterator[tuple[Tensor, float]]:
-    """Half-precision weights that are updated to the nearest number, and their highest rate."""
+    """Return half-precision weights that are rounded to nearest, and their highest rate."""
     for group in optimizer.param_groups:
         rate = float(group.get("initial_lr", group["lr"]))  # a schedule may begin at 0
         for weight in group["params"]:
@@ -95,7 +95,7 @@ def rounded_weights(optimizer: Any) -> Iterator[tuple[Tensor, float]]:
 
 
 def keeps_updates(optimizer: Any, group: Mapping[str, Any], dtype: torch.dtype) -> bool:
-    """Whether the optimizer keeps what is too small for the dtype, exactly or on average."""
+    """Return whether the optimizer keeps what is too small for the dtype, if only on average."""
     # optimi's optimizers, None where it is their own choice, and torchdistx' AdamW.
     summing = (group.get("kahan_sum", False), group.get("use_kahan_summation", False))
     return (
@@ -107,15 +107,15 @@ def keeps_updates(optimizer: Any, group: Mapping[str, Any], dtype: torch.dtype) 
 
 
 def rounds_at_random(optimizer: Any) -> bool:
-    """Whether it is one of torchao's that rounds bfloat16 weights up or down at random."""
+    """Return whether it is an optimizer of torchao's that rounds bfloat16 weights at random."""
     return bool(getattr(unwrapped(optimizer), "bf16_stochastic_round", False))
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside of accelerate's."""
+    """Return the optimizer inside accelerate's."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 def held(weight: Tensor) -> Tensor:
-    """What this rank holds of a weight that may be sharded."""
+    """Return what this rank holds of a weight that may be sharded."""
     return weight.to_local() if isinstance(weight, DTensor) else weight

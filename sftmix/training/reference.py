@@ -23,7 +23,7 @@ def reference_trainer(
     config: ScoreConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[SFTMixTrainer, StreamingPerplexity]:
-    """A trainer that scores its own data on the way, and where the scores add up.
+    """Return a trainer that scores its own data on the way, and where the scores add up.
 
     Checkpoints hold the ``tokenizer``, too.
 
@@ -45,7 +45,7 @@ def reference_trainer(
 def score_while_training(
     trainer: SFTMixMixin, num_scorings: int, *, checkpointed: bool = False
 ) -> StreamingPerplexity:
-    """Have an unpaired trainer of one epoch score its own data; returns where the scores add up.
+    """Let an unpaired trainer of one epoch score its own data; return where the scores add up.
 
     Raises:
         ValueError: fewer steps than scorings.
@@ -75,7 +75,7 @@ def score_while_training(
 def finished_scores(
     scores: StreamingPerplexity, num_scorings: int
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The numbers of tokens (S,) and the sums of losses (S, C) of a training that is done.
+    """Return the numbers of tokens (S,) and sums of losses (S, C) of a finished training.
 
     Raises:
         RunFailure: there are fewer scorings than were asked for.

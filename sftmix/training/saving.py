@@ -54,17 +54,17 @@ class DueEvaluation:
         self.is_due = False
 
     def save(self, folder: Path) -> None:
-        """Note it in a checkpoint."""
+        """Note in a checkpoint that an evaluation is due."""
         if self.is_due and is_main():
             write_json(folder / self.FILE, {"evaluate": True})
 
     def load(self, folder: Path) -> None:
-        """Take it from a checkpoint."""
+        """Read from a checkpoint whether an evaluation is due."""
         self.is_due = (folder / self.FILE).exists()
 
 
 class Resumption(TrainerCallback):
-    """Has the trainer do, before its first step, what the resumed checkpoint has put off."""
+    """Makes the evaluation that the resumed checkpoint has put off, before the first step."""
 
     def __init__(self, trainer: WholeCheckpoints) -> None:
         self.trainer = trainer
@@ -76,7 +76,7 @@ class Resumption(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """From now on signals wait for the end of a step."""
+        """Let signals wait for the end of a step from now on."""
         self.trainer.begun_at = state.global_step
         interrupts.end_if_requested()
         interrupts.wait()
@@ -101,7 +101,7 @@ class WholeCheckpoints(GuardedSteps):
     begun_at = 0
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Where Trainer writes: the staging folder while a checkpoint is being made."""
+        """Return where Trainer writes: the staging folder while it makes a checkpoint."""
         return str(self.staging or super()._get_output_dir(trial))
 
     def _init_training_state(
@@ -112,7 +112,7 @@ class WholeCheckpoints(GuardedSteps):
         resume_from_checkpoint: str | None,
         trial: Any,
     ) -> Any:
-        """Trainer's own; the best checkpoint is the one in this folder, wherever that lay before.
+        """Do as Trainer does, with the best checkpoint in this folder, wherever that lay before.
 
         Raises:
             ValueError: the best model is to be loaded in the end, and its checkpoint is gone.
@@ -145,7 +145,7 @@ class WholeCheckpoints(GuardedSteps):
             )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """One epoch, unless all steps are done: Trainer would make another one first."""
+        """Train an epoch unless all steps are done; Trainer would make another step first."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         # An evaluation that was put off may have asked for it, too.
@@ -153,7 +153,7 @@ class WholeCheckpoints(GuardedSteps):
             super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """At a step's end, and once more at its epoch's, where a signal ends the training.
+        """Log, save and evaluate at a step's or an epoch's end, where a signal ends the training.
 
         Raises:
             Interrupted: after the checkpoint of this step.
@@ -182,18 +182,18 @@ class WholeCheckpoints(GuardedSteps):
             raise interrupts.Interrupted(signum, "")
 
     def _stop_signal(self) -> int | None:
-        """The signal that all ranks know of; a process alone sees it at once."""
+        """Return the signal that all ranks know of; a single process sees it at once."""
         if self.stop_signal is None and num_ranks() == 1:
             self.stop_signal = interrupts.requested()
         return self.stop_signal
 
     def _put_off(self) -> None:
-        """Leave this step's evaluation to the run that goes on."""
+        """Leave this step's evaluation to the run that resumes."""
         self.evaluation.is_due |= self.control.should_evaluate
         self.control.should_evaluate = self.control.should_save = False
 
     def make_up(self) -> None:
-        """Evaluate where the resumed checkpoint has put it off, and write it anew."""
+        """Make the evaluation that the resumed checkpoint put off, and write it anew."""
         if not self.evaluation.is_due:
             return
         self.evaluation.is_due = False
@@ -204,7 +204,7 @@ class WholeCheckpoints(GuardedSteps):
         self.control.should_evaluate = self.control.should_save = False
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Trainer's own, without the token for the hub among the arguments that it pickles."""
+        """Save as Trainer does, without the hub's token among the arguments that it pickles."""
         token, self.args.hub_token = self.args.hub_token, None
         try:
             with self.saved_config():
@@ -259,11 +259,11 @@ class WholeCheckpoints(GuardedSteps):
         )
 
     def saved_config(self) -> AbstractContextManager[None]:
-        """The model's config without what training turned on, for as long as it is written."""
+        """Take out of the model's config what training turned on, while it is written."""
         return config_to_save(self.accelerator.unwrap_model(self.model), self.loaded_config)
 
     def save_state(self) -> None:
-        """The log and the counters into ``RUN/trainer_state.json``, all of it or nothing."""
+        """Write log and counters into ``RUN/trainer_state.json``, all of it or nothing."""
         if self.args.should_save:
             path = Path(str(self.args.output_dir)) / TRAINER_STATE
             atomic_write(path, lambda temporary: self.state.save_to_json(str(temporary)))
@@ -271,7 +271,7 @@ class WholeCheckpoints(GuardedSteps):
     def _load_extras(
         self, resume_from_checkpoint: str | os.PathLike[str] | bool | None
     ) -> str | bool | None:
-        """Go on with the log and the extras of a checkpoint; ``True`` is the newest whole one's.
+        """Load the log and the extras of a checkpoint; ``True`` means the newest whole one.
 
         Returns:
             the checkpoint, None where there is none.
@@ -304,7 +304,7 @@ class WholeCheckpoints(GuardedSteps):
             self._save_checkpoint(self.model, None)
 
     def stopped(self, stop: interrupts.Interrupted) -> interrupts.Interrupted:
-        """Have this step saved; return the same with words: where, what is there, how to go on."""
+        """Save this step; return the interruption with words: where, what is there, what next."""
         # It may have been scoring, after a step without a checkpoint of its own.
         self.checkpoint()
         run = Path(str(self.args.output_dir))

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sftmix.model.head import HeadAdapter
+from sftmix.model.probe import evaluating
 from sftmix.pairs.collator import PairedCollator
 from sftmix.pairs.sampling import filler
 from sftmix.runs import interrupts
@@ -97,7 +98,7 @@ def score_examples(
     )
     saved = time.monotonic()
     number, size = (rank(), num_ranks()) if shared else (0, 1)
-    with torch.no_grad(), _evaluating(model), context(), progress:
+    with torch.no_grad(), evaluating(model), context(), progress:
         batches = batches_by_length(lengths, max_tokens, waiting)
         # A sharded model has to be called equally often by all ranks.
         batches += [[]] * (-len(batches) % size)
@@ -116,18 +117,8 @@ def score_examples(
     return perplexity
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
 def agreed(saved: float, done: int, size: int) -> tuple[bool, int | None]:
-    """Whether `SAVE_SECONDS` have passed since ``saved``, and the signal that asks to end.
+    """Return whether `SAVE_SECONDS` have passed since ``saved``, and the signal to end, if any.
 
     Several ranks have to agree and would wait for each other, so that they ask every `AHEAD`
     batches only; of their clocks the first one's counts, of their signals any.
@@ -172,7 +163,7 @@ def score_batch(
 def scoring_autocast(
     head: HeadAdapter, accelerator: Any
 ) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """What `sftmix score` scores in: bfloat16 autocast on CUDA, whatever it trains in.
+    """Return the precision that `sftmix score` scores in: bfloat16 autocast on CUDA.
 
     Scoring has no small updates to lose, and a float32 forward is slower. Training in fp16 scores
     in fp16; a CPU, weights that are not float32, and a GPU that only emulates bfloat16 score in
@@ -206,7 +197,7 @@ def collated(
     batches: Sequence[list[int]],
     collator: PairedCollator,
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Rows and tensors of each batch, made `AHEAD` at a time.
+    """Yield rows and tensors of each batch, made `AHEAD` at a time.
 
     One at a time, between two forward passes that have taken the caches, takes three times as long.
     """
@@ -220,7 +211,7 @@ def collated(
 def rows_of(
     examples: Sequence[dict[str, Any]] | datasets.Dataset, rows: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Examples of one length; of a data set in Arrow's format without making Python numbers."""
+    """Return examples of one length; from Arrow without making Python numbers."""
     if not isinstance(examples, datasets.Dataset) or not rows:
         return [examples[row] for row in rows]
     table = examples[rows]
@@ -234,7 +225,7 @@ def rows_of(
 
 
 def sequence_lengths(examples: Sequence[dict[str, Any]] | datasets.Dataset) -> list[int]:
-    """Tokens of each example; of a data set without turning its tokens into Python numbers."""
+    """Return the length of each example; from Arrow without making Python numbers."""
     if isinstance(examples, datasets.Dataset):
         column = examples.with_format("arrow")[:]["input_ids"]
         lengths: list[int] = pc.list_value_length(column).to_pylist()
@@ -245,7 +236,7 @@ def sequence_lengths(examples: Sequence[dict[str, Any]] | datasets.Dataset) -> l
 def batches_by_length(
     lengths: Sequence[int], max_tokens: int, rows: Iterable[int] | None = None
 ) -> list[list[int]]:
-    """Rows grouped with rows of exactly their length; longest first, then in order.
+    """Return examples grouped by exactly equal length: the longest first, then in order.
 
     Each batch holds at most ``max_tokens`` tokens, and at least one row. No slot is padding, and
     each example gets what it would get alone, from every architecture: examples one after another
@@ -265,7 +256,7 @@ def batches_by_length(
 
 
 def scoring_steps(max_steps: int, num_scorings: int) -> list[int]:
-    """``num_scorings`` evenly spaced steps of a run, the last at its end.
+    """Return ``num_scorings`` evenly spaced steps of a run, the last at its end.
 
     Raises:
         ValueError: there are fewer steps than scorings.
@@ -296,7 +287,7 @@ class ScoringCallback(TrainerCallback):
         *,
         checkpointed: bool = False,
     ) -> None:
-        """``score(perplexity=..., description=..., save=...)`` adds one scoring of all data."""
+        """Take ``score(perplexity=..., description=..., save=...)``: one scoring of all data."""
         self.perplexity = perplexity
         self.steps = list(steps)
         self.score = score
@@ -332,7 +323,7 @@ class ScoringCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Score where it is time to, or have the checkpoint written that comes first."""
+        """Score if it is time to, or ask for the checkpoint that comes first."""
         if self.checkpointed and state.global_step in self.steps:
             control.should_save = True
         else:
@@ -356,13 +347,13 @@ class ScoringCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Score where the checkpoint was written for it."""
+        """Score if the checkpoint was written for it."""
         folder = Path(str(args.output_dir)) / f"{PREFIX}{state.global_step}"
         self.score_if_due(state.global_step, folder)
 
     @property
     def finished(self) -> int:
-        """How many scorings are finished."""
+        """Return how many scorings are finished."""
         return self.perplexity.nll_sum.shape[1]
 
     def score_if_due(self, step: int, checkpoint: Path | None) -> None:
@@ -394,7 +385,7 @@ class ScoringCallback(TrainerCallback):
                 atomic_write(folder / self.FILE, lambda path: save_file(state, path))
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint's scorings; the main process takes the unfinished one."""
+        """Load a checkpoint's scorings; the main process takes the unfinished one."""
         state = load_file(folder / self.FILE)
         if not is_main():
             state |= {name: torch.zeros_like(state[name]) for name in OPEN_SUMS}

@@ -1,7 +1,6 @@
-"""Training with NTP + mu * Mixup on top of `transformers.Trainer`.
+"""Training on top of `transformers.Trainer`, with the loss and the pairs of a method.
 
-`SFTMixMixin` holds everything, so that it also sits on other trainers derived from
-`transformers.Trainer`; `SFTMixTrainer` is the mixin over the plain one.
+`SFTMixMixin` sits on any trainer derived from it; `SFTMixTrainer` is the mixin over the plain one.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import TrainOutput
 
 from sftmix.data.examples_check import check_examples, require_rows
+from sftmix.methods import method_of
 from sftmix.model.head import HeadAdapter
 from sftmix.model.layout_check import check_layout
 from sftmix.model.one_by_one import saved_on_host
@@ -27,7 +27,7 @@ from sftmix.model.saved_config import as_loaded, make_savable
 from sftmix.model.tiled_mlp import refuse_router, tile_mlps
 from sftmix.pairs.collator import PairedCollator, check_collator
 from sftmix.pairs.partition import Partition
-from sftmix.pairs.pools import Confident, pools_of
+from sftmix.pairs.pools import Confident, Pool, pools_of
 from sftmix.pairs.sampling import (
     FilledExamples,
     FilledSampler,
@@ -46,9 +46,10 @@ from sftmix.runs.ranks import (
     weights_hash,
 )
 from sftmix.templates.turn_ends import TurnEnds
-from sftmix.training.config import EVALUATED, MIXED, SFTMixOptions
+from sftmix.training.config import EVALUATED, SFTMixOptions
+from sftmix.training.heads import BatchLoss, Counts
 from sftmix.training.metrics import LossWindow, RunTensorBoard
-from sftmix.training.objective import BatchLoss, Counts, batch_counts, batch_loss, refuse_unknown
+from sftmix.training.objective import batch_counts, batch_loss
 from sftmix.training.parallelism import (
     check_parallelism,
     check_processes,
@@ -65,12 +66,16 @@ OF_RANK = ("local_rank", "output_dir", "logging_dir", "run_name", "disable_tqdm"
 
 
 class SFTMixMixin(WholeCheckpoints):
-    """NTP + mu * Mixup, and the methods it is compared with, for a `transformers.Trainer`.
+    """Trains by a method of `sftmix.methods` on any trainer derived from `transformers.Trainer`.
 
     ``train_dataset`` has ``input_ids`` and ``labels`` (-100 outside of responses, not shifted), and
-    ``id`` for messages. ``confident`` (S,) says of each row whether it is in the confident half, or
-    is the rows' `Partition`, which may have more levels; methods with a Mixup term need it. With
-    the others it fixes the same batches and order, so that the loss is all that differs.
+    ``id`` for messages. ``confident`` (S,) says of each example whether it is in the confident
+    half, or is the examples' `Partition`, which may have more levels. Methods that mix need it;
+    with the others it fixes the same batches and order, so that only the loss differs.
+
+        args = SFTMixConfig(output_dir="run", method="sftmix", mu=0.2)
+        confident = read_partition(Path("runs/score/confidence.parquet"))
+        SFTMixTrainer(model, args, train_dataset=data, confident=confident).train()
     """
 
     args: SFTMixOptions
@@ -85,11 +90,11 @@ class SFTMixMixin(WholeCheckpoints):
         checkpoint_extras: Sequence[Any] = (),
         **kwargs: Any,
     ) -> None:
-        """See the class; other arguments are the trainer's own.
+        """Check everything that can be checked before training; see the class.
 
         Args:
-            confident: which rows of ``train_dataset`` are in the confident half; or a partition of
-                as many rows in the same order (see `sftmix.pairs.partition.match`).
+            confident: which examples of ``train_dataset`` are in the confident half; or a partition
+                of as many examples in the same order (see `sftmix.pairs.partition.match`).
             checkpoint_extras: objects with ``save(folder)`` and ``load(folder)`` whose state
                 travels with checkpoints, in the file ``FILE``, which they may write again later.
 
@@ -118,7 +123,7 @@ class SFTMixMixin(WholeCheckpoints):
         check_processes(options)
         with _without_jit_checkpoint(options):
             super().__init__(*args, **kwargs)
-        refuse_unknown(self.args.method)
+        method = method_of(self.args.method)
         self._check_metric()
         check_examples(self.model, **{name: getattr(self, name) for name in data})
         if own_collator:
@@ -127,7 +132,7 @@ class SFTMixMixin(WholeCheckpoints):
         self.ends = TurnEnds(self.processing_class)
         self.ends.warn()
         self.ends.align(self.model)
-        self.head = self._find_head()
+        self.head = self._prepare_model()
         # The loss is divided by counts over the whole accumulation window, here and not by Trainer.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.window = LossWindow(self.args.device)
@@ -139,13 +144,13 @@ class SFTMixMixin(WholeCheckpoints):
         if "tensorboard" in (self.args.report_to or ()):
             self.pop_callback(TensorBoardCallback)
             self.add_callback(RunTensorBoard(Path(str(self.args.output_dir))))
-        self.paired = confident is not None
+        self.paired, self.pools = confident is not None, list[Pool]()
         self.examples = self.train_dataset
         if self.args.world_size > 1 and self.train_dataset is not None:
             self.train_dataset = FilledExamples(self.train_dataset)
         if confident is not None:
             self._pair(confident)
-        elif self.args.method in MIXED:
+        elif method.mixed:
             raise ValueError(
                 f"confident: method={self.args.method!r} needs a partition of the training data"
             )
@@ -161,27 +166,33 @@ class SFTMixMixin(WholeCheckpoints):
         self.ends.align(self.model)
         super()._save(*args, **kwargs)
 
-    def _find_head(self) -> HeadAdapter:
-        model = self.accelerator.unwrap_model(self.model)
-        check_parallelism(self.args, self.accelerator, model)
-        alone = loads_on_main_alone(self.accelerator)
-        checked = is_main() or not alone
-        saving = saved_on_host if self.args.activation_offload else None
-        head = HeadAdapter(model, self.args.head, checked=checked, saving=saving)
-        if alone:
-            known = ("logit_scale", "softcap", "router_coefficient")
-            vars(head).update(on_main(lambda: {name: vars(head)[name] for name in known}))
+    @property
+    def _inner_model(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _prepare_model(self) -> HeadAdapter:
+        """Attach a head, check that the layout keeps examples apart, and tile the MLPs."""
+        check_parallelism(self.args, self.accelerator, self._inner_model)
+        # Where only the first rank loads the weights, the others have none to check.
+        checked = is_main() or not loads_on_main_alone(self.accelerator)
+        head = self._find_head(checked)
         if checked:
-            self._check_layout()
+            check_collator(self.data_collator, self.args.layout, self.args.row_length)
+            with self.accelerator.autocast():
+                check_layout(self._inner_model, self.args.layout)
         if self.args.mlp_tile_tokens is not None:
             refuse_router(head.router_coefficient)
-            tile_mlps(model, self.args.mlp_tile_tokens, checked=checked)
+            tile_mlps(self._inner_model, self.args.mlp_tile_tokens, checked=checked)
         return head
 
-    def _check_layout(self) -> None:
-        check_collator(self.data_collator, self.args.layout, self.args.row_length)
-        with self.accelerator.autocast():
-            check_layout(self.accelerator.unwrap_model(self.model), self.args.layout)
+    def _find_head(self, checked: bool) -> HeadAdapter:
+        """Attach a head; what the first rank finds out about it holds for all of them."""
+        saving = saved_on_host if self.args.activation_offload else None
+        head = HeadAdapter(self._inner_model, self.args.head, checked=checked, saving=saving)
+        if loads_on_main_alone(self.accelerator):
+            known = ("logit_scale", "softcap", "router_coefficient")
+            vars(head).update(on_main(lambda: {name: vars(head)[name] for name in known}))
+        return head
 
     def _pair(self, confident: Confident) -> None:
         dataset = self.train_dataset
@@ -229,7 +240,7 @@ class SFTMixMixin(WholeCheckpoints):
         return FilledSampler(sampler, batch, (None, 1.0) if self.paired else None)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """The `Counts` of a window over all ranks, (4,)."""
+        """Return the `Counts` of a window over all ranks, (4,)."""
         counts = torch.stack(batch_counts(batch_samples, device))
         total: Tensor = self.accelerator.reduce(counts, "sum")
         return total.clamp(min=1)
@@ -241,16 +252,15 @@ class SFTMixMixin(WholeCheckpoints):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """This micro-batch's share of the method's loss over the whole window and all ranks.
+        """Return this micro-batch's share of the loss over the whole window and all ranks.
 
         A router's auxiliary loss, times the model's coefficient, is a mean over the micro-batches
-        of all ranks; those that hold fillers alone are left out.
+        of all ranks; those that hold only fillers are left out.
         """
         if not isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         counts = Counts(*num_items_in_batch)
-        mu = self.args.mixup_weight(self.state.global_step / max(self.state.max_steps, 1))
-        loss = batch_loss(model, self.head, inputs, self.args, counts, mu)
+        loss = batch_loss(model, self.head, inputs, self.args, counts)
         # Gradients are averaged over ranks, while the counts are of all ranks together.
         ranks = self.accelerator.num_processes
         total = loss.loss * ranks
@@ -290,17 +300,16 @@ class SFTMixMixin(WholeCheckpoints):
         if "loss" in logs and self.is_in_train:
             step = self.state.global_step
             sums = self.accelerator.reduce(self.window.sums, "sum")
+            method = method_of(self.args.method)
             report = self.window.report(
                 sums,
                 step,
                 paired=self.paired,
-                mixed=self.args.method in MIXED,
-                ntp=self.args.method != "mixup",
+                mixed=method.mixed,
+                ntp=method.ntp,
                 router=self.head.router_coefficient != 0,
             )
             logs = {**logs, **report}
-            if self.args.method == "sftmix" and self.args.mu_schedule != "constant":
-                logs["mu"] = self.args.mixup_weight((step - 1) / self.state.max_steps)
             self.window.reset(step)
         super().log(logs, start_time)
 
@@ -310,18 +319,17 @@ class SFTMixMixin(WholeCheckpoints):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """NTP loss of a data set, a mean over its response tokens, and its perplexity.
+        """Return the NTP loss of a data set, a mean over its response tokens, and its perplexity.
 
         Batches hold examples of one length, up to 8,192 tokens; ``per_device_eval_batch_size`` is
         not used. Several data sets, given as a dict, are evaluated one by one, as `Trainer` does.
         """
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):
-            parts = [
-                self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
-                for name, part in dataset.items()
-            ]
-            return {key: value for part in parts for key, value in part.items()}
+            metrics: dict[str, float] = {}
+            for name, part in dataset.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
         if dataset is None:
             raise ValueError("eval_dataset: expected a data set to evaluate on, got None")
         if self.is_fsdp_enabled and not sharded_weights(self.model):
@@ -349,7 +357,7 @@ class SFTMixMixin(WholeCheckpoints):
         return metrics
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Not there: logits are never made.
+        """Refuse to predict: logits are never made.
 
         Raises:
             NotImplementedError: always.
@@ -362,7 +370,7 @@ class SFTMixMixin(WholeCheckpoints):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """As `transformers.Trainer.train`; ``True`` resumes from the newest whole checkpoint.
+        """Train as `transformers.Trainer.train` does; ``True`` resumes from the newest checkpoint.
 
         A run that has no checkpoint yet starts from the beginning, which comes to the same.
 
@@ -382,7 +390,7 @@ class SFTMixMixin(WholeCheckpoints):
         if self.args.world_size > 1:
             refuse_differences(self._decisive())
         if not self.is_fsdp_enabled:
-            self.head.check_new_hooks(self.accelerator.unwrap_model(self.model))
+            self.head.check_new_hooks(self._inner_model)
         self.begin_steps()
         signals = interrupts.handled("") if self.handles_signals else contextlib.nullcontext()
         with signals, advising(*self._ways_to_save_memory()):
@@ -395,7 +403,7 @@ class SFTMixMixin(WholeCheckpoints):
         return output
 
     def _ways_to_save_memory(self) -> list[str]:
-        """What is left to try where memory does not suffice, the cheapest first."""
+        """Return what is left to try if memory does not suffice, the cheapest first."""
         args = self.args
         ways = {
             "--memory lean, which changes no result": args.memory == "plain",
@@ -428,7 +436,7 @@ class SFTMixMixin(WholeCheckpoints):
             )
 
     def _decisive(self) -> dict[str, Any]:
-        """What decides a training's results, by name, and has to be the same on all ranks."""
+        """Return by name what decides a training's results: it has to be the same on all ranks."""
         options: dict[str, Any] = self.args.to_dict()  # type: ignore[no-untyped-call]
         values = {name: value for name, value in options.items() if name not in OF_RANK}
         # DDP begins with the first rank's weights; FSDP2 shards those of each.
@@ -441,9 +449,7 @@ class SFTMixMixin(WholeCheckpoints):
                 array_hash(side)
                 for pool in self.pools
                 for side in (pool.confident, pool.unconfident)
-            ]
-            if self.paired
-            else None,
+            ],
         }
 
 
@@ -482,7 +488,7 @@ class SFTMixTrainer(SFTMixMixin, Trainer):
 
 
 def make_collator(tokenizer: Any, options: SFTMixOptions | None = None) -> PairedCollator:
-    """The collator that `SFTMixMixin` expects, padding with the tokenizer's token.
+    """Return the collator that `SFTMixMixin` expects, padding with the tokenizer's token.
 
     Padding carries nothing, so that the end token will do where there is none, and 0 without a
     tokenizer. Batches are laid out as ``options`` says, padded without.

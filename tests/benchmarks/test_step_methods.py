@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama import modeling_llama
 
-import sftmix.training.objective
+import sftmix.training.heads
 from benchmarks.records import (
     LIGER_NTP,
     OUR_NTP,
@@ -58,9 +58,8 @@ def test_the_dense_one_is_the_reference(tmp_path: Path) -> None:
     tokens = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         hidden = model.model(**tokens).last_hidden_state.flatten(0, 1)
-    weight, labels = model.lm_head.weight, torch.zeros(hidden.shape[0], dtype=torch.long)
-    labels[batch["rows"]] = batch["targets"]
-    ntp = reference.cross_entropy(hidden[batch["rows"]], weight, batch["targets"])
+    weight, labels, hidden = model.lm_head.weight, batch["targets"], hidden[batch["rows"]]
+    ntp = reference.cross_entropy(hidden, weight, labels)
     c, u = batch["pair_c"], batch["pair_u"]
     mixup = reference.mixup_loss(hidden[c], hidden[u], weight, labels[c], labels[u], batch["lam"])
     torch.testing.assert_close(methods[THEIR_SFTMIX].backward(), (ntp + MU * mixup).detach())
@@ -80,7 +79,7 @@ def wrong_gradient(hidden: Tensor, *args: Any, **options: Any) -> Any:
 def test_a_wrong_method_is_caught(
     monkeypatch: pytest.MonkeyPatch, wrong: Any, results: Results
 ) -> None:
-    monkeypatch.setattr(sftmix.training.objective, "fused_sftmix_loss", wrong)
+    monkeypatch.setattr(sftmix.training.heads, "fused_sftmix_loss", wrong)
     found = check(TINY, "cpu", results)
     assert found[OUR_SFTMIX] > limit(OUR_SFTMIX, "cpu")
     assert found[THEIR_SFTMIX] == 0

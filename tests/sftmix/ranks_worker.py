@@ -177,7 +177,7 @@ def sharded_by_hand(folder: Path, *, own_unit: bool, tied: bool = False) -> Foun
             fully_shard(model.lm_head)
         fully_shard(model)
     counts = batch_counts([all_rows], torch.device("cpu"))
-    loss = batch_loss(model, head, mine, tiny.config(folder), counts, 0.2).loss
+    loss = batch_loss(model, head, mine, tiny.config(folder), counts).loss
     (loss * num_ranks()).backward()
     gradients = {name: whole(weight.grad) for name, weight in model.named_parameters()}
     return {"gradients": [gradients], "loss": float(summed(loss.detach()))}

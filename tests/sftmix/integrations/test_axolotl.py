@@ -168,6 +168,24 @@ def test_it_trains_evaluates_and_saves(
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-4")
 
 
+@pytest.mark.parametrize(
+    ("cfg", "layout"),
+    [
+        ({}, "padded"),
+        ({"sftmix_memory": "lean"}, "sequential"),
+        ({"sftmix_memory": "lean", "sftmix_layout": "padded"}, "sequential"),
+        ({"sftmix_memory": "lean", "sftmix_layout": "packed"}, "packed"),
+    ],
+    ids=str,
+)
+def test_the_collator_lays_out_as_the_options_do(
+    axolotl: ModuleType, cfg: dict[str, Any], layout: str, tmp_path: Path
+) -> None:
+    plugin = axolotl.SFTMixPlugin()
+    options = tiny.config(tmp_path, **plugin.get_training_args(cfg))
+    assert plugin.get_collator_cls_and_kwargs(cfg)[1]["layout"] == options.layout == layout
+
+
 def test_what_does_not_fit_is_refused(
     axolotl: ModuleType, prepared: datasets.Dataset, toy_model: Path, tmp_path: Path
 ) -> None:

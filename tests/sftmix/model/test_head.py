@@ -21,7 +21,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from sftmix.model.head import CHECKED, HeadAdapter, added
+from sftmix.model.head import HeadAdapter
+from sftmix.model.probe import CHECKED, added
 from sftmix.pairs.collator import PairedCollator
 from tests.sftmix import tiny
 

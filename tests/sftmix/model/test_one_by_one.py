@@ -48,9 +48,8 @@ def run(model: PreTrainedModel, options: Any, head: HeadAdapter | None = None) -
     """The loss of the examples, read one by one; backward is yet to come."""
     batch = collated(model, "sequential")
     head = HeadAdapter(model) if head is None else head
-    return batch_loss(
-        model, head, batch, options, batch_counts([batch], model.device), options.mixup_weight(0)
-    ).loss
+    counts = batch_counts([batch], model.device)
+    return batch_loss(model, head, batch, options, counts).loss
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:
@@ -187,9 +186,9 @@ def test_a_routers_loss_is_that_of_all_tokens(tmp_path: Path) -> None:
         model = families.build("mixtral")
         model = model.double() if double else model
         batch = collated(model, layout)
-        counts, options = batch_counts([batch], model.device), tiny.config(tmp_path)
+        counts, options = batch_counts([batch], model.device), tiny.config(tmp_path, mu=MU)
         head = HeadAdapter(model, "logits" if double else "fused")
-        loss = batch_loss(model, head, batch, options, counts, MU)
+        loss = batch_loss(model, head, batch, options, counts)
         assert loss.router is not None
         loss.router.backward()
         losses.append(loss.router.reshape(1))
@@ -251,7 +250,7 @@ def opt() -> PreTrainedModel:
     [
         (opt, "expected OPTForCausalLM to call its backbone model once, got 0 calls"),
         (counting, "cannot take 'sequential' batches.*its logits are not those of each example"),
-        (placing, "a model whose backbone is given tokens alone, got position_ids too"),
+        (placing, "a model whose backbone is given only tokens, got position_ids too"),
     ],
     ids=["reads past its backbone", "counts on", "places"],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sftmix.pairs import collator, partition
 from sftmix.pairs.collator import PairedCollator
 from sftmix.pairs.pools import Pool
 from sftmix.pairs.sampling import PairedExamples, PairedSampler, ShuffledSampler
@@ -140,6 +142,11 @@ def test_examples_get_their_lam() -> None:
 # The collator
 
 
+def test_the_examples_of_the_docstrings() -> None:
+    for module, lines in ((collator, 6), (partition, 4)):
+        assert doctest.testmod(module) == (0, lines)
+
+
 def expected_batch(batch: list[dict[str, Any]], length: int) -> dict[str, list[Any]]:
     """Written as the method says it, a token at a time."""
     names = ("rows", "targets", "owner", "pair_c", "pair_u", "lam")
@@ -149,9 +156,8 @@ def expected_batch(batch: list[dict[str, Any]], length: int) -> dict[str, list[A
         response = []
         for position in range(1, len(example["labels"])):
             if example["labels"][position] != -100:
-                row = place * length + position - 1
-                response.append(row)
-                plan["rows"].append(row)
+                response.append(len(plan["rows"]))
+                plan["rows"].append(place * length + position - 1)
                 plan["targets"].append(example["labels"][position])
                 plan["owner"].append(place)
         responses.append(response)
@@ -209,9 +215,9 @@ def test_turns_are_counted_through_the_gaps() -> None:
     two_turns = tiny.named([3, 4, 5, 6, 7, 8, 9], [-100, 4, -100, -100, 7, 8, -100])
     one_turn = tiny.named([3, 4, 5, 6], [-100, -100, 5, 6])
     found = PairedCollator(0)([{**two_turns, "lam": 0.75}, {**one_turn, "lam": 0.75}])
-    # Responses 4, 7, 8 and 5, 6: rows 0, 3, 4 and 7 + 1, 7 + 2; the third token stays alone.
-    assert found["pair_c"].tolist() == [0, 3]
-    assert found["pair_u"].tolist() == [8, 9]
+    # Responses 4, 7, 8 and 5, 6: rows 0, 3, 4 and 7 + 1, 7 + 2; the third token is not mixed.
+    assert found["pair_c"].tolist() == [0, 1]
+    assert found["pair_u"].tolist() == [3, 4]
     assert found["lam"].tolist() == [0.75, 0.75]
     assert found["rows"].tolist() == [0, 3, 4, 8, 9]
 

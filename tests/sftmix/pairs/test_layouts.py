@@ -76,7 +76,7 @@ def places(batch: list[dict[str, Any]], found: dict[str, Tensor]) -> list[list[i
 
 def expected_plan(batch: list[dict[str, Any]], slots: list[list[int]]) -> dict[str, list[Any]]:
     """Written as the method says it, a token at a time."""
-    names = ("rows", "targets", "owner", "mix_c", "mix_u", "pair_c", "pair_u", "lam")
+    names = ("rows", "targets", "owner", "pair_c", "pair_u", "lam")
     plan: dict[str, list[Any]] = {name: [] for name in names}
     responses: list[list[int]] = []
     for number, one in enumerate(batch):
@@ -88,11 +88,9 @@ def expected_plan(batch: list[dict[str, Any]], slots: list[list[int]]) -> dict[s
                 plan["targets"].append(one["labels"][position])
                 plan["owner"].append(number)
     for c in range(0, len(batch), 2):
-        for mix_c, mix_u in zip(responses[c], responses[c + 1], strict=False):
-            plan["mix_c"].append(mix_c)
-            plan["mix_u"].append(mix_u)
-            plan["pair_c"].append(plan["rows"][mix_c])
-            plan["pair_u"].append(plan["rows"][mix_u])
+        for token_c, token_u in zip(responses[c], responses[c + 1], strict=False):
+            plan["pair_c"].append(token_c)
+            plan["pair_u"].append(token_u)
             plan["lam"].append(np.float32(batch[c]["lam"]))
     return plan
 
@@ -181,7 +179,7 @@ def collected(model: PreTrainedModel, head: HeadAdapter, loss: Tensor) -> Result
 def in_layout(model: PreTrainedModel, batch: dict[str, Tensor]) -> Result:
     """The fused loss of a batch, and the gradients of all parameters."""
     head = HeadAdapter(model.eval())
-    plan = [batch[name] for name in ("targets", "mix_c", "mix_u", "lam")]
+    plan = [batch[name] for name in ("targets", "pair_c", "pair_u", "lam")]
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
         return fused_sftmix_loss(hidden, weight, *plan, bias=bias, **head.options)
@@ -209,7 +207,7 @@ def alone(model: PreTrainedModel, data: list[dict[str, Any]], dtype: torch.dtype
         ]
     )
     batch = PairedCollator(0)(data)
-    plan = [batch[name] for name in ("targets", "mix_c", "mix_u", "lam")]
+    plan = [batch[name] for name in ("targets", "pair_c", "pair_u", "lam")]
     made = sftmix_loss(hidden, head.head.weight, *plan, bias=head.head.bias, **head.options)
     return collected(model, head, made[0])
 

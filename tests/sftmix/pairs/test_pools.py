@@ -79,10 +79,10 @@ def test_pairs_that_are_not_mixed_have_no_mixed_tokens() -> None:
     batch = PairedCollator(0)(examples)
     both = PairedCollator(0)([{**row, "lam": 0.3} for row in tiny.examples(4)])
     assert batch["rows"].tolist() == both["rows"].tolist()
-    owners = batch["owner"][batch["mix_c"]]
+    owners = batch["owner"][batch["pair_c"]]
     assert set(owners.tolist()) == {2}
     assert not batch["lam"].isnan().any()
-    second = both["owner"][both["mix_c"]] == 2
+    second = both["owner"][both["pair_c"]] == 2
     assert batch["pair_u"].tolist() == both["pair_u"][second].tolist()
 
 
@@ -126,7 +126,7 @@ def test_any_partners_are_paired_otherwise() -> None:
             "pairing: 'neighbours' needs an even number of levels, got 3",
         ),
         ("quantiles:4", "rank", "pairing: 'rank' needs a partition file of two halves, got 4"),
-        ("confidence", "inner", "pairing: expected outer, neighbours or rank, got 'inner'"),
+        ("confidence", "inner", "pairing: expected outer, neighbours, rank; got 'inner'"),
     ],
 )
 def test_pairings_that_levels_do_not_have(by: str, pairing: str, message: str) -> None:

@@ -107,7 +107,7 @@ class RealStep:
 
     def __call__(self) -> Any:
         counts = batch_counts([self.batch], torch.device("cpu"))
-        loss = batch_loss(self.model, self.head, self.batch, self.settings, counts, 0.2)
+        loss = batch_loss(self.model, self.head, self.batch, self.settings, counts)
         loss.loss.backward()
         return loss
 

@@ -129,9 +129,9 @@ def test_resuming_in_the_middle_of_a_log_window(unbroken: Any, tmp_path: Path) -
     assert tiny.same(tiny.weights(resumed.model), unbroken[2])
 
 
-def test_a_schedule_of_mu_and_the_lam_of_a_step_go_on(tmp_path: Path) -> None:
-    """By steps of the whole run, of two micro-batches, in an epoch's last one of one."""
-    options = {"mu_schedule": "cosine", "lambda_scope": "batch", "gradient_accumulation_steps": 2}
+def test_the_lam_of_a_step_goes_on(tmp_path: Path) -> None:
+    """Steps have two micro-batches, and an epoch's last one has one."""
+    options = {"lambda_scope": "batch", "gradient_accumulation_steps": 2}
     options |= {"save_steps": 2, "logging_steps": 1}
     whole = make(tmp_path / "whole", **options)
     whole.train()
@@ -139,10 +139,10 @@ def test_a_schedule_of_mu_and_the_lam_of_a_step_go_on(tmp_path: Path) -> None:
         make(tmp_path / "broken", stop=5, **options).train()
     resumed = make(tmp_path / "broken", **options)
     resumed.train(resume_from_checkpoint=True)
-    lines = tiny.losses(whole, "mu", "step", "loss", "lam_mean")
-    assert tiny.losses(resumed, "mu", "step", "loss", "lam_mean") == lines
-    assert [step for _, step, *_ in lines] == [1, 2, 3, 4, 5, 6]
-    assert len({mu for mu, *_ in lines}) == 6
+    lines = tiny.losses(whole, "lam_mean", "step", "loss")
+    assert tiny.losses(resumed, "lam_mean", "step", "loss") == lines
+    assert [step for _, step, _ in lines] == [1, 2, 3, 4, 5, 6]
+    assert len({lam for lam, *_ in lines}) == 6
     assert tiny.same(tiny.weights(resumed.model), tiny.weights(whole.model))
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-import sftmix.training.config
 from sftmix.runs.checkpoints import fault, list_checkpoints
 from sftmix.training.config import SFTMixConfig
 from sftmix.training.trainer import SFTMixTrainer
@@ -222,12 +221,16 @@ def test_a_model_without_weights_to_train_is_refused(tmp_path: Path) -> None:
         made.train()
 
 
-def test_a_method_without_a_loss_never_reaches_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sftmix.training.config.CHOICES, "method", ("ntp", "newest"))
+def test_a_method_without_a_loss_never_reaches_training(tmp_path: Path) -> None:
+    """Whether a script changes the options before the trainer is made or after it."""
+    unknown = r"^method: expected sftmix, ntp, .*; got 'newest'$"
     for head in ("fused", "logits"):
-        with pytest.raises(ValueError, match=r"method: expected .*; 'newest' has no loss"):
-            tiny.trainer(
-                tiny.build("Llama"), tmp_path, tiny.examples(8), method="newest", head=head
-            )
+        options = tiny.config(tmp_path, method="ntp", head=head)
+        made = tiny.trainer(
+            tiny.build("Llama"), tmp_path, tiny.examples(8), method="ntp", head=head
+        )
+        made.args.method = options.method = "newest"
+        with pytest.raises(ValueError, match=unknown):
+            made.train()
+        with pytest.raises(ValueError, match=unknown):
+            tiny.SFTMixTrainer(made.model, options, train_dataset=tiny.examples(8))

@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sftmix import methods
 from sftmix.pairs.collator import PairedCollator
 from sftmix.pairs.sampling import filler
-from sftmix.training.config import MIXED
-from sftmix.training.objective import Counts, batch_counts, hard_examples_loss
+from sftmix.training.heads import Counts, Head
+from sftmix.training.objective import batch_counts
 from tests.sftmix import tiny
 from tests.sftmix.training.test_trainer import Recorder, in_pairs
 
-METHODS = ("ntp", "sftmix", "equal", "mixup", "ir_dro")
+METHODS = tuple(methods.METHODS)
 CAPS = {"Llama": None, "Gemma2": 0.5}
 MU, KL_REG = 0.7, 0.3
 
@@ -120,7 +121,9 @@ def test_what_is_logged(method: str, tmp_path: Path) -> None:
     line = made.state.log_history[0]
     mixed = {"mixup_loss", "truncated_fraction", "lam_mean"}
     ntp = {"ntp_loss", "ntp_loss_confident", "ntp_loss_unconfident"}
-    expected = (mixed if method in MIXED else set()) | (ntp if method != "mixup" else set())
+    expected = (mixed if methods.METHODS[method].mixed else set()) | (
+        ntp if method != "mixup" else set()
+    )
     assert line.keys() & (mixed | ntp) == expected
     if method == "equal":
         assert line["loss"] == pytest.approx(line["ntp_loss"] + line["mixup_loss"], rel=1e-6)
@@ -150,31 +153,6 @@ def test_ir_dro_counts_micro_batches_by_their_examples(tmp_path: Path) -> None:
     tiny.assert_in_budget("gradients", found, flat_gradients(plain), flat_gradients(exact))
 
 
-def logged(folder: Path, **changes: Any) -> list[dict[str, float]]:
-    made = tiny.trainer(tiny.build("Llama"), folder, tiny.examples(8), mu=0.5, **changes)
-    made.train()
-    return [line for line in made.state.log_history if "loss" in line]
-
-
-@pytest.mark.parametrize(
-    ("schedule", "weights"),
-    [
-        ("constant", [0.5] * 4),
-        ("linear_warmup", [0.0, 0.25, 0.5, 0.5]),  # over the first half of four steps
-        ("cosine", [0.5 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]),
-    ],
-)
-def test_the_weight_of_mixup_over_the_steps(
-    schedule: str, weights: list[float], tmp_path: Path
-) -> None:
-    lines = logged(tmp_path, mu_schedule=schedule, mu_warmup_ratio=0.5, num_train_epochs=2)
-    assert len(lines) == 4
-    for line, mu in zip(lines, weights, strict=True):
-        expected = line["ntp_loss"] + mu * line["mixup_loss"]
-        assert line["loss"] == pytest.approx(expected, rel=1e-6)
-        assert line.get("mu", 0.5) == pytest.approx(mu, abs=1e-12)
-
-
 def test_a_batch_shares_its_lam(tmp_path: Path) -> None:
     """Over accumulated micro-batches too: another way to make the same step changes nothing."""
 
@@ -190,16 +168,31 @@ def test_a_batch_shares_its_lam(tmp_path: Path) -> None:
     assert lams(lambda_scope="batch", **changes) == shared
 
 
-def test_fillers_have_no_weight_in_ir_dro() -> None:
+class Given(Head):
+    """A head whose token losses are given."""
+
+    losses: Tensor
+
+    def tokens(self) -> Tensor:
+        return self.losses
+
+
+def test_fillers_have_no_weight_in_ir_dro(tmp_path: Path) -> None:
     rows = list(tiny.examples(3))
     losses = torch.rand(PairedCollator(0)(rows)["rows"].numel())
+
+    def hard_examples(batch: Any, counts: Counts, losses: Tensor) -> Tensor:
+        head = Given(batch, counts, tiny.config(tmp_path, method="ir_dro", kl_reg=KL_REG))
+        head.losses = losses
+        return head.hard_examples().loss
+
     found = []
     for fillers in ([], [filler()], [filler()] * 5):
         batch = PairedCollator(0)([*rows, *fillers])
         counts = batch_counts([batch], torch.device("cpu"))
         assert counts.examples == 3
-        found.append(hard_examples_loss(batch, counts, KL_REG, losses).loss)
+        found.append(hard_examples(batch, counts, losses))
     assert found[0] == found[1] == found[2] > 0
     # A rank that has fillers alone.
     nothing, ones = PairedCollator(0)([filler()] * 2), Counts(*torch.ones(4))
-    assert hard_examples_loss(nothing, ones, KL_REG, losses[:0]).loss == 0
+    assert hard_examples(nothing, ones, losses[:0]) == 0

@@ -1,0 +1,110 @@
+"""Every training method, one entry each: the only place that spells them.
+
+How to add a method:
+
+1. Add an entry to `METHODS`. Its key is what `--method` takes; choices, help, model card, report
+   and the integrations read the rest from the entry.
+2. Write its loss as a function of a head, which has ``ntp()``, ``mixup()``, ``joint(weight)``,
+   ``tokens()`` (each token's NTP loss) and ``of_tokens(loss, tokens)``; see
+   `sftmix.training.heads.Head`. One function serves `--head fused` and `--head logits`.
+3. Say with ``ntp`` and ``mixed`` which of the two kinds of rows the loss reads.
+4. Name options that no other method reads in ``own_options``, and declare them in
+   `sftmix.training.config.SFTMixOptions` and in `sftmix.recipe.manifest.RECIPE_FIELDS`.
+5. Add its line to the table of `docs/methods.md`; `tests/sftmix/test_methods.py` says which.
+6. Add its formula over full logits to `tests/sftmix/training/test_methods.py`, which holds loss
+   and gradients of every method beside it, with both heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+# Options of every method that mixes.
+OF_PAIRS = ("alpha", "lambda_scope", "pairing")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What there is to say of a method, and its loss."""
+
+    title: str  # in tables and model cards
+    formula: str  # Markdown
+    says: str  # a noun phrase in Markdown, for help and model cards
+    source: str  # "paper" (arXiv 2410.05248) or "ours", and what it is there
+    loss: Callable[[Any], Any]  # of a `training.heads.Head`; gives a `BatchLoss`
+    mixed: bool = False  # whether the loss reads mixed rows; such a method needs a partition
+    ntp: bool = True  # whether the loss reads the rows of response tokens themselves
+    own_options: tuple[str, ...] = ()  # options that only this method reads
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Return the options that the method reads and some other method does not."""
+        return (*self.own_options, *(OF_PAIRS if self.mixed else ()))
+
+
+METHODS = {
+    "sftmix": Method(
+        title="SFTMix",
+        formula="`NTP + mu * Mixup`, mu = 0.2",
+        says="next-token prediction (NTP) plus `mu` times Mixup",
+        source="paper: Mixup as a regulariser",
+        loss=lambda head: head.joint(head.options.mu),
+        mixed=True,
+        own_options=("mu",),
+    ),
+    "ntp": Method(
+        title="NTP",
+        formula="`NTP`",
+        says="next-token prediction",
+        source="paper: the baseline",
+        loss=lambda head: head.ntp(),
+    ),
+    "equal": Method(
+        title="NTP + Mixup, equal",
+        formula="`NTP + Mixup`",
+        says="next-token prediction plus Mixup, both with weight 1",
+        source="paper: both as equal losses; that their weights are 1 and 1 is ours",
+        loss=lambda head: head.joint(1.0),
+        mixed=True,
+    ),
+    "mixup": Method(
+        title="Mixup alone",
+        formula="`Mixup`",
+        says="Mixup without next-token prediction",
+        source="paper: Mixup alone; tokens that no pair mixes carry no loss",
+        loss=lambda head: head.mixup(),
+        mixed=True,
+        ntp=False,
+    ),
+    "ir_dro": Method(
+        title="IR-DRO",
+        formula="`sum_i w_i L_i`, `w = softmax(L / kl_reg)`, not differentiated; `L_i` the mean "
+        "token loss of example i",
+        says="next-token prediction, each example weighted by the softmax over the batch of its "
+        "mean token loss, divided by `kl_reg`",
+        source="paper (a relative): IR-DRO, kl_reg = 1",
+        loss=lambda head: head.hard_examples(),
+        own_options=("kl_reg",),
+    ),
+}
+
+# Options that only some methods read.
+OPTIONS = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.options))
+
+
+def method_of(name: str) -> Method:
+    """Return the method of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method: expected {', '.join(METHODS)}; got {name!r}")
+    return METHODS[name]
+
+
+def title_of(name: str) -> str:
+    """Return the title of a method, and of one that this version does not know its name."""
+    return METHODS[name].title if name in METHODS else name

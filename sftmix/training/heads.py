@@ -1,0 +1,224 @@
+"""What the loss of a method is made of: NTP, Mixup and single tokens' losses, by two kinds of head.
+
+`FusedHead` calls the fused losses on what the LM head reads, and never makes logits. `DenseHead`
+takes the model's own logits: slow, and right for any head. A method's loss (`sftmix.methods`) is
+one function of either.
+
+Legend: N response tokens, P mixed pairs of them, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sftmix.methods import Method
+from sftmix.runs.ranks import joined_ranks, rank
+from sftmix.training.config import SFTMixOptions
+from sftmix_kernels import fused_cross_entropy, fused_mixup_loss, fused_sftmix_loss
+
+
+class Counts(NamedTuple):
+    """The divisors of a loss: counts over a step's micro-batches on all ranks, 0-dim tensors."""
+
+    tokens: Tensor
+    pairs: Tensor
+    examples: Tensor
+    micro_batches: Tensor
+
+
+class Pairs(NamedTuple):
+    """Places of the two partners among the response tokens, and lam, the weight of the first."""
+
+    c: Tensor  # (P,) int64
+    u: Tensor  # (P,) int64
+    lam: Tensor  # (P,) float32
+
+
+class BatchLoss(NamedTuple):
+    """Scalars in nats, of which ``loss`` is differentiable, and every token's own NTP loss."""
+
+    loss: Tensor
+    ntp: Tensor | None  # None for Mixup without NTP
+    mixup: Tensor | None  # None without Mixup
+    row_ntp: Tensor | None  # (N,) float32 or better; None for Mixup without NTP
+    router: Tensor | None = None  # a router's auxiliary loss, differentiable, not in ``loss``
+
+
+class Head:
+    """The response tokens of a micro-batch, with what their loss can be made of.
+
+    Each of ``ntp``, ``mixup`` and ``joint`` is this micro-batch's share of a mean over ``counts``.
+    """
+
+    targets: Tensor  # (N,) int64
+
+    def __init__(self, batch: dict[str, Any], counts: Counts, options: SFTMixOptions) -> None:
+        self.batch, self.counts, self.options = batch, counts, options
+        self.targets = batch["targets"]
+
+    @property
+    def pairs(self) -> Pairs:
+        """Return the pairs of response tokens that are mixed."""
+        return Pairs(self.batch["pair_c"], self.batch["pair_u"], self.batch["lam"].float())
+
+    def tokens(self) -> Tensor:
+        """Return every response token's NTP loss, (N,), differentiable."""
+        raise NotImplementedError
+
+    def ntp(self) -> BatchLoss:
+        """Return NTP, the mean of ``tokens()``."""
+        raise NotImplementedError
+
+    def mixup(self) -> BatchLoss:
+        """Return Mixup without NTP."""
+        raise NotImplementedError
+
+    def joint(self, weight: float) -> BatchLoss:
+        """Return ``NTP + weight * Mixup``."""
+        raise NotImplementedError
+
+    def of_tokens(self, loss: Tensor, tokens: Tensor) -> BatchLoss:
+        """Return a loss that was made of ``tokens()``, whose mean is logged as NTP."""
+        return BatchLoss(loss, tokens.sum() / self.counts.tokens, None, tokens)
+
+    def hard_examples(self) -> BatchLoss:
+        """Return IR-DRO's loss (Chen et al. 2024), ``sum_i softmax(L / kl_reg)_i L_i``.
+
+        ``L_i`` is the mean token loss of example i. The softmax, not differentiated, is over the
+        examples of one micro-batch on all ranks together; accumulated micro-batches count by their
+        examples.
+        """
+        tokens = self.tokens()
+        num_examples, owner = self.batch["lengths"].numel(), self.batch["owner"]
+        # In float64: the softmax turns absolute errors of the losses into relative ones of weights.
+        nothing = tokens.new_zeros(num_examples, dtype=torch.float64)
+        # Not `bincount`, for whose largest value the host waits.
+        lengths = nothing.index_add(0, owner, torch.ones_like(tokens, dtype=torch.float64))
+        means = nothing.index_add(0, owner, tokens.double()) / lengths.clamp(min=1)
+        # Fillers have no tokens, and no weight. What other ranks are told has no gradient.
+        hardness = (means / self.options.kl_reg).masked_fill(lengths == 0, -torch.inf)
+        everyone = joined_ranks(hardness)
+        mine = everyone.softmax(0)[rank() * num_examples :][:num_examples]
+        weights = mine.masked_fill(lengths == 0, 0.0)
+        share = everyone.isfinite().sum() / self.counts.examples
+        return self.of_tokens((share * (weights * means).sum()).float(), tokens)
+
+
+class FusedHead(Head):
+    """A head whose losses are the fused ones of `sftmix_kernels`."""
+
+    def __init__(
+        self,
+        batch: dict[str, Any],
+        counts: Counts,
+        options: SFTMixOptions,
+        hidden: Tensor,  # (N, D)
+        weight: Tensor,  # (V, D)
+        **keywords: Any,
+    ) -> None:
+        """Take ``keywords`` for the fused ops: bias, schedule, logit_scale, softcap."""
+        super().__init__(batch, counts, options)
+        self.hidden, self.weight, self.keywords = hidden, weight, keywords
+
+    def tokens(self) -> Tensor:
+        """Return every response token's NTP loss; backward makes the logits again."""
+        return fused_cross_entropy(
+            self.hidden, self.weight, self.targets, reduction="none", **self.keywords
+        )
+
+    def ntp(self) -> BatchLoss:
+        """Return NTP."""
+        nothing = self.targets.new_empty(0)
+        return self._joint(Pairs(nothing, nothing, nothing.float()), 0.0)._replace(mixup=None)
+
+    def mixup(self) -> BatchLoss:
+        """Return Mixup: one row of products for each pair, and none for the other tokens."""
+        pairs = self.pairs
+        mixup = fused_mixup_loss(
+            self.hidden[pairs.c],
+            self.hidden[pairs.u],
+            self.weight,
+            self.targets[pairs.c],
+            self.targets[pairs.u],
+            pairs.lam,
+            divisor=self.counts.pairs,
+            **self.keywords,
+        )
+        return BatchLoss(mixup, None, mixup, None)
+
+    def joint(self, weight: float) -> BatchLoss:
+        """Return ``NTP + weight * Mixup`` at the matrix products of NTP."""
+        return self._joint(self.pairs, weight)
+
+    def _joint(self, pairs: Pairs, mu: float) -> BatchLoss:
+        row_ntp = torch.empty(self.targets.shape, dtype=torch.float32, device=self.targets.device)
+        loss, ntp, mixup = fused_sftmix_loss(
+            self.hidden,
+            self.weight,
+            self.targets,
+            *pairs,
+            mu=mu,
+            ntp_divisor=self.counts.tokens,
+            mixup_divisor=self.counts.pairs,
+            row_ntp_out=row_ntp,
+            **self.keywords,
+        )
+        return BatchLoss(loss, ntp, mixup, row_ntp)
+
+
+class DenseHead(Head):
+    """A head whose losses are made from the model's own logits, in float32 or better.
+
+    The model's head reads what `rows` gives: `ntp` rows of response tokens, then mixed ones.
+    """
+
+    def __init__(
+        self, batch: dict[str, Any], counts: Counts, options: SFTMixOptions, method: Method
+    ) -> None:
+        super().__init__(batch, counts, options)
+        self.method = method
+        self.logits = torch.empty(0)  # ((N +) P, V), once they are there
+
+    def rows(self, hidden: Tensor) -> Tensor:
+        """Return the rows that the method's loss reads, from those of response tokens (N, D).
+
+        Mixed rows are ``lam h_c + (1 - lam) h_u``.
+        """
+        if not self.method.mixed:
+            return hidden
+        pairs = self.pairs
+        lam = pairs.lam.unsqueeze(-1)
+        mixed = (lam * hidden[pairs.c] + (1 - lam) * hidden[pairs.u]).to(hidden.dtype)
+        return torch.cat([hidden, mixed]) if self.method.ntp else mixed
+
+    def tokens(self) -> Tensor:
+        """Return every response token's NTP loss."""
+        assert self.method.ntp, "the method says that it reads no rows of response tokens"
+        logits = self.logits[: self.targets.numel()]
+        return F.cross_entropy(logits, self.targets, reduction="none")
+
+    def ntp(self) -> BatchLoss:
+        """Return NTP."""
+        tokens = self.tokens()
+        return self.of_tokens(tokens.sum() / self.counts.tokens, tokens)
+
+    def mixup(self) -> BatchLoss:
+        """Return Mixup."""
+        assert self.method.mixed, "the method says that it reads no mixed rows"
+        pairs = self.pairs
+        logits = self.logits[self.targets.numel() if self.method.ntp else 0 :]
+        loss_c, loss_u = (
+            F.cross_entropy(logits, self.targets[places], reduction="none")
+            for places in (pairs.c, pairs.u)
+        )
+        mixup = (pairs.lam * loss_c + (1 - pairs.lam) * loss_u).sum() / self.counts.pairs
+        return BatchLoss(mixup, None, mixup, None)
+
+    def joint(self, weight: float) -> BatchLoss:
+        """Return ``NTP + weight * Mixup``."""
+        mixup, ntp = self.mixup().loss, self.ntp()
+        return ntp._replace(loss=ntp.loss + weight * mixup, mixup=mixup)

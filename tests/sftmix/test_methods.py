@@ -1,0 +1,104 @@
+"""The table of methods: where it is read, and that a new entry is all that a method needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from sftmix.cli import main
+from sftmix.methods import METHODS, OPTIONS, Method, method_of
+from tests.sftmix import tiny
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def dft(head: Any) -> Any:
+    """Each token's NTP loss times its probability, which is not differentiated."""
+    tokens = head.tokens()
+    return head.of_tokens((tokens * (-tokens).exp().detach()).sum() / head.counts.tokens, tokens)
+
+
+@pytest.fixture
+def _dft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry more in the table, and nothing else."""
+    entry = Method(
+        title="DFT",
+        formula="`-p log p`",
+        says="next-token prediction, each token weighted by its probability",
+        source="a test",
+        loss=dft,
+    )
+    monkeypatch.setitem(METHODS, "dft", entry)
+
+
+@pytest.mark.usefixtures("_dft")
+def test_an_entry_is_all_that_a_method_needs(
+    toy_model: Path, toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--model", str(toy_model), "--data", str(toy_data), "--use_cpu", "true"]
+    words += ["--disable_tqdm", "true", "--max_steps", "2", "--logging_steps", "1"]
+    words += ["--learning_rate", "0.01", "--save_strategy", "no"]
+    losses = {}
+    for method, head in (("ntp", "fused"), ("dft", "fused"), ("dft", "logits")):
+        run = tmp_path / f"{method}-{head}"
+        assert main([*words, "--output", str(run), "--method", method, "--head", head]) == 0
+        log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+        losses[run.name] = [line["loss"] for line in log if "loss" in line]
+    assert losses["dft-fused"] == pytest.approx(losses["dft-logits"], rel=1e-5)
+    assert max(losses["dft-fused"]) < min(losses["ntp-fused"]) / 10
+    card = (tmp_path / "dft-fused" / "README.md").read_text()
+    assert "fine-tuned with DFT" in card
+    assert "by next-token prediction, each token weighted by its probability." in card
+    pytest.importorskip("matplotlib")
+    runs = [str(tmp_path / name) for name in losses]
+    capsys.readouterr()
+    page = tmp_path / "report.html"
+    assert main(["report", *runs[:2], "--output", str(page), "--examples", "0"]) == 0
+    assert "\nDFT " in capsys.readouterr().out
+    assert "DFT" in page.read_text()
+
+
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")
+@pytest.mark.usefixtures("_dft")
+def test_trl_trains_with_a_new_method(
+    toy_model: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trl")
+    monkeypatch.setenv("CI", "1")  # TRL tells its makers of every trainer otherwise
+    from sftmix.integrations.trl import SFTMixSFTConfig, SFTMixSFTTrainer
+
+    rows = [json.loads(line) for line in toy_data.read_text().splitlines()][:8]
+    data = datasets.Dataset.from_list(
+        [{"prompt": row["question"], "completion": " " + row["answer"]} for row in rows]
+    )
+    args = SFTMixSFTConfig(
+        output_dir=str(tmp_path), method="dft", use_cpu=True, bf16=False, max_steps=1,
+        disable_tqdm=True, logging_steps=1, save_strategy="no", report_to="none",
+    )  # fmt: skip
+    made = SFTMixSFTTrainer(str(toy_model), args, train_dataset=data)
+    made.train()
+    ((loss, ntp),) = tiny.losses(made, "loss", "ntp_loss")
+    assert 0 < loss < ntp / 10
+
+
+def test_an_unknown_method_is_refused_by_its_name() -> None:
+    with pytest.raises(ValueError, match=r"^method: expected sftmix, ntp, .*; got 'dft'$"):
+        method_of("dft")
+
+
+def test_options_are_of_the_methods_that_read_them() -> None:
+    assert OPTIONS == ("mu", "alpha", "lambda_scope", "pairing", "kl_reg")
+    assert METHODS["sftmix"].options == ("mu", "alpha", "lambda_scope", "pairing")
+    assert METHODS["ir_dro"].options == ("kl_reg",)
+    assert METHODS["ntp"].options == ()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_page_has_the_line_of_a_method(name: str) -> None:
+    method = METHODS[name]
+    lines = (REPOSITORY / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()
+    assert f"| `{name}` | {method.formula} | {method.source} |" in lines
