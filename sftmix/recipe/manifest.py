@@ -43,6 +43,7 @@ BY_CONTENT = {
     "select": "data_hash",
     "on_bad_row": "data_hash",
 }
+SCHEDULES_OF_MU = ("mu_schedule", "mu_warmup_ratio")
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy")
 
 
@@ -186,6 +187,9 @@ def start_manifest(run: Path, recipe: dict[str, Any], **files: Any) -> None:
         write_json(path, {**recipe, "versions": versions(), "files": redacted(places)})
         return
     earlier = read_manifest(path)
+    if earlier.get("mu_schedule") == "constant":
+        # Versions before this one had schedules of mu; a constant mu is what all runs have now.
+        earlier = {name: earlier[name] for name in earlier if name not in SCHEDULES_OF_MU}
     # Versions before this one kept only names.
     unknown = [
         name for name in recipe if name.endswith("_hash") and recipe[name] and name not in earlier

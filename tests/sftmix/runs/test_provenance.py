@@ -376,6 +376,17 @@ def test_a_run_of_a_version_without_hashes_is_told(
     assert refusal(tmp_path, data=["/b/rows.jsonl"]) is None
 
 
+def test_a_run_of_a_version_with_schedules_of_mu_goes_on_if_mu_was_constant(
+    tmp_path: Path,
+) -> None:
+    start_manifest(tmp_path, RECIPE)
+    path = tmp_path / "manifest.json"
+    manifest = read_manifest(path)
+    for schedule, goes_on in (("constant", True), ("cosine", False)):
+        path.write_text(json.dumps({**manifest, "mu_schedule": schedule, "mu_warmup_ratio": 0.1}))
+        assert (refusal(tmp_path) is None) == goes_on
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"a": ' + "[" * 100_000, "\xff"])
 def test_a_damaged_manifest_is_named(text: str, tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
