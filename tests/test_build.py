@@ -96,3 +96,19 @@ def test_constraints_pin_nothing_but_single_versions():
     for name, requirement in _pinned().items():
         assert [pin.operator for pin in requirement.specifier] == ["=="], name
         assert not requirement.extras, name
+
+
+def test_a_wheel_has_every_file_that_the_packages_read():
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "package-data"
+    ]
+    for package, patterns in data.items():
+        folder = ROOT / package
+        packed = [set(folder.glob(pattern)) for pattern in patterns]
+        assert all(packed), f"{package}: of {patterns} some name nothing"
+        others = {
+            path
+            for path in folder.rglob("*")
+            if path.is_file() and path.suffix not in (".py", ".pyc", ".so")
+        }
+        assert others == set().union(*packed)
