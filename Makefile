@@ -48,7 +48,7 @@ test: $(READY)
 	if "$(PYTHON)" -c "import triton" 2>/dev/null; then \
 		TRITON_INTERPRET=1 $(PYTEST) -m interpret tests/sftmix_kernels tests/benchmarks; fi
 	$(MAKE) --no-print-directory test-isa-default ISA_TESTS="$(ISA_FEW)"
-	$(PYTEST) $(NOT_SLOW)
+	$(PYTEST) $(NOT_SLOW) --durations 25 --durations-min 4
 
 # What takes long beside what it tells: `make test-all` runs it, too.
 NOT_SLOW := -m "not slow"
