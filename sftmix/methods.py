@@ -32,7 +32,7 @@ class Method:
     title: str  # in tables and model cards
     formula: str  # Markdown
     says: str  # a noun phrase in Markdown, for help and model cards
-    source: str  # "paper" (arXiv 2410.05248) or "ours", and what it is there
+    source: str  # "paper" (arXiv 2410.05248) and what it is there, another work, or "ours"
     loss: Callable[[Any], Any]  # of a `training.heads.Head`; gives a `BatchLoss`
     mixed: bool = False  # whether the loss reads mixed rows; such a method needs a partition
     ntp: bool = True  # whether the loss reads the rows of response tokens themselves

@@ -223,7 +223,7 @@ def finish(
 def push(run: Path, names: list[str], hub: Repository | None) -> None:
     """Push the model's files and its card if a repository is named; a signal ends it at once."""
     # An upload may take long, and loses nothing if it ends early.
-    interrupts.wait(wait=False)
+    interrupts.defer(until_asked=False)
     interrupts.end_if_requested()
     if hub is not None:
         say(f"pushed it to {on_main(lambda: hub.push(run, [*names, MODEL_CARD]))}")

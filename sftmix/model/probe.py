@@ -86,7 +86,7 @@ def check_logits(
     formula: str,
     way_out: str,
 ) -> None:
-    """Hold the logits that ``formula`` gives beside the model's own.
+    """Compare the logits that ``formula`` gives with the model's own.
 
     The hidden states and the matrix product are the same, so only the head's last operations
     (bias, scale, softcap, a cast) may round differently: four roundings of the head's dtype.

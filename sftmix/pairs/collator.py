@@ -1,4 +1,4 @@
-"""Which examples sit in a batch together, and which of their tokens are mixed.
+"""Lay a batch out, and say which of its tokens are mixed.
 
 A confident and an unconfident example form a pair with one ``lam ~ Beta(alpha, alpha)``
 (arXiv 2410.05248); the n-th response token of one is mixed with the n-th of the other, up to the

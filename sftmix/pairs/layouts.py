@@ -1,4 +1,4 @@
-"""Where the tokens of a batch lie, and whether a model keeps its examples apart there.
+"""Where the tokens of a batch lie.
 
 - ``padded``: an example a row, padded on the right, with an attention mask.
 - ``padding_free``: all examples one after another in one row.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +18,12 @@ from typing import Any, Literal, NoReturn, cast
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from sftmix.methods import OPTIONS
+from sftmix.methods import OPTIONS, method_of
 from sftmix.recipe.config_file import config_words, place_of
 from sftmix.runs.failures import Naming, OneMessage, OneSpelling
 from sftmix.training.config import ScoreConfig, SFTMixConfig, SFTMixOptions, option
+
+logger = logging.getLogger(__name__)
 
 # The commands have flags of their own in place of these of transformers.
 ELSEWHERE = {"output_dir": "the folder as --output", "resume_from_checkpoint": "--resume"}
@@ -204,6 +207,10 @@ def parse(
             "metric_for_best_model: expected --eval_strategy epoch or steps with it, got only "
             f"{config.metric_for_best_model!r}"
         )
+    others = set(OPTIONS) - {*method_of(config.method).options}
+    unused = [f"--{name}" for name in sorted(others) if f"__{name}" in typed]
+    if unused:
+        logger.warning("not used by --method %s: %s", config.method, ", ".join(unused))
     _show_bars(not config.disable_tqdm)
     return run, config
 

@@ -84,9 +84,9 @@ def requested() -> int | None:
     return _watch.requested
 
 
-def wait(*, wait: bool = True) -> None:
+def defer(*, until_asked: bool = True) -> None:
     """Make signals wait until the program asks for them, or (False) end the command at once."""
-    _watch.waits = wait
+    _watch.waits = until_asked
 
 
 def advise(text: str) -> None:

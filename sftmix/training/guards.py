@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 else:
     TrainerBase = object
 
-# A scaler that gets so low divides what does not come from its scale: DeepSpeed's limit, too.
+# Below this scale an overflow does not come from the scale. It is DeepSpeed's limit, too.
 LOWEST_SCALE = 1.0
-# Optimizers that have used a layer's gradient before those of others are there.
+# Optimizers that step during backward, a layer at a time.
 IN_BACKWARD = ("lomo", "layerwise")
 
 

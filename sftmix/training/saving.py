@@ -79,7 +79,7 @@ class Resumption(TrainerCallback):
         """Let signals wait for the end of a step from now on."""
         self.trainer.begun_at = state.global_step
         interrupts.end_if_requested()
-        interrupts.wait()
+        interrupts.defer()
         self.trainer.make_up()
 
 

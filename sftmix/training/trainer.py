@@ -61,7 +61,7 @@ from sftmix.training.saving import DueEvaluation, Resumption, WholeCheckpoints
 from sftmix.training.scoring import score_examples
 from sftmix_kernels import StreamingPerplexity
 
-# Training arguments that do not decide a training's results, or that each rank has its own of.
+# Training arguments that do not decide a training's results, or that differ from rank to rank.
 OF_RANK = ("local_rank", "output_dir", "logging_dir", "run_name", "disable_tqdm")
 
 
@@ -74,8 +74,9 @@ class SFTMixMixin(WholeCheckpoints):
     with the others it fixes the same batches and order, so that only the loss differs.
 
         args = SFTMixConfig(output_dir="run", method="sftmix", mu=0.2)
-        confident = read_partition(Path("runs/score/confidence.parquet"))
-        SFTMixTrainer(model, args, train_dataset=data, confident=confident).train()
+        partition = read_partition(Path("runs/score/confidence.parquet"))
+        partition = match(partition, data["id"], data["content_hash"])
+        SFTMixTrainer(model, args, train_dataset=data, confident=partition).train()
     """
 
     args: SFTMixOptions

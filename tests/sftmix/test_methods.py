@@ -11,6 +11,8 @@ import pytest
 
 from sftmix.cli import main
 from sftmix.methods import METHODS, OPTIONS, Method, method_of
+from sftmix.recipe.arguments import TrainRunArguments, parse
+from sftmix.training.config import SFTMixConfig
 from tests.sftmix import tiny
 
 REPOSITORY = Path(__file__).parents[2]
@@ -86,8 +88,8 @@ def test_trl_trains_with_a_new_method(
 
 
 def test_an_unknown_method_is_refused_by_its_name() -> None:
-    with pytest.raises(ValueError, match=r"^method: expected sftmix, ntp, .*; got 'dft'$"):
-        method_of("dft")
+    with pytest.raises(ValueError, match=r"^method: expected sftmix, ntp, .*; got 'other'$"):
+        method_of("other")
 
 
 def test_options_are_of_the_methods_that_read_them() -> None:
@@ -102,3 +104,21 @@ def test_the_page_has_the_line_of_a_method(name: str) -> None:
     method = METHODS[name]
     lines = (REPOSITORY / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()
     assert f"| `{name}` | {method.formula} | {method.source} |" in lines
+
+
+@pytest.mark.parametrize(
+    ("method", "typed", "told"),
+    [
+        ("ntp", ["--mu", "0.9", "--kl-reg=3", "--alpha", "1"], ["--alpha, --kl_reg, --mu"]),
+        ("equal", ["--mu", "0.9", "--alpha", "1"], ["--mu"]),
+        ("sftmix", ["--mu", "0.9", "--alpha", "1"], []),
+        ("ntp", [], []),
+    ],
+)
+def test_typed_options_that_the_method_does_not_read_are_named(
+    method: str, typed: list[str], told: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["--model", "m", "--data", "d", "--output", "o", "--use_cpu", "true", "--bf16", "false"]
+    parse([*words, "--method", method, *typed], TrainRunArguments, SFTMixConfig, "sftmix train")
+    found = [r.getMessage() for r in caplog.records if r.name == "sftmix.recipe.arguments"]
+    assert found == [f"not used by --method {method}: {names}" for names in told]

@@ -267,7 +267,7 @@ def test_a_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def send(*signals: int, waits: bool = True) -> Callable[[], None]:
         def child() -> None:
             with interrupts.handled():
-                interrupts.wait(wait=waits)
+                interrupts.defer(until_asked=waits)
                 for signum in signals:
                     os.kill(os.getpid(), signum)
 
