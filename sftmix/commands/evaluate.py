@@ -106,14 +106,15 @@ def main(words: Sequence[str]) -> None:
     arguments = parse_alone(words, EvaluateArguments, "sftmix evaluate")
     output = output_file(arguments.model, arguments.output)
     earlier = read_evaluation(output, arguments)
+    # Before the questions, some of which are fetched.
+    require_harness()
+    check_model(arguments.model, arguments.revision)
     questions = {}
     for name in dict.fromkeys(arguments.tasks):
         ids = arguments.pubmedqa_ids if name == "pubmedqa" else None
         among = {"pubmedqa_ids": "^pubmedqa_ids: "}
         with Naming(f"{name}_data", other="data", among=among):
             questions[name] = read_questions(name, getattr(arguments, f"{name}_data"), ids)
-    require_harness()
-    check_model(arguments.model, arguments.revision)
     asking = {"revision": arguments.revision, "chat_template": arguments.chat_template}
     tokenizer = load_tokenizer(RunArguments(arguments.model, [], "", **asking))
     found = provenance(arguments.model, tokenizer, arguments.revision)

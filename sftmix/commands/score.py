@@ -20,7 +20,7 @@ from sftmix.runs.ranks import is_main, on_main, opened_run, refuse_differences, 
 from sftmix.templates.chat import set_template_date
 from sftmix.templates.rendering import today
 from sftmix.training.config import ScoreConfig
-from sftmix.training.parallelism import check_processes
+from sftmix.training.parallelism import check_device, check_processes
 from sftmix.training.reference import finished_scores, reference_trainer
 from sftmix.training.trainer import make_collator
 
@@ -33,6 +33,7 @@ def main(words: Sequence[str]) -> None:
     arguments, config = parse(words, RunArguments, ScoreConfig, "sftmix score")
     check_lora(arguments)
     check_processes(config)
+    check_device(config)
     interrupts.advise("before training began: nothing is lost; start it again")
     with opened_run(arguments.output, resume=arguments.resume) as run:
         interrupts.advise("before training began: nothing is lost; go on with --resume")

@@ -44,7 +44,7 @@ from sftmix.templates.chat import set_template_date
 from sftmix.templates.rendering import today
 from sftmix.training.config import SFTMixConfig
 from sftmix.training.hub import Repository, model_files, repository
-from sftmix.training.parallelism import check_processes
+from sftmix.training.parallelism import check_device, check_processes
 from sftmix.training.saving import save_final_model
 from sftmix.training.trainer import SFTMixTrainer, make_collator
 
@@ -90,6 +90,7 @@ def main(words: Sequence[str]) -> None:
         )
     check_lora(arguments)
     check_processes(config)
+    check_device(config)
     hub = repository(config)
     with opened_run(arguments.output, resume=arguments.resume) as run:
         interrupts.advise("before training began: nothing is lost; go on with --resume")
@@ -186,14 +187,14 @@ def say(text: str) -> None:
 
 
 def is_finished(run: Path) -> bool:
-    """Tell whether all is done, for a run without a checkpoint of its last step to go on from."""
+    """Tell whether all is done: the card is written last, once the model and its log are there."""
     if not (run / MODEL_CARD).exists() or not any((run / name).exists() for name in CONFIGS):
         return False
     if not (run / TRAINER_STATE).exists():
         return False
     state = TrainerState.load_from_json(str(run / TRAINER_STATE))
     newest = next((step_of(path) for path in list_checkpoints(run)), 0)
-    return bool(newest < state.global_step >= state.max_steps)
+    return bool(newest <= state.global_step >= state.max_steps)
 
 
 def finish(

@@ -191,7 +191,7 @@ def _mapping(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected names and values, got {type(found).__name__}")
     return found

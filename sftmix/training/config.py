@@ -329,6 +329,8 @@ class ScoreConfig(SFTMixConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.num_scorings < 1:
+            raise ValueError(f"num_scorings: expected at least 1, got {self.num_scorings}")
         for name, expected in (("method", "ntp"), ("num_train_epochs", 1), ("max_steps", -1)):
             if getattr(self, name) != expected:
                 raise ValueError(

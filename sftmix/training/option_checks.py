@@ -2,8 +2,8 @@
 
 `transformers` finds some wrong values late or never, and several options mean nothing to a trainer
 that makes no logits, draws its own batches and updates only after it has looked at the loss.
-`tests/sftmix/test_option_checks.py` sorts every field of `TrainingArguments` into heeded, refused
-and without effect, so that a field that a newer version brings is noticed.
+`tests/sftmix/training/test_option_checks.py` sorts all fields of `TrainingArguments` into heeded,
+refused and without effect, so that a field that a newer version brings is noticed.
 """
 
 from __future__ import annotations

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.training_args import ParallelMode
 
 from sftmix.training.config import CHECKPOINTING
+from sftmix_kernels.schedules import runs_triton
 
 
 def check_processes(args: Any) -> None:
@@ -22,6 +24,20 @@ def check_processes(args: Any) -> None:
         raise ValueError(
             "fsdp: expected several processes, got one; start them with `accelerate launch` or "
             "torchrun, or leave it out"
+        )
+
+
+def check_device(args: Any) -> None:
+    """Refuse the loss that only a GPU computes on anything else, before anything is loaded.
+
+    Raises:
+        ValueError: naming the option and the way out.
+    """
+    on_cpu = torch.empty(0, device=args.device)
+    if args.loss_schedule == "vocab_tiles" and not runs_triton(on_cpu):
+        raise ValueError(
+            f"loss_schedule: vocab_tiles needs a CUDA device, and this run is on {args.device}; "
+            "leave it out"
         )
 
 

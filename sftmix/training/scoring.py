@@ -264,7 +264,7 @@ def scoring_steps(max_steps: int, num_scorings: int) -> list[int]:
     if not 1 <= num_scorings <= max_steps:
         raise ValueError(
             f"num_scorings: expected 1 to {max_steps} (the steps of the epoch), "
-            f"got {num_scorings}; ask for fewer, or take a smaller per_device_train_batch_size"
+            f"got {num_scorings}; ask for fewer, or take a smaller --per_device_train_batch_size"
         )
     return [round(max_steps * (c + 1) / num_scorings) for c in range(num_scorings)]
 

@@ -426,3 +426,14 @@ def test_no_message_shows_the_terminal_a_command(
     found = refused(capsys, [*words, "--data", str(odd)])
     assert r"\x1b[31mred\u202e.json" in found
     assert "\x1b" not in found
+
+
+@pytest.mark.parametrize("command", ["train", "score"])
+def test_a_loss_that_the_device_cannot_compute_leaves_no_run(
+    command: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before a manifest is there, with which the mended command would not agree."""
+    words = words if command == "train" else ["score", *words[1:7], *words[-4:]]
+    found = refused(capsys, [*words, "--loss_schedule", "vocab_tiles"])
+    assert found.startswith("--loss_schedule: vocab_tiles needs a CUDA device")
+    assert not (tmp_path / "run" / "manifest.json").exists()

@@ -20,8 +20,12 @@ from tests.sftmix.medical_data import MAKE, needs_harness, write
 
 
 def test_errors_are_one_line(
-    tmp_path: Path, toy_model: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    toy_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr("sftmix.commands.evaluate.require_harness", lambda: None)
     file = write(tmp_path, "medqa", [0])["file"]
     other = tmp_path / "other.json"
     other.write_text(json.dumps({"model": "another", "metrics": {}, "details": {}}))

@@ -312,7 +312,7 @@ def test_folders_that_are_no_runs(tmp_path: Path) -> None:
         read_runs([run, tmp_path / "nothing" / ".." / "run"])
     manifest = json.loads((run / "manifest.json").read_text())
     for text, message in (
-        ("{", "manifest.json: is damaged"),
+        ("{", "manifest.json is damaged"),
         ("[]", "expected names and values, got list"),
         (json.dumps({**manifest, "seed": "x"}), "expected seed of type int, got 'x'"),
         (json.dumps({**manifest, "data": None}), "expected data of type list, got None"),

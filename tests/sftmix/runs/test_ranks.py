@@ -270,7 +270,7 @@ def test_a_launched_run_ends_with_a_crashed_rank_and_goes_on(
     more = ["--partition", str(tmp_path / "score" / "confidence.parquet")]
     more += ["--eval_data", str(held_out), "--num_train_epochs", "2"]
     two = ["train", *command("two", 6, *more)]
-    crashed = launch("torchrun", str(Path(__file__).with_name("crash.py")), *two)
+    crashed = launch("torchrun", str(Path(__file__).parents[1] / "crash.py"), *two)
     assert crashed.returncode != 0
     assert "KeyError: 'the second rank fails'" in crashed.stderr
     assert [path.name for path in list_checkpoints(tmp_path / "two")] == ["checkpoint-3"]
