@@ -24,6 +24,8 @@ Edit = Callable[[Path], object]
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    # It is asked for before questions are read.
+    monkeypatch.setattr("sftmix.commands.evaluate.require_harness", lambda: None)
 
 
 @pytest.fixture

@@ -51,6 +51,18 @@ def test_errors_are_one_line(
         assert error.count("\n") == 1
 
 
+def test_the_harness_is_asked_for_before_questions_are_fetched(
+    toy_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing() -> None:
+        raise ImportError("no harness")
+
+    monkeypatch.setattr("sftmix.commands.evaluate.require_harness", missing)
+    monkeypatch.setattr("sftmix.commands.evaluate.read_questions", None)
+    assert main(["evaluate", "--model", str(toy_model), "--limit", "2"]) == 2
+    assert capsys.readouterr().err == "sftmix evaluate: error: no harness\n"
+
+
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["evaluate", "--help"])
