@@ -39,6 +39,7 @@ def case(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return prepare(draw(source, 3, SMALL), 3, SMALL, tmp_path_factory.mktemp("case"))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_broken_off_ends_with_the_same_bytes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

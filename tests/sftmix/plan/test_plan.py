@@ -117,7 +117,7 @@ class RealStep:
     [
         {},
         {"activation_checkpointing": True},
-        {"memory": "lean", "mlp_tile_tokens": 64},
+        pytest.param({"memory": "lean", "mlp_tile_tokens": 64}, marks=pytest.mark.slow),
         {"layout": "padding_free"},
         {"loss_max_bytes": 2**17},
         {"head": "logits"},
@@ -159,10 +159,11 @@ def test_the_loss_workspace_is_what_the_loss_holds(tmp_path: Path) -> None:
     ("config", "changes", "given"),
     [
         (llama(num_hidden_layers=7), {}, {}),
-        (
+        pytest.param(
             llama(num_hidden_layers=5),
             {"memory": "lean", "mlp_tile_tokens": 128},
             {"lora_rank": 4, "lora_targets": ["q_proj", "up_proj"]},
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             llama(num_hidden_layers=5),
