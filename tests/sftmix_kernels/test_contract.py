@@ -118,14 +118,16 @@ def test_compiled_equals_eager_with_ignored_rows(loss: Loss, dtype: torch.dtype)
 
 @ignore_tracing_warning
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_compiled_by_inductor_equals_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_by_inductor_equals_eager() -> None:
     # What inductor keeps between processes it also takes where ATEN_CPU_CAPABILITY is another, for
-    # which that C++ does not compile (torch 2.13).
-    monkeypatch.setattr("torch._inductor.config.fx_graph_cache", False)
-    monkeypatch.setattr("torch._functorch.config.enable_autograd_cache", False)
+    # which that C++ does not compile (torch 2.13). A plain `setattr` is not undone in torch 2.11.
+    inductor = torch._inductor.config.patch(fx_graph_cache=False)
+    autograd = torch._functorch.config.patch(enable_autograd_cache=False)
     tensors = head_inputs((R, D), V, torch.float32)
     compiled = torch.compile(sftmix, fullgraph=True, backend="inductor")
-    found, plain = run(compiled, tensors), run(sftmix, tensors)
+    with inductor, autograd:
+        found = run(compiled, tensors)
+    plain = run(sftmix, tensors)
     torch.testing.assert_close(found.loss, plain.loss, rtol=1e-6, atol=0)
     assert_same_bits(found._replace(loss=plain.loss), plain)
 
