@@ -43,6 +43,16 @@ def test_it_says_first_what_was_not_found() -> None:
     assert NO_GPU in README.split("## What it costs")[1]
 
 
+def test_its_first_times_are_those_of_its_tables() -> None:
+    first, tables = README.split("## Two commands")[0], README.split("## What it costs")[1]
+    steps = [float(found) for found in re.findall(r"([\d.]+) of an NTP step", tables)]
+    assert f"{min(steps)} to {max(steps)} times as long" in first
+    both, alone = re.findall(r"\*\*sftmix, row_chunks\*\*.*?([\d.]+) s .*?([\d.]+) s ", tables)[0]
+    assert f"{float(both) / float(alone):.2f} times as long as that of NTP" in " ".join(
+        first.split()
+    )
+
+
 def test_figures_and_pictures_are_those_of_the_committed_results(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     results = ROOT / "benchmarks/results"

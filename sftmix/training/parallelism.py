@@ -33,8 +33,8 @@ def check_device(args: Any) -> None:
     Raises:
         ValueError: naming the option and the way out.
     """
-    on_cpu = torch.empty(0, device=args.device)
-    if args.loss_schedule == "vocab_tiles" and not runs_triton(on_cpu):
+    there = torch.empty(0, device=args.device)
+    if args.loss_schedule == "vocab_tiles" and not runs_triton(there):
         raise ValueError(
             f"loss_schedule: vocab_tiles needs a CUDA device, and this run is on {args.device}; "
             "leave it out"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from sftmix.toy import build_toy_model
 from tests.sftmix import tiny
@@ -24,6 +24,23 @@ def write_rows(path: Path, number: int, *, seed: int = 0) -> Path:
     rows = [{"question": q, "answer": a} for q, a in zip(texts[::2], texts[1::2], strict=True)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def write_gpt2_with_dropout(folder: Path, toy_model: Path) -> None:
+    """Save a random GPT-2 on the toy model's tokenizer; its training draws random numbers."""
+    tokenizer = AutoTokenizer.from_pretrained(toy_model)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        n_positions=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    assert config.resid_pdrop > 0
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module", autouse=True)

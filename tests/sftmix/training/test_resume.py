@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, Trainer
+from transformers import Trainer
 
 from sftmix.cli import main
 from sftmix.runs.checkpoints import STAGING
-from tests.sftmix.conftest import write_rows
+from tests.sftmix.conftest import write_gpt2_with_dropout, write_rows
 
 ROOT = Path(__file__).parents[3]
 
@@ -60,19 +60,7 @@ for words, place in json.loads(sys.argv[1]):
 def model(tmp_path_factory: pytest.TempPathFactory, toy_model: Path) -> Path:
     """A random GPT-2 with dropout, on the toy model's tokenizer."""
     folder = tmp_path_factory.mktemp("resume") / "model"
-    tokenizer = AutoTokenizer.from_pretrained(toy_model)
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_embd=16,
-        n_layer=1,
-        n_head=2,
-        n_positions=256,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    assert config.resid_pdrop > 0
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_gpt2_with_dropout(folder, toy_model)
     return folder
 
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import sftmix.training.scoring
 from sftmix.cli import main
 from sftmix.runs.checkpoints import STAGING, fault, list_checkpoints
 from sftmix.training.scoring import ScoringCallback
 from sftmix.training.trainer import SFTMixTrainer
+from tests.sftmix.conftest import write_gpt2_with_dropout
 
 ROOT = Path(__file__).parents[3]
 
@@ -92,19 +92,7 @@ for words, notes, place, number in json.loads(sys.argv[1]):
 def command(tmp_path_factory: pytest.TempPathFactory, toy_model: Path, toy_data: Path) -> list[str]:
     """`score` of a GPT-2 with dropout, without its output: 8 steps, scorings at 3, 5 and 8."""
     folder = tmp_path_factory.mktemp("score-resume") / "model"
-    tokenizer = AutoTokenizer.from_pretrained(toy_model)
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_embd=16,
-        n_layer=1,
-        n_head=2,
-        n_positions=256,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    assert config.resid_pdrop > 0
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_gpt2_with_dropout(folder, toy_model)
     words = ["score", "--model", str(folder), "--data", str(toy_data), "--use_cpu", "true"]
     words += ["--disable_tqdm", "true", "--learning_rate", "0.01", "--num_scorings", "3"]
     return [*words, "--max_length", "256"]
