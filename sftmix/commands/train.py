@@ -39,7 +39,7 @@ from sftmix.runs.checkpoints import list_checkpoints, step_of
 from sftmix.runs.failures import USER_ERRORS, Naming, RankError, RunFailure
 from sftmix.runs.folders import atomic_write
 from sftmix.runs.out_of_memory import MODEL_WAYS, advising
-from sftmix.runs.ranks import is_main, on_main, opened_run, refuse_differences, together
+from sftmix.runs.ranks import on_main, opened_run, refuse_differences, say, together
 from sftmix.templates.chat import set_template_date
 from sftmix.templates.rendering import today
 from sftmix.training.config import SFTMixConfig
@@ -178,12 +178,6 @@ def read_subsets(
     with naming_selections(path, arguments.select):
         matched = match(partition, dataset["id"][:], dataset["content_hash"][:])
     return matched, partition_hash(partition), subset_counts(partition)
-
-
-def say(text: str) -> None:
-    """Print a line; only the main rank prints."""
-    if is_main():
-        print(text)
 
 
 def is_finished(run: Path) -> bool:

@@ -27,8 +27,7 @@ from sftmix.data.examples import Example, load_examples
 from sftmix.data.rows import OnBadRow
 from sftmix.runs.failures import Naming
 from sftmix.runs.folders import read_manifest
-from sftmix.runs.ranks import is_main
-from sftmix.runs.redaction import redacted
+from sftmix.runs.ranks import say
 
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -191,12 +190,6 @@ def naming_selections(partition: Path, selected: list[str] | None) -> Iterator[N
             f"{error}; it was scored with --select {_shown(scored)}, "
             f"this run has --select {_shown(selected)}"
         ) from error
-
-
-def say(line: str) -> None:
-    """Print a line without its secrets; only the main rank prints."""
-    if is_main():
-        print(redacted(line), flush=True)
 
 
 def _shown(selected: list[str] | None) -> str:

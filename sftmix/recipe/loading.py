@@ -15,11 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from sftmix.conventions import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from sftmix.data.examples import Example, load_examples, rows_by_file
 from sftmix.data.examples_check import check_command
-from sftmix.data.selection import columns_of, parse_selection, say, select
+from sftmix.data.selection import columns_of, parse_selection, select
 from sftmix.model.source import ReadingModel
 from sftmix.model.weights import refuse_not_finite, refuse_other_tensors, without_message
 from sftmix.recipe.arguments import RunArguments, TrainRunArguments
 from sftmix.runs.failures import Naming
+from sftmix.runs.ranks import say
 from sftmix.templates.chat import adopt_template
 from sftmix.templates.files import use_template
 from sftmix.templates.tokenizing import tokenize_examples

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from sftmix.runs.failures import USER_ERRORS, RankError
 from sftmix.runs.folders import lock_run, open_run, remove_leftovers
+from sftmix.runs.redaction import redacted
 
 Result = TypeVar("Result")
 
@@ -39,6 +40,12 @@ def rank() -> int:
 def is_main() -> bool:
     """Tell whether this is the process that writes and prints."""
     return rank() == 0
+
+
+def say(line: str) -> None:
+    """Print a line without its secrets; only the main rank prints."""
+    if is_main():
+        print(redacted(line), flush=True)
 
 
 def summed(tensor: Tensor) -> Tensor:
