@@ -1,0 +1,75 @@
+"""Count what reading data found: rows by file, refused rows by reason, duplicates, unused columns.
+
+Reasons that differ only in numbers and in values are one kind of reason:
+
+>>> kind_of("'messages[3].role' must be one of system, user, got 'usr'")
+"'messages[N].role' must be one of system, user, got '...'"
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from sftmix.data.rows import BadRowError
+
+_QUOTED = re.compile(r"(?<!\w)'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
+_NUMBER = re.compile(r"0x[0-9a-f]+|-?\d[\d,._]*(?:e[+-]?\d+)?")
+
+
+@dataclass
+class Refused:
+    """The refused rows of one kind of reason: how many, and the first with its address."""
+
+    count: int
+    first: str  # "file:line: reason"
+
+
+@dataclass
+class Reading:
+    """What was found while data were read. `rows` counts refused rows, too."""
+
+    rows: Counter[str] = field(default_factory=Counter)  # by file, in the order of reading
+    refused: dict[str, Refused] = field(default_factory=dict)  # by `kind_of` the reason
+    forgiven: Counter[str] = field(default_factory=Counter)  # by what was mended
+    unused: Counter[str] = field(default_factory=Counter)  # rows by column or field
+    duplicates: int = 0  # examples whose content an earlier one has
+    first_duplicate: tuple[str, str] | None = None  # its address, and that of the earlier one
+    mixture: list[str] = field(default_factory=list)  # a line for each source of a mixture
+
+    def refuse(self, error: BadRowError) -> None:
+        """Count a refused row under its kind of reason."""
+        kind = kind_of(error.reason)
+        if kind in self.refused:
+            self.refused[kind].count += 1
+        else:
+            self.refused[kind] = Refused(1, str(error))
+
+    def top_reasons(self, number: int = 5) -> list[Refused]:
+        """Return the most frequent kinds of refused rows; of equal ones the earlier comes first."""
+        return sorted(self.refused.values(), key=lambda one: -one.count)[:number]
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the counts as plain JSON, without any text of the rows' values."""
+        return {
+            "rows": dict(self.rows),
+            "refused": sum(one.count for one in self.refused.values()),
+            "forgiven": dict(self.forgiven),
+            "unused": dict(self.unused),
+            "duplicates": self.duplicates,
+        }
+
+
+def kind_of(reason: str) -> str:
+    """Return the reason with "N" for its numbers and '...' for its values.
+
+    The first text in quotes is the name of a column or field if the reason begins with it, and
+    stays; all others are taken as values.
+    """
+
+    def shown(match: re.Match[str]) -> str:
+        return match[0] if match.start() == 0 else "'...'"
+
+    return _NUMBER.sub("N", _QUOTED.sub(shown, reason))
