@@ -5,13 +5,12 @@ docs/data.md is the table for users: which columns are read, refused, or named a
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sftmix.data.hashing import digest
 from sftmix.data.messages import (
     BadField,
     Masks,
@@ -67,14 +66,6 @@ class Content:
         """Return the SHA-256 of the content as canonical JSON."""
         found = {name: value for name, value in vars(self).items() if value is not None}
         return digest(found)
-
-
-def digest(content: object) -> str:
-    """Return the SHA-256 of canonical JSON, in which the order of keys does not matter."""
-    text = json.dumps(
-        content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str
-    )
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def field(row: dict[str, Any], name: str) -> Any:
@@ -275,15 +266,23 @@ def _refuse_or_count(
             unused[str(name)] += 1
 
 
-def format_of(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+def format_of(
+    rows: Sequence[dict[str, Any]], counts: Sequence[int] | None = None
+) -> tuple[str, ...]:
     """Return the format whose columns are all present in the most rows; the first on a tie.
+
+    `counts` says how many rows of a file each of `rows` stands for; one each by default.
 
     Raises:
         ValueError: no row has all columns of any format.
     """
-    counts = [sum(all(c in row for c in columns) for row in rows) for columns in FORMATS]
-    if max(counts) > 0:
-        return FORMATS[counts.index(max(counts))]
+    stands_for = counts or [1] * len(rows)
+    votes = [
+        sum(n for row, n in zip(rows, stands_for, strict=True) if all(c in row for c in columns))
+        for columns in FORMATS
+    ]
+    if max(votes) > 0:
+        return FORMATS[votes.index(max(votes))]
     found = sorted({str(column) for row in rows for column in row})
     if {"chosen", "rejected"} <= set(found):
         raise ValueError(

@@ -16,27 +16,31 @@ if a meaning would be lost, and otherwise named once for each file (docs/data.md
 
 from __future__ import annotations
 
-import functools
-import hashlib
+import contextlib
+import copy
+import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from sftmix.data.columns import FORMATS, digest, field, format_of, read_content
+from sftmix.data.columns import FORMATS, field, format_of, read_content
+from sftmix.data.hashing import data_hash, digest
 from sftmix.data.messages import BadField, Messages, kind
 from sftmix.data.rows import BadRowError, BadRows, OnBadRow, Row
 from sftmix.data.sources import open_sources
+from sftmix.data.store import Example, Examples
+from sftmix.data.summary import Reading
 from sftmix.runs.failures import printable
 
 __all__ = [
     "BadRowError",
     "BadRows",
     "Example",
+    "Examples",
     "Messages",
     "OnBadRow",
     "content_hash",
@@ -48,30 +52,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 NAMES_SHOWN = 20  # columns in a warning; files in a line
-
-
-@dataclass(frozen=True)
-class Example:
-    """One line of data to learn from: a conversation, or a sequence of tokens.
-
-    `id` is the example's number over all files in order, from 0, bad ones counted. `source` is
-    "path:line". `content_hash` is the SHA-256 of the content as canonical JSON, so it depends
-    neither on the tokenizer nor on the order of keys. Either `messages` is set, or `input_ids` and
-    `labels` are. Messages have the keys that chat templates read: `role`, `content` and, if given,
-    `reasoning_content`, `thinking`, `tool_calls` and the like. `tools` describes the tools that the
-    template writes. `learnt` says for each message whether it carries loss; None means that every
-    assistant turn does. `numbers` holds the values of the columns that were asked for.
-    """
-
-    id: int
-    source: str
-    content_hash: str
-    messages: Messages | None = None
-    tools: list[Any] | None = None
-    learnt: tuple[bool, ...] | None = None
-    input_ids: list[int] | None = None
-    labels: list[int] | None = None
-    numbers: dict[str, float] | None = None
+# The first rows of a file tell its format, nearly always: if all rows tell another one, the file is
+# read again.
+FIRST_ROWS = 1000
 
 
 def content_hash(row: dict[str, Any]) -> str:
@@ -92,7 +75,7 @@ def load_examples(
     split: str = "train",
     numbers: Sequence[str] = (),
     disable_progress: bool | None = False,
-) -> list[Example]:
+) -> Examples:
     """Read examples from JSON, JSONL and parquet files, folders of them, or `datasets` by name.
 
     A JSON file holds an array of rows or one row per line. `sources` says how a folder and a
@@ -111,98 +94,181 @@ def load_examples(
         raise TypeError(f"data: expected a list of files or names, got the single {data!r}")
     if not data:
         raise ValueError("data: expected at least one file or name, got none")
-    bad = BadRows(on_bad_row)
-    bar = functools.partial(tqdm, unit="row", delay=2, disable=disable_progress)
-    examples: list[Example] = []
-    empty: list[str] = []
-    number = 0
+    reader = _Reader(BadRows(on_bad_row), numbers, disable_progress)
     for name in data:
-        for source, read in open_sources(name, split):
-            rows = list(bar(read, desc=printable(f"Reading {source}")))
-            if not rows and Path(name).is_dir():
-                empty.append(source)
-                continue
-            checking = bar(rows, desc=printable(f"Checking {source}"))
-            examples += _examples(checking, rows, source, number, bad, numbers)
-            number += len(rows)
-    bad.report(number)
-    if empty and not number:
-        raise ValueError(f"{', '.join(empty[:NAMES_SHOWN])}: holds no rows")
-    if empty:
-        logger.warning("%s", printable(f"no rows in {', '.join(empty[:NAMES_SHOWN])}"))
-    if not examples:
-        raise ValueError(f"data: no examples are left: all {number} rows are bad")
-    return examples
+        reader.read(name, split)
+    return reader.finished()
 
 
-def rows_by_file(examples: Iterable[Example]) -> str:
+def rows_by_file(examples: Examples) -> str:
     """Return one line with the number of examples in all and in each file."""
-    counts = Counter(example.source.rpartition(":")[0] for example in examples)
+    counts = examples.counts_by_file()
     files = [f"{file!r} {count:,}" for file, count in counts.items()]
     more = f", and {len(files) - NAMES_SHOWN} more files" if len(files) > NAMES_SHOWN else ""
     return f"read {counts.total():,} rows: {', '.join(files[:NAMES_SHOWN])}{more}"
 
 
-def _examples(
-    checking: Iterable[Row],
-    rows: Sequence[Row],
-    source: str,
-    number: int,
-    bad: BadRows,
-    numbers: Sequence[str],
-) -> Iterator[Example]:
-    """Yield the good examples of a file, whose first row has the number `number`."""
-    columns = _columns(rows, source)
-    unused: Counter[str] = Counter()
-    for place, row in enumerate(checking, start=number):
+class _Reader:
+    """Reads files one after another into `examples`."""
+
+    def __init__(self, bad: BadRows, numbers: Sequence[str], disable_progress: bool | None) -> None:
+        self.bad, self.numbers, self.disable_progress = bad, numbers, disable_progress
+        self.examples = Examples()
+        self.reading = self.examples.reading
+        self.empty: list[str] = []
+
+    def read(self, name: str | Path, split: str) -> None:
+        """Read the files behind a name."""
+        begin = self.reading.rows.total()
+        for place, (source, rows) in enumerate(open_sources(name, split)):
+            other = self._read(source, rows, None, may_be_empty=Path(name).is_dir())
+            if other is not None:
+                again = itertools.islice(open_sources(name, split), place, place + 1)
+                for _, rows in again:
+                    other = self._read(source, rows, other)
+                if other is not None:
+                    raise ValueError(f"{source}: the file changed while it was read")
+        self.reading.sources.append((str(name), begin, self.reading.rows.total()))
+
+    def finished(self) -> Examples:
+        """Return the examples, and log what was left out.
+
+        Raises:
+            ValueError: there are none.
+        """
+        total, empty = self.reading.rows.total(), ", ".join(self.empty[:NAMES_SHOWN])
+        self.bad.report(total)
+        if empty and not total:
+            raise ValueError(f"{empty}: holds no rows")
+        if empty:
+            logger.warning("%s", printable(f"no rows in {empty}"))
+        if not self.examples:
+            raise ValueError(f"data: no examples are left: all {total} rows are bad")
+        places, first = self.examples.find_duplicates()
+        self.reading.duplicates = len(places)
+        for one, other in itertools.islice(zip(places.tolist(), first.tolist(), strict=True), 1):
+            address = self.examples.address
+            self.reading.first_duplicate = (address(one), address(other))
+        return self.examples
+
+    def _read(
+        self,
+        source: str,
+        rows: Iterable[Row],
+        columns: tuple[str, ...] | None,
+        *,
+        may_be_empty: bool = False,
+    ) -> tuple[str, ...] | None:
+        """Read a file in one pass as of the format `columns`; None: what its first rows tell.
+
+        If all rows tell another format, return that one, and keep nothing of the file.
+        """
+        shapes = _Shapes(source)
+        bar = tqdm(
+            rows,
+            desc=printable(f"Reading {source}"),
+            unit="row",
+            delay=2,
+            disable=self.disable_progress,
+        )
+        counted = shapes.counted(bar)
+        head = list(itertools.islice(counted, FIRST_ROWS))
+        if not head and may_be_empty:
+            self.empty.append(source)
+            return None
+        if columns is None:
+            # Later rows may be of a format if these are of none.
+            with contextlib.suppress(ValueError):
+                columns = shapes.format()
+        before, bad, part = len(self.examples), copy.deepcopy(self.bad), Reading()
+        error: BadRowError | None = None
+        self.examples.begin_file(source)
+        number = self.reading.rows.total()
+        for id, row in enumerate(itertools.chain(head, counted), start=number):
+            if columns is None or error is not None:
+                continue  # the other rows count for the format, whose errors come first
+            try:
+                self._append(row, columns, id, source, part)
+            except BadRowError as bad_row:
+                part.refuse(bad_row)
+                try:
+                    self.bad.add(bad_row)
+                except BadRowError as refused:
+                    error = refused
+        found = shapes.format()
+        if found != columns:
+            self.examples.forget_file(before)
+            self.bad = bad
+            return found
+        if error is not None:
+            raise error
+        part.rows[source] = shapes.total
+        self.reading.add(part)
+        _name_unused(source, part.unused)
+        return None
+
+    def _append(
+        self, row: Row, columns: tuple[str, ...], id: int, source: str, part: Reading
+    ) -> None:
         try:
-            yield _example(row, columns, place, source, numbers, unused)
-        except BadRowError as error:
-            bad.add(error)
+            if row.problem is not None:
+                raise BadField(row.problem)
+            if not isinstance(row.value, dict):
+                raise BadField(f"a row must be an object, got {kind(row.value)}")
+            content = read_content(row.value, columns, part.unused, self.numbers)
+            numbers = {column: _number(row.value, column) for column in self.numbers}
+            self.examples.append(id, row.line, content, numbers)
+        except BadField as error:
+            raise BadRowError(source, row.line, str(error)) from None
+        except RecursionError:
+            raise BadRowError(source, row.line, "a value is nested too deep") from None
+
+
+class _Shapes:
+    """Counts a file's rows by the types of their columns, and keeps one of each."""
+
+    def __init__(self, source: str) -> None:
+        self.source, self.total = source, 0
+        self.first: Row | None = None
+        self.counts: Counter[Hashable] = Counter()
+        self.examples: dict[Hashable, dict[str, Any]] = {}
+
+    def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Yield the rows, each after counting it."""
+        for row in rows:
+            self.first = self.first or row
+            self.total += 1
+            if isinstance(row.value, dict):
+                shape = tuple((name, type(value)) for name, value in row.value.items())
+                self.counts[shape] += 1
+                self.examples.setdefault(shape, row.value)
+            yield row
+
+    def format(self) -> tuple[str, ...]:
+        """Return the format of the rows counted so far.
+
+        Raises:
+            BadRowError: no row is an object.
+            ValueError: there are no rows, or they are of no format.
+        """
+        if self.first is None:
+            raise ValueError(f"{self.source}: holds no rows")
+        if not self.counts:
+            reason = self.first.problem or f"a row must be an object, got {kind(self.first.value)}"
+            raise BadRowError(
+                self.source, self.first.line, f"{reason}; no row of the file can be read"
+            )
+        try:
+            return format_of(list(self.examples.values()), list(self.counts.values()))
+        except ValueError as error:
+            raise ValueError(f"{self.source}: {error}") from None
+
+
+def _name_unused(source: str, unused: Counter[str]) -> None:
     if unused:
         names = [f"{name!r} ({count:,} rows)" for name, count in unused.most_common(NAMES_SHOWN)]
         more = f" and {len(unused) - NAMES_SHOWN} more" if len(unused) > NAMES_SHOWN else ""
         logger.warning("%s", printable(f"{source}: not used: {', '.join(names)}{more}"))
-
-
-def _columns(rows: Sequence[Row], source: str) -> tuple[str, ...]:
-    if not rows:
-        raise ValueError(f"{source}: holds no rows")
-    objects = [row.value for row in rows if isinstance(row.value, dict)]
-    if not objects:
-        first = rows[0]
-        reason = first.problem or f"a row must be an object, got {kind(first.value)}"
-        raise BadRowError(source, first.line, f"{reason}; no row of the file can be read")
-    try:
-        return format_of(objects)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
-
-
-def _example(
-    row: Row,
-    columns: tuple[str, ...],
-    number: int,
-    source: str,
-    numbers: Sequence[str],
-    unused: Counter[str],
-) -> Example:
-    try:
-        if row.problem is not None:
-            raise BadField(row.problem)
-        if not isinstance(row.value, dict):
-            raise BadField(f"a row must be an object, got {kind(row.value)}")
-        content = read_content(row.value, columns, unused, numbers)
-        found = {column: _number(row.value, column) for column in numbers}
-    except BadField as error:
-        raise BadRowError(source, row.line, str(error)) from None
-    return Example(
-        id=number,
-        source=f"{source}:{row.line}",
-        content_hash=content.digest(),
-        **vars(content),
-        numbers=found or None,
-    )
 
 
 def _number(row: dict[str, Any], name: str) -> float:
@@ -213,8 +279,3 @@ def _number(row: dict[str, Any], name: str) -> float:
         return float(value)
     except OverflowError:
         raise BadField(f"'{name}' is an integer beyond any float") from None
-
-
-def data_hash(content_hashes: Iterable[str]) -> str:
-    """Return the SHA-256 of content hashes in order: equal for equal content in equal order."""
-    return hashlib.sha256("\n".join(content_hashes).encode("ascii")).hexdigest()

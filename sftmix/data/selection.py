@@ -18,18 +18,21 @@ import contextlib
 import itertools
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from sftmix.conventions import IGNORE_INDEX, MANIFEST
-from sftmix.data.examples import Example, load_examples
+from sftmix.data.examples import Example, Examples, load_examples
 from sftmix.data.rows import OnBadRow
 from sftmix.runs.failures import Naming
 from sftmix.runs.folders import read_manifest
 from sftmix.runs.ranks import say
 
-COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+COMPARISONS: dict[str, Callable[[Any, float], Any]] = {
     ">=": operator.ge,
     ">": operator.gt,
     "<=": operator.le,
@@ -46,12 +49,10 @@ class Score:
     comparison: str
     threshold: float
 
-    def __call__(self, examples: Sequence[Example]) -> list[Example]:
+    def __call__(self, examples: Examples) -> Examples:
         """Return the examples whose number passes the comparison."""
         holds = COMPARISONS[self.comparison]
-        numbers = (one.numbers or {} for one in examples)
-        kept = (holds(number[self.column], self.threshold) for number in numbers)
-        return list(itertools.compress(examples, kept))
+        return examples.take(np.flatnonzero(holds(examples.numbers(self.column), self.threshold)))
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Longest:
 
     number: int
 
-    def __call__(self, examples: Sequence[Example]) -> list[Example]:
+    def __call__(self, examples: Examples) -> Examples:
         """Return the `number` longest examples, in the order of the data.
 
         Raises:
@@ -70,14 +71,16 @@ class Longest:
             raise ValueError(
                 f"select: longest:{self.number} of {len(examples)} rows; ask for at most as many"
             )
-        if len({one.messages is None for one in examples}) > 1:
+        of_tokens, lengths = zip(
+            *((one.messages is None, response_length(one)) for one in examples), strict=True
+        )
+        if len(set(of_tokens)) > 1:
             raise ValueError(
                 "select: longest: expected rows of text or rows of tokens, got both, whose lengths "
                 "do not compare"
             )
-        ranked = sorted(examples, key=lambda one: (-response_length(one), one.id))
-        kept = {one.id for one in ranked[: self.number]}
-        return [one for one in examples if one.id in kept]
+        longest = np.lexsort((examples.ids, -np.array(lengths)))[: self.number]
+        return examples.take(np.sort(longest))
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Keys:
     split: str = "train"
     on_bad_row: OnBadRow = "error"
 
-    def __call__(self, examples: Sequence[Example]) -> list[Example]:
+    def __call__(self, examples: Examples) -> Examples:
         """Return the examples whose id or content hash is listed; print how many keys were found.
 
         Raises:
@@ -97,11 +100,13 @@ class Keys:
         """
         with Naming("select", other="data"):
             keys = self.read()
-        found = keys & {key for one in examples for key in (one.id, one.content_hash)}
+        ids, hashes = examples.ids.tolist(), examples.content_hashes
+        found = keys & {*ids, *hashes}
         if not found:
             raise ValueError(f"select: keys:{self.file}: none of {len(keys)} keys is in the data")
         say(f"found {len(found):,} of {len(keys):,} keys of {self.file}")
-        return [one for one in examples if one.id in found or one.content_hash in found]
+        pairs = enumerate(zip(ids, hashes, strict=True))
+        return examples.take([place for place, (id, key) in pairs if id in found or key in found])
 
     def read(self) -> set[int | str]:
         """Return the ids and content hashes of the file."""
@@ -116,7 +121,7 @@ class Keys:
         rows = load_examples(
             [self.file], on_bad_row=self.on_bad_row, split=self.split, disable_progress=True
         )
-        return {row.content_hash for row in rows}
+        return set(rows.content_hashes)
 
 
 Selection = Score | Longest | Keys
@@ -146,13 +151,13 @@ def columns_of(selections: Mapping[str, Selection]) -> list[str]:
     return [one.column for one in selections.values() if isinstance(one, Score)]
 
 
-def select(examples: Sequence[Example], selections: Mapping[str, Selection]) -> list[Example]:
+def select(examples: Examples, selections: Mapping[str, Selection]) -> Examples:
     """Return the examples that all selections keep, and print how many.
 
     Raises:
         ValueError: nothing is left, or a selection does not fit the data.
     """
-    kept = list(examples)
+    kept = examples
     for text, selection in selections.items():
         before, kept = len(kept), selection(kept)
         if not kept:

@@ -37,7 +37,8 @@ class Reading:
     unused: Counter[str] = field(default_factory=Counter)  # rows by column or field
     duplicates: int = 0  # examples whose content an earlier one has
     first_duplicate: tuple[str, str] | None = None  # its address, and that of the earlier one
-    mixture: list[str] = field(default_factory=list)  # a line for each source of a mixture
+    # Of each file or name of the data: its first id, and the one after its last.
+    sources: list[tuple[str, int, int]] = field(default_factory=list)
 
     def refuse(self, error: BadRowError) -> None:
         """Count a refused row under its kind of reason."""
@@ -46,6 +47,30 @@ class Reading:
             self.refused[kind].count += 1
         else:
             self.refused[kind] = Refused(1, str(error))
+
+    def add(self, part: Reading) -> None:
+        """Add what was found in a file."""
+        for mine, its in (
+            (self.rows, part.rows),
+            (self.forgiven, part.forgiven),
+            (self.unused, part.unused),
+        ):
+            mine.update(its)
+        for kind, refused in part.refused.items():
+            if kind in self.refused:
+                self.refused[kind].count += refused.count
+            else:
+                self.refused[kind] = refused
+
+    def duplicates_line(self) -> str | None:
+        """Return one line that counts and names exact duplicates, which stay; None without any."""
+        if self.first_duplicate is None:
+            return None
+        later, earlier = self.first_duplicate
+        return (
+            f"{self.duplicates:,} of {self.rows.total():,} rows have the content of an earlier "
+            f"one, the first {later} that of {earlier}; each is learnt as often as it is there"
+        )
 
     def top_reasons(self, number: int = 5) -> list[Refused]:
         """Return the most frequent kinds of refused rows; of equal ones the earlier comes first."""

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from sftmix.conventions import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from sftmix.data.examples import Example, load_examples, rows_by_file
+from sftmix.data.examples import Examples, load_examples, rows_by_file
 from sftmix.data.examples_check import check_command
 from sftmix.data.selection import columns_of, parse_selection, select
 from sftmix.model.source import ReadingModel
@@ -270,7 +270,7 @@ def load_held_out(
 
 
 def _tokenized(
-    examples: list[Example],
+    examples: Examples,
     arguments: RunArguments,
     tokenizer: PreTrainedTokenizerBase,
     *,

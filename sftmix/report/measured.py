@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from sftmix.conventions import ADAPTER_CONFIG
-from sftmix.data.examples import Example, data_hash, load_examples
+from sftmix.data.examples import Examples, data_hash, load_examples
 from sftmix.model.head import HeadAdapter
 from sftmix.pairs.partition import Partition, from_scores, read_partition, write_partition
 from sftmix.recipe.arguments import RunArguments
@@ -77,7 +77,7 @@ class ScoresAndMeans(StreamingPerplexity):
         return means
 
 
-def sample_examples(run: Run, partition: Partition | None, number: int | None) -> list[Example]:
+def sample_examples(run: Run, partition: Partition | None, number: int | None) -> Examples:
     """Return `number` of the run's training examples, alike for all runs on the data; None: all.
 
     Raises:
@@ -91,9 +91,8 @@ def sample_examples(run: Run, partition: Partition | None, number: int | None) -
     split = run.recipe.get("data_split", "train")
     examples = load_examples(names, on_bad_row="skip", split=split)
     if partition is not None:
-        known = set(partition.id.tolist())
-        examples = [example for example in examples if example.id in known]
-    if data_hash([example.content_hash for example in examples]) != run.recipe["data_hash"]:
+        examples = examples.take(np.flatnonzero(np.isin(examples.ids, partition.id)))
+    if data_hash(examples.content_hashes) != run.recipe["data_hash"]:
         selected = partition is None and run.recipe.get("select")
         hint = "; give its run of sftmix score as a RUN too" if selected else ""
         raise ValueError(
@@ -102,12 +101,10 @@ def sample_examples(run: Run, partition: Partition | None, number: int | None) -
     if number is None or number >= len(examples):
         return examples
     chosen = np.random.default_rng(SAMPLE_SEED).choice(len(examples), number, replace=False)
-    return [examples[row] for row in np.sort(chosen)]
+    return examples.take(np.sort(chosen))
 
 
-def measured(
-    run: Run, when: When, examples: Sequence[Example], others: Sequence[Run] = ()
-) -> Measured:
+def measured(run: Run, when: When, examples: Examples, others: Sequence[Run] = ()) -> Measured:
     """Return scores and representations under the model before or after training.
 
     They are read if this run, or one of `others`, has kept them for the same model and examples.
@@ -121,7 +118,7 @@ def measured(
         raise ValueError(f"{run.name} is not finished: it has no final model")
     wanted = {
         "examples": hashlib.sha256(
-            "\n".join(f"{one.id} {one.content_hash}" for one in examples).encode()
+            "\n".join(map("{} {}".format, examples.ids, examples.content_hashes)).encode()
         ).hexdigest(),
         "model": _fingerprint(run, when),
         "max_length": str(run.recipe["max_length"]),
@@ -153,7 +150,7 @@ def _fingerprint(run: Run, when: When) -> str:
     return "; ".join(parts)
 
 
-def _score(run: Run, when: When, examples: Sequence[Example]) -> Measured:
+def _score(run: Run, when: When, examples: Examples) -> Measured:
     tokenizer = load_tokenizer(_arguments(run, str(run.folder) if run.finished else _base(run)))
     set_template_date(tokenizer, run.recipe.get("template_date"))
     tokens = tokenize_examples(

@@ -106,7 +106,7 @@ def test_ids_and_places_run_over_a_folder(tmp_path: Path) -> None:
     assert examples[2].source == f"{tmp_path}/b.jsonl:1"
     line = f"read 4 rows: '{tmp_path}/a.json' 2, '{tmp_path}/b.jsonl' 2"
     assert rows_by_file(examples) == line
-    many = [file for i in range(25) for file in load_examples([write(tmp_path / f"{i}.jsonl", 1)])]
+    many = load_examples([write(tmp_path / f"{i}.jsonl", 1) for i in range(25)])
     assert rows_by_file(many).endswith("/19.jsonl' 1, and 5 more files")
 
 
