@@ -10,39 +10,41 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from typing import Any
 
 import orjson
+
+_SPELT_ALIKE = {str, int, bool, type(None)}
 
 
 def digest(content: object) -> str:
     """Return the SHA-256 of the canonical JSON of a value."""
-    return hashlib.sha256(canonical(content)).hexdigest()
+    return hashlib.sha256(canonical(content)[0]).hexdigest()
 
 
-def canonical(content: object) -> bytes:
-    """Return the canonical JSON of a value; what JSON does not have is written as its text."""
-    if is_spelt_alike(content):
+def canonical(content: object) -> tuple[bytes, bool]:
+    """Return the canonical JSON of a value, and whether `orjson` spells and reads it as `json`.
+
+    What JSON does not have is written as its text.
+    """
+    if _is_spelt_alike(content):
         try:
-            return orjson.dumps(content, option=orjson.OPT_SORT_KEYS)
-        except TypeError:  # an integer beyond 64 bits, or nested too deep for it
+            return orjson.dumps(content, option=orjson.OPT_SORT_KEYS), True
+        except TypeError:  # an integer beyond 64 bits, a key that is no text, or nested too deep
             pass
     text = json.dumps(
         content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str
     )
-    return text.encode("utf-8")
+    return text.encode("utf-8"), False
 
 
-def is_spelt_alike(value: object) -> bool:
-    """Tell whether `orjson` writes a value as `json` does, and reads it as it was."""
+def _is_spelt_alike(value: Any) -> bool:
     kind = type(value)
-    if kind is str or kind is int or kind is bool or value is None:
-        return True
-    if isinstance(value, dict) and kind is dict:
-        return all(type(key) is str and is_spelt_alike(part) for key, part in value.items())
-    if isinstance(value, list | tuple) and kind in (list, tuple):
-        # Tokens are thousands of integers, and one look at their types tells.
-        return set(map(type, value)) <= {int, str} or all(map(is_spelt_alike, value))
-    return False
+    if kind not in (dict, list, tuple):
+        return kind in _SPELT_ALIKE
+    parts = value.values() if kind is dict else value
+    # Tokens are thousands of integers, and one look at their types tells.
+    return set(map(type, parts)) <= _SPELT_ALIKE or all(map(_is_spelt_alike, parts))
 
 
 def data_hash(content_hashes: Iterable[str]) -> str:
