@@ -6,7 +6,7 @@ docs/data.md is the table for users: which columns are read, refused, or named a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -266,23 +266,18 @@ def _refuse_or_count(
             unused[str(name)] += 1
 
 
-def format_of(
-    rows: Sequence[dict[str, Any]], counts: Sequence[int] | None = None
-) -> tuple[str, ...]:
+def format_of(rows: Sequence[Iterable[str]]) -> tuple[str, ...]:
     """Return the format whose columns are all present in the most rows; the first on a tie.
 
-    `counts` says how many rows of a file each of `rows` stands for; one each by default.
+    Args:
+        rows: the names of the columns of each row.
 
     Raises:
         ValueError: no row has all columns of any format.
     """
-    stands_for = counts or [1] * len(rows)
-    votes = [
-        sum(n for row, n in zip(rows, stands_for, strict=True) if all(c in row for c in columns))
-        for columns in FORMATS
-    ]
-    if max(votes) > 0:
-        return FORMATS[votes.index(max(votes))]
+    counts = [sum(set(columns) <= set(row) for row in rows) for columns in FORMATS]
+    if max(counts) > 0:
+        return FORMATS[counts.index(max(counts))]
     found = sorted({str(column) for row in rows for column in row})
     if {"chosen", "rejected"} <= set(found):
         raise ValueError(

@@ -21,7 +21,7 @@ import copy
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -225,13 +225,12 @@ class _Reader:
 
 
 class _Shapes:
-    """Counts a file's rows by the types of their columns, and keeps one of each."""
+    """Counts a file's rows by the names of their columns."""
 
     def __init__(self, source: str) -> None:
         self.source, self.total = source, 0
         self.first: Row | None = None
-        self.counts: Counter[Hashable] = Counter()
-        self.examples: dict[Hashable, dict[str, Any]] = {}
+        self.counts: Counter[tuple[str, ...]] = Counter()
 
     def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Yield the rows, each after counting it."""
@@ -239,9 +238,7 @@ class _Shapes:
             self.first = self.first or row
             self.total += 1
             if isinstance(row.value, dict):
-                shape = tuple((name, type(value)) for name, value in row.value.items())
-                self.counts[shape] += 1
-                self.examples.setdefault(shape, row.value)
+                self.counts[tuple(row.value)] += 1
             yield row
 
     def format(self) -> tuple[str, ...]:
@@ -259,7 +256,7 @@ class _Shapes:
                 self.source, self.first.line, f"{reason}; no row of the file can be read"
             )
         try:
-            return format_of(list(self.examples.values()), list(self.counts.values()))
+            return format_of(list(self.counts.elements()))
         except ValueError as error:
             raise ValueError(f"{self.source}: {error}") from None
 
