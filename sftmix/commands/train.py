@@ -24,6 +24,7 @@ from sftmix.recipe.loading import (
     load_model,
     load_tokenizer,
     refuse_misfits,
+    warn_of_overlap,
 )
 from sftmix.recipe.lora import add_lora, check_lora
 from sftmix.recipe.manifest import (
@@ -127,6 +128,7 @@ def train(
         # The short data are read first, which tells a wrong name in them at once.
         held_out = load_held_out(arguments, tokenizer, disable_progress=quiet)
         dataset = load_data(arguments, tokenizer, disable_progress=quiet)
+        warn_of_overlap(dataset, held_out)
         confident, scores_hash, subsets = read_subsets(arguments, dataset, tokenizer)
         trainer = SFTMixTrainer(
             model=add_lora(

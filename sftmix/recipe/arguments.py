@@ -18,6 +18,7 @@ from typing import Any, Literal, NoReturn, cast
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
+from sftmix.data.mixture import check_weights
 from sftmix.methods import OPTIONS, method_of
 from sftmix.recipe.config_file import config_words, place_of
 from sftmix.runs.failures import Naming, OneMessage, OneSpelling
@@ -80,6 +81,12 @@ class RunArguments:
         }
     )
     output: str = dataclasses.field(metadata={"help": "Folder of the run; must be new or empty"})
+    weights: list[float] | None = option(
+        None,
+        "Share of each of --data in the mixture, a positive number for each: all examples are "
+        "used, and copies fill up the shares; by default the data are taken as they are",
+        "ours",
+    )
     data_split: str = option("train", "Split to read of a folder or a data set in --data", "ours")
     select: list[str] | None = option(
         None,
@@ -127,6 +134,7 @@ class RunArguments:
     )
 
     def __post_init__(self) -> None:
+        check_weights(self.weights, self.data)
         check_split("data_split", self.data_split, self.data)
         if self.max_length < 2:
             raise ValueError(

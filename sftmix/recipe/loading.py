@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,15 +16,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from sftmix.conventions import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from sftmix.data.examples import Examples, load_examples, rows_by_file
 from sftmix.data.examples_check import check_command
+from sftmix.data.mixture import mixed, mixture_line
 from sftmix.data.selection import columns_of, parse_selection, select
 from sftmix.model.source import ReadingModel
 from sftmix.model.weights import refuse_not_finite, refuse_other_tensors, without_message
 from sftmix.recipe.arguments import RunArguments, TrainRunArguments
-from sftmix.runs.failures import Naming
+from sftmix.runs.failures import Naming, printable
 from sftmix.runs.ranks import say
 from sftmix.templates.chat import adopt_template
 from sftmix.templates.files import use_template
 from sftmix.templates.tokenizing import tokenize_examples
+
+logger = logging.getLogger(__name__)
 
 
 class ModelArguments(Protocol):
@@ -230,7 +234,10 @@ def load_data(
     *,
     disable_progress: bool | None = False,
 ) -> datasets.Dataset:
-    """Return the examples of `--data` that `--select` keeps, as tokens."""
+    """Return the examples of `--data` that `--select` keeps, as tokens.
+
+    Of several data each example has the name of its `source`, and `--weights` adds copies.
+    """
     split, on_bad_row = arguments.data_split, arguments.on_bad_row
     selections = {
         text: parse_selection(text, split=split, on_bad_row=on_bad_row)
@@ -245,8 +252,15 @@ def load_data(
             disable_progress=disable_progress,
         )
     say(rows_by_file(examples))
+    say_duplicates(examples)
     examples = select(examples, selections)
-    return _tokenized(examples, arguments, tokenizer, disable_progress=disable_progress)
+    dataset = _tokenized(examples, arguments, tokenizer, disable_progress=disable_progress)
+    sources = examples.reading.sources
+    if len(sources) == 1:
+        return dataset
+    if arguments.weights is not None:
+        say(printable(mixture_line(dataset["id"][:], sources, arguments.weights)))
+    return mixed(dataset, sources, arguments.weights)
 
 
 def load_held_out(
@@ -266,7 +280,30 @@ def load_held_out(
             disable_progress=disable_progress,
         )
     say(rows_by_file(examples))
+    say_duplicates(examples)
     return _tokenized(examples, arguments, tokenizer, disable_progress=disable_progress)
+
+
+def warn_of_overlap(dataset: datasets.Dataset, held_out: datasets.Dataset | None) -> None:
+    """Log one line if examples of `--eval_data` have the content of some in `--data`."""
+    if held_out is None:
+        return
+    learnt = set(dataset["content_hash"][:])
+    found = [number for number, key in enumerate(held_out["content_hash"][:], 1) if key in learnt]
+    if found:
+        logger.warning(
+            "eval_data: %d of %d examples are in --data, too, the first of them example %d: their "
+            "loss is that of training",
+            len(found),
+            len(held_out),
+            found[0],
+        )
+
+
+def say_duplicates(examples: Examples) -> None:
+    """Print one line if some examples have the content of others."""
+    if line := examples.reading.duplicates_line():
+        say(printable(line))
 
 
 def _tokenized(

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from sftmix import __version__
 from sftmix.conventions import MANIFEST
 from sftmix.data.examples import data_hash
+from sftmix.data.mixture import ids_by_source
 from sftmix.recipe.arguments import RunArguments
 from sftmix.recipe.lora import lora_options
 from sftmix.runs.folders import read_manifest, write_json
@@ -39,6 +40,8 @@ BY_CONTENT = {
     "revision": "model_hash",
     "commit": "model_hash",
     "data": "data_hash",
+    "weights": "data_hash",
+    "sources": "data_hash",
     "data_split": "data_hash",
     "select": "data_hash",
     "on_bad_row": "data_hash",
@@ -115,6 +118,8 @@ def recipe(
         "dtype": arguments.dtype,
         "attn_implementation": arguments.attn_implementation,
         "data": arguments.data,
+        "weights": arguments.weights,
+        "sources": ids_by_source(dataset),
         "data_split": arguments.data_split,
         "select": arguments.select,
         "on_bad_row": arguments.on_bad_row,

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sftmix.conventions import ADAPTER_CONFIG
 from sftmix.data.examples import Examples, data_hash, load_examples
+from sftmix.data.mixture import with_copies
 from sftmix.model.head import HeadAdapter
 from sftmix.pairs.partition import Partition, from_scores, read_partition, write_partition
 from sftmix.recipe.arguments import RunArguments
@@ -92,6 +93,8 @@ def sample_examples(run: Run, partition: Partition | None, number: int | None) -
     examples = load_examples(names, on_bad_row="skip", split=split)
     if partition is not None:
         examples = examples.take(np.flatnonzero(np.isin(examples.ids, partition.id)))
+    if run.recipe.get("weights"):
+        examples = with_copies(examples, run.recipe["weights"])
     if data_hash(examples.content_hashes) != run.recipe["data_hash"]:
         selected = partition is None and run.recipe.get("select")
         hint = "; give its run of sftmix score as a RUN too" if selected else ""

@@ -106,9 +106,51 @@ def confidence_section(findings: Findings) -> Section:
         "above.",
     )
     table = Table(columns, rows, "Confidence of the sampled training examples", notes)
+    found = [table] if rows else []
+    by_source = sources_table(findings)
     return Section(
-        "Confidence before and after training", tables=[table] if rows else (), parts=parts
+        "Confidence before and after training",
+        tables=[*found, by_source] if by_source else found,
+        parts=parts,
     )
+
+
+def sources_table(findings: Findings) -> Table | None:
+    """Return the loss of the scored examples by file or name of the data; None for a single one."""
+    starts = {group.start for group in findings.groups}
+    rows: dict[tuple[object, str], list[str]] = {}
+    for place, group in enumerate(findings.groups):
+        before = findings.before[group.name]
+        start = [] if isinstance(before, LeftOut) else [before.scores]
+        after = [one.scores for one in findings.after[group.name].values()]
+        model = f" ({tables.last_part(group.recipe['model'])})" if len(starts) > 1 else ""
+        for source, ranges in (group.recipe.get("sources") or {}).items():
+            empty = [f"{source}{model}", _losses(start, ranges), *["-"] * len(findings.groups)]
+            row = rows.setdefault((group.start, source), empty)
+            row[2 + place] = _losses(after, ranges)
+    if not rows:
+        return None
+    columns = ("source", "before training", *(group.name for group in findings.groups))
+    note = (
+        "Next-token loss of the sampled training examples, a mean over their response tokens; over "
+        "seeds mean ± standard deviation. A copy of a mixture counts as an example of its source."
+    )
+    return Table(columns, list(rows.values()), "Loss by source", (note,))
+
+
+def _losses(scores: Sequence[Partition], ranges: Sequence[Sequence[int]]) -> str:
+    found = (loss_within(one, ranges) for one in scores)
+    return _several([loss for loss in found if loss is not None])
+
+
+def loss_within(scores: Partition, ranges: Sequence[Sequence[int]]) -> float | None:
+    """Return the mean loss of a token of the examples with ids in some ranges; None without any."""
+    inside = np.zeros(len(scores), dtype=bool)
+    for first, end in ranges:
+        inside |= (first <= scores.id) & (scores.id < end)
+    if not inside.any():
+        return None
+    return float(scores.nll_sum[inside, -1].sum() / scores.num_tokens[inside].sum())
 
 
 def _confidence_rows(

@@ -48,7 +48,7 @@ TRAINING = (
 # Entries of the recipe that are no options: training found them in its files.
 FOUND = (
     *("data_hash", "num_examples", "template_hash", "template_date", "partition", "world_size"),
-    *("model_hash", "commit", "tokenizer_hash", "eval_data_hash"),
+    *("model_hash", "commit", "tokenizer_hash", "eval_data_hash", "sources"),
 )
 
 # The options that the paper mixed a method's rows with.

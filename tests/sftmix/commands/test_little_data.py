@@ -92,3 +92,25 @@ def test_rows_longer_than_the_longest(
     skip = [*flags, "--on_bad_row", "skip"]
     assert main(words("train", toy_model, data, tmp_path / "bad", *skip)) == 0
     assert json.loads((tmp_path / "bad" / "manifest.json").read_text())["num_examples"] == 8
+
+
+def test_equal_examples_are_halved_by_their_numbers(
+    toy_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Duplicates stay, each an example by itself; of equal confidences the earlier is confident."""
+    data, scored = tmp_path / "rows.jsonl", tmp_path / "scored"
+    data.write_text((json.dumps({"question": "one", "answer": "owl"}) + "\n") * 3)
+    flags = ["--per_device_train_batch_size", "2", "--num_scorings", "1"]
+    assert main(words("score", toy_model, data, scored, *flags)) == 0
+    out = capsys.readouterr().out
+    assert (
+        f"2 of 3 rows have the content of an earlier one, the first {data}:2 that of {data}:1"
+        in out
+    )
+    partition = read_partition(scored / "confidence.parquet")
+    assert partition.id.tolist() == [0, 1, 2]
+    assert len(set(partition.content_hash.tolist())) == len(set(partition.confidence.tolist())) == 1
+    assert partition.subset.tolist() == ["confident", "confident", "unconfident"]
+    flags = ["--per_device_train_batch_size", "2", "--method", "sftmix", "--logging_steps", "1"]
+    flags += ["--partition", str(scored / "confidence.parquet")]
+    assert main(words("train", toy_model, data, tmp_path / "run", *flags)) == 0
