@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 NAMES_SHOWN = 20  # columns in a warning; files in a line
 # The first rows of a file tell its format, nearly always: if all rows tell another one, the file is
 # read again.
-FIRST_ROWS = 1000
+FIRST_ROWS = 100
 
 
 def content_hash(row: dict[str, Any]) -> str:

@@ -59,7 +59,7 @@ class _Store:
     alike: bytearray = field(default_factory=bytearray)  # 1 where `orjson` reads the content
     hashes: bytearray = field(default_factory=bytearray)
     ids: array[int] = field(default_factory=lambda: array("q"))
-    file: array[int] = field(default_factory=lambda: array("q"))  # a place in `files`
+    file: array[int] = field(default_factory=lambda: array("i"))  # a place in `files`
     lines: array[int] = field(default_factory=lambda: array("q"))
     numbers: dict[str, array[float]] = field(default_factory=dict)
 

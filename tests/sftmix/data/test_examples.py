@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sftmix.data import examples as examples_module
 from sftmix.data.examples import BadRowError, data_hash, load_examples
 
 REAL_DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
@@ -244,6 +246,94 @@ def test_unknown_columns(tmp_path: Path) -> None:
     path = _jsonl(tmp_path / "data.jsonl", [{"text": "a", "prompt": "b"}])
     with pytest.raises(ValueError, match=r"data\.jsonl: columns \['prompt', 'text'\].*question"):
         load_examples([path])
+
+
+QUESTION, INSTRUCTION = {"question": "q", "answer": "a"}, {"instruction": "i", "output": "o"}
+
+
+@pytest.mark.parametrize(
+    ("before", "bad", "good"),
+    [
+        (QUESTION, "'instruction' is missing", INSTRUCTION),  # another format than all rows tell
+        ({"text": "t"}, "'instruction' is missing", INSTRUCTION),  # none
+        ([1], "a row must be an object, got list", QUESTION),
+    ],
+)
+def test_all_rows_tell_the_format_not_the_first_ones(
+    tmp_path: Path,
+    before: Any,
+    bad: str,
+    good: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The rows are read once more then; nothing is counted twice, and ids are those of the file."""
+    monkeypatch.setattr(examples_module, "FIRST_ROWS", 2)
+    first = _jsonl(tmp_path / "a.jsonl", [{**QUESTION, "n": 1}])
+    path = _jsonl(tmp_path / "b.jsonl", [before] * 3 + [{**good, "extra": 1}] * 4)
+    with pytest.raises(BadRowError, match=bad) as caught:
+        load_examples([first, path])
+    assert (caught.value.file, caught.value.line) == (str(path), 1)
+    caplog.clear()
+    examples = load_examples([first, path], on_bad_row="skip")
+    assert examples.ids.tolist() == [0, 4, 5, 6, 7]
+    assert [one.source for one in examples][1:] == [f"{path}:{line}" for line in (4, 5, 6, 7)]
+    assert "left out 3 of 8 rows" in caplog.text
+    reading = examples.reading
+    assert reading.rows == {str(first): 1, str(path): 7}
+    assert reading.unused == {"n": 1, "extra": 4}
+    assert [(one.count, one.first) for one in reading.refused.values()] == [(3, f"{path}:1: {bad}")]
+    assert reading.sources == [(str(first), 0, 1), (str(path), 1, 8)]
+
+
+def test_a_tie_of_formats_is_decided_by_all_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(examples_module, "FIRST_ROWS", 2)
+    rows = [QUESTION, QUESTION, INSTRUCTION, INSTRUCTION]
+    examples = load_examples([_jsonl(tmp_path / "a.jsonl", rows)], on_bad_row="skip")
+    assert [one.messages[0]["content"] for one in examples if one.messages] == ["i", "i"]
+
+
+def test_broken_syntax_at_the_end_comes_before_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text('[{"question": "q", "answer": ""},\n{"question": "q", "answer": "a"},\n{"q')
+    with pytest.raises(BadRowError, match="Unterminated") as caught:
+        load_examples([path])
+    assert caught.value.line == 3
+
+
+def test_what_reading_found(tmp_path: Path) -> None:
+    rows = [QUESTION, {**QUESTION, "n": 1}, INSTRUCTION, {"question": 3, "answer": "a"}, QUESTION]
+    path = _jsonl(tmp_path / "a.jsonl", rows)
+    reading = load_examples([path], on_bad_row="skip").reading
+    assert reading.numbers() == {
+        "rows": {str(path): 5}, "refused": 2, "forgiven": {}, "unused": {"n": 1}, "duplicates": 2
+    }  # fmt: skip
+    assert reading.duplicates_line() == (
+        f"2 of 5 rows have the content of an earlier one, the first {path}:2 that of {path}:1; "
+        "each is learnt as often as it is there"
+    )
+    assert load_examples([_jsonl(path, [QUESTION])]).reading.duplicates_line() is None
+
+
+def test_examples_take_less_than_twice_the_memory_of_their_arrow_table(tmp_path: Path) -> None:
+    text = "all work and no play makes Jack a dull boy "
+    rows = [
+        {"messages": _chat(("user", f"{i} {text * 9}"), ("assistant", f"{text * 9} {i}"))}
+        for i in range(1500)
+    ]
+    path = _jsonl(tmp_path / "data.jsonl", rows)
+    size = pa.Table.from_pylist(rows).nbytes
+    load_examples([path])  # imports
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    examples = load_examples([path])
+    kept, peak = (one - before for one in tracemalloc.get_traced_memory())
+    tracemalloc.stop()
+    assert len(examples) == 1500
+    assert kept < 1.4 * size
+    assert peak < 2 * size
 
 
 def test_wrong_files(tmp_path: Path) -> None:
