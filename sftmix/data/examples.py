@@ -1,17 +1,8 @@
 """Read examples from files, check them and bring them to one form.
 
-A file's format is found by its columns:
-
-    messages                          a list of {"role", "content", ...}
-    prompt, completion                two strings, or two lists of messages
-    instruction, [input,] output      three strings; `input` may be missing, null or empty
-    question, answer                  two strings; `context`, where there is one, comes first
-    input_ids, labels                 two lists of integers, -100 where nothing is learnt
-    input_ids, completion_mask        (or assistant_masks, loss_mask) 1 where a token is learnt
-
-A file has the format whose columns are all present in the most rows; on a tie the first in this
-list. Other columns are read if they have a meaning (`tools`, `system`, `history`, masks), refused
-if a meaning would be lost, and otherwise named once for each file (docs/data.md).
+A file's format is found by its columns (`formats.py` has the table). Other columns are read if they
+have a meaning (`tools`, `system`, `history`, masks), refused if a meaning would be lost, and
+otherwise named once for each file (docs/data.md).
 """
 
 from __future__ import annotations
@@ -20,18 +11,19 @@ import functools
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
-from sftmix.data.columns import FORMATS, digest, field, format_of, read_content
-from sftmix.data.messages import BadField, Messages, kind
+from sftmix.data.formats import Form, digest, format_of, read_content
+from sftmix.data.messages import BadField, Messages, Notes, kind
 from sftmix.data.rows import BadRowError, BadRows, OnBadRow, Row
 from sftmix.data.sources import open_sources
 from sftmix.runs.failures import printable
+from sftmix.runs.ranks import say
 
 __all__ = [
     "BadRowError",
@@ -39,6 +31,7 @@ __all__ = [
     "Example",
     "Messages",
     "OnBadRow",
+    "TrainOn",
     "content_hash",
     "data_hash",
     "load_examples",
@@ -47,17 +40,19 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+TrainOn = Literal["responses", "all"]
+
 NAMES_SHOWN = 20  # columns in a warning; files in a line
 
 
 @dataclass(frozen=True)
 class Example:
-    """One line of data to learn from: a conversation, or a sequence of tokens.
+    """One line of data to learn from: a conversation, a whole text, or a sequence of tokens.
 
     `id` is the example's number over all files in order, from 0, bad ones counted. `source` is
     "path:line". `content_hash` is the SHA-256 of the content as canonical JSON, so it depends
-    neither on the tokenizer nor on the order of keys. Either `messages` is set, or `input_ids` and
-    `labels` are. Messages have the keys that chat templates read: `role`, `content` and, if given,
+    neither on the tokenizer nor on the order of keys. Either `messages` is set, or `text`, of which
+    all is learnt, or `input_ids` and `labels`. Messages have the keys that chat templates read: `role`, `content` and, if given,
     `reasoning_content`, `thinking`, `tool_calls` and the like. `tools` describes the tools that the
     template writes. `learnt` says for each message whether it carries loss; None means that every
     assistant turn does. `numbers` holds the values of the columns that were asked for.
@@ -71,18 +66,16 @@ class Example:
     learnt: tuple[bool, ...] | None = None
     input_ids: list[int] | None = None
     labels: list[int] | None = None
+    text: str | None = None
     numbers: dict[str, float] | None = None
 
 
 def content_hash(row: dict[str, Any]) -> str:
     """Return the `Example.content_hash` of a row; a row of no known format is hashed as a whole."""
     try:
-        for columns in FORMATS:
-            if all(column in row for column in columns):
-                return read_content(row, columns, Counter()).digest()
-    except BadField:
-        pass
-    return digest(row)
+        return read_content(row, format_of([row]), Notes()).digest()
+    except ValueError:
+        return digest(row)
 
 
 def load_examples(
@@ -91,6 +84,8 @@ def load_examples(
     on_bad_row: OnBadRow = "error",
     split: str = "train",
     numbers: Sequence[str] = (),
+    columns: Mapping[str, str] | None = None,
+    train_on: TrainOn = "responses",
     disable_progress: bool | None = False,
 ) -> list[Example]:
     """Read examples from JSON, JSONL and parquet files, folders of them, or `datasets` by name.
@@ -99,7 +94,10 @@ def load_examples(
     name (`someone/name`, `someone/name:config`) are read, and how `split` chooses among what they
     hold. The formats are those of this module's docstring. `on_bad_row="skip"` leaves bad rows out
     and logs one warning; another one for each file names columns and fields that are not used.
-    `numbers` names columns whose numbers examples keep; a row that lacks one is bad.
+    `on_bad_row="mend"` mends conversations by the rules of `shapes.py`, and leaves out the rest.
+    `numbers` names columns whose numbers examples keep; a row that lacks one is bad. `columns`
+    names the columns of a format that is not known, as in `{"prompt": "problem"}`;
+    `train_on="all"` learns the whole text of the column `text`.
 
     Raises:
         BadRowError: a row is bad, with its file, line and reason.
@@ -111,7 +109,10 @@ def load_examples(
         raise TypeError(f"data: expected a list of files or names, got the single {data!r}")
     if not data:
         raise ValueError("data: expected at least one file or name, got none")
+    if train_on not in ("responses", "all"):
+        raise ValueError(f"train_on: expected 'responses' or 'all', got {train_on!r}")
     bad = BadRows(on_bad_row)
+    find = functools.partial(format_of, columns=columns, whole=train_on == "all")
     bar = functools.partial(tqdm, unit="row", delay=2, disable=disable_progress)
     examples: list[Example] = []
     empty: list[str] = []
@@ -123,7 +124,7 @@ def load_examples(
                 empty.append(source)
                 continue
             checking = bar(rows, desc=printable(f"Checking {source}"))
-            examples += _examples(checking, rows, source, number, bad, numbers)
+            examples += _examples(checking, rows, source, number, bad, numbers, find)
             number += len(rows)
     bad.report(number)
     if empty and not number:
@@ -150,22 +151,34 @@ def _examples(
     number: int,
     bad: BadRows,
     numbers: Sequence[str],
+    find: Callable[[Sequence[dict[str, Any]]], Form],
 ) -> Iterator[Example]:
     """Yield the good examples of a file, whose first row has the number `number`."""
-    columns = _columns(rows, source)
-    unused: Counter[str] = Counter()
+    form = _form(rows, source, find)
+    notes = Notes(mend=bad.on_bad_row == "mend")
     for place, row in enumerate(checking, start=number):
         try:
-            yield _example(row, columns, place, source, numbers, unused)
+            yield _example(row, form, place, source, numbers, notes)
         except BadRowError as error:
             bad.add(error)
-    if unused:
-        names = [f"{name!r} ({count:,} rows)" for name, count in unused.most_common(NAMES_SHOWN)]
-        more = f" and {len(unused) - NAMES_SHOWN} more" if len(unused) > NAMES_SHOWN else ""
-        logger.warning("%s", printable(f"{source}: not used: {', '.join(names)}{more}"))
+    if notes.forgiven:
+        mended = [f"{what} ({count:,})" for what, count in notes.forgiven.most_common(NAMES_SHOWN)]
+        say(printable(f"{source}: forgiven: {_shown(mended, len(notes.forgiven))}"))
+    if notes.unused:
+        common = notes.unused.most_common(NAMES_SHOWN)
+        names = [f"{name!r} ({count:,} rows)" for name, count in common]
+        shown = _shown(names, len(notes.unused))
+        logger.warning("%s", printable(f"{source}: not used: {shown}"))
 
 
-def _columns(rows: Sequence[Row], source: str) -> tuple[str, ...]:
+def _shown(names: Sequence[str], total: int) -> str:
+    more = f" and {total - len(names)} more" if total > len(names) else ""
+    return f"{', '.join(names)}{more}"
+
+
+def _form(
+    rows: Sequence[Row], source: str, find: Callable[[Sequence[dict[str, Any]]], Form]
+) -> Form:
     if not rows:
         raise ValueError(f"{source}: holds no rows")
     objects = [row.value for row in rows if isinstance(row.value, dict)]
@@ -174,25 +187,25 @@ def _columns(rows: Sequence[Row], source: str) -> tuple[str, ...]:
         reason = first.problem or f"a row must be an object, got {kind(first.value)}"
         raise BadRowError(source, first.line, f"{reason}; no row of the file can be read")
     try:
-        return format_of(objects)
+        return find(objects)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
 
 
 def _example(
     row: Row,
-    columns: tuple[str, ...],
+    form: Form,
     number: int,
     source: str,
     numbers: Sequence[str],
-    unused: Counter[str],
+    notes: Notes,
 ) -> Example:
     try:
         if row.problem is not None:
             raise BadField(row.problem)
         if not isinstance(row.value, dict):
             raise BadField(f"a row must be an object, got {kind(row.value)}")
-        content = read_content(row.value, columns, unused, numbers)
+        content = read_content(row.value, form, notes, numbers)
         found = {column: _number(row.value, column) for column in numbers}
     except BadField as error:
         raise BadRowError(source, row.line, str(error)) from None
@@ -206,7 +219,9 @@ def _example(
 
 
 def _number(row: dict[str, Any], name: str) -> float:
-    value = field(row, name)
+    if name not in row:
+        raise BadField(f"'{name}' is missing")
+    value = row[name]
     if type(value) not in (int, float) or value != value:  # a bool is an int to isinstance
         raise BadField(f"'{name}' must be a number, got {value!r}")
     try:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sftmix.conventions import IGNORE_INDEX, MANIFEST
-from sftmix.data.examples import Example, load_examples
+from sftmix.data.examples import Example, TrainOn, load_examples
 from sftmix.data.rows import OnBadRow
 from sftmix.runs.failures import Naming
 from sftmix.runs.folders import read_manifest
@@ -70,7 +70,7 @@ class Longest:
             raise ValueError(
                 f"select: longest:{self.number} of {len(examples)} rows; ask for at most as many"
             )
-        if len({one.messages is None for one in examples}) > 1:
+        if len({one.input_ids is None for one in examples}) > 1:
             raise ValueError(
                 "select: longest: expected rows of text or rows of tokens, got both, whose lengths "
                 "do not compare"
@@ -87,6 +87,8 @@ class Keys:
     file: str
     split: str = "train"
     on_bad_row: OnBadRow = "error"
+    columns: Mapping[str, str] | None = None
+    train_on: TrainOn = "responses"
 
     def __call__(self, examples: Sequence[Example]) -> list[Example]:
         """Return the examples whose id or content hash is listed; print how many keys were found.
@@ -114,7 +116,12 @@ class Keys:
             lines = enumerate(text.splitlines(), start=1)
             return {_key(line.strip(), f"{path}:{n}") for n, line in lines if line.strip()}
         rows = load_examples(
-            [self.file], on_bad_row=self.on_bad_row, split=self.split, disable_progress=True
+            [self.file],
+            on_bad_row=self.on_bad_row,
+            split=self.split,
+            columns=self.columns,
+            train_on=self.train_on,
+            disable_progress=True,
         )
         return {row.content_hash for row in rows}
 
@@ -123,7 +130,12 @@ Selection = Score | Longest | Keys
 
 
 def parse_selection(
-    text: str, *, split: str = "train", on_bad_row: OnBadRow = "error"
+    text: str,
+    *,
+    split: str = "train",
+    on_bad_row: OnBadRow = "error",
+    columns: Mapping[str, str] | None = None,
+    train_on: TrainOn = "responses",
 ) -> Selection:
     """Return the selection that `text` describes; the keywords are for reading a file of keys.
 
@@ -137,7 +149,7 @@ def parse_selection(
     elif kind == "longest" and re.fullmatch(r"[1-9]\d*", rest):
         return Longest(int(rest))
     elif kind == "keys" and rest:
-        return Keys(rest, split, on_bad_row)
+        return Keys(rest, split, on_bad_row, columns, train_on)
     raise ValueError(f"select: {EXPECTED}; got {text!r}")
 
 
@@ -162,7 +174,9 @@ def select(examples: Sequence[Example], selections: Mapping[str, Selection]) -> 
 
 
 def response_length(example: Example) -> int:
-    """Return the characters of all learnt responses; for tokens, the number of labels."""
+    """Return the characters of all that is learnt; for tokens, the number of labels."""
+    if example.text is not None:
+        return len(example.text)
     if example.messages is None:
         assert example.labels is not None
         return sum(label != IGNORE_INDEX for label in example.labels[1:])

@@ -18,6 +18,7 @@ from typing import Any, Literal, NoReturn, cast
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
+from sftmix.data.columns import parse_columns
 from sftmix.methods import OPTIONS, method_of
 from sftmix.recipe.config_file import config_words, place_of
 from sftmix.runs.failures import Naming, OneMessage, OneSpelling
@@ -91,8 +92,23 @@ class RunArguments:
     resume: bool = option(False, "Go on with the run in --output", "ours")
     chat_template: str | None = option(None, CHAT_TEMPLATE_HELP, "ours")
     max_length: int = option(2048, "Longest sequence in tokens; the response's tail is cut", "ours")
-    on_bad_row: Literal["error", "skip"] = option(
-        "error", "Stop at a malformed row, or leave such rows out and count them", "ours"
+    on_bad_row: Literal["error", "skip", "mend"] = option(
+        "error",
+        "Stop at a malformed row, or leave such rows out, or mend conversations that end with the "
+        "user or the like and leave out the rest; what is changed is counted",
+        "ours",
+    )
+    columns: str | None = option(
+        None,
+        "Names of the columns of data in a format that is not known: "
+        "prompt=NAME,response=NAME,system=NAME or messages=NAME,role=FIELD,content=FIELD (a mapping "
+        "in YAML); `sftmix data --formats` shows the formats that are known",
+        "ours",
+    )
+    train_on: Literal["responses", "all"] = option(
+        "responses",
+        "Learn the responses, or every token of the whole text of a column 'text'",
+        "ours",
     )
     dtype: Literal["float32", "bfloat16", "auto"] = option(
         "float32",
@@ -128,6 +144,8 @@ class RunArguments:
 
     def __post_init__(self) -> None:
         check_split("data_split", self.data_split, self.data)
+        if self.columns is not None:
+            parse_columns(self.columns)
         if self.max_length < 2:
             raise ValueError(
                 f"max_length: expected at least 2, a token of prompt and one of response, "
