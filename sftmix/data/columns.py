@@ -98,7 +98,7 @@ def parse_columns(text: str) -> dict[str, str]:
                 f"{', '.join('='.join(item) for item in found.items())}"
             )
         found[side] = name
-    kinds = [name for name in ("messages", "text") if name in found]
+    kinds: list[str] = [name for name in ("messages", "text") if name in found]
     kinds += [name for name in TURN_SIDES if name in found][:1]
     if len(kinds) > 1:
         raise ValueError(
@@ -107,7 +107,7 @@ def parse_columns(text: str) -> dict[str, str]:
         )
     if {"role", "content"} & found.keys() and kinds not in ([], ["messages"]):
         raise ValueError(
-            f"columns: role and content are of messages; with {kinds[0]} leave them out"
+            f"columns: role and content are of messages; beside {kinds[0]} leave them out"
         )
     return found
 

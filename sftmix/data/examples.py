@@ -51,11 +51,12 @@ class Example:
 
     `id` is the example's number over all files in order, from 0, bad ones counted. `source` is
     "path:line". `content_hash` is the SHA-256 of the content as canonical JSON, so it depends
-    neither on the tokenizer nor on the order of keys. Either `messages` is set, or `text`, of which
-    all is learnt, or `input_ids` and `labels`. Messages have the keys that chat templates read: `role`, `content` and, if given,
-    `reasoning_content`, `thinking`, `tool_calls` and the like. `tools` describes the tools that the
-    template writes. `learnt` says for each message whether it carries loss; None means that every
-    assistant turn does. `numbers` holds the values of the columns that were asked for.
+    neither on the tokenizer nor on the order of keys. Either `messages` is set, or `text`, all of
+    which is learnt, or `input_ids` and `labels`. Messages have the keys that chat templates read:
+    `role`, `content` and, if given, `reasoning_content`, `thinking`, `tool_calls` and the like.
+    `tools` describes the tools that the template writes. `learnt` says for each message whether it
+    carries loss; None means that every assistant turn does. `numbers` holds the values of the
+    columns that were asked for.
     """
 
     id: int

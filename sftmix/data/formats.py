@@ -110,10 +110,12 @@ class Format:
         return " + ".join(" or ".join(group) for group in self.needs.values())
 
 
-def _turn(prompt: str, **beside: tuple[str, ...]) -> dict[str, Any]:
+def _turn(
+    prompt: str, *, before: tuple[str, ...] = (), after: tuple[str, ...] = ()
+) -> dict[str, Any]:
     return {
         "needs": {"prompt": (prompt,), "response": RESPONSES},
-        "read": functools.partial(read_turn, prompt=(prompt,), **beside),
+        "read": functools.partial(read_turn, prompt=(prompt,), before=before, after=after),
     }
 
 
@@ -176,8 +178,8 @@ FORMATS = (
                 {"from": "gpt", "value": "3"},
             ]
         },
-        says="the conversation (ShareGPT, OpenHermes, SlimOrca, WizardLM v2, Magpie, OpenThoughts), "
-        "or texts by turns, the user's first (LIMA)",
+        says="the conversation (ShareGPT, OpenHermes, SlimOrca, WizardLM v2, Magpie, "
+        "OpenThoughts), or texts by turns, the user's first (LIMA)",
     ),
     Format(
         "query",
@@ -219,15 +221,16 @@ FORMATS = (
             },
         },
         says="OASST's tree of messages: the path of the best ranks, down to its last answer",
+        unless=("parent_id",),
     ),
     Format(
         "text",
         needs={"text": ("text",)},
         read=read_text,
         example={"text": "### Human: Add 1 and 2.### Assistant: 3"},
-        says="the turns between markers of ChatML, Llama 2 and 3, Gemma, Zephyr, Guanaco, Alpaca or "
-        "Vicuna; with `--train_on all` the whole text, every token of it",
-        unless=(*PROMPTS, *RESPONSES),
+        says="the turns between markers of ChatML, Llama 2 and 3, Gemma, Zephyr, Guanaco, Alpaca "
+        "or Vicuna; with `--train_on all` the whole text, every token of it",
+        unless=("parent_id", *PROMPTS, *RESPONSES),
     ),
     Format(
         "data",
@@ -329,7 +332,7 @@ def _has(columns: tuple[str, ...], names: tuple[str, ...]) -> bool:
 
 
 def _fits(one: Format, given: Mapping[str, str], names: tuple[str, ...]) -> bool:
-    return one.fits(names, given) and known_names(names).keys().isdisjoint(one.unless)
+    return one.fits(names, given) and {*map(spelt, names)}.isdisjoint(one.unless)
 
 
 def _unknown(found: list[str], given: Mapping[str, str], whole: bool) -> str:
@@ -349,7 +352,7 @@ def _unknown(found: list[str], given: Mapping[str, str], whole: bool) -> str:
         )
     if given:
         needed = "a response" if "prompt" in given else "a prompt and a response"
-        return f"columns {found}: --columns names no {needed} of them; give {WAY_OUT}"
+        return f"columns {found}: --columns does not name {needed}; give {WAY_OUT}"
     known = "; ".join(one.columns() for one in FORMATS)
     return (
         f"columns {found} are no known format; the formats known are {known}. For others give "

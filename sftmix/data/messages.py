@@ -27,6 +27,11 @@ SYNONYMS = {
     **dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool"),
     "ipython": "tool",  # Llama 3's
 }
+# Keys of an object that holds a whole turn, besides the roles.
+TURN_KEYS = {
+    **dict.fromkeys(("input", "prompt", "question"), "user"),
+    **dict.fromkeys(("output", "response", "answer"), "assistant"),
+}
 # Fields of a message's role and content, the first that is there.
 ROLE_FIELDS, CONTENT_FIELDS = ("role", "from"), ("content", "value")
 TEXTS = ("reasoning_content", "thinking", "tool_call_id", "name")
@@ -189,7 +194,9 @@ def _items(value: object, name: str) -> list[Any]:
         lengths = {len(part) for part in value.values()}
         if len(lengths) > 1:
             raise BadField(f"'{name}' has lists of {' and '.join(map(str, sorted(lengths)))} items")
-        value = [dict(zip(value, parts, strict=True)) for parts in zip(*value.values())]
+        value = [
+            dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)
+        ]
     if not isinstance(value, list):
         raise BadField(f"'{name}' must be a list of messages, got {kind(value)}")
     return value
@@ -200,8 +207,8 @@ def _turns(item: Any) -> list[Any]:
     if not isinstance(item, dict) or not item:
         return [item]
     said = {key: text for key, text in item.items() if text is not None}
-    if said and all(key in ROLES or key in SYNONYMS for key in said):
-        return [{"role": key, "content": text} for key, text in said.items()]
+    if said and all(key in ROLES or key in SYNONYMS or key in TURN_KEYS for key in said):
+        return [{"role": TURN_KEYS.get(key, key), "content": text} for key, text in said.items()]
     return [item]
 
 
@@ -253,7 +260,7 @@ def _message(
     calls = _calls(value, what if is_call else "function_call", name, notes)
     if calls and role != "assistant":
         raise BadField(f"'{name}.tool_calls' are of the {role}; only the assistant calls tools")
-    if content is None and notes.mend:
+    if content is None and notes.mend and not calls:
         content = ""
     if content is not None or not calls:
         # A call needs no words beside it, and a tool may have nothing to say.
@@ -275,7 +282,7 @@ def _message(
 
 def _texts(value: dict[str, Any], name: str, notes: Notes) -> dict[str, str]:
     """Return the other texts of a message; `reasoning` goes by the name that templates read."""
-    found = {}
+    found: dict[str, str] = {}
     for key in (*TEXTS, "reasoning"):
         if carries(value.get(key)) and text_of(value[key], f"{name}.{key}", empty=True).strip():
             found[key] = value[key]
@@ -291,7 +298,7 @@ def _texts(value: dict[str, Any], name: str, notes: Notes) -> dict[str, str]:
 def _calls(value: dict[str, Any], key: str, name: str, notes: Notes) -> list[Any] | None:
     """Return a message's `tool_calls`, or those of the field `key`, as such or as JSON text."""
     calls = _tool_calls(value.get("tool_calls"), f"{name}.tool_calls")
-    call = value.get(key)
+    call: Any = value.get(key)
     if not carries(call):
         return calls
     if calls:

@@ -11,6 +11,7 @@ empty turn. `--on_bad_row mend` makes it so by these rules, and counts each exam
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from sftmix.data.messages import BadField, Masks, Messages, Notes
@@ -29,9 +30,15 @@ def shaped(messages: Messages, masks: Masks, name: str, notes: Notes) -> tuple[M
     if not any(message["role"] == "assistant" for message in messages):
         raise BadField(f"'{name}' has no assistant message")
     if messages[-1]["role"] != "assistant":
-        raise BadField(f"'{name}' must end with the assistant, ends with {messages[-1]['role']}")
+        raise BadField(
+            f"'{name}' must end with the assistant, ends with {messages[-1]['role']}; "
+            "--on_bad_row mend cuts what follows the last answer"
+        )
     if messages[0]["role"] == "assistant":
-        raise BadField(f"'{name}' must not begin with the assistant")
+        raise BadField(
+            f"'{name}' must not begin with the assistant; --on_bad_row mend leaves out what comes "
+            "before the first question"
+        )
     return messages, masks
 
 
@@ -51,6 +58,7 @@ def learnt(messages: Messages, masks: Masks) -> tuple[bool, ...] | None:
 def _mended(messages: Messages, masks: Masks, notes: Notes) -> tuple[Messages, Masks]:
     turns: list[_Turn] = list(zip(messages, masks, strict=True))
     rules = {
+        "an empty system prompt, left out": _without_empty_system,
         "an empty turn, cut with what follows": _without_empty,
         "answers before the first question, left out": _from_the_question,
         "what follows the last answer, cut": _to_the_answer,
@@ -64,15 +72,18 @@ def _mended(messages: Messages, masks: Masks, notes: Notes) -> tuple[Messages, M
     return tuple(message for message, _ in turns), [mask for _, mask in turns]
 
 
+def _is_empty(turn: _Turn, *roles: str) -> bool:
+    message = turn[0]
+    silent = not (message["content"] or "").strip() and "tool_calls" not in message
+    return silent and message["role"] in roles
+
+
+def _without_empty_system(turns: list[_Turn]) -> list[_Turn]:
+    return [turn for turn in turns if not _is_empty(turn, "system", "developer")]
+
+
 def _without_empty(turns: list[_Turn]) -> list[_Turn]:
-    kept: list[_Turn] = []
-    for message, mask in turns:
-        silent = not (message["content"] or "").strip() and "tool_calls" not in message
-        if not silent or message["role"] == "tool":
-            kept.append((message, mask))
-        elif message["role"] in ("user", "assistant"):
-            break
-    return kept
+    return list(itertools.takewhile(lambda one: not _is_empty(one, "user", "assistant"), turns))
 
 
 def _from_the_question(turns: list[_Turn]) -> list[_Turn]:

@@ -101,8 +101,8 @@ class RunArguments:
     columns: str | None = option(
         None,
         "Names of the columns of data in a format that is not known: "
-        "prompt=NAME,response=NAME,system=NAME or messages=NAME,role=FIELD,content=FIELD (a mapping "
-        "in YAML); `sftmix data --formats` shows the formats that are known",
+        "prompt=NAME,response=NAME,system=NAME or messages=NAME,role=FIELD,content=FIELD (a "
+        "mapping in YAML); `sftmix data --formats` shows the formats that are known",
         "ours",
     )
     train_on: Literal["responses", "all"] = option(

@@ -113,10 +113,10 @@ def tokenize_examples(
 
     A conversation is rendered with `chat_template(tokenizer)`, which a tokenizer without one is
     given, and tokenised as a whole, as far as `max_length` needs; a token is a response token if it
-    starts inside an assistant turn. All of an example's `text` is learnt, and the tokenizer's end of
-    text after it. Sequences longer than `max_length` are cut from the right, so a
-    response loses its tail; one log line says how many were. Labels are not shifted and the first
-    token is never predicted, so an example needs a label after it.
+    starts inside an assistant turn. All of an example's `text` is learnt, and the tokenizer's end
+    of text after it. Sequences longer than `max_length` are cut from the right, so a response loses
+    its tail; one log line says how many were. Labels are not shifted and the first token is never
+    predicted, so an example needs a label after it.
 
     Raises:
         BadRowError: no response token is left within `max_length`; the template refuses the
