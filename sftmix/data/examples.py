@@ -23,7 +23,6 @@ from sftmix.data.messages import BadField, Messages, Notes, kind
 from sftmix.data.rows import BadRowError, BadRows, OnBadRow, Row
 from sftmix.data.sources import open_sources
 from sftmix.runs.failures import printable
-from sftmix.runs.ranks import say
 
 __all__ = [
     "BadRowError",
@@ -164,7 +163,8 @@ def _examples(
             bad.add(error)
     if notes.forgiven:
         mended = [f"{what} ({count:,})" for what, count in notes.forgiven.most_common(NAMES_SHOWN)]
-        say(printable(f"{source}: forgiven: {_shown(mended, len(notes.forgiven))}"))
+        shown = _shown(mended, len(notes.forgiven))
+        logger.warning("%s", printable(f"{source}: forgiven: {shown}"))
     if notes.unused:
         common = notes.unused.most_common(NAMES_SHOWN)
         names = [f"{name!r} ({count:,} rows)" for name, count in common]

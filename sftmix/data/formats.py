@@ -106,8 +106,9 @@ class Format:
         )
 
     def columns(self) -> str:
-        """Return the names of the columns as text."""
-        return " + ".join(" or ".join(group) for group in self.needs.values())
+        """Return the names of the columns as text; RESPONSE stands for any of `RESPONSES`."""
+        groups = self.needs.values()
+        return " + ".join("RESPONSE" if one is RESPONSES else " or ".join(one) for one in groups)
 
 
 def _turn(
@@ -355,8 +356,9 @@ def _unknown(found: list[str], given: Mapping[str, str], whole: bool) -> str:
         return f"columns {found}: --columns does not name {needed}; give {WAY_OUT}"
     known = "; ".join(one.columns() for one in FORMATS)
     return (
-        f"columns {found} are no known format; the formats known are {known}. For others give "
-        f"{WAY_OUT} or messages=NAME; `sftmix data --formats` shows examples"
+        f"columns {found} are no known format; the formats known are {known}, where "
+        f"RESPONSE is {' or '.join(RESPONSES)}. For others give {WAY_OUT} or messages=NAME; "
+        "`sftmix data --formats` shows examples"
     )
 
 

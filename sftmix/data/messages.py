@@ -266,7 +266,7 @@ def _message(
         # A call needs no words beside it, and a tool may have nothing to say.
         empty = bool(calls) or role == "tool" or notes.mend
         content = text_of(content, f"{name}.{what}", empty=empty)
-    message = {"role": role, "content": content, **_texts(value, name, notes)}
+    message: dict[str, Any] = {"role": role, "content": content, **_texts(value, name, notes)}
     if calls:
         message["tool_calls"] = calls
     mask = _mask(value, name)

@@ -1,4 +1,4 @@
-"""Rows in the shapes in which public data sets are published, written for these tests."""
+"""Every format, rows as public data sets have them, and what is forgiven, refused or mended."""
 
 from __future__ import annotations
 
@@ -15,19 +15,7 @@ from sftmix.data.selection import response_length
 from sftmix.templates.chat import PLAIN_TEMPLATE
 from sftmix.templates.tokenizing import tokenize_examples
 from tests.sftmix.chats import CHATML, QWEN3, responses, said, tokenizer_of, user
-
-SYSTEM = {"role": "system", "content": "Be brief."}
-PAIR = [user("Add 1 and 2."), said("3")]
-TWO = [*PAIR, user("And 4?"), said("7")]
-SHARED = [
-    {"from": "human", "value": "Add 1 and 2."},
-    {"from": "gpt", "value": "3"},
-    {"from": "human", "value": "And 4?"},
-    {"from": "gpt", "value": "7"},
-]
-CALL = {"name": "add", "arguments": {"a": 1, "b": 2}}
-CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
-TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+from tests.sftmix.data.published import CALLED, PAIR, PUBLISHED, SHARED, SYSTEM, TOOL, TWO, oasst
 
 
 def write(path: Path, *rows: Any) -> Path:
@@ -44,198 +32,6 @@ def refused(tmp_path: Path, *rows: dict[str, Any], columns: str = "", **more: An
     with pytest.raises(ValueError, match=r"data\.jsonl") as caught:
         read(tmp_path, *rows, columns=columns, **more)
     return str(caught.value)
-
-
-def oasst(text: str, role: str = "assistant", *replies: dict[str, Any], **more: Any) -> Any:
-    return {"message_id": text, "text": text, "role": role, "replies": list(replies), **more}
-
-
-TREE = oasst(
-    "Add 1 and 2.",
-    "prompter",
-    oasst("4", rank=1),
-    oasst("5", rank=0, deleted=True),
-    oasst(
-        "3",
-        "assistant",
-        oasst("Thanks.", "prompter", rank=1),
-        oasst("And 4?", "prompter", oasst("8", rank=None), oasst("7", rank=0), rank=0),
-        rank=0,
-    ),
-)
-PUBLISHED: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
-    "ShareGPT": ({"id": "x_0", "conversations": SHARED}, TWO),
-    "ShareGPT, older roles": (
-        {
-            "conversations": [
-                {"from": "user", "value": "Add 1 and 2."},
-                {"from": "chatgpt", "value": "3"},
-                {"from": "human", "value": "And 4?"},
-                {"from": "bing", "value": "7"},
-            ]
-        },
-        TWO,
-    ),
-    "OpenHermes 2.5": (
-        {
-            **{"custom_instruction": True, "topic": None, "model_name": None, "model": "gpt-4"},
-            **{"skip_prompt_formatting": False, "category": "riddle", "source": "airoboros2.2"},
-            "conversations": [
-                {"from": "system", "value": "Be brief.", "weight": None},
-                {"from": "human", "value": "Add 1 and 2.", "weight": None},
-                {"from": "gpt", "value": "3", "weight": None},
-            ],
-            "system_prompt": "Be brief.",
-        },
-        [SYSTEM, *PAIR],
-    ),
-    "OpenHermes": ({"instruction": "Add 1 and 2.", "input": "", "output": "3"}, PAIR),
-    "SlimOrca": (
-        {
-            "conversations": [
-                {"from": "system", "value": "Be brief.", "weight": None},
-                {"from": "human", "value": "Add 1 and 2.", "weight": 0.0},
-                {"from": "gpt", "value": "3", "weight": 1.0},
-            ]
-        },
-        [SYSTEM, *PAIR],
-    ),
-    "WizardLM v2": ({"idx": "q", "conversations": SHARED[:2]}, PAIR),
-    "WizardLM": ({"instruction": "Add 1 and 2.", "output": "3"}, PAIR),
-    "Magpie": (
-        {
-            **{"uuid": "u", "model": "m", "gen_input_configs": {"temperature": 1.0}},
-            **{"instruction": "Add 1 and 2.", "response": "3", "instruction_length": 12},
-            "conversations": SHARED[:2],
-        },
-        PAIR,
-    ),
-    "OpenThoughts": (
-        {
-            "system": "Be brief.",
-            "conversations": [
-                {"from": "user", "value": "Add 1 and 2."},
-                {"from": "assistant", "value": "<|begin_of_thought|>1 + 2<|end_of_thought|>3"},
-            ],
-        },
-        [SYSTEM, PAIR[0], said("<|begin_of_thought|>1 + 2<|end_of_thought|>3")],
-    ),
-    "LIMA": ({"conversations": ["Add 1 and 2.", "3", "And 4?", "7"], "source": "multi"}, TWO),
-    "Dolly": (
-        {"instruction": "How many?", "context": "Ann has 3.", "response": "3", "category": "qa"},
-        [user("How many?\n\nAnn has 3."), said("3")],
-    ),
-    "Dolly without a context": (
-        {"instruction": "Add 1 and 2.", "context": "", "response": "3", "category": "open_qa"},
-        PAIR,
-    ),
-    "Guanaco": (
-        {"text": "### Human: Add 1 and 2.### Assistant: 3### Human: And 4?### Assistant: 7"},
-        TWO,
-    ),
-    "MetaMath": (
-        {
-            **{"type": "MATH_AnsAug", "original_question": "What is 1 + 2?"},
-            **{"query": "Add 1 and 2.", "response": "3"},
-        },
-        PAIR,
-    ),
-    "OpenOrca": (
-        {"id": "cot.1", "system_prompt": "Be brief.", "question": "Add 1 and 2.", "response": "3"},
-        [SYSTEM, *PAIR],
-    ),
-    "OpenOrca without a system prompt": (
-        {"id": "cot.1", "system_prompt": "", "question": "Add 1 and 2.", "response": "3"},
-        PAIR,
-    ),
-    "OpenMathInstruct-1": (
-        {
-            **{"question": "Add 1 and 2.", "generated_solution": "3", "expected_answer": "3"},
-            **{"predicted_answer": "3", "error_message": "", "is_correct": True, "dataset": "math"},
-        },
-        PAIR,
-    ),
-    "OpenMathInstruct-2": (
-        {"problem": "Add 1 and 2.", "generated_solution": "3", "expected_answer": "3"},
-        PAIR,
-    ),
-    "MATH": ({"problem": "Add 1 and 2.", "level": "Level 1", "solution": "3"}, PAIR),
-    "OASST, trees": ({"message_tree_id": "t", "tree_state": "ready", "prompt": TREE}, TWO),
-    "OASST, the root of a tree": (TREE, TWO),
-    "UltraChat-200K": ({"prompt": "Add 1 and 2.", "prompt_id": "p", "messages": TWO}, TWO),
-    "UltraChat": ({"id": "0", "data": ["Add 1 and 2.", "3", "And 4?", "7"]}, TWO),
-    "Tulu-3": ({"id": "t_0", "messages": [SYSTEM, *PAIR], "source": "ai2"}, [SYSTEM, *PAIR]),
-    "Tulu-3's personas": (
-        {"id": "p", "prompt": "Add 1 and 2.", "messages": PAIR, "constraints": ["short"]},
-        PAIR,
-    ),
-    "MedAlpaca": (
-        {"instruction": "Answer truthfully.", "input": "Is it 3?", "output": "Yes."},
-        [user("Answer truthfully.\n\nIs it 3?"), said("Yes.")],
-    ),
-    "MedAlpaca, input last": (
-        {"output": "Yes.", "instruction": "Is it 3?", "input": None, "__index_level_0__": 7},
-        [user("Is it 3?"), said("Yes.")],
-    ),
-    "Alpaca with its text": (
-        {
-            **{"instruction": "Add 1 and 2.", "input": "", "output": "3"},
-            "text": "Below is one.\n\n### Instruction:\nAdd 1 and 2.\n\n### Response:\n3",
-        },
-        PAIR,
-    ),
-    "FLAN": ({"inputs": "Add 1 and 2.", "targets": "3", "task": "sums"}, PAIR),
-    "Natural instructions": ({"input": "Add 1 and 2.", "output": "3"}, PAIR),
-    "Capybara": (
-        {"source": "s", "conversation": [{"input": "Add 1 and 2.", "output": "3"}]},
-        PAIR,
-    ),
-    "BELLE": (
-        {"conversation": [{"human": "Add 1 and 2.", "assistant": "3"}], "category": "sums"},
-        PAIR,
-    ),
-    "LLaMA-Factory's tools": (
-        {
-            "conversations": [
-                {"from": "human", "value": "Add 1 and 2."},
-                {"from": "function_call", "value": json.dumps(CALL)},
-                {"from": "observation", "value": "3"},
-                {"from": "gpt", "value": "3"},
-            ],
-            "system": "Be brief.",
-            "tools": json.dumps([TOOL]),
-        },
-        [SYSTEM, PAIR[0], CALLED, {"role": "tool", "content": "3"}, PAIR[1]],
-    ),
-    "OpenAI's older calls": (
-        {
-            "messages": [
-                PAIR[0],
-                {
-                    "role": "assistant",
-                    "content": None,
-                    "function_call": {**CALL, "arguments": json.dumps(CALL["arguments"])},
-                },
-                {"role": "function", "name": "add", "content": "3"},
-                PAIR[1],
-            ]
-        },
-        [PAIR[0], CALLED, {"role": "tool", "name": "add", "content": "3"}, PAIR[1]],
-    ),
-    "reasoning": (
-        {"messages": [PAIR[0], {**PAIR[1], "reasoning": "1 + 2"}]},
-        [PAIR[0], said("3", reasoning_content="1 + 2")],
-    ),
-    "messages as JSON text": ({"messages": json.dumps(PAIR)}, PAIR),
-    "a sequence as datasets reads it": (
-        {"conversations": {"from": ["human", "gpt"], "value": ["Add 1 and 2.", "3"]}},
-        PAIR,
-    ),
-    "parts": (
-        {"messages": [user([{"type": "input_text", "text": "Add 1 and 2."}]), PAIR[1]]},  # type: ignore[arg-type]
-        PAIR,
-    ),
-}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -336,11 +132,11 @@ def test_texts_that_are_refused(tmp_path: Path, text: str, reason: str) -> None:
     ],
 )  # fmt: skip
 def test_capitals_and_blanks_are_forgiven_and_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], row: dict[str, Any], forgiven: list[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, row: dict[str, Any], forgiven: list[str]
 ) -> None:
     [example] = read(tmp_path, row)
     assert example.messages == tuple(PAIR)
-    [line] = [line for line in capsys.readouterr().out.splitlines() if "forgiven" in line]
+    [line] = [record.getMessage() for record in caplog.records if "forgiven" in record.getMessage()]
     for what in forgiven:
         assert what in line
 
@@ -367,7 +163,7 @@ def test_capitals_and_blanks_are_forgiven_and_counted(
         ({"text": "a", "parent_id": None, "message_id": "m", "role": "prompter",
           "message_tree_id": "t"}, "are the messages of trees, each a row"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "--columns response=chosen learns the"),
-        ({"a": 1, "b": 2}, "are no known format; the formats known are messages; prompt + comple"),
+        ({"a": 1, "b": 2}, "are no known format; the formats known are messages; prompt + RESP"),
         ({"a": 1, "b": 2}, "For others give --columns prompt=NAME,response=NAME or messages=NAME"),
     ],
 )  # fmt: skip
@@ -490,7 +286,7 @@ SHAPES: list[tuple[list[dict[str, Any]], list[dict[str, Any]], str, bool]] = [
 @pytest.mark.parametrize(("messages", "mended", "rule", "readable"), SHAPES)
 def test_conversations_are_mended_where_that_is_asked_for(
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     messages: list[dict[str, Any]],
     mended: list[dict[str, Any]],
     rule: str,
@@ -501,7 +297,7 @@ def test_conversations_are_mended_where_that_is_asked_for(
     assert one.messages == tuple(mended)
     assert one.content_hash == content_hash({"messages": mended})
     assert two.content_hash == content_hash({"messages": PAIR})
-    assert f"{rule} (1)" in capsys.readouterr().out
+    assert f"{rule} (1)" in caplog.text
     if readable:
         assert read(tmp_path, *rows[:1])[0].messages == tuple(messages)
     else:
