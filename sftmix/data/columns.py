@@ -127,31 +127,39 @@ def known_names(names: tuple[str, ...]) -> dict[str, list[str]]:
     return found
 
 
+@functools.lru_cache(maxsize=4096)
+def _held(
+    columns: tuple[str, ...], names: tuple[str, ...], given: tuple[str, ...]
+) -> tuple[tuple[str, ...], ...]:
+    """Return for each name that a row has the columns that are spelt so, without those given."""
+    known = known_names(columns)
+    found = (tuple(one for one in known.get(name, ()) if one not in given) for name in names)
+    return tuple(group for group in found if group)
+
+
 class Cells:
     """The columns of a row by what they mean, and which of them were read."""
 
     def __init__(
         self,
         row: dict[str, Any],
-        known: Mapping[str, list[str]],
         given: Mapping[str, str],
         notes: Notes,
-        exact: Sequence[str] = (),
+        exact: tuple[str, ...] = (),
     ) -> None:
         """See the class.
 
         Args:
             row: the columns and their values.
-            known: as `known_names` returns them.
             given: as `parse_columns` returns them.
             notes: counts columns that were read under another spelling.
             exact: the names by which the file's format was found, if other ones are only named.
         """
-        self.row, self.known, self.given, self.notes = row, known, given, notes
-        self.exact = exact
+        self.row, self.given, self.notes, self.exact = row, given, notes, exact
+        self.columns, self.taken = tuple(row), tuple(given.values())
         self.used: set[str] = set()
 
-    def named(self, side: str, names: Sequence[str]) -> list[str]:
+    def named(self, side: str, names: tuple[str, ...]) -> list[str]:
         """Return the row's columns that hold `side`: the one given, or those of the usual names.
 
         Raises:
@@ -160,21 +168,20 @@ class Cells:
         if side in self.given:
             return [self.given[side]] if self.given[side] in self.row else []
         found = []
-        for name in names:
-            columns = self.known.get(name, [])
-            told = [one for one in columns if says(self.row[one])] or columns[:1]
-            if any(self.row[one] != self.row[told[0]] for one in told):
+        for columns in _held(self.columns, names, self.taken):
+            told = [one for one in columns if says(self.row[one])] if columns[1:] else columns
+            if any(self.row[one] != self.row[told[0]] for one in told[1:]):
                 raise BadField(
                     f"{' and '.join(map(repr, told))} are one name, and differ; leave one out"
                 )
-            found += told[:1]
-        return [name for name in found if name not in self.given.values()]
+            found.append((*told, *columns)[0])
+        return found
 
-    def telling(self, side: str, names: Sequence[str]) -> list[str]:
+    def telling(self, side: str, names: tuple[str, ...]) -> list[str]:
         """Return those of the columns `named` whose value says something."""
         return [name for name in self.named(side, names) if says(self.row[name])]
 
-    def one(self, side: str, names: Sequence[str]) -> tuple[str, Any]:
+    def one(self, side: str, names: tuple[str, ...]) -> tuple[str, Any]:
         """Return the name and value of the column that holds `side`.
 
         Raises:
@@ -186,15 +193,16 @@ class Cells:
             raise BadField(f"'{self.given.get(side, ' or '.join(usual))}' is missing")
         return found
 
-    def maybe(self, side: str, names: Sequence[str]) -> tuple[str, Any] | None:
+    def maybe(self, side: str, names: tuple[str, ...]) -> tuple[str, Any] | None:
         """Return what `one` returns, or None if there is no such column.
 
         Raises:
             BadField: several columns hold it and differ.
         """
-        telling = self.telling(side, names) or self.named(side, names)[:1]
-        if not telling:
+        found = self.named(side, names)
+        if not found:
             return None
+        telling = [name for name in found if says(self.row[name])] or found[:1]
         self.refuse_others(side, telling)
         for name in telling:
             self.read(name)
@@ -206,7 +214,7 @@ class Cells:
         Raises:
             BadField: they differ.
         """
-        if any(self.row[name] != self.row[names[0]] for name in names):
+        if any(self.row[name] != self.row[names[0]] for name in names[1:]):
             raise BadField(
                 f"{' and '.join(map(repr, names))} differ; say which is the {side} with --columns "
                 f"{side}=NAME"

@@ -383,7 +383,7 @@ def read_content(
 
 
 def _read(row: dict[str, Any], form: Form, notes: Notes, asked: Collection[str]) -> Content:
-    cells = Cells(row, known_names(tuple(row)), form.given, notes, form.exact)
+    cells = Cells(row, form.given, notes, form.exact)
     one, given = form.format, form.given
     if one.read is None:
         input_ids, labels = read_tokens(row)

@@ -75,8 +75,9 @@ class Notes:
 
     def add(self, other: Notes) -> None:
         """Add the counts of another row."""
-        self.unused.update(other.unused)
-        self.forgiven.update(other.forgiven)
+        for own, others in ((self.unused, other.unused), (self.forgiven, other.forgiven)):
+            if others:
+                own.update(others)
 
 
 def kind(value: object) -> str:
@@ -159,19 +160,24 @@ def from_json(text: str, name: str) -> Any:
 
 
 def conversation(
-    value: object, name: str, notes: Notes, fields: Mapping[str, str] | None = None
+    value: object,
+    name: str,
+    notes: Notes,
+    fields: Mapping[str, str] | None = None,
+    *,
+    texts: bool = False,
 ) -> tuple[Messages, Masks]:
     """Return the messages and their masks.
 
     The value is a list of messages, as such or as JSON text. A message is an object with a role and
-    a content, or with roles as its keys. A list of strings, in which the user begins, is read from
-    every column but `messages`. `fields` gives the names of role and content if they are not usual.
+    a content, or with roles as its keys. `texts` allows a list of strings, in which the user
+    begins. `fields` gives the names of role and content if they are not usual.
 
     Raises:
         BadField: it is no list of messages, or one of them is malformed.
     """
     items = _items(value, name)
-    if items and name != "messages" and all(isinstance(item, str) for item in items):
+    if texts and items and all(isinstance(item, str) for item in items):
         items = [
             {"role": ("user", "assistant")[i % 2], "content": item} for i, item in enumerate(items)
         ]
@@ -208,7 +214,8 @@ def _turns(item: Any) -> list[Any]:
         return [item]
     said = {key: text for key, text in item.items() if text is not None}
     if said and all(key in ROLES or key in SYNONYMS or key in TURN_KEYS for key in said):
-        return [{"role": TURN_KEYS.get(key, key), "content": text} for key, text in said.items()]
+        turns = [{"role": TURN_KEYS.get(key, key), "content": text} for key, text in said.items()]
+        return sorted(turns, key=lambda one: ROLES.index(SYNONYMS.get(one["role"], one["role"])))
     return [item]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from sftmix.data.columns import PROMPTS, RESPONSES, Cells
@@ -25,7 +24,7 @@ from sftmix.data.shapes import shaped
 Found = tuple[Messages, Masks]
 
 
-def read_conversation(cells: Cells, notes: Notes, *, names: Sequence[str]) -> Found:
+def read_conversation(cells: Cells, notes: Notes, *, names: tuple[str, ...]) -> Found:
     """Return the conversation of one of the columns `names`.
 
     Raises:
@@ -33,7 +32,8 @@ def read_conversation(cells: Cells, notes: Notes, *, names: Sequence[str]) -> Fo
     """
     name, value = cells.one("messages", names)
     fields = {side: cells.given[side] for side in ("role", "content") if side in cells.given}
-    messages, masks = conversation(value, name, notes, fields)
+    texts = names != ("messages",)
+    messages, masks = conversation(value, name, notes, fields, texts=texts)
     _refuse_history(cells, f"'{name}' is not read; write it into the messages")
     return shaped(messages, masks, name, notes)
 
@@ -54,9 +54,9 @@ def read_turn(
     cells: Cells,
     notes: Notes,
     *,
-    prompt: Sequence[str],
-    before: Sequence[str] = (),
-    after: Sequence[str] = (),
+    prompt: tuple[str, ...],
+    before: tuple[str, ...] = (),
+    after: tuple[str, ...] = (),
 ) -> Found:
     """Return a prompt, with the texts of the columns before and after it, and its response.
 
@@ -66,7 +66,7 @@ def read_turn(
     asked_by, asked = cells.one("prompt", prompt)
     by, answer = cells.one("response", RESPONSES)
     if not ("prompt" in cells.given or cells.exact):
-        others = [name for name in PROMPTS if name not in (*prompt, "instruction", "input")]
+        others = tuple(one for one in PROMPTS if one not in (*prompt, "instruction", "input"))
         cells.refuse_others("prompt", [asked_by, *cells.telling("prompt", others)])
     if isinstance(answer, list) and (isinstance(asked, list) or "response" in cells.given):
         return _read_lists(cells, notes, asked_by, by)
@@ -135,7 +135,7 @@ def _last_answer(messages: Messages, masks: Masks) -> Masks:
     return [bool(mask) if i < last else mask for i, mask in enumerate(masks)]
 
 
-def _beside(cells: Cells, side: str, names: Sequence[str]) -> str | None:
+def _beside(cells: Cells, side: str, names: tuple[str, ...]) -> str | None:
     """Return the text of a column beside the prompt; None if it says nothing."""
     found = cells.maybe(side, names)
     if found is None or not carries(found[1]):

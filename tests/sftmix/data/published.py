@@ -165,6 +165,10 @@ PUBLISHED: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"source": "s", "conversation": [{"input": "Add 1 and 2.", "output": "3"}]},
         PAIR,
     ),
+    "turns with a system prompt": (
+        {"conversation": [{"input": "Add 1 and 2.", "output": "3", "system": "Be brief."}]},
+        [SYSTEM, *PAIR],
+    ),
     "BELLE": (
         {"conversation": [{"human": "Add 1 and 2.", "assistant": "3"}], "category": "sums"},
         PAIR,

@@ -160,6 +160,7 @@ def test_capitals_and_blanks_are_forgiven_and_counted(
         ({"conversations": [*SHARED[:1], {"from": "function_call", "value": "add"}]}, "is no JSON"),
         ({"message_tree_id": "t", "prompt": oasst("a", "prompter")}, "has no assistant message"),
         ({"message_tree_id": "t", "prompt": oasst("a", "cat")}, "'prompt.role' must be one of"),
+        ({"conversations": [["a", "b"]]}, "'conversations[0]' must be an object with a role"),
         ({"text": "a", "parent_id": None, "message_id": "m", "role": "prompter",
           "message_tree_id": "t"}, "are the messages of trees, each a row"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "--columns response=chosen learns the"),
@@ -257,6 +258,7 @@ def test_names_of_columns_that_are_refused_before_reading(columns: str, reason: 
     [
         ("prompt=ask", {"question": "a", "answer": "b"}, "--columns prompt=ask: no row has"),
         ("prompt=ask", {"ask": "a", "say": "b"}, "--columns does not name a response"),
+        ("response=a", {"question": "q", "a": ["b"]}, "'a[0]' must be an object with a role"),
         ("role=speaker", {"question": "a", "answer": "b"}, "nothing reads role of the format 'qu"),
         ("system=s", {"input_ids": [1, 2], "labels": [1, 2], "s": "a"}, "nothing reads system of"),
     ],
