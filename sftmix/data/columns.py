@@ -1,33 +1,26 @@
-"""Find the format of a row by its columns, and read the columns beside them that have a meaning.
+"""Name the columns of a row: which name means what, and what happens to those that nothing reads.
 
-docs/data.md is the table for users: which columns are read, refused, or named as not used.
+A column is found under its own name, or with other capitals, blanks or dashes in it, or under the
+name that `--columns` gives. docs/data.md is the table for users.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+import functools
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sftmix.data.hashing import digest
-from sftmix.data.messages import (
-    BadField,
-    Masks,
-    Messages,
-    carries,
-    checked,
-    conversation,
-    from_json,
-    kind,
-    learnt,
-    listed,
-    text_of,
-)
-from sftmix.data.token_rows import COLUMNS as TOKEN_COLUMNS
-from sftmix.data.token_rows import LOSS_MASKS, read_tokens
+from sftmix.data.messages import BadField, Notes, carries
 
-_Found = tuple[Messages, Masks]
+CONVERSATIONS = ("conversations", "conversation")
+PROMPTS = ("instruction", "prompt", "question", "query", "problem", "inputs", "input")
+RESPONSES = (
+    *("completion", "output", "answer", "response"),
+    *("targets", "solution", "generated_solution"),
+)
+SYSTEMS = ("system", "system_prompt", "custom_instruction")
 
 # Columns that change what is said or learnt, whatever the format, and what to do instead.
 REFUSED = {
@@ -46,212 +39,213 @@ WEIGHTS = ("weight", "loss_weight", "sample_weight", "train", "trainable")
 # lost. Beside whole messages they are where those came from, and are only named.
 OF_A_PAIR = {
     "instruction": "write it into the prompt",
-    "input": "write it into the prompt",
-    "context": "write it into the prompt",
+    "input": "write it into the prompt, or give --columns input=input",
+    "context": "write it into the prompt, or give --columns context=context",
     "rejected": "it is what not to learn; give only rows of what to learn",
 }
 
-
-@dataclass(frozen=True)
-class Content:
-    """The content of an example: messages, or tokens with labels."""
-
-    messages: Messages | None = None
-    tools: list[Any] | None = None
-    learnt: tuple[bool, ...] | None = None
-    input_ids: list[int] | None = None
-    labels: list[int] | None = None
-
-    def digest(self) -> str:
-        """Return the SHA-256 of the content as canonical JSON."""
-        found = {name: value for name, value in vars(self).items() if value is not None}
-        return digest(found)
-
-
-def field(row: dict[str, Any], name: str) -> Any:
-    """Return the value of a column.
-
-    Raises:
-        BadField: the row has no such column.
-    """
-    if name not in row:
-        raise BadField(f"'{name}' is missing")
-    return row[name]
-
-
-def _pair(row: dict[str, Any], prompt: str, response: str) -> _Found:
-    texts = [*_history(row.get("history")), (prompt, response)]
-    messages = tuple(
-        {"role": role, "content": content}
-        for turn in texts
-        for role, content in zip(("user", "assistant"), turn, strict=True)
-    )
-    return messages, [None] * len(messages)
-
-
-def _history(value: object) -> list[tuple[str, str]]:
-    """Return earlier turns from pairs of a prompt and a response, as Alpaca's files have them."""
-    pairs = listed(value, "history")
-    turns = []
-    for i, pair in enumerate(pairs or ()):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise BadField(f"'history[{i}]' must be a list of a prompt and a response")
-        prompt, response = (text_of(text, f"history[{i}][{j}]") for j, text in enumerate(pair))
-        turns.append((prompt, response))
-    return turns
-
-
-def _from_messages(row: dict[str, Any], unused: Counter[str]) -> _Found:
-    messages, masks = conversation(field(row, "messages"), "messages", unused)
-    if carries(row.get("history")):
-        raise BadField("'history' beside 'messages' is not read; write it into the messages")
-    return checked(messages, "messages"), masks
-
-
-def _from_prompt(row: dict[str, Any], unused: Counter[str]) -> _Found:
-    prompt, completion = field(row, "prompt"), field(row, "completion")
-    if isinstance(prompt, list) and isinstance(completion, list):
-        before, before_masks = conversation(prompt, "prompt", unused)
-        replies, reply_masks = conversation(completion, "completion", unused)
-        if not replies:
-            raise BadField("'completion' is empty")
-        if carries(row.get("history")):
-            raise BadField("'history' beside a 'prompt' of messages is not read; write it into it")
-        # Only the completion is learnt, unless the prompt's own masks say otherwise.
-        before_masks = [bool(mask) for mask in before_masks]
-        return checked(before + replies, "prompt + completion"), before_masks + reply_masks
-    if isinstance(prompt, list) or isinstance(completion, list):
-        raise BadField(
-            "'prompt' and 'completion' must both be strings or both be lists of messages, "
-            f"got {kind(prompt)} and {kind(completion)}"
-        )
-    return _pair(row, text_of(prompt, "prompt"), text_of(completion, "completion"))
-
-
-def _from_instruction(row: dict[str, Any], unused: Counter[str]) -> _Found:
-    prompt = text_of(field(row, "instruction"), "instruction")
-    extra = row.get("input")
-    if extra is not None and not isinstance(extra, str):
-        raise BadField(f"'input' must be a string, got {kind(extra)}")
-    if extra and extra.strip():
-        prompt = f"{prompt}\n\n{text_of(extra, 'input')}"
-    return _pair(row, prompt, text_of(field(row, "output"), "output"))
-
-
-def _from_question(row: dict[str, Any], unused: Counter[str]) -> _Found:
-    prompt = text_of(field(row, "question"), "question")
-    context = row.get("context")
-    if carries(context) and text_of(context, "context", empty=True).strip():
-        prompt = f"{context}\n\n{prompt}"
-    return _pair(row, prompt, text_of(field(row, "answer"), "answer"))
-
-
-@dataclass(frozen=True)
-class _Format:
-    """The reader of a row with some columns, and the columns that it reads besides."""
-
-    read: Callable[[dict[str, Any], Counter[str]], _Found]
-    besides: tuple[str, ...] = ()
-
-
-_TEXT_FORMATS = {
-    ("messages",): _Format(_from_messages, tuple(OF_A_PAIR)),
-    ("prompt", "completion"): _Format(_from_prompt),
-    ("instruction", "output"): _Format(_from_instruction, ("input",)),
-    ("question", "answer"): _Format(_from_question, ("context",)),
+# What --columns can name, and for which help.
+SIDES = {
+    "messages": "a list of messages",
+    "role": "the field of a message that holds its role",
+    "content": "the field of a message that holds its text",
+    "prompt": "the question: text, or a list of messages",
+    "response": "the answer that is learnt: text, or a list of messages",
+    "input": "text that follows the prompt",
+    "context": "text that precedes the prompt",
+    "reasoning": "the thoughts before the response",
+    "system": "the system prompt",
+    "history": "earlier turns, as pairs",
+    "tools": "the tools that can be called",
+    "text": "a text with markers of turns in it",
 }
-FORMATS = (
-    *_TEXT_FORMATS,
-    ("input_ids", "labels"),
-    *(("input_ids", mask) for mask in LOSS_MASKS),
-)
-_READ_BESIDES = ("history", "system", "system_prompt", "tools")
+TURN_SIDES = ("prompt", "response", "input", "context", "reasoning")
+WAY_OUT = "--columns prompt=NAME,response=NAME"
+
+_KNOWN = {
+    *("messages", *CONVERSATIONS, *PROMPTS, *RESPONSES, *SYSTEMS, "context", "history", "tools"),
+    *("data", "text", "replies", "message_tree_id", *REFUSED, "rejected"),
+}
 
 
-def read_content(
-    row: dict[str, Any],
-    columns: tuple[str, ...],
-    unused: Counter[str],
-    asked: Collection[str] = (),
-) -> Content:
-    """Return the content to learn from a row of the format `columns`.
-
-    `unused` counts the columns and the fields of messages that carry a value and are not read,
-    except the columns in `asked`, which something else reads.
+def parse_columns(text: str) -> dict[str, str]:
+    """Return the columns that `--columns` names: `prompt=problem,response=solution`, or JSON.
 
     Raises:
-        BadField: the row is malformed, or has a column whose meaning would be lost.
+        ValueError: a name on the left is unknown or there twice, one on the right is missing, or
+            they do not go together.
     """
-    try:
-        return _read(row, columns, unused, asked)
-    except RecursionError:
-        raise BadField("a value is nested too deep") from None
-
-
-def _read(
-    row: dict[str, Any], columns: tuple[str, ...], unused: Counter[str], asked: Collection[str]
-) -> Content:
-    if columns not in _TEXT_FORMATS:
-        input_ids, labels = read_tokens(row)
-        _refuse_or_count(row, {*TOKEN_COLUMNS, *asked}, {}, unused)
-        return Content(input_ids=input_ids, labels=labels)
-    form = _TEXT_FORMATS[columns]
-    messages, masks = form.read(row, unused)
-    messages, masks = _with_system(row, messages, masks)
-    content = Content(messages, _tools(row.get("tools")), learnt(messages, masks))
-    refused = {name: way for name, way in OF_A_PAIR.items() if name not in form.besides}
-    used = {*columns, *_READ_BESIDES, *asked}
-    if columns != ("messages",):
-        used |= set(form.besides)
-    _refuse_or_count(row, used, refused, unused)
-    return content
-
-
-def _with_system(row: dict[str, Any], messages: Messages, masks: Masks) -> _Found:
-    """Return the messages, preceded by the row's system prompt if only the row has one."""
-    texts = {
-        name: text_of(row[name], name, empty=True)
-        for name in ("system", "system_prompt")
-        if carries(row.get(name))
-    }
-    found = {text for text in texts.values() if text.strip()}
-    if not found:
-        return messages, masks
-    if len(found) > 1:
-        raise BadField("'system' and 'system_prompt' differ; leave one of them out")
-    [text] = found
-    if messages[0]["role"] not in ("system", "developer"):
-        return ({"role": "system", "content": text}, *messages), [None, *masks]
-    if messages[0]["content"] != text:
-        raise BadField(
-            f"'{next(iter(texts))}' is another text than the messages' own system prompt; "
-            "leave one of them out"
+    if text.lstrip().startswith("{"):
+        try:
+            # A name that is there twice must not be lost.
+            pairs = json.loads(text, object_pairs_hook=list)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"columns: {text!r} is no JSON: {error}") from None
+    else:
+        pairs = [tuple(one.partition("=")[::2]) for one in text.split(",")]
+    found: dict[str, str] = {}
+    for left, right in pairs:
+        side, name = str(left).strip(), right.strip() if isinstance(right, str) else ""
+        if side not in SIDES:
+            raise ValueError(
+                f"columns: expected NAME=COLUMN with {', '.join(SIDES)} as NAME, got {side!r}"
+            )
+        if not name:
+            raise ValueError(f"columns: expected a column's name after '{side}='")
+        if side in found or name in found.values():
+            raise ValueError(
+                f"columns: expected each name once, got {side}={name} beside "
+                f"{', '.join('='.join(item) for item in found.items())}"
+            )
+        found[side] = name
+    kinds: list[str] = [name for name in ("messages", "text") if name in found]
+    kinds += [name for name in TURN_SIDES if name in found][:1]
+    if len(kinds) > 1:
+        raise ValueError(
+            f"columns: expected messages, a text, or a prompt and a response, got "
+            f"{' and '.join(kinds)}; leave one of them out"
         )
-    return messages, masks
-
-
-def _tools(value: object) -> list[Any] | None:
-    """Return descriptions of tools, given as a list of objects or JSON texts, or as JSON text."""
-    tools = listed(value, "tools")
-    if tools is None:
-        return None
-    found = [
-        from_json(tool, f"tools[{i}]") if isinstance(tool, str) else tool
-        for i, tool in enumerate(tools)
-    ]
-    for i, tool in enumerate(found):
-        if not isinstance(tool, dict):
-            raise BadField(f"'tools[{i}]' must be an object, or JSON text of one, got {kind(tool)}")
+    if {"role", "content"} & found.keys() and kinds not in ([], ["messages"]):
+        raise ValueError(
+            f"columns: role and content are of messages; beside {kinds[0]} leave them out"
+        )
     return found
 
 
-def _refuse_or_count(
-    row: dict[str, Any], used: Collection[str], refused: dict[str, str], unused: Counter[str]
+def spelt(name: str) -> str:
+    """Return a column's name in small letters, with "_" for blanks and dashes."""
+    return re.sub(r"[\s-]+", "_", name.strip().lower())
+
+
+@functools.lru_cache(maxsize=1024)
+def known_names(names: tuple[str, ...]) -> dict[str, list[str]]:
+    """Return the columns of each name that formats know; under its own name it comes first."""
+    found: dict[str, list[str]] = {name: [name] for name in names if name in _KNOWN}
+    for name in names:
+        if name not in _KNOWN and spelt(name) in _KNOWN:
+            found.setdefault(spelt(name), []).append(name)
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _held(
+    columns: tuple[str, ...], names: tuple[str, ...], given: tuple[str, ...]
+) -> tuple[tuple[str, ...], ...]:
+    """Return for each name that a row has the columns that are spelt so, without those given."""
+    known = known_names(columns)
+    found = (tuple(one for one in known.get(name, ()) if one not in given) for name in names)
+    return tuple(group for group in found if group)
+
+
+class Cells:
+    """The columns of a row by what they mean, and which of them were read."""
+
+    def __init__(
+        self,
+        row: dict[str, Any],
+        given: Mapping[str, str],
+        notes: Notes,
+        exact: tuple[str, ...] = (),
+    ) -> None:
+        """See the class.
+
+        Args:
+            row: the columns and their values.
+            given: as `parse_columns` returns them.
+            notes: counts columns that were read under another spelling.
+            exact: the names by which the file's format was found, if other ones are only named.
+        """
+        self.row, self.given, self.notes, self.exact = row, given, notes, exact
+        self.columns, self.taken = tuple(row), tuple(given.values())
+        self.used: set[str] = set()
+
+    def named(self, side: str, names: tuple[str, ...]) -> list[str]:
+        """Return the row's columns that hold `side`: the one given, or those of the usual names.
+
+        Raises:
+            BadField: two columns of one name differ.
+        """
+        if side in self.given:
+            return [self.given[side]] if self.given[side] in self.row else []
+        found = []
+        for columns in _held(self.columns, names, self.taken):
+            told = [one for one in columns if says(self.row[one])] if columns[1:] else columns
+            if any(self.row[one] != self.row[told[0]] for one in told[1:]):
+                raise BadField(
+                    f"{' and '.join(map(repr, told))} are one name, and differ; leave one out"
+                )
+            found.append((*told, *columns)[0])
+        return found
+
+    def telling(self, side: str, names: tuple[str, ...]) -> list[str]:
+        """Return those of the columns `named` whose value says something."""
+        return [name for name in self.named(side, names) if says(self.row[name])]
+
+    def one(self, side: str, names: tuple[str, ...]) -> tuple[str, Any]:
+        """Return the name and value of the column that holds `side`.
+
+        Raises:
+            BadField: it is missing, or several columns hold it and differ.
+        """
+        found = self.maybe(side, names)
+        if found is None:
+            usual = [name for name in names if name in self.exact] or names
+            raise BadField(f"'{self.given.get(side, ' or '.join(usual))}' is missing")
+        return found
+
+    def maybe(self, side: str, names: tuple[str, ...]) -> tuple[str, Any] | None:
+        """Return what `one` returns, or None if there is no such column.
+
+        Raises:
+            BadField: several columns hold it and differ.
+        """
+        found = self.named(side, names)
+        if not found:
+            return None
+        telling = [name for name in found if says(self.row[name])] or found[:1]
+        self.refuse_others(side, telling)
+        for name in telling:
+            self.read(name)
+        return telling[0], self.row[telling[0]]
+
+    def refuse_others(self, side: str, names: Sequence[str]) -> None:
+        """Check that columns with one meaning have one value.
+
+        Raises:
+            BadField: they differ.
+        """
+        if any(self.row[name] != self.row[names[0]] for name in names[1:]):
+            raise BadField(
+                f"{' and '.join(map(repr, names))} differ; say which is the {side} with --columns "
+                f"{side}=NAME"
+            )
+
+    def read(self, name: str) -> None:
+        """Note that a column was read, and that its name was spelt otherwise."""
+        if name not in self.used and name not in _KNOWN and name not in self.given.values():
+            self.notes.forgiven[f"column {name!r} as {spelt(name)!r}"] += 1
+        self.used.add(name)
+
+
+def says(value: object) -> bool:
+    """Tell whether a value carries a meaning; a blank string does not."""
+    return bool(value.strip()) if isinstance(value, str) else carries(value)
+
+
+def refuse_or_count(
+    cells: Cells, used: Collection[str], refused: Mapping[str, str], notes: Notes
 ) -> None:
+    """Count the columns that carry a value and that nothing read.
+
+    Raises:
+        BadField: one of them would change what is said or learnt.
+    """
+    row = cells.row
     for name, value in row.items():
-        if name in used or not carries(value):
+        if name in used or name in cells.used or not carries(value):
             continue
-        instead = REFUSED.get(name, refused.get(name))
+        known = name if name in _KNOWN else spelt(name)
+        instead = REFUSED.get(known, refused.get(known))
         if instead is not None and value is not False:
             raise BadField(f"'{name}' is not read; {instead}")
         if name in WEIGHTS and isinstance(value, bool | int | float):
@@ -263,26 +257,4 @@ def _refuse_or_count(
         elif name == "label" and (value is False or (value == 0 and "completion" in row)):
             raise BadField("'label' is false: an answer that is not wanted; leave such rows out")
         else:
-            unused[str(name)] += 1
-
-
-def format_of(rows: Sequence[Iterable[str]]) -> tuple[str, ...]:
-    """Return the format whose columns are all present in the most rows; the first on a tie.
-
-    Args:
-        rows: the names of the columns of each row.
-
-    Raises:
-        ValueError: no row has all columns of any format.
-    """
-    counts = [sum(set(columns) <= set(row) for row in rows) for columns in FORMATS]
-    if max(counts) > 0:
-        return FORMATS[counts.index(max(counts))]
-    found = sorted({str(column) for row in rows for column in row})
-    if {"chosen", "rejected"} <= set(found):
-        raise ValueError(
-            f"columns {found} are preferences, of which one answer is not to be learnt; give the "
-            "chosen ones as 'messages', or as 'prompt' and 'completion'"
-        )
-    known = "; ".join(" + ".join(columns) for columns in FORMATS)
-    raise ValueError(f"columns {found} are no known format; the formats known are {known}")
+            notes.unused[str(name)] += 1

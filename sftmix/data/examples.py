@@ -1,35 +1,27 @@
 """Read examples from files, check them and bring them to one form.
 
-A file's format is found by its columns:
-
-    messages                          a list of {"role", "content", ...}
-    prompt, completion                two strings, or two lists of messages
-    instruction, [input,] output      three strings; `input` may be missing, null or empty
-    question, answer                  two strings; `context`, where there is one, comes first
-    input_ids, labels                 two lists of integers, -100 where nothing is learnt
-    input_ids, completion_mask        (or assistant_masks, loss_mask) 1 where a token is learnt
-
-A file has the format whose columns are all present in the most rows; on a tie the first in this
-list. Other columns are read if they have a meaning (`tools`, `system`, `history`, masks), refused
-if a meaning would be lost, and otherwise named once for each file (docs/data.md).
+A file's format is found by its columns (`formats.py` has the table). Other columns are read if they
+have a meaning (`tools`, `system`, `history`, masks), refused if a meaning would be lost, and
+otherwise named once for each file (docs/data.md).
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
-from sftmix.data.columns import FORMATS, field, format_of, read_content
+from sftmix.data.formats import Form, format_of, read_content
 from sftmix.data.hashing import data_hash, digest
-from sftmix.data.messages import BadField, Messages, kind
+from sftmix.data.messages import BadField, Messages, Notes, kind
 from sftmix.data.rows import BadRowError, BadRows, OnBadRow, Row
 from sftmix.data.sources import open_sources
 from sftmix.data.store import Example, Examples
@@ -43,6 +35,7 @@ __all__ = [
     "Examples",
     "Messages",
     "OnBadRow",
+    "TrainOn",
     "content_hash",
     "data_hash",
     "load_examples",
@@ -50,6 +43,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+TrainOn = Literal["responses", "all"]
 
 NAMES_SHOWN = 20  # columns in a warning; files in a line
 # The first rows of a file tell its format, nearly always: if all rows tell another one, the file is
@@ -60,12 +55,9 @@ FIRST_ROWS = 100
 def content_hash(row: dict[str, Any]) -> str:
     """Return the `Example.content_hash` of a row; a row of no known format is hashed as a whole."""
     try:
-        for columns in FORMATS:
-            if all(column in row for column in columns):
-                return read_content(row, columns, Counter()).digest()
-    except BadField:
-        pass
-    return digest(row)
+        return read_content(row, format_of([row]), Notes()).digest()
+    except ValueError:
+        return digest(row)
 
 
 def load_examples(
@@ -74,6 +66,8 @@ def load_examples(
     on_bad_row: OnBadRow = "error",
     split: str = "train",
     numbers: Sequence[str] = (),
+    columns: Mapping[str, str] | None = None,
+    train_on: TrainOn = "responses",
     disable_progress: bool | None = False,
 ) -> Examples:
     """Read examples from JSON, JSONL and parquet files, folders of them, or `datasets` by name.
@@ -82,7 +76,10 @@ def load_examples(
     name (`someone/name`, `someone/name:config`) are read, and how `split` chooses among what they
     hold. The formats are those of this module's docstring. `on_bad_row="skip"` leaves bad rows out
     and logs one warning; another one for each file names columns and fields that are not used.
-    `numbers` names columns whose numbers examples keep; a row that lacks one is bad.
+    `on_bad_row="mend"` mends conversations by the rules of `shapes.py`, and leaves out the rest.
+    `numbers` names columns whose numbers examples keep; a row that lacks one is bad. `columns`
+    names the columns of a format that is not known, as in `{"prompt": "problem"}`;
+    `train_on="all"` learns the whole text of the column `text`.
 
     Raises:
         BadRowError: a row is bad, with its file, line and reason.
@@ -94,7 +91,10 @@ def load_examples(
         raise TypeError(f"data: expected a list of files or names, got the single {data!r}")
     if not data:
         raise ValueError("data: expected at least one file or name, got none")
-    reader = _Reader(BadRows(on_bad_row), numbers, disable_progress)
+    if train_on not in ("responses", "all"):
+        raise ValueError(f"train_on: expected 'responses' or 'all', got {train_on!r}")
+    find = functools.partial(format_of, columns=columns, whole=train_on == "all")
+    reader = _Reader(BadRows(on_bad_row), numbers, find, disable_progress)
     for name in data:
         reader.read(name, split)
     return reader.finished()
@@ -108,11 +108,21 @@ def rows_by_file(examples: Examples) -> str:
     return f"read {counts.total():,} rows: {', '.join(files[:NAMES_SHOWN])}{more}"
 
 
+_Find = Callable[[Iterable[Iterable[str]]], Form]
+
+
 class _Reader:
     """Reads files one after another into `examples`."""
 
-    def __init__(self, bad: BadRows, numbers: Sequence[str], disable_progress: bool | None) -> None:
-        self.bad, self.numbers, self.disable_progress = bad, numbers, disable_progress
+    def __init__(
+        self,
+        bad: BadRows,
+        numbers: Sequence[str],
+        find: _Find,
+        disable_progress: bool | None,
+    ) -> None:
+        self.bad, self.numbers, self.find = bad, numbers, find
+        self.disable_progress = disable_progress
         self.examples = Examples()
         self.reading = self.examples.reading
         self.empty: list[str] = []
@@ -155,15 +165,15 @@ class _Reader:
         self,
         source: str,
         rows: Iterable[Row],
-        columns: tuple[str, ...] | None,
+        form: Form | None,
         *,
         may_be_empty: bool = False,
-    ) -> tuple[str, ...] | None:
-        """Read a file in one pass as of the format `columns`; None: what its first rows tell.
+    ) -> Form | None:
+        """Read a file in one pass as of the format `form`; None: what its first rows tell.
 
         If all rows tell another format, return that one, and keep nothing of the file.
         """
-        shapes = _Shapes(source)
+        shapes = _Shapes(source, self.find)
         bar = tqdm(
             rows,
             desc=printable(f"Reading {source}"),
@@ -176,19 +186,20 @@ class _Reader:
         if not head and may_be_empty:
             self.empty.append(source)
             return None
-        if columns is None:
+        if form is None:
             # Later rows may be of a format if these are of none.
             with contextlib.suppress(ValueError):
-                columns = shapes.format()
+                form = shapes.format()
         before, bad, part = len(self.examples), copy.deepcopy(self.bad), Reading()
+        notes = Notes(mend=self.bad.on_bad_row == "mend")
         error: BadRowError | None = None
         self.examples.begin_file(source)
         number = self.reading.rows.total()
         for id, row in enumerate(itertools.chain(head, counted), start=number):
-            if columns is None or error is not None:
+            if form is None or error is not None:
                 continue  # the other rows count for the format, whose errors come first
             try:
-                self._append(row, columns, id, source, part)
+                self._append(row, form, id, source, notes)
             except BadRowError as bad_row:
                 part.refuse(bad_row)
                 try:
@@ -196,26 +207,27 @@ class _Reader:
                 except BadRowError as refused:
                     error = refused
         found = shapes.format()
-        if found != columns:
+        if found != form:
             self.examples.forget_file(before)
             self.bad = bad
             return found
         if error is not None:
             raise error
         part.rows[source] = shapes.total
+        part.unused, part.forgiven = notes.unused, notes.forgiven
         self.reading.add(part)
-        _name_unused(source, part.unused)
+        _name(source, "forgiven", [f"{what} ({n:,})" for what, n in part.forgiven.most_common()])
+        columns = [f"{what!r} ({n:,} rows)" for what, n in part.unused.most_common()]
+        _name(source, "not used", columns)
         return None
 
-    def _append(
-        self, row: Row, columns: tuple[str, ...], id: int, source: str, part: Reading
-    ) -> None:
+    def _append(self, row: Row, form: Form, id: int, source: str, notes: Notes) -> None:
         try:
             if row.problem is not None:
                 raise BadField(row.problem)
             if not isinstance(row.value, dict):
                 raise BadField(f"a row must be an object, got {kind(row.value)}")
-            content = read_content(row.value, columns, part.unused, self.numbers)
+            content = read_content(row.value, form, notes, self.numbers)
             numbers = {column: _number(row.value, column) for column in self.numbers}
             self.examples.append(id, row.line, content, numbers)
         except BadField as error:
@@ -227,8 +239,8 @@ class _Reader:
 class _Shapes:
     """Counts a file's rows by the names of their columns."""
 
-    def __init__(self, source: str) -> None:
-        self.source, self.total = source, 0
+    def __init__(self, source: str, find: _Find) -> None:
+        self.source, self.find, self.total = source, find, 0
         self.first: Row | None = None
         self.counts: Counter[tuple[str, ...]] = Counter()
 
@@ -241,7 +253,7 @@ class _Shapes:
                 self.counts[tuple(row.value)] += 1
             yield row
 
-    def format(self) -> tuple[str, ...]:
+    def format(self) -> Form:
         """Return the format of the rows counted so far.
 
         Raises:
@@ -256,20 +268,23 @@ class _Shapes:
                 self.source, self.first.line, f"{reason}; no row of the file can be read"
             )
         try:
-            return format_of(list(self.counts.elements()))
+            return self.find(self.counts.elements())
         except ValueError as error:
             raise ValueError(f"{self.source}: {error}") from None
 
 
-def _name_unused(source: str, unused: Counter[str]) -> None:
-    if unused:
-        names = [f"{name!r} ({count:,} rows)" for name, count in unused.most_common(NAMES_SHOWN)]
-        more = f" and {len(unused) - NAMES_SHOWN} more" if len(unused) > NAMES_SHOWN else ""
-        logger.warning("%s", printable(f"{source}: not used: {', '.join(names)}{more}"))
+def _name(source: str, title: str, names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+        logger.warning(
+            "%s", printable(f"{source}: {title}: {', '.join(names[:NAMES_SHOWN])}{more}")
+        )
 
 
 def _number(row: dict[str, Any], name: str) -> float:
-    value = field(row, name)
+    if name not in row:
+        raise BadField(f"'{name}' is missing")
+    value = row[name]
     if type(value) not in (int, float) or value != value:  # a bool is an int to isinstance
         raise BadField(f"'{name}' must be a number, got {value!r}")
     try:

@@ -4,20 +4,38 @@ A message keeps the keys that chat templates read: `role`, `content`, `reasoning
 `thinking`, `tool_calls`, `tool_call_id` and `name`. Masks (`weight`, `train` and the like) say
 which assistant messages are learnt and never reach the template. Fields that would change what is
 said or learnt, and that nothing reads, are refused; all other fields with a value are counted, and
-named later.
+named later. What is read under another name than the usual one is counted, too.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 Messages = tuple[dict[str, Any], ...]
 Masks = list[bool | None]  # of each message: learnt, not learnt, or not said
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+# Names that public data sets have for these roles; `CALLING` marks a call given as the content.
+CALLING = ("function_call", "tool_call")
+SYNONYMS = {
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "ai", *CALLING), "assistant"),
+    **dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool"),
+    "ipython": "tool",  # Llama 3's
+}
+# Keys of an object that holds a whole turn, besides the roles.
+TURN_KEYS = {
+    **dict.fromkeys(("input", "prompt", "question"), "user"),
+    **dict.fromkeys(("output", "response", "answer"), "assistant"),
+}
+# Fields of a message's role and content, the first that is there.
+ROLE_FIELDS, CONTENT_FIELDS = ("role", "from"), ("content", "value")
 TEXTS = ("reasoning_content", "thinking", "tool_call_id", "name")
+TEXT_PARTS = ("text", "input_text", "output_text")
 # OpenAI, Mistral, axolotl, ms-swift and slime have these names for the same mask.
 MASKS = (
     *("weight", "loss_weight", "loss", "loss_mask", "step_loss_mask"),
@@ -25,8 +43,6 @@ MASKS = (
 )
 # Fields that change what is said or learnt, and what to do instead.
 REFUSED = {
-    "function_call": "give it as 'tool_calls'",
-    "reasoning": "name it 'reasoning_content' or 'thinking', as the chat template reads it",
     "refusal": "give its text as 'content'",
     "prefix": "end the row with a whole assistant message",
     "partial": "end the row with a whole assistant message",
@@ -43,6 +59,25 @@ REFUSED = {
 
 class BadField(ValueError):
     """A row is malformed; the caller that knows its place adds it."""
+
+
+@dataclass
+class Notes:
+    """What was found while rows were read and is not in their content.
+
+    `unused` counts the columns and fields that carry a value and are not read, `forgiven` what was
+    read under another name, or was mended. `mend` lets conversations be mended (see `shapes.py`).
+    """
+
+    unused: Counter[str] = field(default_factory=Counter)
+    forgiven: Counter[str] = field(default_factory=Counter)
+    mend: bool = False
+
+    def add(self, other: Notes) -> None:
+        """Add the counts of another row."""
+        for own, others in ((self.unused, other.unused), (self.forgiven, other.forgiven)):
+            if others:
+                own.update(others)
 
 
 def kind(value: object) -> str:
@@ -124,67 +159,121 @@ def from_json(text: str, name: str) -> Any:
         raise BadField(f"'{name}' is unreadable JSON: {error}") from None
 
 
-def conversation(value: object, name: str, unused: Counter[str]) -> tuple[Messages, Masks]:
-    """Return the messages and their masks; count in `unused` the fields that nothing reads.
+def conversation(
+    value: object,
+    name: str,
+    notes: Notes,
+    fields: Mapping[str, str] | None = None,
+    *,
+    texts: bool = False,
+) -> tuple[Messages, Masks]:
+    """Return the messages and their masks.
+
+    The value is a list of messages, as such or as JSON text. A message is an object with a role and
+    a content, or with roles as its keys. `texts` allows a list of strings, in which the user
+    begins. `fields` gives the names of role and content if they are not usual.
 
     Raises:
         BadField: it is no list of messages, or one of them is malformed.
     """
-    if not isinstance(value, list):
-        raise BadField(f"'{name}' must be a list of messages, got {kind(value)}")
-    messages, masks = [], []
-    for i, item in enumerate(value):
-        message, mask = _message(item, f"{name}[{i}]", unused)
-        messages.append(message)
-        masks.append(mask)
+    items = _items(value, name)
+    if texts and items and all(isinstance(item, str) for item in items):
+        items = [
+            {"role": ("user", "assistant")[i % 2], "content": item} for i, item in enumerate(items)
+        ]
+        fields = None
+    messages: list[dict[str, Any]] = []
+    masks: Masks = []
+    for i, item in enumerate(items):
+        for one in _turns(item):
+            message, mask = _message(one, f"{name}[{i}]", notes, fields or {})
+            messages.append(message)
+            masks.append(mask)
     return tuple(messages), masks
 
 
-def checked(messages: Messages, name: str) -> Messages:
-    """Return the messages after checking that they are a conversation that ends with an answer.
+def _items(value: object, name: str) -> list[Any]:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = from_json(value, name)
+    if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
+        # `datasets` reads a sequence of objects as an object of sequences.
+        lengths = {len(part) for part in value.values()}
+        if len(lengths) > 1:
+            raise BadField(f"'{name}' has lists of {' and '.join(map(str, sorted(lengths)))} items")
+        value = [
+            dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)
+        ]
+    if not isinstance(value, list):
+        raise BadField(f"'{name}' must be a list of messages, got {kind(value)}")
+    return value
+
+
+def _turns(item: Any) -> list[Any]:
+    """Return one message for each role that is a key of the object, else the object itself."""
+    if not isinstance(item, dict) or not item:
+        return [item]
+    said = {key: text for key, text in item.items() if text is not None}
+    if said and all(key in ROLES or key in SYNONYMS or key in TURN_KEYS for key in said):
+        turns = [{"role": TURN_KEYS.get(key, key), "content": text} for key, text in said.items()]
+        return sorted(turns, key=lambda one: ROLES.index(SYNONYMS.get(one["role"], one["role"])))
+    return [item]
+
+
+def role_of(value: object, name: str, notes: Notes) -> str:
+    """Return the role that a text names; count synonyms, capitals and blanks as forgiven.
 
     Raises:
-        BadField: they have no assistant message, or begin with one, or do not end with one.
+        BadField: it names none.
     """
-    if not any(message["role"] == "assistant" for message in messages):
-        raise BadField(f"'{name}' has no assistant message")
-    if messages[-1]["role"] != "assistant":
-        raise BadField(f"'{name}' must end with the assistant, ends with {messages[-1]['role']}")
-    if messages[0]["role"] == "assistant":
-        raise BadField(f"'{name}' must not begin with the assistant")
-    return messages
+    if value in ROLES:
+        return str(value)
+    known = _spelt(value)
+    role = known if known in ROLES else SYNONYMS.get(known)
+    if role is None:
+        raise BadField(f"'{name}' must be one of {', '.join(ROLES)}, got {value!r:.60}")
+    notes.forgiven[f"role {value!r} as {role!r}"] += 1
+    return role
 
 
-def learnt(messages: Messages, masks: Masks) -> tuple[bool, ...] | None:
-    """Return for each message whether it is learnt; None if exactly the assistant's turns are.
-
-    Raises:
-        BadField: none is.
-    """
-    usual = [message["role"] == "assistant" for message in messages]
-    found = [default if mask is None else mask for default, mask in zip(usual, masks, strict=True)]
-    if not any(found):
-        raise BadField("no assistant message is learnt: the masks of all are 0")
-    return None if found == usual else tuple(found)
+def _spelt(value: object) -> str:
+    """Return a name in small letters, without blanks around it."""
+    return "_".join(value.lower().replace("-", " ").split()) if isinstance(value, str) else ""
 
 
-def _message(value: object, name: str, unused: Counter[str]) -> tuple[dict[str, Any], bool | None]:
+def _field(value: dict[str, Any], side: str, fields: Mapping[str, str], notes: Notes) -> str:
+    """Return the name of the field that holds a message's role or content."""
+    if side in fields:
+        return fields[side]
+    usual = ROLE_FIELDS if side == "role" else CONTENT_FIELDS
+    for name in usual:
+        if name in value:
+            return name
+    for key in value:
+        if key.strip().lower() in usual:
+            notes.forgiven[f"field {key!r} as {key.strip().lower()!r}"] += 1
+            return key
+    return side
+
+
+def _message(
+    value: object, name: str, notes: Notes, fields: Mapping[str, str]
+) -> tuple[dict[str, Any], bool | None]:
     if not isinstance(value, dict):
         raise BadField(f"'{name}' must be an object with a role and a content, got {kind(value)}")
-    role = value.get("role")
-    if role not in ROLES:
-        raise BadField(f"'{name}.role' must be one of {', '.join(ROLES)}, got {role!r}")
-    calls = _tool_calls(value.get("tool_calls"), f"{name}.tool_calls")
+    who, what = (_field(value, side, fields, notes) for side in ("role", "content"))
+    role = role_of(value.get(who), f"{name}.{who}", notes)
+    is_call = _spelt(value.get(who)) in CALLING and not carries(value.get("tool_calls"))
+    content = None if is_call else _content(value.get(what), f"{name}.{what}", notes)
+    calls = _calls(value, what if is_call else "function_call", name, notes)
     if calls and role != "assistant":
         raise BadField(f"'{name}.tool_calls' are of the {role}; only the assistant calls tools")
-    content = _content(value.get("content"), f"{name}.content", unused)
+    if content is None and notes.mend and not calls:
+        content = ""
     if content is not None or not calls:
         # A call needs no words beside it, and a tool may have nothing to say.
-        content = text_of(content, f"{name}.content", empty=bool(calls) or role == "tool")
-    message = {"role": role, "content": content}
-    for key in TEXTS:
-        if carries(value.get(key)) and text_of(value[key], f"{name}.{key}", empty=True).strip():
-            message[key] = value[key]
+        empty = bool(calls) or role == "tool" or notes.mend
+        content = text_of(content, f"{name}.{what}", empty=empty)
+    message: dict[str, Any] = {"role": role, "content": content, **_texts(value, name, notes)}
     if calls:
         message["tool_calls"] = calls
     mask = _mask(value, name)
@@ -193,8 +282,39 @@ def _message(value: object, name: str, unused: Counter[str]) -> tuple[dict[str, 
             f"'{name}' is of the {role} and marked as learnt; only assistant messages are learnt, "
             "so leave its mask out"
         )
-    _count_unused(value, name, ("role", "content", "tool_calls", *TEXTS, *MASKS), unused)
+    used = (who, what, "tool_calls", "function_call", "reasoning", *TEXTS, *MASKS)
+    _count_unused(value, name, used, notes.unused)
     return message, mask
+
+
+def _texts(value: dict[str, Any], name: str, notes: Notes) -> dict[str, str]:
+    """Return the other texts of a message; `reasoning` goes by the name that templates read."""
+    found: dict[str, str] = {}
+    for key in (*TEXTS, "reasoning"):
+        if carries(value.get(key)) and text_of(value[key], f"{name}.{key}", empty=True).strip():
+            found[key] = value[key]
+    if (reasoning := found.pop("reasoning", None)) is None:
+        return found
+    other = next((key for key in ("reasoning_content", "thinking") if key in found), None)
+    if other is not None and found[other] != reasoning:
+        raise BadField(f"'{name}.reasoning' and '{name}.{other}' differ; leave one of them out")
+    notes.forgiven["field 'reasoning' as 'reasoning_content'"] += 1
+    return found if other else {**found, "reasoning_content": reasoning}
+
+
+def _calls(value: dict[str, Any], key: str, name: str, notes: Notes) -> list[Any] | None:
+    """Return a message's `tool_calls`, or those of the field `key`, as such or as JSON text."""
+    calls = _tool_calls(value.get("tool_calls"), f"{name}.tool_calls")
+    call: Any = value.get(key)
+    if not carries(call):
+        return calls
+    if calls:
+        raise BadField(f"'{name}' has both 'tool_calls' and '{key}'; leave one of them out")
+    if isinstance(call, str):
+        call = from_json(call, f"{name}.{key}")
+    notes.forgiven[f"field {key!r} as 'tool_calls'"] += 1
+    found = plain(call if isinstance(call, list) else [call], f"{name}.{key}")
+    return [_tool_call(one, f"{name}.{key}") for one in found]
 
 
 def _count_unused(
@@ -209,20 +329,20 @@ def _count_unused(
         unused[f"{name.partition('[')[0]}[].{key}"] += 1
 
 
-def _content(value: Any, name: str, unused: Counter[str]) -> Any:
+def _content(value: Any, name: str, notes: Notes) -> Any:
     """Return a string or null as it is, and a list of text parts as one string."""
     if not isinstance(value, list):
         return value
     texts = []
     for i, part in enumerate(value):
         place = f"{name}[{i}]"
-        if not isinstance(part, dict) or part.get("type") != "text":
+        if not isinstance(part, dict) or part.get("type") not in TEXT_PARTS:
             found = part.get("type") if isinstance(part, dict) else part
             raise BadField(f"'{place}' must be a part of type 'text', got {found!r:.60}")
         for key in MASKS:
             if part.get(key) is not None:
                 raise BadField(f"'{place}.{key}' is not read; only a whole message has a mask")
-        _count_unused(part, place, ("type", "text"), unused)
+        _count_unused(part, place, ("type", "text"), notes.unused)
         texts.append(text_of(part.get("text"), f"{place}.text", empty=True))
     return "".join(texts)
 

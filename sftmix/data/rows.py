@@ -17,7 +17,7 @@ from sftmix.runs.failures import printable
 
 logger = logging.getLogger(__name__)
 
-OnBadRow = Literal["error", "skip"]
+OnBadRow = Literal["error", "skip", "mend"]
 
 ENDINGS = (".json", ".jsonl", ".parquet")
 REASONS_SHOWN = 5
@@ -40,15 +40,17 @@ class BadRowError(ValueError):
 
 
 class BadRows:
-    """Raise at the first bad row ("error"), or count bad rows and report them once ("skip").
+    """Raise at the first bad row ("error"), or count bad rows and report them once.
+
+    "mend" does so with those that cannot be mended.
 
     Raises:
-        ValueError: `on_bad_row` is neither.
+        ValueError: `on_bad_row` is neither "error", "skip" nor "mend".
     """
 
     def __init__(self, on_bad_row: OnBadRow) -> None:
-        if on_bad_row not in ("error", "skip"):
-            raise ValueError(f"on_bad_row: expected 'error' or 'skip', got {on_bad_row!r}")
+        if on_bad_row not in ("error", "skip", "mend"):
+            raise ValueError(f"on_bad_row: expected 'error', 'skip' or 'mend', got {on_bad_row!r}")
         self.on_bad_row = on_bad_row
         self.count = 0
         self.reasons: list[str] = []

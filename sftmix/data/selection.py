@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from sftmix.conventions import IGNORE_INDEX, MANIFEST
-from sftmix.data.examples import Example, Examples, load_examples
+from sftmix.data.examples import Example, Examples, TrainOn, load_examples
 from sftmix.data.rows import OnBadRow
 from sftmix.runs.failures import Naming
 from sftmix.runs.folders import read_manifest
@@ -72,7 +72,7 @@ class Longest:
                 f"select: longest:{self.number} of {len(examples)} rows; ask for at most as many"
             )
         of_tokens, lengths = zip(
-            *((one.messages is None, response_length(one)) for one in examples), strict=True
+            *((one.input_ids is not None, response_length(one)) for one in examples), strict=True
         )
         if len(set(of_tokens)) > 1:
             raise ValueError(
@@ -90,6 +90,8 @@ class Keys:
     file: str
     split: str = "train"
     on_bad_row: OnBadRow = "error"
+    columns: Mapping[str, str] | None = None
+    train_on: TrainOn = "responses"
 
     def __call__(self, examples: Examples) -> Examples:
         """Return the examples whose id or content hash is listed; print how many keys were found.
@@ -119,7 +121,12 @@ class Keys:
             lines = enumerate(text.splitlines(), start=1)
             return {_key(line.strip(), f"{path}:{n}") for n, line in lines if line.strip()}
         rows = load_examples(
-            [self.file], on_bad_row=self.on_bad_row, split=self.split, disable_progress=True
+            [self.file],
+            on_bad_row=self.on_bad_row,
+            split=self.split,
+            columns=self.columns,
+            train_on=self.train_on,
+            disable_progress=True,
         )
         return set(rows.content_hashes)
 
@@ -128,7 +135,12 @@ Selection = Score | Longest | Keys
 
 
 def parse_selection(
-    text: str, *, split: str = "train", on_bad_row: OnBadRow = "error"
+    text: str,
+    *,
+    split: str = "train",
+    on_bad_row: OnBadRow = "error",
+    columns: Mapping[str, str] | None = None,
+    train_on: TrainOn = "responses",
 ) -> Selection:
     """Return the selection that `text` describes; the keywords are for reading a file of keys.
 
@@ -142,7 +154,7 @@ def parse_selection(
     elif kind == "longest" and re.fullmatch(r"[1-9]\d*", rest):
         return Longest(int(rest))
     elif kind == "keys" and rest:
-        return Keys(rest, split, on_bad_row)
+        return Keys(rest, split, on_bad_row, columns, train_on)
     raise ValueError(f"select: {EXPECTED}; got {text!r}")
 
 
@@ -167,7 +179,9 @@ def select(examples: Examples, selections: Mapping[str, Selection]) -> Examples:
 
 
 def response_length(example: Example) -> int:
-    """Return the characters of all learnt responses; for tokens, the number of labels."""
+    """Return the characters of all that is learnt; for tokens, the number of labels."""
+    if example.text is not None:
+        return len(example.text)
     if example.messages is None:
         assert example.labels is not None
         return sum(label != IGNORE_INDEX for label in example.labels[1:])

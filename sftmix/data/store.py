@@ -17,7 +17,7 @@ import numpy as np
 import orjson
 from numpy.typing import ArrayLike, NDArray
 
-from sftmix.data.columns import Content
+from sftmix.data.formats import Content
 from sftmix.data.hashing import canonical
 from sftmix.data.messages import Messages
 from sftmix.data.summary import Reading
@@ -27,15 +27,16 @@ HASH_BYTES = 32
 
 @dataclass(frozen=True)
 class Example:
-    """One line of data to learn from: a conversation, or a sequence of tokens.
+    """One line of data to learn from: a conversation, a whole text, or a sequence of tokens.
 
     `id` is the example's number over all files in order, from 0, bad ones counted. `source` is
     "path:line". `content_hash` is the SHA-256 of the content as canonical JSON, so it depends
-    neither on the tokenizer nor on the order of keys. Either `messages` is set, or `input_ids` and
-    `labels` are. Messages have the keys that chat templates read: `role`, `content` and, if given,
-    `reasoning_content`, `thinking`, `tool_calls` and the like. `tools` describes the tools that the
-    template writes. `learnt` says for each message whether it carries loss; None means that every
-    assistant turn does. `numbers` holds the values of the columns that were asked for.
+    neither on the tokenizer nor on the order of keys. Either `messages` is set, or `text`, all of
+    which is learnt, or `input_ids` and `labels`. Messages have the keys that chat templates read:
+    `role`, `content` and, if given, `reasoning_content`, `thinking`, `tool_calls` and the like.
+    `tools` describes the tools that the template writes. `learnt` says for each message whether it
+    carries loss; None means that every assistant turn does. `numbers` holds the values of the
+    columns that were asked for.
     """
 
     id: int
@@ -46,6 +47,7 @@ class Example:
     learnt: tuple[bool, ...] | None = None
     input_ids: list[int] | None = None
     labels: list[int] | None = None
+    text: str | None = None
     numbers: dict[str, float] | None = None
 
 

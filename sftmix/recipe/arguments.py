@@ -18,6 +18,7 @@ from typing import Any, Literal, NoReturn, cast
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
+from sftmix.data.columns import parse_columns
 from sftmix.data.mixture import check_weights
 from sftmix.methods import OPTIONS, method_of
 from sftmix.recipe.config_file import config_words, place_of
@@ -81,12 +82,6 @@ class RunArguments:
         }
     )
     output: str = dataclasses.field(metadata={"help": "Folder of the run; must be new or empty"})
-    weights: list[float] | None = option(
-        None,
-        "Share of each of --data in the mixture, a positive number for each: all examples are "
-        "used, and copies fill up the shares; by default the data are taken as they are",
-        "ours",
-    )
     data_split: str = option("train", "Split to read of a folder or a data set in --data", "ours")
     select: list[str] | None = option(
         None,
@@ -95,11 +90,32 @@ class RunArguments:
         "hashes)",
         "ours",
     )
+    weights: list[float] | None = option(
+        None,
+        "Share of each of --data in the mixture, a positive number for each: all examples are "
+        "used, and copies fill up the shares; by default the data are taken as they are",
+        "ours",
+    )
     resume: bool = option(False, "Go on with the run in --output", "ours")
     chat_template: str | None = option(None, CHAT_TEMPLATE_HELP, "ours")
     max_length: int = option(2048, "Longest sequence in tokens; the response's tail is cut", "ours")
-    on_bad_row: Literal["error", "skip"] = option(
-        "error", "Stop at a malformed row, or leave such rows out and count them", "ours"
+    on_bad_row: Literal["error", "skip", "mend"] = option(
+        "error",
+        "Stop at a malformed row, or leave such rows out, or mend conversations that end with the "
+        "user or the like and leave out the rest; what is changed is counted",
+        "ours",
+    )
+    columns: str | None = option(
+        None,
+        "Names of the columns of data in a format that is not known: "
+        "prompt=NAME,response=NAME,system=NAME or messages=NAME,role=FIELD,content=FIELD (a "
+        "mapping in YAML); `sftmix data --formats` shows the formats that are known",
+        "ours",
+    )
+    train_on: Literal["responses", "all"] = option(
+        "responses",
+        "Learn the responses, or every token of the whole text of a column 'text'",
+        "ours",
     )
     dtype: Literal["float32", "bfloat16", "auto"] = option(
         "float32",
@@ -136,6 +152,8 @@ class RunArguments:
     def __post_init__(self) -> None:
         check_weights(self.weights, self.data)
         check_split("data_split", self.data_split, self.data)
+        if self.columns is not None:
+            parse_columns(self.columns)
         if self.max_length < 2:
             raise ValueError(
                 f"max_length: expected at least 2, a token of prompt and one of response, "

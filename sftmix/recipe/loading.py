@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from sftmix.conventions import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from sftmix.data.columns import parse_columns
 from sftmix.data.examples import Examples, load_examples, rows_by_file
 from sftmix.data.examples_check import check_command
 from sftmix.data.mixture import mixed, mixture_line
@@ -238,18 +239,17 @@ def load_data(
 
     Of several data each example has the name of its `source`, and `--weights` adds copies.
     """
-    split, on_bad_row = arguments.data_split, arguments.on_bad_row
     selections = {
-        text: parse_selection(text, split=split, on_bad_row=on_bad_row)
+        text: parse_selection(text, split=arguments.data_split, **_reading(arguments))
         for text in arguments.select or ()
     }
     with Naming("data"):
         examples = load_examples(
             arguments.data,
-            on_bad_row=on_bad_row,
-            split=split,
+            split=arguments.data_split,
             numbers=columns_of(selections),
             disable_progress=disable_progress,
+            **_reading(arguments),
         )
     say(rows_by_file(examples))
     say_duplicates(examples)
@@ -275,9 +275,9 @@ def load_held_out(
     with Naming("eval_data", other="data"):
         examples = load_examples(
             arguments.eval_data,
-            on_bad_row=arguments.on_bad_row,
             split=arguments.eval_split,
             disable_progress=disable_progress,
+            **_reading(arguments),
         )
     say(rows_by_file(examples))
     say_duplicates(examples)
@@ -304,6 +304,15 @@ def say_duplicates(examples: Examples) -> None:
     """Print one line if some examples have the content of others."""
     if line := examples.reading.duplicates_line():
         say(printable(line))
+
+
+def _reading(arguments: RunArguments) -> dict[str, Any]:
+    """Return the arguments that say how all data are read."""
+    return {
+        "on_bad_row": arguments.on_bad_row,
+        "columns": parse_columns(arguments.columns) if arguments.columns else None,
+        "train_on": arguments.train_on,
+    }
 
 
 def _tokenized(

@@ -45,6 +45,8 @@ BY_CONTENT = {
     "data_split": "data_hash",
     "select": "data_hash",
     "on_bad_row": "data_hash",
+    "columns": "data_hash",
+    "train_on": "data_hash",
 }
 SCHEDULES_OF_MU = ("mu_schedule", "mu_warmup_ratio")
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy")
@@ -123,6 +125,8 @@ def recipe(
         "data_split": arguments.data_split,
         "select": arguments.select,
         "on_bad_row": arguments.on_bad_row,
+        "columns": arguments.columns,
+        "train_on": arguments.train_on,
         "data_hash": data_hash(dataset["content_hash"][:]),
         "num_examples": len(dataset),
         "max_length": arguments.max_length,

@@ -12,6 +12,7 @@ places, these are taken, else both cuts are moved twice as far, up to the whole 
 
 from __future__ import annotations
 
+import functools
 import logging
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -112,9 +113,10 @@ def tokenize_examples(
 
     A conversation is rendered with `chat_template(tokenizer)`, which a tokenizer without one is
     given, and tokenised as a whole, as far as `max_length` needs; a token is a response token if it
-    starts inside an assistant turn. Sequences longer than `max_length` are cut from the right, so a
-    response loses its tail; one log line says how many were. Labels are not shifted and the first
-    token is never predicted, so an example needs a label after it.
+    starts inside an assistant turn. All of an example's `text` is learnt, and the tokenizer's end
+    of text after it. Sequences longer than `max_length` are cut from the right, so a response loses
+    its tail; one log line says how many were. Labels are not shifted and the first token is never
+    predicted, so an example needs a label after it.
 
     Raises:
         BadRowError: no response token is left within `max_length`; the template refuses the
@@ -183,9 +185,8 @@ class _Dataset:
 
     def add(self, example: Example) -> None:
         try:
-            if example.messages is not None:
-                assert self.turns_of is not None
-                text, turns = self.turns_of.spans(example)
+            if example.input_ids is None:
+                text, turns = self._text(example)
                 self.waiting.append(_Row(example, text, turns))
                 self.characters += len(text)
             else:
@@ -195,6 +196,21 @@ class _Dataset:
             self.bad.add(error)
         if self.characters >= BATCH_CHARACTERS or len(self.waiting) >= BATCH_ROWS:
             self._tokenize()
+
+    def _text(self, example: Example) -> tuple[str, Sequence[Span]]:
+        if example.text is None:
+            assert self.turns_of is not None
+            return self.turns_of.spans(example)
+        # The model is to know where a text ends, and the tokenizer's own first token has no label.
+        text = f"{self.before}{example.text}{self.tokenizer.eos_token or ''}"
+        return text, [(len(self.before), len(text))]
+
+    @functools.cached_property
+    def before(self) -> str:
+        """The token that the tokenizer itself puts before a text, if that is its first one."""
+        bos = self.tokenizer.bos_token
+        first = self.tokenizer("a").input_ids[:1]
+        return str(bos) if bos and first == [self.tokenizer.bos_token_id] else ""
 
     def finished(self) -> list[datasets.Dataset]:
         """Return the tables that hold examples."""

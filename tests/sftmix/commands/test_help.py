@@ -57,7 +57,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert f"usage: sftmix {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["split", "report"])
+@pytest.mark.parametrize("command", ["split", "report", "data"])
 def test_help_of_a_light_command_needs_no_torch(command: str) -> None:
     imported = f"import sys\nfrom sftmix.cli import main\ntry:\n    main(['{command}', '--help'])\n"
     code = f"{imported}finally:\n    assert not {{'torch', 'transformers'}} & set(sys.modules)"

@@ -358,7 +358,9 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     path = _jsonl(tmp_path / "data.jsonl", [{"question": "q", "answer": ""}])
     with pytest.raises(ValueError, match="no examples are left: all 1 rows are bad"):
         load_examples([path], on_bad_row="skip")
-    with pytest.raises(ValueError, match=r"^on_bad_row: expected 'error' or 'skip', got 'warn'"):
+    with pytest.raises(
+        ValueError, match=r"^on_bad_row: expected 'error', 'skip' or 'mend', got 'warn'"
+    ):
         load_examples([path], on_bad_row="warn")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^data: expected a list of files or names"):
         load_examples(str(path))

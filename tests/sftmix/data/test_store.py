@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from sftmix.data.columns import Content
+from sftmix.data.formats import Content
 from sftmix.data.store import Example, Examples
 
 TOOL = {"name": "t", "arguments": {"z": 1, "a": 1e16, "big": 2**70, "m": [None, True]}}
