@@ -91,15 +91,18 @@ def load_examples(
     on_bad_row: OnBadRow = "error",
     split: str = "train",
     numbers: Sequence[str] = (),
+    encoding: str = "utf-8",
+    streaming: bool = False,
     disable_progress: bool | None = False,
 ) -> list[Example]:
-    """Read examples from JSON, JSONL and parquet files, folders of them, or `datasets` by name.
+    """Read examples from files, folders of them, or `datasets` by name.
 
-    A JSON file holds an array of rows or one row per line. `sources` says how a folder and a
-    name (`someone/name`, `someone/name:config`) are read, and how `split` chooses among what they
-    hold. The formats are those of this module's docstring. `on_bad_row="skip"` leaves bad rows out
-    and logs one warning; another one for each file names columns and fields that are not used.
-    `numbers` names columns whose numbers examples keep; a row that lacks one is bad.
+    `sources` says how files, a folder and a name (`someone/name`, `someone/name:config`) are read,
+    and how `split` chooses among what they hold. `encoding` is that of text files; `streaming`
+    reads data sets of the hub without a copy on disk. The formats are those of this module's
+    docstring. `on_bad_row="skip"` leaves bad rows out and logs one warning; another one for each
+    file names columns and fields that are not used. `numbers` names columns whose numbers examples
+    keep; a row that lacks one is bad.
 
     Raises:
         BadRowError: a row is bad, with its file, line and reason.
@@ -117,7 +120,9 @@ def load_examples(
     empty: list[str] = []
     number = 0
     for name in data:
-        for source, read in open_sources(name, split):
+        for source, read in open_sources(
+            name, split, encoding=encoding, numbers=numbers, streaming=streaming
+        ):
             rows = list(bar(read, desc=printable(f"Reading {source}")))
             if not rows and Path(name).is_dir():
                 empty.append(source)

@@ -25,6 +25,7 @@ from pathlib import Path
 from sftmix.conventions import IGNORE_INDEX, MANIFEST
 from sftmix.data.examples import Example, load_examples
 from sftmix.data.rows import OnBadRow
+from sftmix.data.splits import names_of
 from sftmix.runs.failures import Naming
 from sftmix.runs.folders import read_manifest
 from sftmix.runs.ranks import say
@@ -87,6 +88,7 @@ class Keys:
     file: str
     split: str = "train"
     on_bad_row: OnBadRow = "error"
+    encoding: str = "utf-8"
 
     def __call__(self, examples: Sequence[Example]) -> list[Example]:
         """Return the examples whose id or content hash is listed; print how many keys were found.
@@ -114,7 +116,12 @@ class Keys:
             lines = enumerate(text.splitlines(), start=1)
             return {_key(line.strip(), f"{path}:{n}") for n, line in lines if line.strip()}
         rows = load_examples(
-            [self.file], on_bad_row=self.on_bad_row, split=self.split, disable_progress=True
+            [self.file],
+            on_bad_row=self.on_bad_row,
+            # All keys select, where --data_split is a part: train[:1000].
+            split=names_of(self.split)[0],
+            encoding=self.encoding,
+            disable_progress=True,
         )
         return {row.content_hash for row in rows}
 
@@ -123,7 +130,7 @@ Selection = Score | Longest | Keys
 
 
 def parse_selection(
-    text: str, *, split: str = "train", on_bad_row: OnBadRow = "error"
+    text: str, *, split: str = "train", on_bad_row: OnBadRow = "error", encoding: str = "utf-8"
 ) -> Selection:
     """Return the selection that `text` describes; the keywords are for reading a file of keys.
 
@@ -137,7 +144,7 @@ def parse_selection(
     elif kind == "longest" and re.fullmatch(r"[1-9]\d*", rest):
         return Longest(int(rest))
     elif kind == "keys" and rest:
-        return Keys(rest, split, on_bad_row)
+        return Keys(rest, split, on_bad_row, encoding)
     raise ValueError(f"select: {EXPECTED}; got {text!r}")
 
 

@@ -233,7 +233,7 @@ def load_data(
     """Return the examples of `--data` that `--select` keeps, as tokens."""
     split, on_bad_row = arguments.data_split, arguments.on_bad_row
     selections = {
-        text: parse_selection(text, split=split, on_bad_row=on_bad_row)
+        text: parse_selection(text, split=split, on_bad_row=on_bad_row, encoding=arguments.encoding)
         for text in arguments.select or ()
     }
     with Naming("data"):
@@ -242,6 +242,8 @@ def load_data(
             on_bad_row=on_bad_row,
             split=split,
             numbers=columns_of(selections),
+            encoding=arguments.encoding,
+            streaming=arguments.streaming,
             disable_progress=disable_progress,
         )
     say(rows_by_file(examples))
@@ -263,6 +265,8 @@ def load_held_out(
             arguments.eval_data,
             on_bad_row=arguments.on_bad_row,
             split=arguments.eval_split,
+            encoding=arguments.encoding,
+            streaming=arguments.streaming,
             disable_progress=disable_progress,
         )
     say(rows_by_file(examples))

@@ -42,6 +42,8 @@ BY_CONTENT = {
     "data_split": "data_hash",
     "select": "data_hash",
     "on_bad_row": "data_hash",
+    "encoding": "data_hash",
+    "streaming": "data_hash",
 }
 SCHEDULES_OF_MU = ("mu_schedule", "mu_warmup_ratio")
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy")
@@ -118,6 +120,8 @@ def recipe(
         "data_split": arguments.data_split,
         "select": arguments.select,
         "on_bad_row": arguments.on_bad_row,
+        "encoding": arguments.encoding,
+        "streaming": arguments.streaming,
         "data_hash": data_hash(dataset["content_hash"][:]),
         "num_examples": len(dataset),
         "max_length": arguments.max_length,

@@ -88,8 +88,13 @@ def sample_examples(run: Run, partition: Partition | None, number: int | None) -
         str(path) if path.exists() else name
         for path, name in zip(paths, run.recipe["data"], strict=True)
     ]
-    split = run.recipe.get("data_split", "train")
-    examples = load_examples(names, on_bad_row="skip", split=split)
+    examples = load_examples(
+        names,
+        on_bad_row="skip",
+        split=run.recipe.get("data_split", "train"),
+        encoding=run.recipe.get("encoding", "utf-8"),
+        streaming=run.recipe.get("streaming", False),
+    )
     if partition is not None:
         known = set(partition.id.tolist())
         examples = [example for example in examples if example.id in known]
