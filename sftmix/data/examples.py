@@ -24,6 +24,7 @@ from sftmix.data.hashing import data_hash, digest
 from sftmix.data.messages import BadField, Messages, Notes, kind
 from sftmix.data.rows import BadRowError, BadRows, OnBadRow, Row
 from sftmix.data.sources import open_sources
+from sftmix.data.splits import Source
 from sftmix.data.store import Example, Examples
 from sftmix.data.summary import Reading
 from sftmix.runs.failures import printable
@@ -68,18 +69,20 @@ def load_examples(
     numbers: Sequence[str] = (),
     columns: Mapping[str, str] | None = None,
     train_on: TrainOn = "responses",
+    encoding: str = "utf-8",
+    streaming: bool = False,
     disable_progress: bool | None = False,
 ) -> Examples:
-    """Read examples from JSON, JSONL and parquet files, folders of them, or `datasets` by name.
+    """Read examples from files, folders of them, or `datasets` by name.
 
-    A JSON file holds an array of rows or one row per line. `sources` says how a folder and a
-    name (`someone/name`, `someone/name:config`) are read, and how `split` chooses among what they
-    hold. The formats are those of this module's docstring. `on_bad_row="skip"` leaves bad rows out
-    and logs one warning; another one for each file names columns and fields that are not used.
-    `on_bad_row="mend"` mends conversations by the rules of `shapes.py`, and leaves out the rest.
-    `numbers` names columns whose numbers examples keep; a row that lacks one is bad. `columns`
-    names the columns of a format that is not known, as in `{"prompt": "problem"}`;
-    `train_on="all"` learns the whole text of the column `text`.
+    `sources` says how files, a folder and a name (`someone/name`, `someone/name:config`) are read,
+    and how `split` chooses among what they hold. `encoding` is that of text files; `streaming`
+    reads data sets of the hub without a copy on disk. `formats.py` has the table of formats.
+    `on_bad_row="skip"` leaves bad rows out and logs one warning; another one for each file names
+    columns and fields that are not used. `on_bad_row="mend"` mends conversations by the rules of
+    `shapes.py`, and leaves out the rest. `numbers` names columns whose numbers examples keep; a row
+    that lacks one is bad. `columns` names the columns of a format that is not known, as in
+    `{"prompt": "problem"}`; `train_on="all"` learns the whole text of the column `text`.
 
     Raises:
         BadRowError: a row is bad, with its file, line and reason.
@@ -96,7 +99,10 @@ def load_examples(
     find = functools.partial(format_of, columns=columns, whole=train_on == "all")
     reader = _Reader(BadRows(on_bad_row), numbers, find, disable_progress)
     for name in data:
-        reader.read(name, split)
+        reader.read(
+            name,
+            open_sources(name, split, encoding=encoding, numbers=numbers, streaming=streaming),
+        )
     return reader.finished()
 
 
@@ -127,17 +133,13 @@ class _Reader:
         self.reading = self.examples.reading
         self.empty: list[str] = []
 
-    def read(self, name: str | Path, split: str) -> None:
+    def read(self, name: str | Path, sources: Iterable[Source]) -> None:
         """Read the files behind a name."""
         begin = self.reading.rows.total()
-        for place, (source, rows) in enumerate(open_sources(name, split)):
-            other = self._read(source, rows, None, may_be_empty=Path(name).is_dir())
-            if other is not None:
-                again = itertools.islice(open_sources(name, split), place, place + 1)
-                for _, rows in again:
-                    other = self._read(source, rows, other)
-                if other is not None:
-                    raise ValueError(f"{source}: the file changed while it was read")
+        for source, rows in sources:
+            form = self._read(source, rows(), None, may_be_empty=Path(name).is_dir())
+            if form is not None and self._read(source, rows(), form) is not None:
+                raise ValueError(f"{source}: the file changed while it was read")
         self.reading.sources.append((str(name), begin, self.reading.rows.total()))
 
     def finished(self) -> Examples:

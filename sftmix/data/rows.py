@@ -1,17 +1,9 @@
-"""Read rows from files, each with its place, and decide what happens to bad ones."""
+"""Say what a row of data is, with its place, and decide what happens to bad ones."""
 
 from __future__ import annotations
 
-import json
 import logging
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Any, Literal, NamedTuple
 
 from sftmix.runs.failures import printable
 
@@ -19,11 +11,7 @@ logger = logging.getLogger(__name__)
 
 OnBadRow = Literal["error", "skip", "mend"]
 
-ENDINGS = (".json", ".jsonl", ".parquet")
 REASONS_SHOWN = 5
-_BOM = b"\xef\xbb\xbf"
-_BLANK = re.compile(r"[ \t\r\n]*")
-_ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[")
 
 
 class BadRowError(ValueError):
@@ -79,8 +67,7 @@ class BadRows:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One row as read: its line, and its value or what made it unreadable."""
 
     line: int
@@ -88,104 +75,9 @@ class Row:
     problem: str | None = None
 
 
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"not valid UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason})"
-
-
-def _read_lines(path: Path) -> Iterator[Row]:
-    """Yield one row per line; blank lines are no rows."""
-    with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            data = raw.removeprefix(_BOM) if line == 1 else raw
-            if not data.strip():
-                continue
-            try:
-                yield Row(line, json.loads(data.decode("utf-8").rstrip("\r\n")))
-            except UnicodeDecodeError as error:
-                yield Row(line, problem=_not_utf8(error))
-            except json.JSONDecodeError as error:
-                yield Row(line, problem=f"invalid JSON: {error.msg} at column {error.colno}")
-            except (ValueError, RecursionError) as error:  # a huge integer; nested too deep
-                yield Row(line, problem=f"unreadable JSON: {error}")
-
-
-def _read_array(data: bytes, path: Path) -> Iterator[Row]:
-    """Yield the rows of a JSON array, each with the line on which it begins.
-
-    Rows after broken syntax cannot be told apart: that raises whatever `on_bad_row` says.
-    """
-    try:
-        text = data.removeprefix(_BOM).decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise BadRowError(str(path), line, _not_utf8(error)) from None
-    decoder = json.JSONDecoder()
-    line, counted, position = 1, 0, _after_blank(text, text.index("[") + 1)
-    mark = "]" if text.startswith("]", position) else ","
-    while mark == ",":
-        line += text.count("\n", counted, position)
-        counted = position
-        try:
-            value, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            reason = f"{error.msg}; the row begins on line {line}"
-            raise _broken(text, path, error.pos, reason) from None
-        except (ValueError, RecursionError) as error:
-            raise BadRowError(str(path), line, f"unreadable JSON: {error}") from None
-        yield Row(line, value)
-        position = _after_blank(text, end)
-        mark = text[position : position + 1]
-        if mark not in ("]", ","):
-            raise _broken(text, path, position, "expecting ',' or ']' after a row")
-        if mark == ",":
-            position = _after_blank(text, position + 1)
-    position = _after_blank(text, position + 1)
-    if position != len(text):
-        raise _broken(text, path, position, "text after the end of the array")
-
-
-def _after_blank(text: str, position: int) -> int:
-    match = _BLANK.match(text, position)
-    assert match is not None
-    return match.end()
-
-
-def _broken(text: str, path: Path, position: int, reason: str) -> BadRowError:
-    whole = len(text.rstrip())
-    position = min(position, whole)
-    cut = position == whole or reason.startswith("Unterminated")
-    hint = " (is the file cut off?)" if cut else ""
-    line = text.count("\n", 0, position) + 1
-    return BadRowError(str(path), line, f"invalid JSON: {reason}{hint}")
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    row = 0
-    try:
-        for batch in pq.ParquetFile(path).iter_batches():
-            for value in batch.to_pylist():
-                row += 1
-                yield Row(row, value)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a readable parquet file: {error}") from error
-
-
-def read_file(path: Path) -> Iterator[Row]:
-    """Return the rows of a JSON, JSONL or parquet file.
-
-    A line that cannot be read is a row with a `problem`.
-
-    Raises:
-        BadRowError: the syntax of a JSON array is broken.
-        ValueError: the ending is unknown, or a parquet file is broken.
-    """
-    ending = path.suffix.lower()
-    if ending not in ENDINGS:
-        raise ValueError(f"{path}: a data file must end in {', '.join(ENDINGS)}")
-    if ending == ".parquet":
-        return _read_parquet(path)
-    if ending == ".json":
-        data = path.read_bytes()
-        if _ARRAY.match(data):
-            return _read_array(data, path)
-    return _read_lines(path)
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """Return why bytes are no UTF-8, and the way out."""
+    return (
+        f"not valid UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason}); "
+        "--encoding reads other encodings (latin-1, cp1252, utf-16)"
+    )

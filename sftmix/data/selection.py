@@ -28,6 +28,7 @@ import numpy as np
 from sftmix.conventions import IGNORE_INDEX, MANIFEST
 from sftmix.data.examples import Example, Examples, TrainOn, load_examples
 from sftmix.data.rows import OnBadRow
+from sftmix.data.splits import names_of
 from sftmix.runs.failures import Naming
 from sftmix.runs.folders import read_manifest
 from sftmix.runs.ranks import say
@@ -92,6 +93,7 @@ class Keys:
     on_bad_row: OnBadRow = "error"
     columns: Mapping[str, str] | None = None
     train_on: TrainOn = "responses"
+    encoding: str = "utf-8"
 
     def __call__(self, examples: Examples) -> Examples:
         """Return the examples whose id or content hash is listed; print how many keys were found.
@@ -123,9 +125,11 @@ class Keys:
         rows = load_examples(
             [self.file],
             on_bad_row=self.on_bad_row,
-            split=self.split,
+            # All keys select, where --data_split is a part: train[:1000].
+            split=names_of(self.split)[0],
             columns=self.columns,
             train_on=self.train_on,
+            encoding=self.encoding,
             disable_progress=True,
         )
         return set(rows.content_hashes)
@@ -141,6 +145,7 @@ def parse_selection(
     on_bad_row: OnBadRow = "error",
     columns: Mapping[str, str] | None = None,
     train_on: TrainOn = "responses",
+    encoding: str = "utf-8",
 ) -> Selection:
     """Return the selection that `text` describes; the keywords are for reading a file of keys.
 
@@ -154,7 +159,7 @@ def parse_selection(
     elif kind == "longest" and re.fullmatch(r"[1-9]\d*", rest):
         return Longest(int(rest))
     elif kind == "keys" and rest:
-        return Keys(rest, split, on_bad_row, columns, train_on)
+        return Keys(rest, split, on_bad_row, columns, train_on, encoding)
     raise ValueError(f"select: {EXPECTED}; got {text!r}")
 
 

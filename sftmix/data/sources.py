@@ -1,35 +1,40 @@
 """Find where rows come from: a file, a folder of files, a saved data set, or one of the hub.
 
-FILE                 .json, .jsonl or .parquet
-FOLDER               all such files in it and in its folders, in order of their names, without
+FILE                 as `files.py` reads it
+PATTERN              all files that a pattern matches, 'shards/*.parquet', in order of their names
+FOLDER               all data files in it and in its folders, in order of their names, without
                      hidden ones. A word in the name of the file or of its folder tells the split
                      (train, training; validation, valid, val, dev; test, testing, eval,
                      evaluation), as does the word before -00000-of-00001; other files belong to
                      train. `split` chooses, and one line names the files that are not read
 FOLDER               of `datasets`' save_to_disk; `split` chooses among several
-NAME, NAME:CONFIG    what `datasets.load_dataset(NAME, CONFIG, split=split)` gives; a folder
-                     whose README.md has `configs:` is read so, too
+NAME, NAME:CONFIG    what `datasets.load_dataset(NAME, CONFIG, split=split)` gives, at a REVISION if
+NAME@REVISION        it is named; a folder whose README.md has `configs:` is read so, too
+
+`split` is a name, or an expression such as train[:1000] (`splits.py`).
 """
 
 from __future__ import annotations
 
+import functools
+import glob
 import itertools
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets.exceptions import DatasetsError
 
-from sftmix.data.rows import ENDINGS, Row, read_file
+from sftmix.data.files import ENDINGS, EXPECTED, ending_of, read_file, special
+from sftmix.data.hub import numbered, read_name
+from sftmix.data.rows import Row
+from sftmix.data.splits import Source, is_expression, sliced
 
 logger = logging.getLogger(__name__)
-
-# A file's name and its rows.
-Source = tuple[str, Iterator[Row]]
 
 # As `datasets` names the splits of files (data_files.py there).
 SPLITS = {
@@ -40,13 +45,23 @@ SPLITS = {
 WAY_OUT = "choose one with --data_split (of --eval_data: --eval_split)"
 NAMES_SHOWN = 10
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.+-]+)?")
 # These JSON files are of `datasets` itself.
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
-def open_sources(name: str | Path, split: str) -> Iterator[Source]:
-    """Yield the files behind a name, one after another, each with its rows.
+def open_sources(
+    name: str | Path,
+    split: str,
+    *,
+    encoding: str = "utf-8",
+    numbers: Collection[str] = (),
+    streaming: bool = False,
+) -> Iterator[Source]:
+    """Yield the files behind a name, one after another, each with what reads its rows.
+
+    The rows of one are read before the next is asked for, again if need be. `encoding` and
+    `numbers` are those of `read_file`. With `streaming`, data sets of the hub are read as they
+    arrive, without a copy on disk.
 
     Raises:
         FileNotFoundError: there is no such file, folder or data set.
@@ -54,42 +69,75 @@ def open_sources(name: str | Path, split: str) -> Iterator[Source]:
             a data set has several configs and none is named, or as `read_file`.
         OSError: a data set cannot be had, or is damaged.
     """
-    path = Path(name)
-    if not str(name).strip():
-        raise ValueError("data: expected a file, a folder or a data set's name, got ''")
-    if path.is_dir():
-        yield from _of_folder(path, split)
-    elif path.is_file():
-        yield str(name), read_file(path)
-    elif path.suffix.lower() in ENDINGS:
-        raise FileNotFoundError(f"data: no such data file: {name}")
-    elif path.exists():
-        raise ValueError(f"data: expected a file or a folder, {name} is neither")
+    read = functools.partial(read_file, encoding=encoding, numbers=numbers)
+
+    def places(part: str) -> list[Source]:
+        return list(_places(str(name), part, read, streaming))
+
+    # `load_dataset` reads expressions itself, except from a stream.
+    if not is_expression(split) or (_is_loaded(Path(name)) and not streaming):
+        yield from places(split)
     else:
-        yield str(name), _of_name(str(name), split)
+        yield from sliced(places, split)
 
 
 def read_rows(name: str | Path, split: str) -> Iterator[Row]:
     """Return the rows of all files behind a name, as `open_sources` finds them."""
-    return itertools.chain.from_iterable(rows for _, rows in open_sources(name, split))
+    return itertools.chain.from_iterable(rows() for _, rows in open_sources(name, split))
 
 
-def _of_folder(folder: Path, split: str) -> Iterator[Source]:
+def is_file(name: str) -> bool:
+    """Tell whether a name is that of a file, or a pattern of files: these have one split."""
+    return Path(name).is_file() or (glob.has_magic(name) and not Path(name).exists())
+
+
+def _places(
+    name: str, split: str, read: Callable[[Path], Iterator[Row]], streaming: bool
+) -> Iterator[Source]:
+    path = Path(name)
+    if not name.strip():
+        raise ValueError("data: expected a file, a folder or a data set's name, got ''")
+    if path.is_dir():
+        yield from _of_folder(path, split, read)
+    elif path.is_file() or path.is_symlink():
+        yield name, functools.partial(read, path)
+    elif path.exists():
+        what = special(path.stat().st_mode)
+        raise ValueError(f"data: expected a file or a folder, {name} is neither but {what}")
+    elif glob.has_magic(name):
+        files = [
+            file for file in sorted(glob.glob(name, recursive=True)) if not Path(file).is_dir()
+        ]
+        if not files:
+            raise FileNotFoundError(f"data: no file matches {name!r}")
+        yield from ((file, functools.partial(read, Path(file))) for file in files)
+    elif ending_of(path) in ENDINGS:
+        raise FileNotFoundError(f"data: no such data file: {name}")
+    else:
+        yield name, functools.partial(read_name, name, split, streaming=streaming)
+
+
+def _is_loaded(path: Path) -> bool:
+    """Tell whether `datasets.load_dataset` reads a name."""
+    return _has_configs(path) if path.is_dir() else not (path.exists() or is_file(str(path)))
+
+
+def _of_folder(folder: Path, split: str, read: Callable[[Path], Iterator[Row]]) -> Iterator[Source]:
     if (folder / "dataset_dict.json").is_file() or all(
         (folder / name).is_file() for name in ("dataset_info.json", "state.json")
     ):
-        yield from _of_disk(folder, split)
+        yield str(folder), functools.partial(numbered, _saved(folder, split))
         return
     if _has_configs(folder):
-        yield str(folder), _of_name(str(folder), split)
+        yield str(folder), functools.partial(read_name, str(folder), split)
         return
     if folder.resolve() == Path(folder.anchor or "/"):
         raise ValueError(f"data: expected a folder of data files, got {str(folder)!r}")
     files = sorted(_walk(folder))
-    data = [file for file in files if file.suffix.lower() in ENDINGS and file.name not in _ABOUT]
+    data = [file for file in files if ending_of(file) in ENDINGS and file.name not in _ABOUT]
     if not data:
         raise ValueError(
-            f"data: the folder {str(folder)!r} holds no data file ({', '.join(ENDINGS)})"
+            f"data: the folder {str(folder)!r} holds no data file ({EXPECTED})"
             f"{'; it holds ' + _some(files, folder) if files else ''}"
         )
     wanted = SPLITS.get(split, split)
@@ -106,8 +154,7 @@ def _of_folder(folder: Path, split: str) -> Iterator[Source]:
             "%s: read %d files of the split %r, and not %s",
             folder, len(chosen), wanted, _some(left, folder, splits),
         )  # fmt: skip
-    for file in chosen:
-        yield str(file), read_file(file)
+    yield from ((str(file), functools.partial(read, file)) for file in chosen)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -155,7 +202,7 @@ def _has_configs(folder: Path) -> bool:
     return header is not None and re.search(r"^configs:", header[1], re.M) is not None
 
 
-def _of_disk(folder: Path, split: str) -> Iterator[Source]:
+def _saved(folder: Path, split: str) -> Any:
     try:
         found: Any = datasets.load_from_disk(str(folder))
     except (DatasetsError, OSError, ValueError, KeyError, TypeError) as error:
@@ -174,33 +221,4 @@ def _of_disk(folder: Path, split: str) -> Iterator[Source]:
         if left:
             logger.warning("%s: read the split %r, and not %s", folder, *chosen, ", ".join(left))
         found = found[chosen[0]]
-    yield str(folder), _numbered(found)
-
-
-def _of_name(name: str, split: str) -> Iterator[Row]:
-    """Return the rows of `datasets.load_dataset` for a folder, or a name with or without config."""
-    path, config = name, ""
-    if not Path(name).is_dir():
-        if not _HUB_NAME.fullmatch(name):
-            raise FileNotFoundError(f"data: no file, folder or data set is named {name!r}")
-        path, _, config = name.partition(":")
-    try:
-        rows = datasets.load_dataset(path, *([config] if config else []), split=split)
-    except (DatasetsError, OSError, ValueError, RuntimeError, ImportError) as error:
-        configs = re.search(r"available configs: (\[.*?\])", str(error))
-        if configs:
-            raise ValueError(
-                f"data: {path} has the configs {configs[1]}; name one: {path}:CONFIG"
-            ) from error
-        is_missing = isinstance(error, OSError) and not Path(name).is_dir()
-        kind = FileNotFoundError if is_missing else ValueError
-        raise kind(
-            f"data: no file or folder {name!r}, and no data set of this name with the split "
-            f"{split!r} can be had: {error}"
-        ) from error
-    return _numbered(rows)
-
-
-def _numbered(rows: Any) -> Iterator[Row]:
-    rows = rows.with_format(None) if isinstance(rows, datasets.Dataset) else rows
-    return (Row(row, value) for row, value in enumerate(rows, start=1))
+    return found

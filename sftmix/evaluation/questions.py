@@ -99,7 +99,7 @@ def _question(row: Row, read: Callable[[dict[str, Any]], Question]) -> Question:
 
 
 def read_questions(file: str, form: str) -> list[Question]:
-    """Return the questions of a file (.json, .jsonl, .parquet) of the format `form`, in order.
+    """Return the questions of a file of the format `form`, in order.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -19,7 +19,10 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from sftmix.data.columns import parse_columns
+from sftmix.data.files import EXPECTED, check_encoding
 from sftmix.data.mixture import check_weights
+from sftmix.data.sources import is_file
+from sftmix.data.splits import names_of
 from sftmix.methods import OPTIONS, method_of
 from sftmix.recipe.config_file import config_words, place_of
 from sftmix.runs.failures import Naming, OneMessage, OneSpelling
@@ -58,15 +61,18 @@ def check_split(option_name: str, split: str, names: Sequence[str]) -> None:
     """Refuse a split of what has none.
 
     Raises:
-        ValueError: `split` is empty, or is not the default and one of `names` is a file.
+        ValueError: `split` is empty or no split, or is not of the default one and one of `names`
+            is a file.
     """
     if not split:
         raise ValueError(f"{option_name}: expected a name, got an empty one")
-    file = next((name for name in names if Path(name).is_file()), None)
-    if split != "train" and file is not None:
+    with Naming(option_name):
+        splits = names_of(split)
+    file = next((name for name in names if is_file(name)), None)
+    if set(splits) != {"train"} and file is not None:
         raise ValueError(
             f"{option_name}: expected a folder or a data set with splits, got {split!r} of the "
-            f"file {file}, which is read whole; leave --{option_name} out"
+            f"file {file}, which has only 'train'; leave --{option_name} out"
         )
 
 
@@ -77,12 +83,17 @@ class RunArguments:
     model: str = dataclasses.field(metadata={"help": "Folder or hub name of the model"})
     data: list[str] = dataclasses.field(
         metadata={
-            "help": "Data files (.json, .jsonl, .parquet), folders of them, or names of data sets: "
-            "NAME, or NAME:CONFIG if it has several configs"
+            "help": f"Data files ({EXPECTED}), patterns or folders of them, or names of data sets: "
+            "NAME, NAME@REVISION, or NAME:CONFIG if it has several configs"
         }
     )
     output: str = dataclasses.field(metadata={"help": "Folder of the run; must be new or empty"})
-    data_split: str = option("train", "Split to read of a folder or a data set in --data", "ours")
+    data_split: str = option(
+        "train",
+        "Split to read of a folder or a data set in --data, or a part of it, also of a file: "
+        "'train[:1000]', 'train[10%%:20%%]', 'train+validation'",
+        "ours",
+    )
     select: list[str] | None = option(
         None,
         "Examples to keep, one selection after another: score>=NUMBER:COLUMN (or > <= <), "
@@ -148,12 +159,22 @@ class RunArguments:
     trust_remote_code: bool = option(
         False, "Run Python code that comes with the model; a config file cannot ask for it", "ours"
     )
+    encoding: str = option(
+        "utf-8", "Encoding of text files in --data and --eval_data: latin-1, utf-16, ...", "ours"
+    )
+    streaming: bool = option(
+        False,
+        "Read data sets of the hub as they arrive, without a copy on disk: for a --data_split "
+        "'train[:1000]' of many",
+        "ours",
+    )
 
     def __post_init__(self) -> None:
         check_weights(self.weights, self.data)
         check_split("data_split", self.data_split, self.data)
         if self.columns is not None:
             parse_columns(self.columns)
+        check_encoding(self.encoding)
         if self.max_length < 2:
             raise ValueError(
                 f"max_length: expected at least 2, a token of prompt and one of response, "

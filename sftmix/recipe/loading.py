@@ -248,6 +248,7 @@ def load_data(
             arguments.data,
             split=arguments.data_split,
             numbers=columns_of(selections),
+            streaming=arguments.streaming,
             disable_progress=disable_progress,
             **_reading(arguments),
         )
@@ -276,6 +277,7 @@ def load_held_out(
         examples = load_examples(
             arguments.eval_data,
             split=arguments.eval_split,
+            streaming=arguments.streaming,
             disable_progress=disable_progress,
             **_reading(arguments),
         )
@@ -312,6 +314,7 @@ def _reading(arguments: RunArguments) -> dict[str, Any]:
         "on_bad_row": arguments.on_bad_row,
         "columns": parse_columns(arguments.columns) if arguments.columns else None,
         "train_on": arguments.train_on,
+        "encoding": arguments.encoding,
     }
 
 

@@ -47,6 +47,8 @@ BY_CONTENT = {
     "on_bad_row": "data_hash",
     "columns": "data_hash",
     "train_on": "data_hash",
+    "encoding": "data_hash",
+    "streaming": "data_hash",
 }
 SCHEDULES_OF_MU = ("mu_schedule", "mu_warmup_ratio")
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy")
@@ -127,6 +129,8 @@ def recipe(
         "on_bad_row": arguments.on_bad_row,
         "columns": arguments.columns,
         "train_on": arguments.train_on,
+        "encoding": arguments.encoding,
+        "streaming": arguments.streaming,
         "data_hash": data_hash(dataset["content_hash"][:]),
         "num_examples": len(dataset),
         "max_length": arguments.max_length,

@@ -89,8 +89,13 @@ def sample_examples(run: Run, partition: Partition | None, number: int | None) -
         str(path) if path.exists() else name
         for path, name in zip(paths, run.recipe["data"], strict=True)
     ]
-    split = run.recipe.get("data_split", "train")
-    examples = load_examples(names, on_bad_row="skip", split=split)
+    examples = load_examples(
+        names,
+        on_bad_row="skip",
+        split=run.recipe.get("data_split", "train"),
+        encoding=run.recipe.get("encoding", "utf-8"),
+        streaming=run.recipe.get("streaming", False),
+    )
     if partition is not None:
         examples = examples.take(np.flatnonzero(np.isin(examples.ids, partition.id)))
     if run.recipe.get("weights"):

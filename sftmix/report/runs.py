@@ -21,7 +21,10 @@ NOT_RECIPE = ("versions", "files", "split", "parts")
 # What a method brings with it: two methods differ in these as well.
 OF_METHOD = {"method", "partition", *OPTIONS}
 # What data were made with: they are the same where their hash is.
-OF_DATA = {"data", "weights", "sources", "data_split", "select", "on_bad_row"}
+OF_DATA = {
+    *("data", "weights", "sources", "data_split", "select", "on_bad_row"),
+    *("columns", "train_on", "encoding", "streaming"),
+}
 # Likewise where a model lay.
 OF_MODEL = {"model", "revision", "commit"}
 

@@ -100,6 +100,7 @@ def test_a_name_goes_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
         return datasets.Dataset.from_list([{"question": "Add 1 and 2.", "answer": "3"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("sftmix.data.hub.is_reached", lambda path, revision: True)
     [example] = load_examples(["someone/sums"], split="test")
     assert example.messages == tuple(PAIR)
     assert example.source == "someone/sums:1"
@@ -339,9 +340,9 @@ def test_examples_take_less_than_twice_the_memory_of_their_arrow_table(tmp_path:
 def test_wrong_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
         load_examples([tmp_path / "absent.jsonl"])
-    (tmp_path / "data.csv").write_text("question,answer\n")
-    with pytest.raises(ValueError, match=r"data\.csv: a data file must end in \.json"):
-        load_examples([tmp_path / "data.csv"])
+    (tmp_path / "data.txt").write_text("question,answer\n")
+    with pytest.raises(ValueError, match=r"data\.txt: a data file must end in \.json"):
+        load_examples([tmp_path / "data.txt"])
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no parquet")
     with pytest.raises(ValueError, match=r"broken\.parquet: not a readable parquet file"):
         load_examples([tmp_path / "broken.parquet"])

@@ -162,6 +162,7 @@ def test_splits_are_those_of_the_data_the_keys_and_the_held_out_data(
     monkeypatch.setattr(
         datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(rows(split))
     )
+    monkeypatch.setattr("sftmix.data.hub.is_reached", lambda path, revision: True)
     arguments = TrainRunArguments(
         str(toy_model), ["own/data"], "run", "first", ["keys:own/keys"],
         eval_data=["own/held-out"], eval_split="second",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ import pytest
 
 from sftmix.cli import main
 from sftmix.data.examples import load_examples, rows_by_file
+from sftmix.data.files import EXPECTED
+from sftmix.data.hub import is_reached
 from sftmix.data.selection import Keys
 
 
@@ -133,14 +138,27 @@ def test_a_saved_data_set(tmp_path: Path, caplog: pytest.LogCaptureFixture, spli
 CONFIGS = "Config name is missing.\nPlease pick one among the available configs: ['main', 'other']"
 
 
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sftmix.data.hub.is_reached", lambda path, revision: True)
+
+
+@pytest.mark.usefixtures("hub")
 def test_a_name_with_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(name: str, config: str | None = None, *, split: str) -> datasets.Dataset:
+    def load_dataset(
+        name: str, config: str | None = None, *, split: str, **options: Any
+    ) -> datasets.Dataset:
         if config is None:
             raise ValueError(CONFIGS)
-        return datasets.Dataset.from_list(rows(f"{name} {config} {split}"))
+        told = " ".join(map(str, options.values()))
+        found = datasets.Dataset.from_list(rows(f"{name} {config} {split} {told}".strip()))
+        return found.to_iterable_dataset() if "streaming" in options else found
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert answers("someone/sums:main", "test") == ["someone/sums main test"]
+    assert answers("someone/sums:main@v1.0", "test[:2]") == ["someone/sums main test[:2] v1.0"]
+    [streamed] = load_examples(["someone/sums:main"], split="test[:1]", streaming=True)
+    assert (streamed.messages or ())[-1]["content"] == "someone/sums main test True"
     with pytest.raises(ValueError, match=re.escape("data: someone/sums has the configs ['main'")):
         load_examples(["someone/sums"])
 
@@ -154,6 +172,7 @@ def test_a_name_with_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
         (ValueError("Unknown split"), ValueError),
     ],
 )
+@pytest.mark.usefixtures("hub")
 def test_a_data_set_that_cannot_be_had(
     monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception]
 ) -> None:
@@ -163,6 +182,37 @@ def test_a_data_set_that_cannot_be_had(
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(kind, match=r"no file or folder 'someone/sums'.* split 'train' can be had"):
         load_examples(["someone/sums"])
+
+
+def test_an_unreachable_hub_is_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # No server listens on port 1 of this machine.
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr("sftmix.data.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    begin = time.monotonic()
+    with pytest.raises(
+        FileNotFoundError, match=r"no file or folder 'someone/mySums:main', and the"
+    ):
+        load_examples(["someone/mySums:main"])
+    assert not is_reached("someone/sums")
+    assert time.monotonic() - begin < 5
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_list(rows("kept"))
+    )
+    (tmp_path / "someone___my_sums").mkdir()
+    assert answers("someone/mySums") == ["kept"]
+    assert "the hub is not reached: someone/mySums is read from the cache" in caplog.text
+
+
+def test_a_pattern_reads_all_files_that_it_matches(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.parquet", "test.jsonl", "deep/c.jsonl"):
+        write(tmp_path / name)
+    assert answers(str(tmp_path / "*.*")) == ["a", "b", "test"]
+    assert answers(str(tmp_path / "**/*.jsonl")) == ["b", "c", "test"]
+    write(tmp_path / "[x].jsonl")
+    assert answers(str(tmp_path / "[x].jsonl")) == ["[x]"]
 
 
 def test_a_folder_whose_card_has_configs_is_read_as_it_says(tmp_path: Path) -> None:
@@ -180,10 +230,18 @@ def test_a_folder_whose_card_has_configs_is_read_as_it_says(tmp_path: Path) -> N
     [
         ("", "--data: expected a file, a folder or a data set's name, got ''"),
         ("/", "--data: expected a folder of data files, got '/'"),
-        (".", "--data: the folder '.' holds no data file (.json, .jsonl, .parquet)"),
-        ("empty", "--data: the folder 'empty' holds no data file (.json, .jsonl, .parquet)"),
-        ("notes", "holds no data file (.json, .jsonl, .parquet); it holds 'notes.txt'"),
-        ("/dev/null", "--data: expected a file or a folder, /dev/null is neither"),
+        (".", f"--data: the folder '.' holds no data file ({EXPECTED})"),
+        ("empty", f"--data: the folder 'empty' holds no data file ({EXPECTED})"),
+        ("notes", f"holds no data file ({EXPECTED}); it holds 'notes.txt'"),
+        ("/dev/null", "--data: expected a file or a folder, /dev/null is neither but a device"),
+        ("pipe", "--data: expected a file or a folder, pipe is neither but a pipe (FIFO)"),
+        ("socket", "--data: expected a file or a folder, socket is neither but a socket"),
+        ("link.jsonl", "--data: link.jsonl: a link to gone.jsonl, which does not exist"),
+        ("link", "--data: link: a link to gone, which does not exist"),
+        ("none/*.jsonl", "--data: no file matches 'none/*.jsonl'"),
+        ("typo.csv.gz", "--data: no such data file: typo.csv.gz"),
+        ("someone/sums", "--data: no file or folder 'someone/sums', and the hub, which may have"),
+        ("notes/notes.txt", "notes.txt: a data file must end in"),
         ("./typo", "--data: no file, folder or data set is named './typo'"),
         ("a b", "--data: no file, folder or data set is named 'a b'"),
         ("typo.jsonl", "--data: no such data file: typo.jsonl"),
@@ -202,10 +260,16 @@ def test_what_is_no_data_is_one_message(
         (tmp_path / "here").mkdir()
     write(tmp_path / "tests/test.jsonl")
     write(tmp_path / "tests/dev.jsonl")
+    os.mkfifo(tmp_path / "pipe")
+    for link in ("link", "link.jsonl"):
+        (tmp_path / link).symlink_to(link.replace("link", "gone"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/notes.txt").write_text("x")
     monkeypatch.chdir(tmp_path / "here" if name == "." else tmp_path)
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind("socket")
+    monkeypatch.setattr("sftmix.data.hub.is_reached", lambda path, revision: False)
     words = ["score", "--model", str(toy_model), "--data", name, "--output", "run"]
     assert main([*words, "--use_cpu", "true"]) == 2
     error = capsys.readouterr().err
