@@ -81,18 +81,18 @@ class RunArguments:
         }
     )
     output: str = dataclasses.field(metadata={"help": "Folder of the run; must be new or empty"})
-    weights: list[float] | None = option(
-        None,
-        "Share of each of --data in the mixture, a positive number for each: all examples are "
-        "used, and copies fill up the shares; by default the data are taken as they are",
-        "ours",
-    )
     data_split: str = option("train", "Split to read of a folder or a data set in --data", "ours")
     select: list[str] | None = option(
         None,
         "Examples to keep, one selection after another: score>=NUMBER:COLUMN (or > <= <), "
         "longest:NUMBER (responses, in characters), keys:FILE (data, or a .txt of ids or content "
         "hashes)",
+        "ours",
+    )
+    weights: list[float] | None = option(
+        None,
+        "Share of each of --data in the mixture, a positive number for each: all examples are "
+        "used, and copies fill up the shares; by default the data are taken as they are",
         "ours",
     )
     resume: bool = option(False, "Go on with the run in --output", "ours")

@@ -311,8 +311,8 @@ def test_what_reading_found(tmp_path: Path) -> None:
         "rows": {str(path): 5}, "refused": 2, "forgiven": {}, "unused": {"n": 1}, "duplicates": 2
     }  # fmt: skip
     assert reading.duplicates_line() == (
-        f"2 of 5 rows have the content of an earlier one, the first {path}:2 that of {path}:1; "
-        "each is learnt as often as it is there"
+        "2 of 5 rows have the content of an earlier one, and are learnt again: the first is "
+        f"example 1 ({path}:2), with that of example 0 ({path}:1)"
     )
     assert load_examples([_jsonl(path, [QUESTION])]).reading.duplicates_line() is None
 
