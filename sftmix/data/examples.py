@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from sftmix.data.columns import FORMATS, field, format_of, read_content
 from sftmix.data.hashing import data_hash, digest
 from sftmix.data.messages import BadField, Messages, kind
 from sftmix.data.rows import BadRowError, BadRows, OnBadRow, Row
-from sftmix.data.sources import open_sources
+from sftmix.data.sources import Source, open_sources
 from sftmix.data.store import Example, Examples
 from sftmix.data.summary import Reading
 from sftmix.runs.failures import printable
@@ -96,7 +97,7 @@ def load_examples(
         raise ValueError("data: expected at least one file or name, got none")
     reader = _Reader(BadRows(on_bad_row), numbers, disable_progress)
     for name in data:
-        reader.read(name, split)
+        reader.read(name, functools.partial(open_sources, name, split))
     return reader.finished()
 
 
@@ -117,13 +118,13 @@ class _Reader:
         self.reading = self.examples.reading
         self.empty: list[str] = []
 
-    def read(self, name: str | Path, split: str) -> None:
-        """Read the files behind a name."""
+    def read(self, name: str | Path, open_files: Callable[[], Iterator[Source]]) -> None:
+        """Read the files behind a name, which `open_files` opens, a second time if need be."""
         begin = self.reading.rows.total()
-        for place, (source, rows) in enumerate(open_sources(name, split)):
+        for place, (source, rows) in enumerate(open_files()):
             other = self._read(source, rows, None, may_be_empty=Path(name).is_dir())
             if other is not None:
-                again = itertools.islice(open_sources(name, split), place, place + 1)
+                again = itertools.islice(open_files(), place, place + 1)
                 for _, rows in again:
                     other = self._read(source, rows, other)
                 if other is not None:
