@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 
 from sftmix.conventions import CONFIGS, MODEL_CARD, TRAINER_STATE
 from sftmix.data.examples import data_hash
-from sftmix.data.selection import naming_selections
+from sftmix.data.selection import naming_choices
 from sftmix.methods import method_of
 from sftmix.model.source import check_model
 from sftmix.pairs.partition import Partition, match, partition_hash, read_partition, subset_counts
@@ -177,7 +177,7 @@ def read_subsets(
     with Naming("partition"):
         partition = read_partition(path)
     warn_of_other_template(path, tokenizer)
-    with naming_selections(path, arguments.select):
+    with naming_choices(path, select=arguments.select, weights=arguments.weights):
         matched = match(partition, dataset["id"][:], dataset["content_hash"][:])
     return matched, partition_hash(partition), subset_counts(partition)
 

@@ -159,8 +159,12 @@ class _Reader:
         places, first = self.examples.find_duplicates()
         self.reading.duplicates = len(places)
         for one, other in itertools.islice(zip(places.tolist(), first.tolist(), strict=True), 1):
-            address = self.examples.address
-            self.reading.first_duplicate = (address(one), address(other))
+            # A JSON array may stand on a single line.
+            later, earlier = (
+                f"example {self.examples.ids[place]} ({self.examples.address(place)})"
+                for place in (one, other)
+            )
+            self.reading.first_duplicate = (later, earlier)
         return self.examples
 
     def _read(

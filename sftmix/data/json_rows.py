@@ -316,8 +316,13 @@ def _lists_objects(value: object) -> bool:
 
 def _fits(rows: list[dict[str, Any]]) -> bool:
     """Tell whether objects have the columns of a format."""
+    # 'data' of texts is a conversation (UltraChat), of objects it is what holds the rows.
+    names = [
+        [name for name, value in row.items() if name != "data" or not _lists_objects(value)]
+        for row in rows
+    ]
     try:
-        return bool(format_of(rows))
+        return bool(format_of(names))
     except ValueError:
         return False
 

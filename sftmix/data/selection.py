@@ -18,7 +18,7 @@ import contextlib
 import itertools
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,10 +196,13 @@ def response_length(example: Example) -> int:
 
 
 @contextlib.contextmanager
-def naming_selections(partition: Path, selected: list[str] | None) -> Iterator[None]:
-    """Add to a refused partition's message that it was scored under another selection.
+def naming_choices(
+    partition: Path, **given: Sequence[str] | Sequence[float] | None
+) -> Iterator[None]:
+    """Add to a refused partition's message which of its options for the data were others.
 
-    The `manifest.json` beside the partition names the selection; without one nothing is added.
+    `given` are this run's, `select` and `weights`; the `manifest.json` beside the partition has
+    those that it was scored with. Without one nothing is added.
     """
     try:
         yield
@@ -207,17 +210,20 @@ def naming_selections(partition: Path, selected: list[str] | None) -> Iterator[N
         manifest = partition.with_name(MANIFEST)
         if not manifest.exists():
             raise
-        scored = read_manifest(manifest).get("select")
-        if scored == selected:
+        scored = read_manifest(manifest)
+        others = [
+            f"it was scored with --{name} {_shown(scored.get(name))}, this run has --{name} "
+            f"{_shown(value)}"
+            for name, value in given.items()
+            if scored.get(name) != value
+        ]
+        if not others:
             raise
-        raise ValueError(
-            f"{error}; it was scored with --select {_shown(scored)}, "
-            f"this run has --select {_shown(selected)}"
-        ) from error
+        raise ValueError("; ".join([str(error), *others])) from error
 
 
-def _shown(selected: list[str] | None) -> str:
-    return " ".join(map(repr, selected)) if selected else "not given"
+def _shown(chosen: Any) -> str:
+    return " ".join(map(repr, chosen)) if chosen else "not given"
 
 
 def _key(line: str, place: str) -> int | str:

@@ -36,7 +36,7 @@ class Reading:
     forgiven: Counter[str] = field(default_factory=Counter)  # by what was mended
     unused: Counter[str] = field(default_factory=Counter)  # rows by column or field
     duplicates: int = 0  # examples whose content an earlier one has
-    first_duplicate: tuple[str, str] | None = None  # its address, and that of the earlier one
+    first_duplicate: tuple[str, str] | None = None  # it, and the earlier one
     # Of each file or name of the data: its first id, and the one after its last.
     sources: list[tuple[str, int, int]] = field(default_factory=list)
 
@@ -69,7 +69,7 @@ class Reading:
         later, earlier = self.first_duplicate
         return (
             f"{self.duplicates:,} of {self.rows.total():,} rows have the content of an earlier "
-            f"one, the first {later} that of {earlier}; each is learnt as often as it is there"
+            f"one, and are learnt again: the first is {later}, with that of {earlier}"
         )
 
     def top_reasons(self, number: int = 5) -> list[Refused]:

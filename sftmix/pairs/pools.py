@@ -118,6 +118,7 @@ def pools_of(confident: Confident, pairing: str) -> list[Pool]:
         if not len(pool.confident) or not len(pool.unconfident):
             raise ValueError(
                 "partition: expected examples on both sides of every pair, got "
-                f"{len(pool.confident)} confident and {len(pool.unconfident)} unconfident"
+                f"{len(pool.confident)} confident and {len(pool.unconfident)} unconfident; score "
+                "at least two examples"
             )
     return pools

@@ -67,7 +67,9 @@ def test_one_scored_example_has_no_other_half(
     flags = ["--partition", str(scored / "confidence.parquet"), "--method", "sftmix"]
     flags += ["--per_device_train_batch_size", "2"]
     assert main(words("train", toy_model, data, tmp_path / "run", *flags)) == 2
-    assert "both sides of every pair, got 1 confident and 0 unconf" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "both sides of every pair, got 1 confident and 0 unconf" in error
+    assert "score at least two examples" in error
 
 
 def test_rows_longer_than_the_longest(
@@ -103,10 +105,8 @@ def test_equal_examples_are_halved_by_their_numbers(
     flags = ["--per_device_train_batch_size", "2", "--num_scorings", "1"]
     assert main(words("score", toy_model, data, scored, *flags)) == 0
     out = capsys.readouterr().out
-    assert (
-        f"2 of 3 rows have the content of an earlier one, the first {data}:2 that of {data}:1"
-        in out
-    )
+    line = "2 of 3 rows have the content of an earlier one, and are learnt again: the first is "
+    assert f"{line}example 1 ({data}:2), with that of example 0 ({data}:1)" in out
     partition = read_partition(scored / "confidence.parquet")
     assert partition.id.tolist() == [0, 1, 2]
     assert len(set(partition.content_hash.tolist())) == len(set(partition.confidence.tolist())) == 1

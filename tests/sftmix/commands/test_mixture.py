@@ -49,6 +49,12 @@ def test_a_mixture(toy_model: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     for known in (partition, None):
         assert sample_examples(run, known, None).ids.tolist() == list(range(33))
 
+    place = words.index("--weights")
+    other = [*words[:place], *words[place + 3 :]]
+    assert main(["train", *other, "--output", str(tmp_path / "other")]) == 2
+    error = capsys.readouterr().err
+    assert "it was scored with --weights 2.0 3.0, this run has --weights not given" in error
+
     findings = find(read_runs([scored, trained]), None)
     table = sources_table(findings)
     assert table is not None

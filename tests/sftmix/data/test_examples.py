@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftmix.data import examples as examples_module
+from sftmix.data import json_rows
 from sftmix.data.examples import BadRowError, data_hash, load_examples
 
 REAL_DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
@@ -312,13 +313,16 @@ def test_what_reading_found(tmp_path: Path) -> None:
         "rows": {str(path): 5}, "refused": 2, "forgiven": {}, "unused": {"n": 1}, "duplicates": 2
     }  # fmt: skip
     assert reading.duplicates_line() == (
-        f"2 of 5 rows have the content of an earlier one, the first {path}:2 that of {path}:1; "
-        "each is learnt as often as it is there"
+        "2 of 5 rows have the content of an earlier one, and are learnt again: the first is "
+        f"example 1 ({path}:2), with that of example 0 ({path}:1)"
     )
     assert load_examples([_jsonl(path, [QUESTION])]).reading.duplicates_line() is None
 
 
-def test_examples_take_less_than_twice_the_memory_of_their_arrow_table(tmp_path: Path) -> None:
+def test_examples_take_less_than_twice_the_memory_of_their_arrow_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_rows, "BLOCK", 1 << 12)  # of a file much larger than a block
     text = "all work and no play makes Jack a dull boy "
     rows = [
         {"messages": _chat(("user", f"{i} {text * 9}"), ("assistant", f"{text * 9} {i}"))}
