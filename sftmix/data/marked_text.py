@@ -18,7 +18,7 @@ STYLES = {
     "<|start_header_id|>user<|end_header_id|>": r"<\|start_header_id\|>(\w+)<\|end_header_id\|>",
     "<start_of_turn>user": r"<start_of_turn>(\w+)\s",
     "<|user|>": r"<\|(system|user|assistant|tool|observation)\|>",
-    "[INST]": r"(?:<s>\s*)?(\[/?INST\])",
+    "[INST]": r"(?:<s>\s*)?(\[(?:/?INST|SYSTEM_PROMPT)\])",
     "### Human:": r"###[ \t]*(System|Human|User|Assistant|GPT)[ \t]*:",
     "### Instruction:": r"(?:^|\n)[ \t]*###[ \t]*(System|Instruction|Input|Response)[ \t]*:",
     "USER:": r"(?:^|(?<=\s)|(?<=</s>))(SYSTEM|USER|ASSISTANT|FUNCTION RESPONSE):",
@@ -28,10 +28,11 @@ _STYLES = {name: re.compile(pattern) for name, pattern in STYLES.items()}
 _WORDS = {
     **dict.fromkeys(("[inst]", "instruction", "input"), "user"),
     **dict.fromkeys(("[/inst]", "response"), "assistant"),
+    "[system_prompt]": "system",
 }
 _ENDS = re.compile(
     r"(?:<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<\|end\|>|<\|endoftext\|>|<\|end_of_text\|>"
-    r"|</s>|### End)\s*$"
+    r"|</s>|\[/SYSTEM_PROMPT\])\s*$"
 )
 _BEGINNINGS = re.compile(r"^\s*(?:<s>|<bos>|<\|begin_of_text\|>)")
 _SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>", re.DOTALL)
