@@ -231,7 +231,7 @@ def role_of(value: object, name: str, notes: Notes) -> str:
     role = known if known in ROLES else SYNONYMS.get(known)
     if role is None:
         raise BadField(f"'{name}' must be one of {', '.join(ROLES)}, got {value!r:.60}")
-    notes.forgiven[f"role {value!r} as {role!r}"] += 1
+    notes.forgiven[f"role {value!r:.60} as {role!r}"] += 1
     return role
 
 
@@ -250,7 +250,7 @@ def _field(value: dict[str, Any], side: str, fields: Mapping[str, str], notes: N
             return name
     for key in value:
         if key.strip().lower() in usual:
-            notes.forgiven[f"field {key!r} as {key.strip().lower()!r}"] += 1
+            notes.forgiven[f"field {key!r:.60} as {key.strip().lower()!r}"] += 1
             return key
     return side
 

@@ -102,6 +102,13 @@ def test_what_stands_between_markers_is_the_turn(
     assert example.messages == tuple(messages)
 
 
+def test_a_text_of_nothing_but_ends_takes_no_longer(tmp_path: Path) -> None:
+    """Twenty thousand ends take milliseconds, where the square of their number took a minute."""
+    text = f"### Human: a### Assistant: b{'</s> ' * 20_000}"
+    [example] = read(tmp_path, {"text": text})
+    assert example.messages == (user("a"), said("b"))
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
