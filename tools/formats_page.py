@@ -35,11 +35,11 @@ TEMPLATE = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 HEADING = """# Public data sets
 
-A row of each in the shape in which it is published, written for the tests, and what is learnt of it
-under ChatML: the decoded tokens that carry loss, one text for each answer. All are read without an
-option. [Data](data.md#formats) has the formats; `--columns` names the columns of others.
+An example of each in the shape in which it is published, written for the tests, and what is learnt
+of it under ChatML: the decoded tokens that carry loss, one text for each answer. All are read
+without an option. [Data](data.md#formats) has the formats; `--columns` names the columns of others.
 
-| data | a row | learnt |
+| data | an example | learnt |
 |---|---|---|
 """
 

@@ -223,7 +223,7 @@ class Cells:
     def read(self, name: str) -> None:
         """Note that a column was read, and that its name was spelt otherwise."""
         if name not in self.used and name not in _KNOWN and name not in self.given.values():
-            self.notes.forgiven[f"column {name!r} as {spelt(name)!r}"] += 1
+            self.notes.forgiven[f"column {name!r:.60} as {spelt(name)!r}"] += 1
         self.used.add(name)
 
 

@@ -12,26 +12,37 @@ from typing import Any
 
 from sftmix.data.messages import ROLES, SYNONYMS, BadField, Masks, Messages, Notes
 
-# Markers with the word between them that names the role, and the roles of words of their own.
+# Each marker as it is shown, what stands in every text that has it, and a pattern whose group is
+# the word that names the role.
 STYLES = {
-    "<|im_start|>user": r"<\|im_start\|>[ \t]*(\w+)[ \t]*(?:\n|$)",
-    "<|start_header_id|>user<|end_header_id|>": r"<\|start_header_id\|>(\w+)<\|end_header_id\|>",
-    "<start_of_turn>user": r"<start_of_turn>(\w+)\s",
-    "<|user|>": r"<\|(system|user|assistant|tool|observation)\|>",
-    "[INST]": r"(?:<s>\s*)?(\[/?INST\])",
-    "### Human:": r"###[ \t]*(System|Human|User|Assistant|GPT)[ \t]*:",
-    "### Instruction:": r"(?:^|\n)[ \t]*###[ \t]*(System|Instruction|Input|Response)[ \t]*:",
-    "USER:": r"(?:^|(?<=\s)|(?<=</s>))(SYSTEM|USER|ASSISTANT|FUNCTION RESPONSE):",
-    "Human:": r"(?:^|\n)[ \t]*(System|Human|Assistant):",
+    "<|im_start|>user": ("<|im_start|>", r"<\|im_start\|>[ \t]*(\w+)[ \t]*(?:\n|$)"),
+    "<|start_header_id|>user<|end_header_id|>": (
+        "<|start_header_id|>",
+        r"<\|start_header_id\|>(\w+)<\|end_header_id\|>",
+    ),
+    "<start_of_turn>user": ("<start_of_turn>", r"<start_of_turn>(\w+)\s"),
+    "<|user|>": ("<|user|>", r"<\|(system|user|assistant|tool|observation)\|>"),
+    "[INST]": ("[/INST]", r"(?:<s>\s*)?(\[(?:/?INST|SYSTEM_PROMPT)\])"),
+    "### Human:": ("###", r"###[ \t]*(System|Human|User|Assistant|GPT)[ \t]*:"),
+    "### Instruction:": (
+        "###",
+        r"(?:^|\n)[ \t]*###[ \t]*(System|Instruction|Input|Response)[ \t]*:",
+    ),
+    "USER:": (
+        "ASSISTANT:",
+        r"(?:^|(?<=\s)|(?<=</s>))(SYSTEM|USER|ASSISTANT|FUNCTION RESPONSE):",
+    ),
+    "Human:": ("\nAssistant:", r"(?:^|\n)[ \t]*(System|Human|Assistant):"),
 }
-_STYLES = {name: re.compile(pattern) for name, pattern in STYLES.items()}
+_STYLES = [(literal, re.compile(pattern)) for literal, pattern in STYLES.values()]
 _WORDS = {
     **dict.fromkeys(("[inst]", "instruction", "input"), "user"),
     **dict.fromkeys(("[/inst]", "response"), "assistant"),
+    "[system_prompt]": "system",
 }
-_ENDS = re.compile(
-    r"(?:<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<\|end\|>|<\|endoftext\|>|<\|end_of_text\|>"
-    r"|</s>|### End)\s*$"
+_ENDS = (
+    *("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_text|>"),
+    *("</s>", "[/SYSTEM_PROMPT]"),
 )
 _BEGINNINGS = re.compile(r"^\s*(?:<s>|<bos>|<\|begin_of_text\|>)")
 _SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>", re.DOTALL)
@@ -44,8 +55,8 @@ def marked_turns(text: str, name: str, notes: Notes) -> tuple[Messages, Masks]:
         BadField: the text has no markers that are known, an unknown role, or an empty turn.
     """
     found = []
-    for style in _STYLES.values():
-        pieces = style.split(text)
+    for literal, style in _STYLES:
+        pieces = style.split(text) if literal in text else []
         if {"user", "assistant"} <= {_role(word) for word in pieces[1::2]}:
             found.append(pieces)
     if not found:
@@ -92,7 +103,10 @@ def _role(word: str) -> str:
 
 
 def _bare(text: str) -> str:
-    text = _BEGINNINGS.sub("", text)
-    while match := _ENDS.search(text):
-        text = text[: match.start()]
-    return text.strip()
+    text = _BEGINNINGS.sub("", text).rstrip()
+    end = len(text)
+    while found := next((one for one in _ENDS if text.endswith(one, 0, end)), None):
+        end -= len(found)
+        while end and text[end - 1].isspace():
+            end -= 1
+    return text[:end].lstrip()

@@ -118,9 +118,7 @@ def _read_lists(cells: Cells, notes: Notes, asked_by: str | None, by: str) -> Fo
         raise BadField(f"'{by}' is empty")
     _refuse_history(cells, f"a '{asked_by or by}' of messages is not read; write it into it")
     if "response" in cells.given and any(one["role"] == "user" for one in replies):
-        questions = [one["content"] for one in replies if one["role"] == "user"]
-        if isinstance(asked, str) and asked.strip() and asked not in questions:
-            raise BadField(f"'{asked_by}' is another text than the questions in '{by}'")
+        _check_prompt(asked, asked_by or by, replies, by)
         replies, masks = shaped(replies, masks, by, notes)
         return replies, _last_answer(replies, masks)
     if isinstance(asked, str):
@@ -128,6 +126,18 @@ def _read_lists(cells: Cells, notes: Notes, asked_by: str | None, by: str) -> Fo
     before, before_masks = conversation(asked, asked_by or by, notes)
     before_masks = [bool(mask) for mask in before_masks]
     return shaped(before + replies, before_masks + masks, f"{asked_by} + {by}", notes)
+
+
+def _check_prompt(asked: object, asked_by: str, replies: Messages, by: str) -> None:
+    """Refuse a prompt that is not in the conversation which is to hold it."""
+    if isinstance(asked, str):
+        questions = [one["content"] for one in replies if one["role"] == "user"]
+        found = not asked.strip() or asked in questions
+    else:
+        before, _ = conversation(asked, asked_by, Notes())
+        found = before == replies[: len(before)]
+    if not found:
+        raise BadField(f"'{asked_by}' is not the prompt in '{by}', but another text")
 
 
 def _last_answer(messages: Messages, masks: Masks) -> Masks:

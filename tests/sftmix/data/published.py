@@ -169,7 +169,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"conversation": [{"input": "Add 1 and 2.", "output": "3", "system": "Be brief."}]},
         [SYSTEM, *PAIR],
     ),
-    "BELLE": (
+    "MOSS, as Firefly has it": (
         {"conversation": [{"human": "Add 1 and 2.", "assistant": "3"}], "category": "sums"},
         PAIR,
     ),

@@ -66,6 +66,7 @@ TEXTS = {
     "ChatML": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nAdd 1 and 2.<|im_end|>\n"
     "<|im_start|>assistant\n3<|im_end|>\n",
     "Llama 2": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nAdd 1 and 2. [/INST] 3 </s>",
+    "Mistral": "<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST]Add 1 and 2.[/INST]3</s>",
     "Llama 3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\nAdd 1 and 2.<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n3<|eot_id|>",
@@ -99,6 +100,13 @@ def test_what_stands_between_markers_is_the_turn(
 ) -> None:
     [example] = read(tmp_path, {"text": text})
     assert example.messages == tuple(messages)
+
+
+def test_a_text_of_nothing_but_ends_takes_no_longer(tmp_path: Path) -> None:
+    """Twenty thousand ends take milliseconds, where the square of their number took a minute."""
+    text = f"### Human: a### Assistant: b{'</s> ' * 20_000}"
+    [example] = read(tmp_path, {"text": text})
+    assert example.messages == (user("a"), said("b"))
 
 
 @pytest.mark.parametrize(
@@ -206,6 +214,7 @@ GIVEN: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = [
     ("response=chosen", {"prompt": "Add 1 and 2.", **CHOSEN}, PAIR),
     ("response=chosen", {"prompt": [PAIR[0]], "chosen": [PAIR[1]], "rejected": [said("4")]}, PAIR),
     ("response=chosen", {"prompt": "Add 1 and 2.", "chosen": [PAIR[1]], "rejected": []}, PAIR),
+    ("response=chosen", {"prompt": PAIR[:1], **CHOSEN}, PAIR),
     ("response=chosen", CHOSEN, PAIR),
     ("response=chosen", {"chosen": TEXTS["HH-RLHF"], "rejected": "x"}, [SYSTEM, *PAIR]),
 ]  # fmt: skip
@@ -227,7 +236,9 @@ def test_only_the_last_answer_of_a_chosen_conversation_is_learnt(tmp_path: Path)
     assert example.messages == tuple(TWO)
     assert example.learnt == (False, False, False, True)
     reason = refused(tmp_path, {**row, "prompt": "Other?"}, columns="response=chosen")
-    assert "'prompt' is another text than the questions in 'chosen'" in reason
+    assert "'prompt' is not the prompt in 'chosen', but another text" in reason
+    reason = refused(tmp_path, {**row, "prompt": [user("Other?")]}, columns="response=chosen")
+    assert "'prompt' is not the prompt in 'chosen'" in reason
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,15 @@ def test_the_rows_that_alpagasus_kept() -> None:
     assert len(select(examples, {text: parse_selection(text, on_bad_row="skip")})) == 935
 
 
+def test_keys_are_read_as_the_data_are(tmp_path: Path) -> None:
+    rows = [{"ask": f"q{n}", "say": "a"} for n in range(3)]
+    columns = {"prompt": "ask", "response": "say"}
+    examples = load_examples([write(tmp_path / "data.jsonl", rows)], columns=columns)
+    listed = write(tmp_path / "keys.jsonl", rows[1:])
+    selection = parse_selection(f"keys:{listed}", columns=columns)
+    assert [one.id for one in select(examples, {"keys": selection})] == [1, 2]
+
+
 def test_splits_are_those_of_the_data_the_keys_and_the_held_out_data(
     toy_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
