@@ -76,8 +76,8 @@ def _check_reached(name: str, path: str, revision: str | None) -> None:
         return
     if not _is_cached(path):
         raise FileNotFoundError(
-            f"data: no file or folder {name!r}, and the hub, which may have a data set of this "
-            "name, is not reached; give a file or a folder, or download the data set first"
+            f"data: no file or folder {name!r}, and no data set of this name is in the cache; the "
+            "hub is not reached: give a file or a folder, or download the data set first"
         )
     if not constants.HF_HUB_OFFLINE:
         logger.warning(

@@ -333,7 +333,7 @@ def _held(found: dict[str, Any]) -> Iterator[Row] | None:
     if values and all(isinstance(one, dict) and one for one in values):
         keys = list(values[0])
         if not all(key.isdigit() for key in keys) or any(list(one) != keys for one in values):
-            return _numbered(values) if _fits(values) else None
+            return _numbered(values)
         values = [list(one.values()) for one in values]  # as pandas writes columns
     elif not _are_columns(values):
         return None

@@ -145,7 +145,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(VALUES, st.booleans())
 def test_a_line_has_the_value_that_json_gives(value: Any, ascii_only: bool) -> None:
     line = json.dumps(value, ensure_ascii=ascii_only)

@@ -193,7 +193,7 @@ def test_an_unreachable_hub_is_said_at_once(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     begin = time.monotonic()
     with pytest.raises(
-        FileNotFoundError, match=r"no file or folder 'someone/mySums:main', and the"
+        FileNotFoundError, match=r"no file or folder 'someone/mySums:main'.* not reached"
     ):
         load_examples(["someone/mySums:main"])
     assert not is_reached("someone/sums")
@@ -240,7 +240,10 @@ def test_a_folder_whose_card_has_configs_is_read_as_it_says(tmp_path: Path) -> N
         ("link", "--data: link: a link to gone, which does not exist"),
         ("none/*.jsonl", "--data: no file matches 'none/*.jsonl'"),
         ("typo.csv.gz", "--data: no such data file: typo.csv.gz"),
-        ("someone/sums", "--data: no file or folder 'someone/sums', and the hub, which may have"),
+        (
+            "someone/sums",
+            "--data: no file or folder 'someone/sums', and no data set of this name is in the",
+        ),
         ("notes/notes.txt", "notes.txt: a data file must end in"),
         ("./typo", "--data: no file, folder or data set is named './typo'"),
         ("a b", "--data: no file, folder or data set is named 'a b'"),
