@@ -118,12 +118,10 @@ def preview(arguments: PreviewArguments, config: SFTMixConfig) -> None:
 def _unused(arguments: PreviewArguments, views: Sequence[View]) -> list[str]:
     """Return for each example a sentence about what of its row is not used."""
     selections = {text: parse_selection(text) for text in arguments.select or ()}
-    addresses = [one.example.source for one in views]
-    found = unused_of(addresses, arguments.data_split, columns_of(selections))
-    return [
-        f"not used: {printable(', '.join(map(repr, found[address])))}" if found[address] else ""
-        for address in addresses
-    ]
+    chosen = [one.example for one in views]
+    found = unused_of(chosen, arguments.data_split, columns_of(selections))
+    names = (printable(", ".join(map(repr, found.get(one.id, ())))) for one in chosen)
+    return [f"not used: {text}" if text else "" for text in names]
 
 
 def _pairs(
