@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ from sftmix.runs.interrupts import Interrupted, handled
 
 COMMANDS = {
     "score": "score every example during one epoch and split at the median",
+    "preview": "examples as the model reads them, and the pairs as they would be mixed",
     "plan": "memory of a training step, by part, and the longest sequences that fit a GPU",
     "split": "rewrite the halves of a scored run, or make levels of them",
     "train": "train a model with SFTMix or a method it is compared with",
@@ -64,6 +66,10 @@ def main(words: Sequence[str] | None = None) -> int:
     and SIGTERM 143, with one line that says what was saved.
     """
     words = list(sys.argv[1:] if words is None else words)
+    for stream in (sys.stdout, sys.stderr):
+        # Data has letters that a terminal in another encoding than UTF-8 lacks.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with handled(STOPPED):
             return _main(words)

@@ -40,14 +40,13 @@ __all__ = [
     "content_hash",
     "data_hash",
     "load_examples",
-    "rows_by_file",
 ]
 
 logger = logging.getLogger(__name__)
 
 TrainOn = Literal["responses", "all"]
 
-NAMES_SHOWN = 20  # columns in a warning; files in a line
+NAMES_SHOWN = 20  # columns in a warning; empty files
 # The first rows of a file tell its format, nearly always: if all rows tell another one, the file is
 # read again.
 FIRST_ROWS = 100
@@ -71,6 +70,7 @@ def load_examples(
     train_on: TrainOn = "responses",
     encoding: str = "utf-8",
     streaming: bool = False,
+    quiet: bool = False,
     disable_progress: bool | None = False,
 ) -> Examples:
     """Read examples from files, folders of them, or `datasets` by name.
@@ -82,7 +82,8 @@ def load_examples(
     columns and fields that are not used. `on_bad_row="mend"` mends conversations by the rules of
     `shapes.py`, and leaves out the rest. `numbers` names columns whose numbers examples keep; a row
     that lacks one is bad. `columns` names the columns of a format that is not known, as in
-    `{"prompt": "problem"}`; `train_on="all"` learns the whole text of the column `text`.
+    `{"prompt": "problem"}`; `train_on="all"` learns the whole text of the column `text`. `quiet`
+    logs nothing of what the examples' `reading` tells.
 
     Raises:
         BadRowError: a row is bad, with its file, line and reason.
@@ -97,21 +98,13 @@ def load_examples(
     if train_on not in ("responses", "all"):
         raise ValueError(f"train_on: expected 'responses' or 'all', got {train_on!r}")
     find = functools.partial(format_of, columns=columns, whole=train_on == "all")
-    reader = _Reader(BadRows(on_bad_row), numbers, find, disable_progress)
+    reader = _Reader(BadRows(on_bad_row), numbers, find, quiet, disable_progress)
     for name in data:
         reader.read(
             name,
             open_sources(name, split, encoding=encoding, numbers=numbers, streaming=streaming),
         )
     return reader.finished()
-
-
-def rows_by_file(examples: Examples) -> str:
-    """Return one line with the number of examples in all and in each file."""
-    counts = examples.counts_by_file()
-    files = [f"{file!r} {count:,}" for file, count in counts.items()]
-    more = f", and {len(files) - NAMES_SHOWN} more files" if len(files) > NAMES_SHOWN else ""
-    return f"read {counts.total():,} rows: {', '.join(files[:NAMES_SHOWN])}{more}"
 
 
 _Find = Callable[[Iterable[Iterable[str]]], Form]
@@ -125,9 +118,10 @@ class _Reader:
         bad: BadRows,
         numbers: Sequence[str],
         find: _Find,
+        quiet: bool,
         disable_progress: bool | None,
     ) -> None:
-        self.bad, self.numbers, self.find = bad, numbers, find
+        self.bad, self.numbers, self.find, self.quiet = bad, numbers, find, quiet
         self.disable_progress = disable_progress
         self.examples = Examples()
         self.reading = self.examples.reading
@@ -149,13 +143,15 @@ class _Reader:
             ValueError: there are none.
         """
         total, empty = self.reading.rows.total(), ", ".join(self.empty[:NAMES_SHOWN])
-        self.bad.report(total)
+        if not self.quiet:
+            self.bad.report(total)
         if empty and not total:
             raise ValueError(f"{empty}: holds no rows")
         if empty:
             logger.warning("%s", printable(f"no rows in {empty}"))
         if not self.examples:
-            raise ValueError(f"data: no examples are left: all {total} rows are bad")
+            why = self.bad.reasons[0]
+            raise ValueError(f"data: no examples are left: all {total} rows are bad; {why}")
         places, first = self.examples.find_duplicates()
         self.reading.duplicates = len(places)
         for one, other in itertools.islice(zip(places.tolist(), first.tolist(), strict=True), 1):
@@ -222,9 +218,11 @@ class _Reader:
         part.rows[source] = shapes.total
         part.unused, part.forgiven = notes.unused, notes.forgiven
         self.reading.add(part)
-        _name(source, "forgiven", [f"{what} ({n:,})" for what, n in part.forgiven.most_common()])
-        columns = [f"{what!r} ({n:,} rows)" for what, n in part.unused.most_common()]
-        _name(source, "not used", columns)
+        if not self.quiet:
+            mended = [f"{what} ({n:,})" for what, n in part.forgiven.most_common()]
+            unread = [f"{what!r} ({n:,} rows)" for what, n in part.unused.most_common()]
+            _name(source, "forgiven", mended)
+            _name(source, "not used", unread)
         return None
 
     def _append(self, row: Row, form: Form, id: int, source: str, notes: Notes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from sftmix.runs.failures import printable
@@ -32,14 +33,18 @@ class BadRows:
 
     "mend" does so with those that cannot be mended.
 
+    `refuse` takes the error of each bad row that is left out.
+
     Raises:
         ValueError: `on_bad_row` is neither "error", "skip" nor "mend".
     """
 
-    def __init__(self, on_bad_row: OnBadRow) -> None:
+    def __init__(
+        self, on_bad_row: OnBadRow, refuse: Callable[[BadRowError], None] | None = None
+    ) -> None:
         if on_bad_row not in ("error", "skip", "mend"):
             raise ValueError(f"on_bad_row: expected 'error', 'skip' or 'mend', got {on_bad_row!r}")
-        self.on_bad_row = on_bad_row
+        self.on_bad_row, self.refuse = on_bad_row, refuse
         self.count = 0
         self.reasons: list[str] = []
 
@@ -48,6 +53,8 @@ class BadRows:
         if self.on_bad_row == "error":
             reason = f"{error.reason} (--on_bad_row skip leaves such rows out)"
             raise BadRowError(error.file, error.line, reason) from error
+        if self.refuse is not None:
+            self.refuse(error)
         self.count += 1
         if len(self.reasons) < REASONS_SHOWN:
             self.reasons.append(str(error))
