@@ -93,7 +93,8 @@ def is_reached(path: str, revision: str | None = None) -> bool:
     except Exception as error:  # of httpx, or of httpx2, or of what follows them
         if not is_library_error(error):
             raise
-        return getattr(error, "response", None) is not None
+        # A ValueError is of a name that the hub cannot have: `load_dataset` says so.
+        return isinstance(error, ValueError) or getattr(error, "response", None) is not None
     return True
 
 

@@ -196,6 +196,7 @@ def test_an_unreachable_hub_is_said_at_once(
     ):
         load_examples(["someone/mySums:main"])
     assert not is_reached("someone/sums")
+    assert is_reached("no..name")
     assert time.monotonic() - begin < 5
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_list(rows("kept"))
