@@ -41,6 +41,9 @@ def test_a_mixture(toy_model: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     words += ["--partition", str(scored / "confidence.parquet"), "--seed", "7", "--max_steps", "2"]
     words += ["--learning_rate", "0.01", "--save_strategy", "no", "--logging_steps", "1"]
     assert main(["train", *words, "--output", str(trained)]) == 0
+    card = (trained / "README.md").read_text()
+    assert "| weights | 2.0, 3.0 |" in card
+    assert str(tmp_path) not in card
     run = read_run(trained)
     assert run.recipe["sources"] == sources
     assert f"--data {one} {two}" in (text := " ".join(command(run).replace("\\\n", "").split()))

@@ -325,8 +325,8 @@ def test_examples_take_less_than_twice_the_memory_of_their_arrow_table(
     monkeypatch.setattr(json_rows, "BLOCK", 1 << 12)  # of a file much larger than a block
     text = "all work and no play makes Jack a dull boy "
     rows = [
-        {"messages": _chat(("user", f"{i} {text * 9}"), ("assistant", f"{text * 9} {i}"))}
-        for i in range(1500)
+        {"messages": _chat(("user", f"{i} {text * 60}"), ("assistant", f"{text * 60} {i}"))}
+        for i in range(1000)
     ]
     path = _jsonl(tmp_path / "data.jsonl", rows)
     size = pa.Table.from_pylist(rows).nbytes
@@ -336,7 +336,7 @@ def test_examples_take_less_than_twice_the_memory_of_their_arrow_table(
     examples = load_examples([path])
     kept, peak = (one - before for one in tracemalloc.get_traced_memory())
     tracemalloc.stop()
-    assert len(examples) == 1500
+    assert len(examples) == 1000
     assert kept < 1.4 * size
     assert peak < 2 * size
 

@@ -37,7 +37,7 @@ def slowly(value: Any) -> bytes:
     return text.encode("utf-8")
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(VALUES)
 def test_any_value_has_the_canonical_json_of_the_standard_library(value: Any) -> None:
     text, alike = canonical(value)
