@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,14 +42,18 @@ class BadRowError(ValueError):
 class BadRows:
     """Raise at the first bad row ("error"), or count bad rows and report them once ("skip").
 
+    `refuse` takes the error of each bad row that is left out.
+
     Raises:
         ValueError: `on_bad_row` is neither.
     """
 
-    def __init__(self, on_bad_row: OnBadRow) -> None:
+    def __init__(
+        self, on_bad_row: OnBadRow, refuse: Callable[[BadRowError], None] | None = None
+    ) -> None:
         if on_bad_row not in ("error", "skip"):
             raise ValueError(f"on_bad_row: expected 'error' or 'skip', got {on_bad_row!r}")
-        self.on_bad_row = on_bad_row
+        self.on_bad_row, self.refuse = on_bad_row, refuse
         self.count = 0
         self.reasons: list[str] = []
 
@@ -58,6 +62,8 @@ class BadRows:
         if self.on_bad_row == "error":
             reason = f"{error.reason} (--on_bad_row skip leaves such rows out)"
             raise BadRowError(error.file, error.line, reason) from error
+        if self.refuse is not None:
+            self.refuse(error)
         self.count += 1
         if len(self.reasons) < REASONS_SHOWN:
             self.reasons.append(str(error))

@@ -37,6 +37,7 @@ class Reading:
     unused: Counter[str] = field(default_factory=Counter)  # rows by column or field
     duplicates: int = 0  # examples whose content an earlier one has
     first_duplicate: tuple[str, str] | None = None  # it, and the earlier one
+    cut: int = 0  # examples longer than `max_length`, which lose their end
     # Of each file or name of the data: its first id, and the one after its last.
     sources: list[tuple[str, int, int]] = field(default_factory=list)
 
@@ -84,6 +85,7 @@ class Reading:
             "forgiven": dict(self.forgiven),
             "unused": dict(self.unused),
             "duplicates": self.duplicates,
+            "cut": self.cut,
         }
 
 

@@ -48,7 +48,12 @@ def printable(text: str) -> str:
     >>> printable("no file \x1b[31mred\nsftmix: all is well")
     'no file \\x1b[31mred\n  sftmix: all is well'
     """
-    return "".join(map(_shown, redacted(text))).replace("\n", "\n  ")
+    return escaped(redacted(text)).replace("\n", "\n  ")
+
+
+def escaped(text: str) -> str:
+    """Return the text with control characters spelled out, except for tabs and line breaks."""
+    return "".join(map(_shown, text))
 
 
 def _shown(character: str) -> str:

@@ -31,9 +31,24 @@ def redacted(value: Any) -> Any:
         return [redacted(one) for one in value]
     if not isinstance(value, str):
         return value
-    text = IN_QUERY.sub(rf"\1{HIDDEN}", IN_URL.sub(HIDDEN, value))
-    text = TOKENS.sub(HIDDEN, text)
+    parts, end = [], 0
+    for begin, behind in secrets_in(value):
+        parts += [value[end:begin], HIDDEN]
+        end = behind
+    return "".join([*parts, value[end:]])
+
+
+def secrets_in(text: str) -> list[tuple[int, int]]:
+    """Return where each secret of a text begins and ends, in order."""
+    found = [match.span() for pattern in (IN_URL, TOKENS) for match in pattern.finditer(text)]
+    found += [(match.end(1), match.end()) for match in IN_QUERY.finditer(text)]
     for name, secret in os.environ.items():
         if len(secret) >= SHORTEST and SECRET_NAMES.search(name):
-            text = text.replace(secret, HIDDEN)
-    return text
+            found += [match.span() for match in re.finditer(re.escape(secret), text)]
+    apart: list[tuple[int, int]] = []
+    for begin, end in sorted(found):
+        if apart and begin < apart[-1][1]:
+            apart[-1] = apart[-1][0], max(end, apart[-1][1])
+        else:
+            apart.append((begin, end))
+    return apart

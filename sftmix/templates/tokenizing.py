@@ -28,6 +28,7 @@ from sftmix.conventions import IGNORE_INDEX
 from sftmix.data.examples import Example
 from sftmix.data.examples_check import largest_id
 from sftmix.data.rows import BadRowError, BadRows, OnBadRow
+from sftmix.data.summary import Reading
 from sftmix.templates.boundaries import parted_at_responses
 from sftmix.templates.chat import Turns, adopt_template, bad_row
 from sftmix.templates.rendering import Span
@@ -106,6 +107,7 @@ def tokenize_examples(
     *,
     max_length: int = 2048,
     on_bad_row: OnBadRow = "error",
+    reading: Reading | None = None,
     disable_progress: bool | None = False,
 ) -> datasets.Dataset:
     """Tokenise examples into a dataset of `id`, `content_hash`, `input_ids` and `labels`.
@@ -114,7 +116,8 @@ def tokenize_examples(
     given, and tokenised as a whole, as far as `max_length` needs; a token is a response token if it
     starts inside an assistant turn. Sequences longer than `max_length` are cut from the right, so a
     response loses its tail; one log line says how many were. Labels are not shifted and the first
-    token is never predicted, so an example needs a label after it.
+    token is never predicted, so an example needs a label after it. With a `reading`, examples that
+    are refused or cut are counted there, and not logged.
 
     Raises:
         BadRowError: no response token is left within `max_length`; the template refuses the
@@ -135,7 +138,8 @@ def tokenize_examples(
     if any(example.messages is not None for example in examples):
         adopt_template(tokenizer)
         turns_of = Turns(tokenizer)
-    making = _Dataset(tokenizer, turns_of, max_length, BadRows(on_bad_row))
+    bad = BadRows(on_bad_row, None if reading is None else reading.refuse)
+    making = _Dataset(tokenizer, turns_of, max_length, bad)
     with tqdm(
         total=len(examples),
         desc="Tokenising",
@@ -147,12 +151,16 @@ def tokenize_examples(
             making.add(example)
             bar.update()
     made = making.finished()
-    making.bad.report(len(examples))
+    if reading is None:
+        bad.report(len(examples))
     if turns_of is not None:
         turns_of.report()
     if not made:
-        raise ValueError(f"data: no examples are left of {len(examples)}")
-    if making.truncated:
+        why = "; ".join([f"data: no examples are left of {len(examples)}", *bad.reasons[:1]])
+        raise ValueError(why)
+    if reading is not None:
+        reading.cut += making.truncated
+    elif making.truncated:
         logger.warning(
             "%d of %d rows were longer than max_length=%d and lost their end",
             making.truncated,
@@ -160,6 +168,21 @@ def tokenize_examples(
             max_length,
         )
     return datasets.concatenate_datasets(made)
+
+
+def first_tokens(
+    example: Example, tokenizer: PreTrainedTokenizerBase, most: int
+) -> tuple[list[int], list[int], bool]:
+    """Return the first `most` tokens of an example, their labels, and whether there are more.
+
+    Raises:
+        BadRowError: as `tokenize_examples` does.
+    """
+    turns_of = None if example.messages is None else Turns(tokenizer)
+    making = _Dataset(tokenizer, turns_of, most, BadRows("error"))
+    making.add(example)
+    [table] = making.finished()
+    return table[0]["input_ids"], table[0]["labels"], bool(making.truncated)
 
 
 class _Dataset:
