@@ -60,7 +60,7 @@ def make_task(data: Path, number: int, folder: Path, device: str = "cpu") -> Tas
     build_toy_model(folder, files, max_length=MAX_LENGTH, on_bad_row="skip")
     arguments = RunArguments(str(folder), files, "", max_length=MAX_LENGTH, on_bad_row="skip")
     tokenizer, model = load_tokenizer(arguments), load_model(arguments).eval().to(device)
-    examples = load_data(arguments, tokenizer)
+    examples, _ = load_data(arguments, tokenizer)
     examples = examples.select([place % len(examples) for place in range(number)])
     collator, lengths = make_collator(tokenizer), sequence_lengths(examples)
     most = inspect.signature(score_examples).parameters["max_tokens"].default

@@ -72,8 +72,9 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
         tokenizer = load_tokenizer(arguments)
         refuse_misfits(arguments, tokenizer)
         set_template_date(tokenizer, date)
-        dataset = load_data(arguments, tokenizer, disable_progress=config.disable_tqdm)
-        numbers = recipe(arguments, config, dataset, tokenizer)
+        quiet = config.disable_tqdm
+        dataset, found = load_data(arguments, tokenizer, disable_progress=quiet)
+        numbers = recipe(arguments, config, dataset, tokenizer, reading=found)
     refuse_differences(numbers)
     if not on_main(lambda: (run / PARTITION).exists()):
         with together():

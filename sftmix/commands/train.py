@@ -126,8 +126,8 @@ def train(
         refuse_misfits(arguments, tokenizer)
         quiet = config.disable_tqdm
         # The short data are read first, which tells a wrong name in them at once.
-        held_out = load_held_out(arguments, tokenizer, disable_progress=quiet)
-        dataset = load_data(arguments, tokenizer, disable_progress=quiet)
+        held_out, found = load_held_out(arguments, tokenizer, disable_progress=quiet)
+        dataset, more = load_data(arguments, tokenizer, disable_progress=quiet)
         warn_of_overlap(dataset, held_out)
         confident, scores_hash, subsets = read_subsets(arguments, dataset, tokenizer)
         trainer = SFTMixTrainer(
@@ -145,7 +145,8 @@ def train(
             "partition": scores_hash,
             "eval_data_hash": None if held_out is None else data_hash(held_out["content_hash"][:]),
         }
-        numbers = recipe(arguments, config, dataset, tokenizer, **hashes)
+        found = {**more, **found}
+        numbers = recipe(arguments, config, dataset, tokenizer, reading=found, **hashes)
     refuse_differences(numbers)
     files = {"partition": arguments.partition, "eval_data": arguments.eval_data}
     if arguments.eval_data:

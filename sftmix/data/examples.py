@@ -47,12 +47,11 @@ __all__ = [
     "content_hash",
     "data_hash",
     "load_examples",
-    "rows_by_file",
 ]
 
 logger = logging.getLogger(__name__)
 
-NAMES_SHOWN = 20  # columns in a warning; files in a line
+NAMES_SHOWN = 20  # columns in a warning; empty files
 # The first rows of a file tell its format, nearly always: if all rows tell another one, the file is
 # read again.
 FIRST_ROWS = 100
@@ -75,6 +74,7 @@ def load_examples(
     on_bad_row: OnBadRow = "error",
     split: str = "train",
     numbers: Sequence[str] = (),
+    quiet: bool = False,
     disable_progress: bool | None = False,
 ) -> Examples:
     """Read examples from JSON, JSONL and parquet files, folders of them, or `datasets` by name.
@@ -83,7 +83,8 @@ def load_examples(
     name (`someone/name`, `someone/name:config`) are read, and how `split` chooses among what they
     hold. The formats are those of this module's docstring. `on_bad_row="skip"` leaves bad rows out
     and logs one warning; another one for each file names columns and fields that are not used.
-    `numbers` names columns whose numbers examples keep; a row that lacks one is bad.
+    `numbers` names columns whose numbers examples keep; a row that lacks one is bad. `quiet` logs
+    nothing of what the examples' `reading` tells.
 
     Raises:
         BadRowError: a row is bad, with its file, line and reason.
@@ -95,25 +96,20 @@ def load_examples(
         raise TypeError(f"data: expected a list of files or names, got the single {data!r}")
     if not data:
         raise ValueError("data: expected at least one file or name, got none")
-    reader = _Reader(BadRows(on_bad_row), numbers, disable_progress)
+    reader = _Reader(BadRows(on_bad_row), numbers, quiet, disable_progress)
     for name in data:
         reader.read(name, functools.partial(open_sources, name, split))
     return reader.finished()
 
 
-def rows_by_file(examples: Examples) -> str:
-    """Return one line with the number of examples in all and in each file."""
-    counts = examples.counts_by_file()
-    files = [f"{file!r} {count:,}" for file, count in counts.items()]
-    more = f", and {len(files) - NAMES_SHOWN} more files" if len(files) > NAMES_SHOWN else ""
-    return f"read {counts.total():,} rows: {', '.join(files[:NAMES_SHOWN])}{more}"
-
-
 class _Reader:
     """Reads files one after another into `examples`."""
 
-    def __init__(self, bad: BadRows, numbers: Sequence[str], disable_progress: bool | None) -> None:
-        self.bad, self.numbers, self.disable_progress = bad, numbers, disable_progress
+    def __init__(
+        self, bad: BadRows, numbers: Sequence[str], quiet: bool, disable_progress: bool | None
+    ) -> None:
+        self.bad, self.numbers, self.quiet = bad, numbers, quiet
+        self.disable_progress = disable_progress
         self.examples = Examples()
         self.reading = self.examples.reading
         self.empty: list[str] = []
@@ -138,13 +134,15 @@ class _Reader:
             ValueError: there are none.
         """
         total, empty = self.reading.rows.total(), ", ".join(self.empty[:NAMES_SHOWN])
-        self.bad.report(total)
+        if not self.quiet:
+            self.bad.report(total)
         if empty and not total:
             raise ValueError(f"{empty}: holds no rows")
         if empty:
             logger.warning("%s", printable(f"no rows in {empty}"))
         if not self.examples:
-            raise ValueError(f"data: no examples are left: all {total} rows are bad")
+            why = self.bad.reasons[0]
+            raise ValueError(f"data: no examples are left: all {total} rows are bad; {why}")
         places, first = self.examples.find_duplicates()
         self.reading.duplicates = len(places)
         for one, other in itertools.islice(zip(places.tolist(), first.tolist(), strict=True), 1):
@@ -209,7 +207,8 @@ class _Reader:
             raise error
         part.rows[source] = shapes.total
         self.reading.add(part)
-        _name_unused(source, part.unused)
+        if not self.quiet:
+            _name_unused(source, part.unused)
         return None
 
     def _append(

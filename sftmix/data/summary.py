@@ -37,7 +37,9 @@ class Reading:
     unused: Counter[str] = field(default_factory=Counter)  # rows by column or field
     duplicates: int = 0  # examples whose content an earlier one has
     first_duplicate: tuple[str, str] | None = None  # it, and the earlier one
-    cut: int = 0  # examples longer than `max_length`, which lose their end
+    kept: int = 0  # examples that were tokenised, none of them copied
+    cut: int = 0  # examples of these longer than `max_length`, which lose their end
+    mixture: str = ""  # how often each source's examples come, where `--weights` says so
     # Of each file or name of the data: its first id, and the one after its last.
     sources: list[tuple[str, int, int]] = field(default_factory=list)
 

@@ -278,8 +278,8 @@ def with_config(words: Sequence[str], parser: argparse.ArgumentParser) -> list[s
         field.name for cls in (TrainRunArguments, ScoreConfig) for field in dataclasses.fields(cls)
     }
     command = parser.prog.split()[-1]
-    # `sftmix plan` plans a training.
-    command = "train" if command == "plan" else command
+    # `sftmix plan` plans a training, and `sftmix preview` shows what it would read.
+    command = "train" if command in ("plan", "preview") else command
     with Naming("config"):
         typed = config_words(given.config, command, takes, training, single=single)
     return [*typed, *rest]

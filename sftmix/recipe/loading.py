@@ -9,23 +9,27 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from sftmix.conventions import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from sftmix.data.examples import Examples, load_examples, rows_by_file
+from sftmix.data.examples import Examples, load_examples
 from sftmix.data.examples_check import check_command
 from sftmix.data.mixture import mixed, mixture_line
 from sftmix.data.selection import columns_of, parse_selection, select
+from sftmix.data.summary import Reading
 from sftmix.model.source import ReadingModel
 from sftmix.model.weights import refuse_not_finite, refuse_other_tensors, without_message
 from sftmix.recipe.arguments import RunArguments, TrainRunArguments
-from sftmix.runs.failures import Naming, printable
-from sftmix.runs.ranks import say
+from sftmix.recipe.preview import Lengths, Screen, numbers_of, summary
+from sftmix.runs.failures import Naming
+from sftmix.runs.ranks import is_main
 from sftmix.templates.chat import adopt_template
 from sftmix.templates.files import use_template
 from sftmix.templates.tokenizing import tokenize_examples
+from sftmix.templates.view import view
 
 logger = logging.getLogger(__name__)
 
@@ -228,15 +232,16 @@ def refuse_misfits(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) 
     check_command(empty, tokenizer, arguments.max_length)
 
 
-def load_data(
+def read_data(
     arguments: RunArguments,
     tokenizer: PreTrainedTokenizerBase,
     *,
     disable_progress: bool | None = False,
-) -> datasets.Dataset:
-    """Return the examples of `--data` that `--select` keeps, as tokens.
+) -> tuple[Examples, datasets.Dataset]:
+    """Return the examples of `--data` that `--select` keeps, as they are and as tokens.
 
-    Of several data each example has the name of its `source`, and `--weights` adds copies.
+    Of several data each example has the name of its `source`, and `--weights` adds copies to the
+    tokens.
     """
     split, on_bad_row = arguments.data_split, arguments.on_bad_row
     selections = {
@@ -249,18 +254,37 @@ def load_data(
             on_bad_row=on_bad_row,
             split=split,
             numbers=columns_of(selections),
+            quiet=True,
             disable_progress=disable_progress,
         )
-    say(rows_by_file(examples))
-    say_duplicates(examples)
     examples = select(examples, selections)
     dataset = _tokenized(examples, arguments, tokenizer, disable_progress=disable_progress)
     sources = examples.reading.sources
     if len(sources) == 1:
-        return dataset
+        return examples, dataset
     if arguments.weights is not None:
-        say(printable(mixture_line(dataset["id"][:], sources, arguments.weights)))
-    return mixed(dataset, sources, arguments.weights)
+        line = mixture_line(dataset["id"][:], sources, arguments.weights)
+        examples.reading.mixture = line
+    return examples, mixed(dataset, sources, arguments.weights)
+
+
+def load_data(
+    arguments: RunArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    disable_progress: bool | None = False,
+) -> tuple[datasets.Dataset, dict[str, Any]]:
+    """Return the examples of `--data` that `--select` keeps as tokens, and what was counted.
+
+    One example is printed as the model reads it, and a summary.
+    """
+    examples, tokens = read_data(arguments, tokenizer, disable_progress=disable_progress)
+    if is_main():
+        first = examples[int(np.flatnonzero(examples.ids == tokens[0]["id"])[0])]
+        screen = Screen()
+        screen.line(screen.legend)
+        screen.example(view(first, tokenizer, arguments.max_length))
+    return tokens, summed_up("data", examples.reading, tokens, arguments.max_length)
 
 
 def load_held_out(
@@ -268,20 +292,30 @@ def load_held_out(
     tokenizer: PreTrainedTokenizerBase,
     *,
     disable_progress: bool | None = False,
-) -> datasets.Dataset | None:
-    """Return all examples of `--eval_data` as tokens; None if it is not given."""
+) -> tuple[datasets.Dataset | None, dict[str, Any]]:
+    """Return all examples of `--eval_data` as tokens, None if it is not given; and their counts."""
     if not arguments.eval_data:
-        return None
+        return None, {}
     with Naming("eval_data", other="data"):
         examples = load_examples(
             arguments.eval_data,
             on_bad_row=arguments.on_bad_row,
             split=arguments.eval_split,
+            quiet=True,
             disable_progress=disable_progress,
         )
-    say(rows_by_file(examples))
-    say_duplicates(examples)
-    return _tokenized(examples, arguments, tokenizer, disable_progress=disable_progress)
+    tokens = _tokenized(examples, arguments, tokenizer, disable_progress=disable_progress)
+    return tokens, summed_up("eval_data", examples.reading, tokens, arguments.max_length)
+
+
+def summed_up(
+    name: str, reading: Reading, tokens: datasets.Dataset, max_length: int
+) -> dict[str, Any]:
+    """Print the summary of what was read under an option, and return its numbers."""
+    lengths = Lengths.of(tokens)
+    if is_main():
+        Screen().summary(name, summary(reading, len(tokens), lengths, max_length))
+    return {name: numbers_of(reading, lengths)}
 
 
 def warn_of_overlap(dataset: datasets.Dataset, held_out: datasets.Dataset | None) -> None:
@@ -300,12 +334,6 @@ def warn_of_overlap(dataset: datasets.Dataset, held_out: datasets.Dataset | None
         )
 
 
-def say_duplicates(examples: Examples) -> None:
-    """Print one line if some examples have the content of others."""
-    if line := examples.reading.duplicates_line():
-        say(printable(line))
-
-
 def _tokenized(
     examples: Examples,
     arguments: RunArguments,
@@ -318,5 +346,6 @@ def _tokenized(
         tokenizer,
         max_length=arguments.max_length,
         on_bad_row=arguments.on_bad_row,
+        reading=examples.reading,
         disable_progress=disable_progress,
     )

@@ -32,8 +32,9 @@ from sftmix.training.config import SFTMixConfig
 
 logger = logging.getLogger(__name__)
 
-# Entries that are not compared: facts, the parts of hashes, and the note of `sftmix split`.
-NOT_RECIPE = ("versions", "files", "split", PARTS)
+# Entries that are not compared: facts, what reading the data found, the parts of hashes, and the
+# note of `sftmix split`.
+NOT_RECIPE = ("versions", "files", "split", "reading", PARTS)
 # Options whose content has a hash: equal content elsewhere, or chosen otherwise, is the same.
 BY_CONTENT = {
     "model": "model_hash",

@@ -17,7 +17,7 @@ from sftmix.methods import METHODS, OPTIONS, title_of
 from sftmix.pairs.partition import Partition, partition_hash, read_partition
 
 # Of a manifest, not of the recipe.
-NOT_RECIPE = ("versions", "files", "split", "parts")
+NOT_RECIPE = ("versions", "files", "split", "reading", "parts")
 # What a method brings with it: two methods differ in these as well.
 OF_METHOD = {"method", "partition", *OPTIONS}
 # What data were made with: they are the same where their hash is.

@@ -159,6 +159,7 @@ def tokenize_examples(
         why = "; ".join([f"data: no examples are left of {len(examples)}", *bad.reasons[:1]])
         raise ValueError(why)
     if reading is not None:
+        reading.kept += sum(map(len, made))
         reading.cut += making.truncated
     elif making.truncated:
         logger.warning(

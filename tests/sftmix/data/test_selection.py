@@ -167,9 +167,9 @@ def test_splits_are_those_of_the_data_the_keys_and_the_held_out_data(
         eval_data=["own/held-out"], eval_split="second",
     )  # fmt: skip
     tokenizer = load_tokenizer(arguments)
-    held_out = load_held_out(arguments, tokenizer)
+    held_out, _ = load_held_out(arguments, tokenizer)
     assert held_out is not None
-    for found, split in ((load_data(arguments, tokenizer), "first"), (held_out, "second")):
+    for found, split in ((load_data(arguments, tokenizer)[0], "first"), (held_out, "second")):
         assert found["content_hash"][:] == [content_hash(row) for row in rows(split)]
 
 
