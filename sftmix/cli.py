@@ -20,6 +20,7 @@ from sftmix.runs.interrupts import Interrupted, handled
 
 COMMANDS = {
     "score": "score every example during one epoch and split at the median",
+    "preview": "examples as the model reads them, and the pairs as they would be mixed",
     "plan": "memory of a training step, by part, and the longest sequences that fit a GPU",
     "split": "rewrite the halves of a scored run, or make levels of them",
     "train": "train a model with SFTMix or a method it is compared with",

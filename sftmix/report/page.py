@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup
 
 from sftmix.report.drawing import LeftOut, Picture
 from sftmix.runs.folders import atomic_write
@@ -36,7 +37,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; it ends with what was left out. Tables in `folded` are shown closed."""
+    """A part of the page; it ends with what was left out. Tables in `folded` are shown closed.
+
+    `blocks` are elements of the page as they are, whose text is escaped already.
+    """
 
     title: str
     paragraphs: Sequence[str] = ()
@@ -45,6 +49,7 @@ class Section:
     parts: Sequence[Picture | LeftOut] = ()
     commands: Sequence[str] = ()
     folded: Sequence[Table] = ()
+    blocks: Sequence[Markup] = ()
 
     @property
     def pictures(self) -> list[Picture]:

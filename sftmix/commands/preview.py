@@ -1,0 +1,146 @@
+"""Show examples as the model reads them, and pairs as they would be mixed (`sftmix preview`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from sftmix.commands.train import read_subsets
+from sftmix.data.selection import columns_of, parse_selection
+from sftmix.data.unused import unused_of
+from sftmix.methods import method_of
+from sftmix.pairs.partition import Partition
+from sftmix.plan.planned import PlanConfig
+from sftmix.recipe.arguments import TrainRunArguments, parse
+from sftmix.recipe.first_batch import Pair, first_batch
+from sftmix.recipe.loading import load_tokenizer, read_data, refuse_misfits
+from sftmix.recipe.manifest import kept_date
+from sftmix.recipe.preview import Lengths, Screen, summary
+from sftmix.report.page import write_page
+from sftmix.report.preview import page
+from sftmix.runs.failures import Naming, printable
+from sftmix.runs.ranks import say
+from sftmix.templates.chat import set_template_date
+from sftmix.templates.view import View, texts_of, view, without_secrets
+from sftmix.training.config import SFTMixConfig, option
+from sftmix.training.trainer import make_collator
+
+
+@dataclasses.dataclass
+class PreviewArguments(TrainRunArguments):
+    """The arguments of `sftmix train`, of which the output is not needed."""
+
+    output: str = option("", "Not written", "ours")
+    number: int = option(3, "Examples to show, the first that training reads; 0: none", "ours")
+    html: str | None = option(
+        None, "New HTML file to write the same to, with the whole examples", "ours"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.number < 0:
+            raise ValueError(f"number: expected at least 0, got {self.number}")
+        if self.html is None:
+            return
+        if not self.html or Path(self.html).is_dir():
+            raise ValueError(f"html: expected a file, got the folder {self.html!r}")
+        if Path(self.html).exists():
+            raise ValueError(f"html: {self.html} exists; delete it or choose another")
+
+
+ARGUMENTS = (PreviewArguments, PlanConfig)
+
+
+def main(words: Sequence[str]) -> None:
+    """Run the command."""
+    preview(*parse(words, PreviewArguments, PlanConfig, "sftmix preview"))
+
+
+def preview(arguments: PreviewArguments, config: SFTMixConfig) -> None:
+    """Print the first examples, what was read, and the pairs of the first batch; write the page.
+
+    Raises:
+        ValueError: bad data, a partition of other data, or fewer examples than a batch.
+        OSError: the tokenizer or the model's config is not found, or the page cannot be written.
+    """
+    if arguments.html is not None:
+        with Naming("html"):
+            Path(arguments.html).parent.mkdir(parents=True, exist_ok=True)
+    scored = [Path(arguments.partition).parent] if arguments.partition is not None else []
+    tokenizer = load_tokenizer(arguments)
+    set_template_date(tokenizer, kept_date(*scored))
+    refuse_misfits(arguments, tokenizer)
+    examples, tokens = read_data(arguments, tokenizer, disable_progress=config.disable_tqdm)
+    partition, _, _ = read_subsets(arguments, tokens, tokenizer)
+    places = {id: place for place, id in enumerate(examples.ids.tolist())}
+    views = [
+        view(examples[places[id]], tokenizer, arguments.max_length)
+        for id in tokens["id"][: arguments.number]
+    ]
+    unused = _unused(arguments, views)
+    screen = Screen()
+    screen.line(screen.legend)
+    for one, left in zip(views, unused, strict=True):
+        screen.example(one)
+        if left:
+            screen.line(f"  {left}")
+    lines = summary(examples.reading, len(tokens), Lengths.of(tokens), arguments.max_length)
+    screen.summary("data", lines)
+    pairs, note = _pairs(config, tokens, partition, tokenizer)
+
+    def place(row: int) -> str:
+        """Return the address and the half or level of an example of the data set."""
+        assert partition is not None
+        address = examples.address(places[tokens[row]["id"]])
+        return printable(f"{address} ({partition.subset[row]})")
+
+    screen.pairs(note, pairs, place, arguments.number)
+    if arguments.html is not None:
+        name = printable(", ".join(arguments.data))
+        with Naming("html"):
+            made = page(name, views, unused, lines, note, pairs, place)
+            write_page(Path(arguments.html), made)
+        say(f"wrote {arguments.html}")
+
+
+def _unused(arguments: PreviewArguments, views: Sequence[View]) -> list[str]:
+    """Return for each example a sentence about what of its row is not used."""
+    selections = {text: parse_selection(text) for text in arguments.select or ()}
+    addresses = [one.example.source for one in views]
+    found = unused_of(addresses, arguments.data_split, columns_of(selections))
+    return [
+        f"not used: {printable(', '.join(map(repr, found[address])))}" if found[address] else ""
+        for address in addresses
+    ]
+
+
+def _pairs(
+    config: SFTMixConfig,
+    tokens: datasets.Dataset,
+    partition: Partition | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[list[Pair], str]:
+    """Return the pairs of the first batch, and a sentence about them."""
+    if not method_of(config.method).mixed:
+        return [], f"--method {config.method} mixes no pairs."
+    if partition is None:
+        return [], (
+            "No pairs are shown: --partition RUN/confidence.parquet of `sftmix score` says which "
+            "examples may be paired."
+        )
+    pairs, (rows, length) = first_batch(
+        config,
+        tokens,
+        partition,
+        make_collator(tokenizer, config),
+        lambda ids: without_secrets(texts_of(ids, tokenizer)),
+    )
+    return pairs, (
+        f"The first batch of --seed {config.seed} has {len(pairs)} pairs in {rows} rows of "
+        f"{length} tokens (--layout {config.layout}). The n-th response tokens of a pair are mixed "
+        "in the rows of hidden states that predict them."
+    )
