@@ -83,7 +83,7 @@ def model_card(
     recipe = redacted(dict(recipe))
     name = str(recipe["method"])
     method = METHODS.get(name)
-    hidden = ("method", "model", "data", PARTS, *idle_options(method))
+    hidden = ("method", "model", "data", "reading", PARTS, *idle_options(method))
     options = {name: value for name, value in recipe.items() if name not in hidden}
     if selected := options.get("select"):
         options["select"] = ", ".join(map(_public_selection, selected))

@@ -157,7 +157,14 @@ class Screen:
         """Print what was read under an option."""
         self.heading(f"Summary of --{name}")
         for subject, text in lines:
-            self.line(f"  {subject:<{SUBJECT}}{text}")
+            # A file's lines stay whole, for tools that search it.
+            width = self.console.width - SUBJECT - 2
+            whole = not self.console.is_terminal or width < SUBJECT
+            parts = (
+                [text] if whole else [str(part) for part in Text(text).wrap(self.console, width)]
+            )
+            for name, part in zip([subject, *[""] * len(parts)], parts, strict=False):
+                self.line(f"  {name:<{SUBJECT}}{part}".rstrip())
 
     def pairs(
         self, note: str, pairs: Sequence[Pair], place: Callable[[int], str], number: int
@@ -244,10 +251,10 @@ def summary(
         kinds = reading.top_reasons()
         count = sum(one.count for one in reading.refused.values())
         lines.append(("refused", f"{count:,} rows, which are left out"))
-        lines += [("", f"{one.count:>6,}  {printable(one.first)}") for one in kinds]
+        lines += [("", f"{one.count:,} like {printable(one.first)}") for one in kinds]
         others = len(reading.refused) - len(kinds)
         rest = count - sum(one.count for one in kinds)
-        lines += [("", f"{rest:>6,}  for {others} other reasons")] if others else []
+        lines += [("", f"{rest:,} for {others} other reasons")] if others else []
     if reading.forgiven:
         lines.append(("forgiven", _named(reading.forgiven.most_common())))
     if found := reading.duplicates_line():
@@ -261,7 +268,7 @@ def summary(
     lines.append(
         (
             "tokens",
-            f"{lengths.tokens:,} of {examples:,} examples; {', '.join(at)}; longest: "
+            f"{lengths.tokens:,} in {examples:,} examples; {', '.join(at)}; longest: "
             f"{lengths.longest:,}",
         )
     )

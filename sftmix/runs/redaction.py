@@ -26,7 +26,7 @@ def redacted(value: Any) -> Any:
     'https://***@host/rows.jsonl?token=***'
     """
     if isinstance(value, dict):
-        return {name: redacted(one) for name, one in value.items()}
+        return {redacted(name): redacted(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
         return [redacted(one) for one in value]
     if not isinstance(value, str):

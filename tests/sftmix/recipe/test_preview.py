@@ -107,7 +107,7 @@ def test_a_summary_says_all_that_happened_and_nothing_else() -> None:
     lengths = Lengths.of(dataset(4, 6))
     assert summary(reading, 2, lengths, 64) == [
         ("read", "125 rows: " + ", ".join(f"'{i}.jsonl' 5" for i in range(20)) + ", and 5 more"),
-        ("tokens", "10 of 2 examples; 5 %: 4, 50 %: 4, 95 %: 6; longest: 6"),
+        ("tokens", "10 in 2 examples; 5 %: 4, 50 %: 4, 95 %: 6; longest: 6"),
         ("learnt", "6 tokens (60.0%)"),
     ]
     for line in range(1, 8):
@@ -121,19 +121,35 @@ def test_a_summary_says_all_that_happened_and_nothing_else() -> None:
     assert lines[1:-2] == [
         ("refused", "28 rows, which are left out"),
         *(
-            ("", f"{n:>6,}  0.jsonl:{10 * n}: {'abcdefg'[n - 1]} is missing at 0")
+            ("", f"{n} like 0.jsonl:{10 * n}: {'abcdefg'[n - 1]} is missing at 0")
             for n in range(7, 2, -1)
         ),
-        ("", "     3  for 2 other reasons"),
+        ("", "3 for 2 other reasons"),
         ("forgiven", "\"role 'GPT'\" 3"),
         (
             "duplicates",
             "2 have the content of an earlier one (the first: 0.jsonl:3 that of 0.jsonl:1)",
         ),
         ("not used", r"'a\x1b[1m' 5, 'id' 2"),
-        ("tokens", "10 of 2 examples; 5 %: 4, 50 %: 4, 95 %: 6; longest: 6"),
+        ("tokens", "10 in 2 examples; 5 %: 4, 50 %: 4, 95 %: 6; longest: 6"),
     ]
     assert lines[-2:] == [
         ("cut", "1 of 2 examples (50.0%) lose their end at --max_length 64"),
         ("learnt", "6 tokens (60.0%)"),
     ]
+
+
+def test_a_summary_is_wrapped_under_its_subjects_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [("read", "one two " * 9), ("", "three")]
+    Screen().summary("data", lines)
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    Screen().summary("data", lines)
+    _, _, first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith("  read        one two")
+    assert len(others) == 3
+    assert all(line.startswith(" " * 14) and len(line) <= 40 for line in others)

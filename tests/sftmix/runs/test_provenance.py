@@ -426,7 +426,7 @@ def test_secrets_are_hidden(text: str, shown: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123")
     monkeypatch.setenv("HF_TOKEN", "short")
     assert redacted(text) == shown
-    assert redacted({"a": [text, 1, None]}) == {"a": [shown, 1, None]}
+    assert redacted({"a": [text, 1, None], text: 2}) == {"a": [shown, 1, None], shown: 2}
 
 
 def test_no_secret_reaches_a_file_or_the_screen(
