@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 import logging
 import os
 import signal
@@ -64,6 +65,10 @@ def main(words: Sequence[str] | None = None) -> int:
     and SIGTERM 143, with one line that says what was saved.
     """
     words = list(sys.argv[1:] if words is None else words)
+    for stream in (sys.stdout, sys.stderr):
+        # Data has letters that a terminal in another encoding than UTF-8 lacks.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with handled(STOPPED):
             return _main(words)

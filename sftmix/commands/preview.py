@@ -77,9 +77,12 @@ def preview(arguments: PreviewArguments, config: SFTMixConfig) -> None:
     examples, tokens = read_data(arguments, tokenizer, disable_progress=config.disable_tqdm)
     partition, _, _ = read_subsets(arguments, tokens, tokenizer)
     places = {id: place for place, id in enumerate(examples.ids.tolist())}
+    # Copies of a mixture have other ids, and the content of an example.
+    by_hash = {key: place for place, key in enumerate(examples.content_hashes)}
     views = [
         view(examples[places[id]], tokenizer, arguments.max_length)
         for id in tokens["id"][: arguments.number]
+        if id in places
     ]
     unused = _unused(arguments, views)
     screen = Screen()
@@ -95,8 +98,13 @@ def preview(arguments: PreviewArguments, config: SFTMixConfig) -> None:
     def place(row: int) -> str:
         """Return the address and the half or level of an example of the data set."""
         assert partition is not None
-        address = examples.address(places[tokens[row]["id"]])
-        return printable(f"{address} ({partition.subset[row]})")
+        found = tokens[row]
+        copied = found["id"] not in places
+        address = examples.address(
+            by_hash[found["content_hash"]] if copied else places[found["id"]]
+        )
+        copy = ", a copy" if copied else ""
+        return printable(f"{address} ({partition.subset[row]}{copy})")
 
     screen.pairs(note, pairs, place, arguments.number)
     if arguments.html is not None:
@@ -110,12 +118,10 @@ def preview(arguments: PreviewArguments, config: SFTMixConfig) -> None:
 def _unused(arguments: PreviewArguments, views: Sequence[View]) -> list[str]:
     """Return for each example a sentence about what of its row is not used."""
     selections = {text: parse_selection(text) for text in arguments.select or ()}
-    addresses = [one.example.source for one in views]
-    found = unused_of(addresses, arguments.data_split, columns_of(selections))
-    return [
-        f"not used: {printable(', '.join(map(repr, found[address])))}" if found[address] else ""
-        for address in addresses
-    ]
+    chosen = [one.example for one in views]
+    found = unused_of(chosen, arguments.data_split, columns_of(selections))
+    names = (printable(", ".join(map(repr, found.get(one.id, ())))) for one in chosen)
+    return [f"not used: {text}" if text else "" for text in names]
 
 
 def _pairs(

@@ -87,7 +87,6 @@ class Reading:
             "forgiven": dict(self.forgiven),
             "unused": dict(self.unused),
             "duplicates": self.duplicates,
-            "cut": self.cut,
         }
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 
 from sftmix.data.columns import format_of, read_content
 from sftmix.data.rows import Row
 from sftmix.data.sources import open_sources
+from sftmix.data.store import Example
 
 
-def unused_of(addresses: Iterable[str], split: str, asked: Collection[str]) -> dict[str, list[str]]:
-    """Return by address ("file:line") what carries a value in the row there and is not read.
+def unused_of(
+    examples: Iterable[Example], split: str, asked: Collection[str]
+) -> dict[int, list[str]]:
+    """Return by id what carries a value in the row of an example and is not read.
 
     The rows have been read before, and are read again: to keep this for all rows would take memory
     for what a few of them are asked. Columns in `asked` are read by something else.
@@ -19,25 +23,29 @@ def unused_of(addresses: Iterable[str], split: str, asked: Collection[str]) -> d
     Raises:
         OSError, ValueError: as `open_sources`.
     """
-    lines: dict[str, set[int]] = {}
-    for address in addresses:
-        source, _, line = address.rpartition(":")
-        lines.setdefault(source, set()).add(int(line))
-    found: dict[str, list[str]] = {}
-    for source, wanted in lines.items():
-        last = max(wanted)
+    wanted: dict[str, dict[tuple[int, str], int]] = {}
+    for one in examples:
+        source, _, line = one.source.rpartition(":")
+        wanted.setdefault(source, {})[int(line), one.content_hash] = one.id
+    found: dict[int, list[str]] = {}
+    for source, places in wanted.items():
+        lines = {line for line, _ in places}
         for _, rows in open_sources(source, split):
-            for row in _until(last, rows):
-                if row.line in wanted:
-                    unused: Counter[str] = Counter()
-                    read_content(row.value, format_of([row.value]), unused, asked)
-                    found[f"{source}:{row.line}"] = list(unused)
+            for row in _until(max(lines), rows):
+                if row.line not in lines or not isinstance(row.value, dict):
+                    continue
+                # Several rows of a JSON array may stand on one line, and others may be bad.
+                unused: Counter[str] = Counter()
+                with contextlib.suppress(ValueError):
+                    content = read_content(row.value, format_of([row.value]), unused, asked)
+                    if (id := places.get((row.line, content.digest()))) is not None:
+                        found[id] = list(unused)
     return found
 
 
 def _until(last: int, rows: Iterable[Row]) -> Iterator[Row]:
     """Yield the rows up to a line, and read no further."""
     for row in rows:
-        yield row
-        if row.line >= last:
+        if row.line > last:
             return
+        yield row

@@ -37,8 +37,7 @@ CELLS = 16  # columns for the text of a token
 SUBJECT = 12  # columns of the names of a summary's lines
 
 Kind = Literal["read", "learnt", "cut", "note"]
-MARKS = {"learnt": "⟦{}⟧", "read": "{}", "cut": "{}", "note": "{}"}
-STYLES = {"learnt": ("green", "cyan"), "read": ("", ""), "cut": ("red", "red"), "note": ("dim",)}
+STYLES = {"learnt": ("green", "cyan"), "read": ("",), "cut": ("red",)}
 LEGEND = {
     True: "Learnt tokens are green and cyan in turn, special tokens inverse, cut tokens red.",
     False: "⟦Learnt tokens⟧ stand in double brackets. ↵ is a line break that the model reads.",
@@ -197,7 +196,8 @@ class Screen:
             for token, style in zip(run.tokens, itertools.cycle(STYLES[run.kind]), strict=False):
                 text.append(shown(token.text), f"{style} {'reverse' * token.special}".strip())
         else:
-            text.append(MARKS[run.kind].format("".join(shown(one.text) for one in run.tokens)))
+            plain = "".join(shown(one.text) for one in run.tokens)
+            text.append(f"⟦{plain}⟧" if run.kind == "learnt" else plain)
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class Lengths:
 
 def numbers_of(reading: Reading, lengths: Lengths) -> dict[str, Any]:
     """Return what `summary` says as plain JSON, for the manifest."""
-    return {**reading.numbers(), "tokens": lengths.numbers()}
+    return {**reading.numbers(), "cut": reading.cut, "tokens": lengths.numbers()}
 
 
 def summary(

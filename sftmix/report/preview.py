@@ -44,7 +44,7 @@ def page(
         Section(title(one), [note for note in [left] if note], blocks=[block(one)])
         for one, left in zip(views, unused, strict=True)
     ]
-    read = Section("What was read", tables=[Table(("", ""), lines, title="Summary")])
+    read = Section("What was read", tables=[Table(("what", "found"), lines, title="Summary")])
     mixed = Section(
         "Pairs of the first batch", [note], folded=[_table(one, place) for one in pairs]
     )
@@ -72,7 +72,10 @@ def _token(kind: str, number: int, token: Token) -> Markup:
 def _table(pair: Pair, place: Callable[[int], str]) -> Table:
     one, other = map(place, pair.examples)
     rows = [
-        (str(number), *(f"row {row}: {shown(text)}" for row, text in zip(*meeting, strict=True)))
+        (
+            str(number),
+            *(f"row {row}: {shown(repr(text))}" for row, text in zip(*meeting, strict=True)),
+        )
         for number, meeting in enumerate(pair.meetings[:MEETINGS], start=1)
     ]
     left = len(pair.meetings) - len(rows)

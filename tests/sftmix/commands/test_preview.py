@@ -82,7 +82,7 @@ def test_a_preview(
         "  read        5 rows: 'rows.jsonl' 5\n",
         "  refused     1 rows, which are left out\n",
         "              1 like rows.jsonl:2: ",
-        "  duplicates  1 have the content of an earlier one (the first: rows.jsonl:5 that of rows.",
+        "  duplicates  1 of 5 rows have the content of an earlier one, the first rows.jsonl:5 that",
         "  not used    'messages[].lang' 1, 'id' 1\n",
         "  cut         1 of 4 examples (25.0%) lose their end at --max_length 120\n",
     ):
@@ -104,20 +104,25 @@ def test_a_preview(
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "says", "shown"),
     [
-        (["--number", "0"], "No pairs are shown: --partition RUN/confidence.parquet of `sftmix"),
-        (["--number", "99", "--method", "ntp"], "--method ntp mixes no pairs."),
-        (["--select", "longest:2"], "selected 2 of 4 rows (longest:2)"),
+        (["--number", "0"], "No pairs are shown: --partition RUN/confidence.parquet of `sftmix", 0),
+        (["--number", "99", "--method", "ntp"], "--method ntp mixes no pairs.", 4),
+        (["--select", "longest:2"], "selected 2 of 4 rows (longest:2)", 2),
+        (
+            ["--number", "9", "--data", "rows.jsonl", "more.jsonl", "--weights", "2", "1"],
+            "mixture 6 examples: rows.jsonl: 4 examples; more.jsonl: 1 examples x 2",
+            5,
+        ),
     ],
 )
 def test_other_numbers_and_methods(
-    words: list[str], capsys: pytest.CaptureFixture[str], flags: list[str], says: str
+    words: list[str], capsys: pytest.CaptureFixture[str], flags: list[str], says: str, shown: int
 ) -> None:
+    Path("more.jsonl").write_text(json.dumps(ROWS[0]))
     assert main([*words, *flags]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert says in text
-    shown = {"0": 0, "99": 4, "longest:2": 2}[flags[1]]
     assert len(re.findall(r"Example \d", text)) == shown
 
 

@@ -35,6 +35,5 @@ def test_reading_counts_refused_rows_and_shows_the_most_frequent_reasons_first()
     assert (second.count, second.first) == (1, "a.jsonl:1: 'n' is missing")
     assert reading.top_reasons(1) == [first]
     assert json.loads(json.dumps(reading.numbers())) == {
-        "rows": {"a.jsonl": 4}, "refused": 3, "forgiven": {}, "unused": {}, "duplicates": 0,
-        "cut": 0,
+        "rows": {"a.jsonl": 4}, "refused": 3, "forgiven": {}, "unused": {}, "duplicates": 0
     }  # fmt: skip

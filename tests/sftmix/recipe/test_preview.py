@@ -117,8 +117,10 @@ def test_a_summary_says_all_that_happened_and_nothing_else() -> None:
     reading.forgiven["role 'GPT'"] = 3
     reading.unused.update({"id": 2, "a\x1b[1m": 5})
     reading.duplicates, reading.first_duplicate, reading.cut = 2, ("0.jsonl:3", "0.jsonl:1"), 1
+    reading.kept, reading.mixture = 2, "mixture of 9 examples: a.json"
     lines = summary(reading, 2, lengths, 64)
     assert lines[1:-2] == [
+        ("mixture", "9 examples: a.json"),
         ("refused", "28 rows, which are left out"),
         *(
             ("", f"{n} like 0.jsonl:{10 * n}: {'abcdefg'[n - 1]} is missing at 0")
@@ -128,7 +130,8 @@ def test_a_summary_says_all_that_happened_and_nothing_else() -> None:
         ("forgiven", "\"role 'GPT'\" 3"),
         (
             "duplicates",
-            "2 have the content of an earlier one (the first: 0.jsonl:3 that of 0.jsonl:1)",
+            "2 of 125 rows have the content of an earlier one, the first 0.jsonl:3 that of "
+            "0.jsonl:1; each is learnt as often as it is there",
         ),
         ("not used", r"'a\x1b[1m' 5, 'id' 2"),
         ("tokens", "10 in 2 examples; 5 %: 4, 50 %: 4, 95 %: 6; longest: 6"),
