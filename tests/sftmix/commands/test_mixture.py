@@ -25,7 +25,7 @@ def test_a_mixture(toy_model: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     scored, trained = tmp_path / "scored", tmp_path / "trained"
     words = ["--model", str(toy_model), "--data", str(one), str(two), "--weights", "2", "3", *QUIET]
     assert main(["score", *words, "--output", str(scored), "--num_scorings", "1"]) == 0
-    line = f"mixture of 33 examples: {one}: 6 examples x 2 + 1 drawn; {two}: 20 examples"
+    line = f"mixture     33 examples: {one}: 6 examples x 2 + 1 drawn; {two}: 20 examples"
     assert line in capsys.readouterr().out
     sources = {str(one): [[0, 6], [26, 33]], str(two): [[6, 26]]}
     manifest = json.loads((scored / "manifest.json").read_text())
