@@ -78,7 +78,8 @@ def preview(arguments: PreviewArguments, config: SFTMixConfig) -> None:
     partition, _, _ = read_subsets(arguments, tokens, tokenizer)
     places = {id: place for place, id in enumerate(examples.ids.tolist())}
     # Copies of a mixture have other ids, and the content of an example.
-    by_hash = {key: place for place, key in enumerate(examples.content_hashes)}
+    hashes = examples.content_hashes if arguments.weights is not None else []
+    by_hash = {key: place for place, key in enumerate(hashes)}
     views = [
         view(examples[places[id]], tokenizer, arguments.max_length)
         for id in tokens["id"][: arguments.number]

@@ -35,8 +35,6 @@ class BadRows:
 
     `refuse` takes the error of each bad row that is left out.
 
-    `refuse` takes the error of each bad row that is left out.
-
     Raises:
         ValueError: `on_bad_row` is neither "error", "skip" nor "mend".
     """

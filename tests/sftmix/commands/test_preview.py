@@ -82,7 +82,7 @@ def test_a_preview(
         "  read        5 rows: 'rows.jsonl' 5\n",
         "  refused     1 rows, which are left out\n",
         "              1 like rows.jsonl:2: ",
-        "  duplicates  1 of 5 rows have the content of an earlier one, the first rows.jsonl:5 that",
+        "  duplicates  1 of 5 rows have the content of an earlier one, and are learnt again: the ",
         "  not used    'messages[].lang' 1, 'id' 1\n",
         "  cut         1 of 4 examples (25.0%) lose their end at --max_length 120\n",
     ):

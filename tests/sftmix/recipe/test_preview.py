@@ -130,8 +130,8 @@ def test_a_summary_says_all_that_happened_and_nothing_else() -> None:
         ("forgiven", "\"role 'GPT'\" 3"),
         (
             "duplicates",
-            "2 of 125 rows have the content of an earlier one, the first 0.jsonl:3 that of "
-            "0.jsonl:1; each is learnt as often as it is there",
+            "2 of 125 rows have the content of an earlier one, and are learnt again: the first is "
+            "0.jsonl:3, with that of 0.jsonl:1",
         ),
         ("not used", r"'a\x1b[1m' 5, 'id' 2"),
         ("tokens", "10 in 2 examples; 5 %: 4, 50 %: 4, 95 %: 6; longest: 6"),
