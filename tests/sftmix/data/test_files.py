@@ -109,7 +109,7 @@ def test_the_encoding_is_a_flag(
     assert "--encoding: expected utf-8, latin-1, cp1252, utf-16" in capsys.readouterr().err
     # One row is not a batch.
     assert main([*words, "cp1252", "--data_split", "train[1:2]"]) == 2
-    assert f"read 1 rows: '{path}' 1" in capsys.readouterr().out
+    assert f"  read        1 rows: '{path}' 1\n" in capsys.readouterr().out
 
 
 FOREIGN = [
