@@ -22,6 +22,7 @@ from sftmix.templates.rendering import today
 from sftmix.training.config import ScoreConfig
 from sftmix.training.parallelism import check_device, check_processes
 from sftmix.training.reference import finished_scores, reference_trainer
+from sftmix.training.scoring import scoring_steps
 from sftmix.training.trainer import make_collator
 
 ARGUMENTS = (RunArguments, ScoreConfig)
@@ -73,6 +74,8 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
         refuse_misfits(arguments, tokenizer)
         set_template_date(tokenizer, date)
         dataset = load_data(arguments, tokenizer, disable_progress=config.disable_tqdm)
+        # Before the model is loaded, which takes minutes for a large one.
+        scoring_steps(config.num_steps(len(dataset)), config.num_scorings)
         numbers = recipe(arguments, config, dataset, tokenizer)
     refuse_differences(numbers)
     if not on_main(lambda: (run / PARTITION).exists()):

@@ -9,7 +9,6 @@ refused and without effect, so that a field that a newer version brings is notic
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import json
 import logging
@@ -32,7 +31,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import FSDPOption, HubStrategy, IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames, trainer_log_levels
 
-from sftmix.runs.failures import Naming
+from sftmix.runs.failures import Naming, near
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +116,7 @@ NAMES: dict[str, Collection[str]] = {
 }
 # Files or JSON, as transformers reads them.
 MAPPINGS: tuple[str, ...] = (
-    *("lr_scheduler_kwargs", "accelerator_config", "fsdp_config", "deepspeed"),
+    *("lr_scheduler_kwargs", "accelerator_config", "fsdp_config"),
     *("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
 )
 # What is read of a mapping, by how its option's name ends.
@@ -178,12 +177,12 @@ def check_options(args: Any) -> None:
     """
     check_numbers(args)
     check_names(args)
-    for name in MAPPINGS:
-        check_mapping(name, getattr(args, name, None))
     for name, (allowed, why) in UNSUPPORTED.items():
         value = getattr(args, name, allowed[0])
         if value not in allowed:
             raise ValueError(f"{name}: not supported here, got {value!r}: {why}; leave it out")
+    for name in MAPPINGS:
+        check_mapping(name, getattr(args, name, None))
     check_loading(args)
     check_reporters(args.report_to)
     check_together(args)
@@ -273,8 +272,7 @@ def check_one_of(name: str, value: Any, known: Iterable[str]) -> None:
     """
     known = list(known)
     if value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = near(str(value), known)
         raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}{hint}")
 
 

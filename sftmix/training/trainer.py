@@ -221,10 +221,7 @@ class SFTMixMixin(WholeCheckpoints):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any]:
         batch = self.args.train_batch_size * self.args.world_size
         examples = len(self.train_dataset)
-        if examples < batch:
-            raise ValueError(
-                f"train_dataset: expected at least one batch of {batch} examples, got {examples}"
-            )
+        self.args.num_batches(examples)  # refuses too few
         sampler: Sampler[Any]
         if self.paired:
             step = batch * self.args.gradient_accumulation_steps // 2
