@@ -189,7 +189,7 @@ def near_folder(path: Path) -> str:
 
 
 def check_reached(model: str, revision: str) -> None:
-    """Ask the hub once for a model that its cache lacks: without a network it would be asked for 23 s.
+    """Ask the hub once for a model that its cache lacks; its library would retry for 23 s.
 
     Raises:
         OSError: the hub is not reached.

@@ -195,6 +195,22 @@ def parse(
     output.add_argument("--output", default="")
     folder = output.parse_known_args(words)[0].output
     run, config = parsed(parser, [*words, "--output_dir", folder])
+    check_evaluation(run, config)
+    others = set(OPTIONS) - {*method_of(config.method).options}
+    unused = [f"--{name}" for name in sorted(others) if f"__{name}" in typed]
+    if unused:
+        names = spelt(", ".join(unused), parser.words)
+        logger.warning("not used by --method %s: %s", config.method, names)
+    _show_bars(not config.disable_tqdm)
+    return run, config
+
+
+def check_evaluation(run: RunArguments, config: SFTMixConfig) -> None:
+    """Refuse options of an evaluation that there is nothing for.
+
+    Raises:
+        ValueError: there is no `--eval_data`, no evaluation while training, or no such metric.
+    """
     for name in ("eval_strategy", "eval_on_start"):
         value = getattr(config, name)
         if value not in ("no", False) and not getattr(run, "eval_data", None):
@@ -212,13 +228,6 @@ def parse(
             f"metric_for_best_model: expected one of {', '.join(known[: len(EVALUATED)])}, got "
             f"{config.metric_for_best_model!r}"
         )
-    others = set(OPTIONS) - {*method_of(config.method).options}
-    unused = [f"--{name}" for name in sorted(others) if f"__{name}" in typed]
-    if unused:
-        names = spelt(", ".join(unused), parser.words)
-        logger.warning("not used by --method %s: %s", config.method, names)
-    _show_bars(not config.disable_tqdm)
-    return run, config
 
 
 def parse_alone(words: Sequence[str], arguments_type: type[Any], prog: str) -> Any:

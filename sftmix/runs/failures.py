@@ -135,7 +135,8 @@ class OneMessage(argparse.ArgumentParser):
             known = [one for one in self._option_string_actions if one.startswith("--")]
             hint = near(flag, known, f"; `{self.prog} --help` lists them")
             hint = f"; did you mean {ours}?" if ours else hint
-            return f"{word if word.startswith('-') else repr(word)}: {self.prog} has no such option{hint}"
+            shown = word if word.startswith("-") else repr(word)
+            return f"{shown}: {self.prog} has no such option{hint}"
         return ""
 
     def error(self, message: str) -> NoReturn:

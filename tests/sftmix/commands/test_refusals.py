@@ -131,7 +131,7 @@ def test_nothing_is_loaded_before_the_options_are_known_to_fit(
 ) -> None:
     """A model of 16 GB would be read first."""
     for command in ("train", "score"):
-        monkeypatch.setattr(f"sftmix.commands.{command}.load_model", lambda *given: pytest.fail())
+        monkeypatch.setattr(f"sftmix.commands.{command}.load_model", None)
     batch = ["--per-device-train-batch-size", "64"]
     found = refused(capsys, [*words, *batch])
     assert found.startswith("--data: expected at least one batch of 64 examples, got ")
