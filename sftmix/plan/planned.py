@@ -22,7 +22,7 @@ from sftmix.training.config import (
     SFTMixConfig,
     option,
 )
-from sftmix.training.option_checks import check_schedule
+from sftmix.training.optimizer_checks import check_schedule
 
 # A small model's step of millions of tokens would fit, too, and take minutes to plan.
 SEARCHED = 2**20

@@ -43,7 +43,7 @@ from sftmix.plan.trace import (
 from sftmix.recipe.arguments import RunArguments
 from sftmix.recipe.lora import add_lora
 from sftmix.training.config import CHECKPOINTING, SFTMixConfig
-from sftmix.training.objective import batch_counts, batch_loss
+from sftmix.training.loss import batch_counts, batch_loss
 from sftmix.training.trainer import make_collator
 from sftmix_kernels import RowChunks, VocabTiles
 from sftmix_kernels.peaks import op_products, op_workspace

@@ -47,9 +47,8 @@ from sftmix.runs.ranks import (
 )
 from sftmix.templates.turn_ends import TurnEnds
 from sftmix.training.config import EVALUATED, SFTMixOptions
-from sftmix.training.heads import BatchLoss, Counts
+from sftmix.training.loss import BatchLoss, Counts, batch_counts, batch_loss
 from sftmix.training.metrics import LossWindow, RunTensorBoard
-from sftmix.training.objective import batch_counts, batch_loss
 from sftmix.training.parallelism import (
     check_parallelism,
     check_processes,

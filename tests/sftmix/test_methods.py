@@ -109,7 +109,7 @@ def test_the_page_has_the_line_of_a_method(name: str) -> None:
 @pytest.mark.parametrize(
     ("method", "typed", "told"),
     [
-        ("ntp", ["--mu", "0.9", "--kl-reg=3", "--alpha", "1"], ["--alpha, --kl_reg, --mu"]),
+        ("ntp", ["--mu", "0.9", "--kl-reg=3", "--alpha", "1"], ["--alpha, --kl-reg, --mu"]),
         ("equal", ["--mu", "0.9", "--alpha", "1"], ["--mu"]),
         ("sftmix", ["--mu", "0.9", "--alpha", "1"], []),
         ("ntp", [], []),

@@ -32,7 +32,7 @@ from sftmix.plan.trace import GRADIENTS, LOSS, OPTIMIZER, WEIGHTS
 from sftmix.recipe.arguments import RunArguments
 from sftmix.recipe.lora import add_lora
 from sftmix.training.config import SFTMixConfig
-from sftmix.training.objective import batch_counts, batch_loss
+from sftmix.training.loss import batch_counts, batch_loss
 from tools.peak_memory import peak_extra_bytes
 
 # PEFT asks for it under its old name.
