@@ -43,6 +43,11 @@ class Method:
         """Return the options that the method reads and some other method does not."""
         return (*self.own_options, *(OF_PAIRS if self.mixed else ()))
 
+    @property
+    def idle_options(self) -> set[str]:
+        """Return the options that some other method reads, and this one does not."""
+        return set(OPTIONS) - set(self.options)
+
 
 def hard_examples(head: Any) -> Any:
     """Return IR-DRO's loss (Chen et al. 2024), ``sum_i softmax(L / kl_reg)_i L_i``.

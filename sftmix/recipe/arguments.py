@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn, cast
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from sftmix.methods import OPTIONS, method_of
+from sftmix.methods import METHODS, method_of
 from sftmix.recipe.config_file import config_words, place_of
 from sftmix.runs.failures import Naming, OneMessage, OneSpelling, spelt
 from sftmix.training.config import EVALUATED, ScoreConfig, SFTMixConfig, SFTMixOptions, option
@@ -177,7 +177,7 @@ def parse(
     """
     parser = _parser([run_type, config_type], prog, words)
     typed = {word.partition("=")[0].replace("-", "_") for word in words}
-    for name in idle_options(config_type):
+    for name in refused_options(config_type):
         if f"__{name}" in typed:
             raise ValueError(
                 f"{name}: expected no such option, {prog} trains with next-token prediction, which "
@@ -196,8 +196,8 @@ def parse(
     folder = output.parse_known_args(words)[0].output
     run, config = parsed(parser, [*words, "--output_dir", folder])
     check_evaluation(run, config)
-    others = set(OPTIONS) - {*method_of(config.method).options}
-    unused = [f"--{name}" for name in sorted(others) if f"__{name}" in typed]
+    idle = method_of(config.method).idle_options
+    unused = [f"--{name}" for name in sorted(idle) if f"__{name}" in typed]
     if unused:
         names = spelt(", ".join(unused), parser.words)
         logger.warning("not used by --method %s: %s", config.method, names)
@@ -322,9 +322,9 @@ def _show_bars(show: bool) -> None:
         disable_progress_bar()
 
 
-def idle_options(config_type: type[SFTMixConfig]) -> set[str]:
-    """Return the options that a command does not use: a reference model is trained with NTP."""
-    return set(OPTIONS) if issubclass(config_type, ScoreConfig) else set()
+def refused_options(config_type: type[SFTMixConfig]) -> set[str]:
+    """Return the options that a command does not have: a reference model is trained with NTP."""
+    return METHODS["ntp"].idle_options if issubclass(config_type, ScoreConfig) else set()
 
 
 def _hide_inherited(parser: argparse.ArgumentParser, config_type: type[SFTMixConfig]) -> None:
@@ -338,6 +338,6 @@ def _hide_inherited(parser: argparse.ArgumentParser, config_type: type[SFTMixCon
     for action in parser._actions:
         # `--no_X` has the help text of `--X`, which is its opposite.
         negated = action.const is False
-        hidden = {*inherited, *idle_options(config_type), "remove_unused_columns"}
+        hidden = {*inherited, *refused_options(config_type), "remove_unused_columns"}
         if negated or action.dest in hidden:
             action.help = argparse.SUPPRESS
