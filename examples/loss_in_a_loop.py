@@ -48,7 +48,7 @@ def batch() -> tuple[Tensor, Tensor]:
     return rows[:, :-1], rows[:, 1:]
 
 
-def main(steps: int) -> float:
+def main(steps: int = 100) -> float:
     """Train, and return the last NTP loss."""
     torch.manual_seed(0)
     model = Model()
@@ -72,4 +72,6 @@ def main(steps: int) -> float:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 100)
+    if len(sys.argv) > 2 or not all(map(str.isdigit, sys.argv[1:])):
+        sys.exit(__doc__)
+    main(*map(int, sys.argv[1:]))

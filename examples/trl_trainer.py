@@ -45,6 +45,6 @@ def main(folder: Path, number: int = 256) -> float:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) not in (2, 3) or not all(map(str.isdigit, sys.argv[2:])):
         sys.exit(__doc__)
     main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

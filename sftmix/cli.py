@@ -7,16 +7,27 @@ import importlib
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Collection, Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
 from sftmix import __version__
 from sftmix.recipe.config_file import place_of
-from sftmix.runs.failures import FAILED, USER_ERRORS, RankError, exit_code, printable, told
+from sftmix.runs.failures import (
+    FAILED,
+    USER_ERRORS,
+    RankError,
+    exit_code,
+    near,
+    printable,
+    spelt,
+    told,
+)
 from sftmix.runs.interrupts import Interrupted, handled
 
 COMMANDS = {
@@ -43,6 +54,12 @@ TYPED = {
     "confident": "partition",
     "schedule": "loss_schedule",
 }
+# Warnings between libraries, about which a user of a command can do nothing: PEFT asks for a name
+# that transformers renamed, and torch pins no memory where there is no accelerator.
+LIBRARIES_SAY = (
+    "`is_gradient_checkpointing` is deprecated",
+    "'pin_memory' argument is set as true",
+)
 # The failed rank has so much time to print its message and end.
 RANK_ERROR_SECONDS = 5.0
 
@@ -99,7 +116,11 @@ def _main(words: list[str]) -> int:
         return 0
     command = words[0]
     if command not in COMMANDS:
-        print(f"sftmix: error: no command {command!r}\n\n{usage()}", file=sys.stderr)
+        hint = near(command, COMMANDS)
+        print(
+            f"sftmix: error: no command {printable(repr(command))}{hint}\n\n{usage()}",
+            file=sys.stderr,
+        )
         return 2
     if os.environ.get("RANK", "0") != "0":
         # All ranks read the same data and options; the first one warns for all of them.
@@ -107,7 +128,10 @@ def _main(words: list[str]) -> int:
     # A command's module imports transformers, which takes seconds.
     module = importlib.import_module(f"sftmix.commands.{command}")
     try:
-        code: int | None = module.main(words[1:])
+        with warnings.catch_warnings():
+            for message in LIBRARIES_SAY:
+                warnings.filterwarnings("ignore", message)
+            code: int | None = module.main(words[1:])
     except RankError:
         # A launcher ends all ranks once one has ended; the one that says why has to be the first.
         time.sleep(RANK_ERROR_SECONDS)
@@ -131,10 +155,18 @@ def options_of(module: ModuleType) -> set[str]:
 
 
 def as_typed(message: str, options: Collection[str], words: Sequence[str] = ()) -> str:
-    """Return a message that begins with an option's name with what the user wrote for it.
+    """Return a message with the options that it names as the user wrote them.
 
-    That is the flag, or the file of `--config` among `words` and the name in it.
+    The one that it begins with becomes a flag, or the file of `--config` among `words` and the name
+    in it; `layout='packed'`, which is Python's, becomes `--layout packed`.
     """
     name, colon, rest = message.partition(": ")
     name = TYPED.get(name, name)
-    return f"{place_of(name, words)}: {rest}" if colon and name in options else message
+    if colon and name in options:
+        message = f"{place_of(name, words)}: {rest}"
+    message = re.sub(
+        r"\b(\w+)='(\w+)'",
+        lambda found: f"--{found[1]} {found[2]}" if found[1] in options else found[0],
+        message,
+    )
+    return spelt(message, words)

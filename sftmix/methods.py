@@ -5,8 +5,8 @@ How to add a method:
 1. Add an entry to `METHODS`. Its key is what `--method` takes; choices, help, model card, report
    and the integrations read the rest from the entry.
 2. Write its loss as a function of a head, which has ``ntp()``, ``mixup()``, ``joint(weight)``,
-   ``tokens()`` (each token's NTP loss) and ``of_tokens(loss, tokens)``; see
-   `sftmix.training.heads.Head`. One function serves `--head fused` and `--head logits`.
+   ``tokens()`` (each token's NTP loss) and ``of_tokens(loss, tokens)``; see `hard_examples`, and
+   `sftmix.training.loss.Head`. One function serves `--head fused` and `--head logits`.
 3. Say with ``ntp`` and ``mixed`` which of the two kinds of rows the loss reads.
 4. Name options that no other method reads in ``own_options``, and declare them in
    `sftmix.training.config.SFTMixOptions` and in `sftmix.recipe.manifest.RECIPE_FIELDS`.
@@ -33,7 +33,7 @@ class Method:
     formula: str  # Markdown
     says: str  # a noun phrase in Markdown, for help and model cards
     source: str  # "paper" (arXiv 2410.05248) and what it is there, another work, or "ours"
-    loss: Callable[[Any], Any]  # of a `training.heads.Head`; gives a `BatchLoss`
+    loss: Callable[[Any], Any]  # of a `training.loss.Head`; gives a `BatchLoss`
     mixed: bool = False  # whether the loss reads mixed rows; such a method needs a partition
     ntp: bool = True  # whether the loss reads the rows of response tokens themselves
     own_options: tuple[str, ...] = ()  # options that only this method reads
@@ -42,6 +42,22 @@ class Method:
     def options(self) -> tuple[str, ...]:
         """Return the options that the method reads and some other method does not."""
         return (*self.own_options, *(OF_PAIRS if self.mixed else ()))
+
+    @property
+    def idle_options(self) -> set[str]:
+        """Return the options that some other method reads, and this one does not."""
+        return set(OPTIONS) - set(self.options)
+
+
+def hard_examples(head: Any) -> Any:
+    """Return IR-DRO's loss (Chen et al. 2024), ``sum_i softmax(L / kl_reg)_i L_i``.
+
+    ``L_i`` is the mean token loss of example i; the softmax is not differentiated.
+    """
+    tokens = head.tokens()
+    means = head.of_examples(tokens)
+    weights = head.softmax(means / head.options.kl_reg)
+    return head.of_tokens((weights * means).sum().float(), tokens)
 
 
 METHODS = {
@@ -85,7 +101,7 @@ METHODS = {
         says="next-token prediction, each example weighted by the softmax over the batch of its "
         "mean token loss, divided by `kl_reg`",
         source="paper (a relative): IR-DRO, kl_reg = 1",
-        loss=lambda head: head.hard_examples(),
+        loss=hard_examples,
         own_options=("kl_reg",),
     ),
 }

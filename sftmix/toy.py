@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         build_toy_model(options.pop("output"), options.pop("data"), **options)
     except (OSError, ValueError) as error:
-        parser.error(as_typed(str(error), {*options, "output", "data"}))
+        parser.error(as_typed(str(error), {*options, "output", "data"}, parser.words))
 
 
 if __name__ == "__main__":

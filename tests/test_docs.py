@@ -8,6 +8,7 @@ A block of `sh` or `python` runs here, page by page and in order, unless the lin
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import io
@@ -151,6 +152,29 @@ def test_the_architecture_names_every_room_and_files_that_exist() -> None:
         assert any((place / name).exists() for place in places), name
     for room in (ROOT / "sftmix").glob("*/__init__.py"):
         assert room.parent.name in DOORS or f"`sftmix/{room.parent.name}/`" in page, room
+
+
+def defined(file: Path) -> set[str]:
+    """Return the names that a file defines, those in its classes as `Class.name`."""
+    names = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign):
+            names |= {one.id for one in node.targets if isinstance(one, ast.Name)}
+        elif isinstance(node, ast.ClassDef):
+            own = [one.name for one in node.body if isinstance(one, ast.FunctionDef)]
+            names |= {node.name, *(f"{node.name}.{name}" for name in own)}
+        elif isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+    return names
+
+
+def test_the_walks_lead_through_functions_that_exist() -> None:
+    walks = PAGES["docs/architecture.md"].split("## Walks")[1].split("## Where things are")[0]
+    for file, name in re.findall(r"`([\w/]+\.py)::([\w.]+)`", walks):
+        assert name in defined(ROOT / file), f"{file}::{name}"
+    steps = re.findall(r"^\d\. (\S+)", walks, re.MULTILINE)
+    assert all(re.fullmatch(r"`[\w./]+(::[\w.]+)?`:", step) for step in steps)
+    assert all((ROOT / step.strip("`:").split("::")[0]).exists() for step in steps)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -40,6 +40,24 @@ def test_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert math.isfinite(script("trl_trainer.py")["main"](tmp_path, 20))
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("loss_in_a_loop.py", ["many"]),
+        ("trainer.py", []),
+        ("trainer.py", ["folder", "all"]),
+        ("trl_trainer.py", ["folder", "10", "more"]),
+        ("smollm2.py", []),
+    ],
+)
+def test_wrong_words_show_how_a_script_is_called(
+    name: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [name, *words])
+    with pytest.raises(SystemExit, match=rf"python examples/{name} "):
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
 @pytest.mark.slow
 def test_the_notebook() -> None:
     notebook = json.loads((EXAMPLES / "sftmix.ipynb").read_text(encoding="utf-8"))

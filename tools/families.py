@@ -37,8 +37,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from sftmix.model.head import HeadAdapter
 from sftmix.pairs.collator import PairedCollator
 from sftmix.training.config import SFTMixConfig
-from sftmix.training.heads import BatchLoss
-from sftmix.training.objective import MODEL_INPUTS, batch_counts, batch_loss
+from sftmix.training.loss import MODEL_INPUTS, BatchLoss, batch_counts, batch_loss
 
 HEADING = """# Models
 

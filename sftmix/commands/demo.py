@@ -121,7 +121,6 @@ def main(words: Sequence[str]) -> None:
         prog="sftmix demo",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--output", required=True, help="a new or empty folder")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (default: 0)")

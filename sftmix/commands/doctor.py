@@ -37,7 +37,7 @@ def main(words: Sequence[str]) -> None:
     for title, rows in report().items():
         print(title)
         for name, value in rows.items():
-            print(f"  {name:<16} {printable(value)}")
+            print(f"  {name:<16} {printable(value) or 'none'}")
     print("\nFor a bug report, add the command with --traceback and what it printed.")
 
 

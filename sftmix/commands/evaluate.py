@@ -13,7 +13,7 @@ from typing import Any, Literal
 from sftmix.conventions import EVALUATION
 from sftmix.evaluation.medical import Questions, Score, load, read_questions, require_harness, score
 from sftmix.evaluation.tasks import PAPER_NAMES
-from sftmix.model.source import check_model, check_name
+from sftmix.model.source import check_model
 from sftmix.recipe.arguments import CHAT_TEMPLATE_HELP, REVISION_HELP, RunArguments, parse_alone
 from sftmix.recipe.loading import load_tokenizer
 from sftmix.recipe.manifest import versions, what_differs
@@ -104,11 +104,11 @@ ARGUMENTS = (EvaluateArguments,)
 def main(words: Sequence[str]) -> None:
     """Run the command: each task's result is written as soon as it is there."""
     arguments = parse_alone(words, EvaluateArguments, "sftmix evaluate")
+    check_model(arguments.model, arguments.revision)
     output = output_file(arguments.model, arguments.output)
     earlier = read_evaluation(output, arguments)
     # Before the questions, some of which are fetched.
     require_harness()
-    check_model(arguments.model, arguments.revision)
     questions = {}
     for name in dict.fromkeys(arguments.tasks):
         ids = arguments.pubmedqa_ids if name == "pubmedqa" else None
@@ -208,11 +208,9 @@ def output_file(model: str, output: str | None) -> Path:
     """Return the file that the evaluation is written to.
 
     Raises:
-        ValueError: the model is no folder, and no file is named; or that file's folder is missing.
-        OSError: the model is neither a folder nor a name on the hub.
+        ValueError: the model is on the hub, and no file is named; or that file's folder is missing.
     """
     if output is None and not Path(model).is_dir():
-        check_name(model)
         raise ValueError(
             f"output: expected a file: there is no folder {model!r} to put {EVALUATION} into"
         )

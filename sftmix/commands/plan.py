@@ -16,6 +16,7 @@ from sftmix.plan.planned import (
     memory_of,
     row_of,
 )
+from sftmix.plan.search import ends
 from sftmix.plan.table import plan_text
 
 # The exit code, which differs from that of a wrong option.
@@ -44,8 +45,10 @@ def main(words: Sequence[str]) -> int:
         longer = planned.plan(config, planned.longer)
         largest = None if memory is None else planned.largest(config, memory, proven=True)
         bar.update()
+        # Where everything fits that is searched, no switch makes more of it.
+        all_fits = largest is not None and ends(largest, planned.search_end(config))
         for one in others:
-            rows.append(row_of(planned, one, config, memory))
+            rows.append(row_of(planned, one, config, None if all_fits else memory))
             bar.update()
     fits = memory is None or plan.peak <= memory
     advice = "" if memory is None or fits else advised(planned, config, memory, rows)

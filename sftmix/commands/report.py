@@ -26,7 +26,6 @@ def main(words: Sequence[str]) -> None:
         prog="sftmix report",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
     parser.add_argument("--output", default="report.html", help="(default: report.html)")

@@ -22,6 +22,7 @@ from sftmix.templates.rendering import today
 from sftmix.training.config import ScoreConfig
 from sftmix.training.parallelism import check_device, check_processes
 from sftmix.training.reference import finished_scores, reference_trainer
+from sftmix.training.scoring import scoring_steps
 from sftmix.training.trainer import make_collator
 
 ARGUMENTS = (RunArguments, ScoreConfig)
@@ -74,6 +75,8 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
         set_template_date(tokenizer, date)
         quiet = config.disable_tqdm
         dataset, found = load_data(arguments, tokenizer, disable_progress=quiet)
+        # Before the model is loaded, which takes minutes for a large one.
+        scoring_steps(config.num_steps(len(dataset)), config.num_scorings)
         numbers = recipe(arguments, config, dataset, tokenizer, reading=found)
     refuse_differences(numbers)
     if not on_main(lambda: (run / PARTITION).exists()):

@@ -17,6 +17,7 @@ from sftmix.data.selection import naming_choices
 from sftmix.methods import method_of
 from sftmix.model.source import check_model
 from sftmix.pairs.partition import Partition, match, partition_hash, read_partition, subset_counts
+from sftmix.pairs.pools import pools_of
 from sftmix.recipe.arguments import TrainRunArguments, parse
 from sftmix.recipe.loading import (
     load_data,
@@ -113,8 +114,8 @@ def train(
         RunFailure: what comes after saving the model failed, or the disk is full.
         Interrupted: a signal asked for it; what was trained is in a checkpoint.
     """
-    scored = [Path(arguments.partition).parent] if arguments.partition is not None else []
-    date = on_main(lambda: kept_date(run, *scored) or today())
+    scored = Path(arguments.partition).parent if arguments.partition is not None else None
+    date = on_main(lambda: kept_date(run, scored) or today())
     with together():
         check_model(
             arguments.model,
@@ -130,6 +131,10 @@ def train(
         dataset, more = load_data(arguments, tokenizer, disable_progress=quiet)
         warn_of_overlap(dataset, held_out)
         confident, scores_hash, subsets = read_subsets(arguments, dataset, tokenizer)
+        # What makes no pair or no batch is refused before the model is loaded, which takes minutes.
+        if confident is not None:
+            pools_of(confident, config.pairing)
+        config.num_batches(len(dataset))
         trainer = SFTMixTrainer(
             model=add_lora(
                 load_model(arguments, arguments.attn_implementation), arguments, config.seed

@@ -110,7 +110,7 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
                 raise ValueError(f"{name}: not supported here")
         rows = None
         if confident is not None:
-            require_rows(train_dataset, "train_dataset")
+            require_dataset(train_dataset, "train_dataset")
             rows = confident_rows(train_dataset, confident)
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, confident=rows, **kwargs
@@ -155,7 +155,7 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
         dataset_name: str,
     ) -> datasets.Dataset:
         """Return TRL's tokens and labels, with the number of the user's row as ``id``."""
-        require_rows(dataset, f"{dataset_name}_dataset")
+        require_dataset(dataset, f"{dataset_name}_dataset")
         prepared = super()._prepare_dataset(
             dataset.add_column(ROW, np.arange(len(dataset))),
             processing_class,
@@ -266,7 +266,7 @@ def confident_rows(dataset: datasets.Dataset, confident: Confident | str | Path)
     return halves
 
 
-def require_rows(dataset: Any, name: str) -> None:
+def require_dataset(dataset: Any, name: str) -> None:
     """Refuse what has no numbered rows.
 
     Raises:

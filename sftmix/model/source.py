@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils._validators import validate_repo_id
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -29,6 +36,8 @@ JSON_FILES = (
 WEIGHT_FILES = (WEIGHTS, WEIGHTS_INDEX, ADAPTER_WEIGHTS)
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "*.bpe", "*.spm")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
+# A hub that has not answered by then is not reached.
+HUB_SECONDS = 10.0
 ATTENTION = r"attn_implementation|(?i:flash.?attention|sdpa|flex_attention)"
 
 
@@ -45,10 +54,11 @@ class ReadingModel(Naming):
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         """Raise the error again with the model's name, and why the hub did not give it."""
-        if isinstance(error, OSError) and not Path(self.model).exists():
+        if error is not None and not Path(self.model).exists():
             why = hub_fault(error)
             if why is not None:
-                raise OSError(f"model: no folder ./{self.model}, and {why}") from error
+                hint = near_folder(Path(self.model))
+                raise OSError(f"model: no folder ./{self.model}, and {why}{hint}") from error
         super().__exit__(kind, error, traceback)
 
 
@@ -62,7 +72,8 @@ def hub_fault(error: BaseException) -> str | None:
             return "no such revision on the hub"
         if isinstance(found, RepositoryNotFoundError):
             return "no such name on the hub, or one that needs `hf auth login`"
-        if type(found).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled"):
+        names = {base.__name__ for base in type(found).__mro__}
+        if names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "TransportError"}:
             return (
                 "no such name in the hub's cache; the hub itself is not reached (offline): "
                 "give a folder, or download the model first"
@@ -95,6 +106,7 @@ def check_model(
             return  # an adapter, whose base is checked when it is loaded
     else:
         check_name(model)
+        check_reached(model, revision or "main")
     with ReadingModel(model, "the config"):
         config = AutoConfig.from_pretrained(
             model, revision=revision or "main", trust_remote_code=trust_remote_code
@@ -162,16 +174,32 @@ def check_name(model: str) -> None:
     try:
         validate_repo_id(model)
     except ValueError as error:
-        parent = path.parent if path.parent.is_dir() else None
-        beside = [one.name for one in parent.iterdir() if one.is_dir()] if parent else []
-        near = difflib.get_close_matches(path.name, beside, n=1)
-        if near:
-            hint = f"; did you mean {path.parent / near[0]}?"
-        elif model.startswith("~"):
-            hint = "; the shell expands ~ only without quotes"
-        else:
-            hint = "; a name on the hub would be such as org/name"
+        on_hub = "; a name on the hub would be such as org/name"
+        other = "; the shell expands ~ only without quotes" if model.startswith("~") else on_hub
+        hint = near_folder(path) or other
         raise OSError(f"model: no folder {model}{hint}") from error
+
+
+def near_folder(path: Path) -> str:
+    """Return the hint that names the folder of about this name beside the path, if there is one."""
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    folders = {one.name: one for one in beside if one.is_dir()}
+    found = difflib.get_close_matches(path.name, folders, n=1)
+    return f"; did you mean {folders[found[0]]}?" if found else ""
+
+
+def check_reached(model: str, revision: str) -> None:
+    """Ask the hub once for a model that its cache lacks; its library would retry for 23 s.
+
+    Raises:
+        OSError: the hub is not reached.
+    """
+    if isinstance(try_to_load_from_cache(model, MODEL_CONFIG, revision=revision), str):
+        return
+    url = hf_hub_url(model, MODEL_CONFIG, revision=revision)
+    # What the hub answers is told where the config is read.
+    with ReadingModel(model, "the config"), contextlib.suppress(HfHubHTTPError):
+        get_hf_file_metadata(url, timeout=HUB_SECONDS)
 
 
 def check_kind(model: str, config: Any, *, trust_remote_code: bool) -> None:

@@ -22,8 +22,10 @@ from sftmix.training.config import (
     SFTMixConfig,
     option,
 )
-from sftmix.training.option_checks import check_schedule
+from sftmix.training.optimizer_checks import check_schedule
 
+# A small model's step of millions of tokens would fit, too, and take minutes to plan.
+SEARCHED = 2**20
 UNITS = {"": 0, "B": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -153,9 +155,17 @@ class Planned:
         return more / ((self.longer - self.length) * batch)
 
     def largest(self, config: PretrainedConfig, memory: int, *, proven: bool) -> int:
-        """Return the largest length that fits."""
+        """Return the largest length that fits, up to where the search ends."""
         known = {n: self.plan(config, n).peak for n in (self.length, self.longer)}
-        return largest_length(lambda n: self.plan(config, n).peak, memory, known, proven=proven)
+        longest = self.search_end(config)
+        return largest_length(
+            lambda n: self.plan(config, n).peak, memory, known, proven=proven, longest=longest
+        )
+
+    def search_end(self, config: PretrainedConfig) -> int:
+        """Return the length at which the search for the largest ends."""
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+        return max(SEARCHED, positions, self.longer)
 
     def is_off(self, one: Switch) -> bool:
         """Tell whether a switch would change something."""

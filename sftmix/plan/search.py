@@ -20,7 +20,12 @@ def step_of(length: int) -> int:
 
 
 def largest_length(
-    peak_of: Callable[[int], int], memory: int, known: dict[int, int], *, proven: bool = True
+    peak_of: Callable[[int], int],
+    memory: int,
+    known: dict[int, int],
+    *,
+    proven: bool = True,
+    longest: int = LONGEST,
 ) -> int:
     """Return the largest multiple of 256 whose peak fits into `memory` bytes; 0 if 256 is too long.
 
@@ -30,17 +35,18 @@ def largest_length(
         known: two lengths or more and their peaks.
         proven: go on until the length one step longer is seen not to fit; else the answer may be
             too short by what is 1 % of the memory.
+        longest: no longer length is tried; one that ends a step before it may be too short.
     """
     known = dict(known)
     turn = 0
     while True:
         fitting = max((n for n, peak in known.items() if peak <= memory), default=0)
-        beyond = min((n for n, peak in known.items() if peak > memory), default=LONGEST)
+        beyond = min((n for n, peak in known.items() if peak > memory), default=longest)
         step, low = step_of(fitting), fitting // GRID * GRID
         if beyond - low <= step:
             return low
         near = fitting > 0 and known[fitting] >= (1 - NEAR) * memory
-        if (near and not proven) or low >= LONGEST:
+        if (near and not proven) or low >= longest:
             return low
         turn += 1
         guess = pointed_at(known, memory, fitting, beyond) if turn % 4 else (low + beyond) // 2
@@ -48,6 +54,11 @@ def largest_length(
             guess = low + step  # the proof
         guess = min(max(guess // step * step, low + step), max(beyond - 1, low + step))
         known[guess] = peak_of(guess)
+
+
+def ends(largest: int, longest: int) -> bool:
+    """Tell whether the search ended at its longest length, with all that it tried."""
+    return largest + step_of(largest) >= longest
 
 
 def pointed_at(known: dict[int, int], memory: int, fitting: int, beyond: int) -> int:

@@ -38,12 +38,12 @@ from sftmix.plan.trace import (
     OPTIMIZER,
     WEIGHTS,
     MemoryTrace,
-    saved_on_host,
+    planned_on_host,
 )
 from sftmix.recipe.arguments import RunArguments
 from sftmix.recipe.lora import add_lora
 from sftmix.training.config import CHECKPOINTING, SFTMixConfig
-from sftmix.training.objective import batch_counts, batch_loss
+from sftmix.training.loss import batch_counts, batch_loss
 from sftmix.training.trainer import make_collator
 from sftmix_kernels import RowChunks, VocabTiles
 from sftmix_kernels.peaks import op_products, op_workspace
@@ -297,7 +297,7 @@ def follow(
         make_states(model, optimizer)
     enable_checkpointing(model, options)
     model.train()
-    saving = saved_on_host if options.activation_offload else None
+    saving = planned_on_host if options.activation_offload else None
     head = HeadAdapter(model, options.head, checked=False, saving=saving)
     if options.mlp_tile_tokens is not None:
         plan_tiles(model, options.mlp_tile_tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from sftmix.plan.planned import Alternative, Planned
+from sftmix.plan.search import ends
 from sftmix.plan.step import Plan
 from sftmix.plan.trace import PARTS
 
@@ -32,8 +33,8 @@ def plan_text(
     """Return the whole text, one screen."""
     lines = [*heading(planned, config, plan), "", *part_lines(planned, plan, longer), ""]
     if memory is not None:
-        lines += [fit_line(plan, memory, advice), *length_line(config, largest), ""]
-    lines += [*switch_lines(rows, memory), ""]
+        lines += [fit_line(plan, memory, advice), *length_line(planned, config, largest), ""]
+    lines += [*switch_lines(rows), ""]
     if planned.arguments.lora_rank is None and "bf16_stochastic_round" not in str(
         planned.options.optim_args
     ):
@@ -102,21 +103,23 @@ def fit_line(plan: Plan, memory: int, advice: str) -> str:
     return f"does not fit: {plan.peak / GIB:.1f} GiB of {memory / GIB:.1f}; {advice}"
 
 
-def length_line(config: PretrainedConfig, largest: int | None) -> list[str]:
+def length_line(planned: Planned, config: PretrainedConfig, largest: int | None) -> list[str]:
     """Return the line that names the largest length."""
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if largest is None:
         return []
+    if ends(largest, longest := planned.search_end(config)):
+        return [f"longest that fits: {largest} tokens or more; the search ends at {longest}"]
     beyond = f", beyond the model's {most} positions" if most and largest > most else ""
     return [f"longest that fits: {largest} tokens{beyond}" if largest else "no length fits"]
 
 
-def switch_lines(rows: list[Alternative], memory: int | None) -> list[str]:
+def switch_lines(rows: list[Alternative]) -> list[str]:
     """Return the lines of the switches that are off."""
     if not rows:
         return ["every switch that saves memory is on"]
     width = max(len(row.says) + 2 * (not row.same) for row in rows)
-    last = "longest" if memory is not None else ""
+    last = "longest" if any(row.largest is not None for row in rows) else ""
     head = f"{'switch':<{width}} {'peak GiB':>9} {'KiB/token saved':>15} {'products':>8} {last:>9}"
     lines = [head.rstrip()]
     for row in rows:

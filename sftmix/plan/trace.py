@@ -167,6 +167,6 @@ def _leave_host(trace: MemoryTrace, size: int) -> None:
     trace.host -= size
 
 
-def saved_on_host() -> contextlib.AbstractContextManager[Any]:
+def planned_on_host() -> contextlib.AbstractContextManager[Any]:
     """Return a context in which autograd saves on the host, as `save_on_cpu` does on a GPU."""
     return torch.autograd.graph.saved_tensors_hooks(OnHost, OnHost.back)

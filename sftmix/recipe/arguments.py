@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import logging
 import re
 from collections.abc import Sequence
@@ -23,10 +22,10 @@ from sftmix.data.files import EXPECTED, check_encoding
 from sftmix.data.mixture import check_weights
 from sftmix.data.sources import is_file
 from sftmix.data.splits import names_of
-from sftmix.methods import OPTIONS, method_of
+from sftmix.methods import METHODS, method_of
 from sftmix.recipe.config_file import config_words, place_of
-from sftmix.runs.failures import Naming, OneMessage, OneSpelling
-from sftmix.training.config import ScoreConfig, SFTMixConfig, SFTMixOptions, option
+from sftmix.runs.failures import Naming, OneMessage, OneSpelling, spelt
+from sftmix.training.config import EVALUATED, ScoreConfig, SFTMixConfig, SFTMixOptions, option
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +224,7 @@ def parse(
     """
     parser = _parser([run_type, config_type], prog, words)
     typed = {word.partition("=")[0].replace("-", "_") for word in words}
-    for name in idle_options(config_type):
+    for name in refused_options(config_type):
         if f"__{name}" in typed:
             raise ValueError(
                 f"{name}: expected no such option, {prog} trains with next-token prediction, which "
@@ -238,11 +237,27 @@ def parse(
     given = {word.split("=")[0].replace("-", "_") for word in words}
     for name, instead in ELSEWHERE.items():
         if f"__{name}" in given:
-            parser.error(f"--{name}: give {instead}")
+            parser.error(f"argument --{name}: give {instead}")
     output = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     output.add_argument("--output", default="")
     folder = output.parse_known_args(words)[0].output
     run, config = parsed(parser, [*words, "--output_dir", folder])
+    check_evaluation(run, config)
+    idle = method_of(config.method).idle_options
+    unused = [f"--{name}" for name in sorted(idle) if f"__{name}" in typed]
+    if unused:
+        names = spelt(", ".join(unused), parser.words)
+        logger.warning("not used by --method %s: %s", config.method, names)
+    _show_bars(not config.disable_tqdm)
+    return run, config
+
+
+def check_evaluation(run: RunArguments, config: SFTMixConfig) -> None:
+    """Refuse options of an evaluation that there is nothing for.
+
+    Raises:
+        ValueError: there is no `--eval_data`, no evaluation while training, or no such metric.
+    """
     for name in ("eval_strategy", "eval_on_start"):
         value = getattr(config, name)
         if value not in ("no", False) and not getattr(run, "eval_data", None):
@@ -254,12 +269,12 @@ def parse(
             "metric_for_best_model: expected --eval_strategy epoch or steps with it, got only "
             f"{config.metric_for_best_model!r}"
         )
-    others = set(OPTIONS) - {*method_of(config.method).options}
-    unused = [f"--{name}" for name in sorted(others) if f"__{name}" in typed]
-    if unused:
-        logger.warning("not used by --method %s: %s", config.method, ", ".join(unused))
-    _show_bars(not config.disable_tqdm)
-    return run, config
+    known = [f"{prefix}{name}" for prefix in ("eval_", "") for name in EVALUATED]
+    if config.metric_for_best_model not in (None, *known):
+        raise ValueError(
+            f"metric_for_best_model: expected one of {', '.join(known[: len(EVALUATED)])}, got "
+            f"{config.metric_for_best_model!r}"
+        )
 
 
 def parse_alone(words: Sequence[str], arguments_type: type[Any], prog: str) -> Any:
@@ -276,7 +291,7 @@ def parse_alone(words: Sequence[str], arguments_type: type[Any], prog: str) -> A
     return arguments
 
 
-def parsed(parser: HfArgumentParser, words: Sequence[str]) -> list[Any]:
+def parsed(parser: _Parser, words: Sequence[str]) -> list[Any]:
     """Return the parser's dataclasses, filled in.
 
     Raises:
@@ -285,12 +300,8 @@ def parsed(parser: HfArgumentParser, words: Sequence[str]) -> list[Any]:
     *filled, rest = parser.parse_args_into_dataclasses(
         words, look_for_args_file=False, return_remaining_strings=True
     )
-    unknown = [word.partition("=")[0] for word in rest if word.startswith("--")]
-    for word in [*unknown, *rest]:
-        known = parser._option_string_actions
-        near = [CALLED[word]] if word in CALLED else difflib.get_close_matches(word, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; `{parser.prog} --help` lists them"
-        raise ValueError(f"{word}: {parser.prog} has no such option{hint}")
+    if unknown := parser.unknown(rest):
+        raise ValueError(unknown)
     # The rest is the namespace of --config, which has been read.
     return [one for one in filled if dataclasses.is_dataclass(one)]
 
@@ -331,7 +342,7 @@ class _Help(OneSpelling, argparse.ArgumentDefaultsHelpFormatter):
 class _Parser(OneMessage, HfArgumentParser):
     """A parser that names the config file where a wrong value comes from it."""
 
-    words: Sequence[str] = ()  # as typed, without those of the file
+    called = CALLED
 
     def error(self, message: str) -> NoReturn:
         """End with exit code 2."""
@@ -340,8 +351,8 @@ class _Parser(OneMessage, HfArgumentParser):
         super().error(message)
 
 
-def _parser(types: list[type[Any]], prog: str, words: Sequence[str]) -> HfArgumentParser:
-    parser = _Parser(cast(Any, types), prog=prog, allow_abbrev=False, formatter_class=_Help)
+def _parser(types: list[type[Any]], prog: str, words: Sequence[str]) -> _Parser:
+    parser = _Parser(cast(Any, types), prog=prog, formatter_class=_Help)
     parser.words = words
     parser.add_argument("--config", help=CONFIG_HELP)
     for action in parser._actions:
@@ -358,9 +369,9 @@ def _show_bars(show: bool) -> None:
         disable_progress_bar()
 
 
-def idle_options(config_type: type[SFTMixConfig]) -> set[str]:
-    """Return the options that a command does not use: a reference model is trained with NTP."""
-    return set(OPTIONS) if issubclass(config_type, ScoreConfig) else set()
+def refused_options(config_type: type[SFTMixConfig]) -> set[str]:
+    """Return the options that a command does not have: a reference model is trained with NTP."""
+    return METHODS["ntp"].idle_options if issubclass(config_type, ScoreConfig) else set()
 
 
 def _hide_inherited(parser: argparse.ArgumentParser, config_type: type[SFTMixConfig]) -> None:
@@ -374,6 +385,6 @@ def _hide_inherited(parser: argparse.ArgumentParser, config_type: type[SFTMixCon
     for action in parser._actions:
         # `--no_X` has the help text of `--X`, which is its opposite.
         negated = action.const is False
-        hidden = {*inherited, *idle_options(config_type), "remove_unused_columns"}
+        hidden = {*inherited, *refused_options(config_type), "remove_unused_columns"}
         if negated or action.dest in hidden:
             action.help = argparse.SUPPRESS

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sftmix.recipe.yaml_core import load_yaml
+from sftmix.runs.failures import near
 from sftmix.runs.reading import read_small
 
 # The commands that take --config; nothing would read a mapping for another one.
@@ -136,6 +136,8 @@ def _included(path: Path, name: Any, root: Path) -> Path:
         )
     if {found.suffix.lower(), found.resolve().suffix.lower()} - set(ENDINGS):
         raise ValueError(f"{place}: expected a name in .yaml or .yml, got {name!r}")
+    if not found.exists():
+        raise FileNotFoundError(f"{place}: no such file: {str(found)!r}")
     return found
 
 
@@ -169,9 +171,7 @@ def _refuse_code(path: str | Path, name: str, value: Any) -> None:
 
 def _unknown(message: str, name: str, options: Iterable[str]) -> ValueError:
     known = sorted({*map(_flag, options), *WITH_CONFIG})
-    near = difflib.get_close_matches(_flag(name), known)
-    hint = f"did you mean {' or '.join(near)}?" if near else "--help-all shows the options"
-    return ValueError(f"{message}; {hint}")
+    return ValueError(message + near(_flag(name), known, "; --help-all shows the options"))
 
 
 def _words(place: str, name: str, value: Any, single: bool) -> list[str]:

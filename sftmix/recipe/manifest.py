@@ -51,6 +51,7 @@ BY_CONTENT = {
     "encoding": "data_hash",
     "streaming": "data_hash",
 }
+SCORE_AGAIN = "score the data again"
 SCHEDULES_OF_MU = ("mu_schedule", "mu_warmup_ratio")
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy")
 
@@ -149,8 +150,8 @@ def recipe(
     }
 
 
-def kept_date(*runs: Path) -> str | None:
-    """Return the date that the chat template told in the first of these runs that has one.
+def kept_date(run: Path, scored: Path | None = None) -> str | None:
+    """Return the date that the chat template told in the run, or else in the scored one.
 
     A run that goes on another day reads the tokens that it began with; a run that trains on a
     partition reads those that were scored.
@@ -159,12 +160,14 @@ def kept_date(*runs: Path) -> str | None:
         ValueError: a manifest is damaged.
         OSError: it cannot be read.
     """
-    for run in runs:
-        if (run / MANIFEST).exists():
-            date = read_manifest(run / MANIFEST).get("template_date")
-            if date is not None:
-                return str(date)
-    return None
+    if (run / MANIFEST).exists():
+        date = read_manifest(run / MANIFEST, "resume").get("template_date")
+        if date is not None:
+            return str(date)
+    if scored is None or not (scored / MANIFEST).exists():
+        return None
+    date = read_manifest(scored / MANIFEST, "partition", SCORE_AGAIN).get("template_date")
+    return None if date is None else str(date)
 
 
 def warn_of_other_template(partition: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -175,7 +178,9 @@ def warn_of_other_template(partition: Path, tokenizer: PreTrainedTokenizerBase) 
         OSError: it cannot be read.
     """
     manifest = partition.with_name(MANIFEST)
-    scored = read_manifest(manifest).get("template_hash") if manifest.exists() else None
+    if not manifest.exists():
+        return
+    scored = read_manifest(manifest, "partition", SCORE_AGAIN).get("template_hash")
     if scored not in (None, template_hash(tokenizer)):
         logger.warning(
             "partition: %s was scored under another chat template than this run's: its "
@@ -200,7 +205,7 @@ def start_manifest(run: Path, recipe: dict[str, Any], **files: Any) -> None:
         places = {"folder": os.getcwd(), **files}
         write_json(path, {**recipe, "versions": versions(), "files": redacted(places)})
         return
-    earlier = read_manifest(path)
+    earlier = read_manifest(path, "resume")
     if earlier.get("mu_schedule") == "constant":
         # Versions before this one had schedules of mu; a constant mu is what all runs have now.
         earlier = {name: earlier[name] for name in earlier if name not in SCHEDULES_OF_MU}

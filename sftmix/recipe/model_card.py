@@ -17,7 +17,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedTokenizerBase
 
-from sftmix.methods import METHODS, OPTIONS, Method, title_of
+from sftmix.methods import METHODS, Method, title_of
 from sftmix.runs.provenance import PARTS
 from sftmix.runs.redaction import redacted
 from sftmix.templates.chat import chat_template, end_of_turn
@@ -50,11 +50,6 @@ LAST = (
 )
 
 
-def idle_options(method: Method | None) -> set[str]:
-    """Return the options that a method does not heed; one that is not known may heed all."""
-    return set() if method is None else {*OPTIONS} - {*method.options}
-
-
 def described(method: Method | None, name: str) -> str:
     """Return what a model was made by, as the end of a sentence."""
     if method is None:
@@ -83,7 +78,9 @@ def model_card(
     recipe = redacted(dict(recipe))
     name = str(recipe["method"])
     method = METHODS.get(name)
-    hidden = ("method", "model", "data", "sources", "reading", PARTS, *idle_options(method))
+    # A method that is not known may heed all options.
+    idle = method.idle_options if method else ()
+    hidden = ("method", "model", "data", "sources", "reading", PARTS, *idle)
     options = {name: value for name, value in recipe.items() if name not in hidden}
     if selected := options.get("select"):
         options["select"] = ", ".join(map(_public_selection, selected))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import difflib
 import errno
 import re
+import sys
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sftmix.runs.redaction import redacted
 
@@ -88,14 +90,76 @@ def told(error: BaseException) -> str:
     return str(error)
 
 
+def near(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Return the hint that names the nearest of the known words, or ``otherwise``.
+
+    >>> near("trian", ["score", "train"])
+    '; did you mean train?'
+    """
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else otherwise
+
+
+def spelt(text: str, words: Sequence[str]) -> str:
+    """Return a text whose flags are spelt as among the typed words, with dashes or underscores.
+
+    >>> spelt("--row_length: only --layout packed has it", ["--row-length=9"])
+    '--row-length: only --layout packed has it'
+    """
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    typed = {flag.replace("-", "_"): flag for flag in flags}
+    return re.sub(
+        r"(?<![\w-])--(\w+)(?![\w-])", lambda found: typed.get(f"__{found[1]}", found[0]), text
+    )
+
+
 class OneMessage(argparse.ArgumentParser):
     """A parser that refuses in one message, without the usage of a hundred options."""
 
+    words: Sequence[str] = ()  # as they were typed
+    called: Mapping[str, str] = {}  # names of options in other tools, and ours
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        """Take what argparse takes; a flag is never cut short."""
+        super().__init__(*args, **{"allow_abbrev": False, **keywords})
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return the namespace of the words, as argparse does."""
+        self.words = sys.argv[1:] if args is None else args
+        found, rest = self.parse_known_args(self.words, namespace)
+        if unknown := self.unknown(rest):
+            self.exit(REFUSED, f"{self.prog}: error: {printable(unknown)}\n")
+        return found
+
+    def unknown(self, rest: Sequence[str]) -> str:
+        """Return the message of the first flag that is no option, or else of the first word."""
+        flags = [word for word in rest if word.startswith("--")]
+        for word in (one.partition("=")[0] for one in [*flags, *rest]):
+            flag = f"--{word.lstrip('-')}"
+            ours = self.called.get(f"--{flag[2:].replace('-', '_')}")
+            known = [one for one in self._option_string_actions if one.startswith("--")]
+            hint = near(flag, known, f"; `{self.prog} --help` lists them")
+            hint = f"; did you mean {ours}?" if ours else hint
+            shown = word if word.startswith("-") else repr(word)
+            return f"{shown}: {self.prog} has no such option{hint}"
+        return ""
+
     def error(self, message: str) -> NoReturn:
         """End with exit code 2, as argparse does."""
+        known = self._option_string_actions
+        flags = [word for word in self.words if word.startswith("--")]
+        others = [word for word in flags if len(word) > 2 and word.partition("=")[0] not in known]
+        # A misspelt flag is missing under its own name: its hint says more.
+        if message.startswith("the following arguments are required") and others:
+            self.exit(REFUSED, f"{self.prog}: error: {printable(self.unknown(others))}\n")
+        hint = ""
+        if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message):
+            hint = near(choice[1], re.findall(r"[\w.-]+", choice[2]))
         # argparse names both spellings of an option, with underscores and with dashes.
-        message = re.sub(r"^argument (--\w+)(/\S+)?: ", r"\1: ", printable(message))
-        self.exit(REFUSED, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
+        message = re.sub(r"^argument (--\w+)(/\S+)?: ", r"\1: ", message)
+        message = spelt(printable(message), self.words)
+        hint = hint or f"; see `{self.prog} --help`"
+        self.exit(REFUSED, f"{self.prog}: error: {message}{hint}\n")
 
 
 class Naming:

@@ -7,13 +7,13 @@ leftovers of a killed process. This module needs a POSIX system.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ def publish_folder(staging: Path, final: Path, *, replace: bool = False) -> None
         shutil.rmtree(old)
 
 
-@contextmanager
+@contextlib.contextmanager
 def lock_run(path: Path, *, name: str = "path") -> Iterator[None]:
     """Hold the folder `path`, called `name`, to keep other processes from writing the same run.
 
@@ -164,6 +164,18 @@ def lock_run(path: Path, *, name: str = "path") -> Iterator[None]:
         yield
     finally:
         _release(descriptor)
+
+
+def discard(folders: Sequence[Path]) -> None:
+    """Delete the folders of a run in which nothing was written but its lock, the run itself first.
+
+    Call this only while `lock_run` is held.
+    """
+    for folder in folders:
+        with contextlib.suppress(OSError):  # something is in it
+            if [entry.name for entry in folder.iterdir()] == [LOCK_NAME]:
+                (folder / LOCK_NAME).unlink()
+            folder.rmdir()
 
 
 def remove_leftovers(path: Path) -> list[Path]:
@@ -246,20 +258,22 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Return the content of a manifest.
+def read_manifest(
+    path: Path, name: str = "", way_out: str = "start anew with another --output"
+) -> dict[str, Any]:
+    """Return the content of a manifest, for which messages blame the option `name`.
 
     Raises:
         ValueError: it is damaged, with its name.
         OSError: it cannot be read.
     """
+    damaged = f"{name}: {path} is damaged" if name else f"{path} is damaged"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}; start anew with another --output") from error
+        raise ValueError(f"{damaged}: {error}; {way_out}") from error
     if not isinstance(content, dict):
         raise ValueError(
-            f"{path} is damaged: expected names and values, got {type(content).__name__}; "
-            "start anew with another --output"
+            f"{damaged}: expected names and values, got {type(content).__name__}; {way_out}"
         )
     return content

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sftmix.runs.failures import USER_ERRORS, RankError
-from sftmix.runs.folders import lock_run, open_run, remove_leftovers
+from sftmix.runs.failures import REFUSALS, REFUSED, USER_ERRORS, RankError, exit_code
+from sftmix.runs.folders import discard, lock_run, open_run, remove_leftovers
 from sftmix.runs.redaction import redacted
 
 Result = TypeVar("Result")
@@ -116,18 +116,28 @@ def on_main(action: Callable[[], Result]) -> Result:
 def opened_run(output: str, *, resume: bool) -> Iterator[Path]:
     """Open, lock and clean the folder of a run on the main process; yield it on all ranks.
 
+    What is refused before anything is written leaves no folder behind.
+
     Raises:
         ValueError: see `open_run` and `lock_run`.
     """
+    made: list[Path] = []
     with contextlib.ExitStack() as lock:
 
         def claim() -> Path:
+            made.extend(one for one in (Path(output), *Path(output).parents) if not one.exists())
             run = open_run(output, resume=resume, name="output")
             lock.enter_context(lock_run(run, name="output"))
             remove_leftovers(run)
             return run
 
-        yield on_main(claim)
+        run = on_main(claim)
+        try:
+            yield run
+        except REFUSALS as error:
+            if exit_code(error) == REFUSED:
+                discard(made)
+            raise
     if num_ranks() > 1:
         dist.destroy_process_group()
 

@@ -1,1 +1,1 @@
-"""Training: options, objective, trainer, scoring, and what is saved."""
+"""Training: options, loss, trainer, scoring, and what is saved."""

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from sftmix.methods import METHODS, method_of
-from sftmix.pairs.layouts import LayoutName
+from sftmix.pairs.layouts import Layout, LayoutName
 from sftmix.pairs.pools import Pairing
 from sftmix.runs.failures import Naming
 from sftmix.training.option_checks import check_options, check_settled
@@ -145,6 +145,7 @@ class SFTMixOptions(ConfigBase):
         words: dict[str, Any] = {"true": True, "yes": True, "false": None, "no": None}
         self.fsdp = words.get(str(self.fsdp).lower(), self.fsdp)
         check_options(self)
+        Layout(self.layout, row_length=self.row_length)
         if self.push_to_hub and HubStrategy(self.hub_strategy) != HubStrategy.END:
             raise ValueError(
                 f"hub_strategy: expected 'end', got {self.hub_strategy!r}: checkpoints are renamed "
@@ -212,6 +213,28 @@ class SFTMixOptions(ConfigBase):
     def writes_checkpoints(self) -> bool:
         """Return whether a run that nobody interrupts writes checkpoints."""
         return self.save_strategy != "no"
+
+    def num_batches(self, num_examples: int) -> int:
+        """Return the batches, of all devices together, of an epoch that has each example once.
+
+        Raises:
+            ValueError: the examples make no batch.
+        """
+        batch: int = self.train_batch_size * self.world_size
+        if num_examples < batch:
+            raise ValueError(
+                f"train_dataset: expected at least one batch of {batch} examples, got "
+                f"{num_examples}; take a smaller --per_device_train_batch_size"
+            )
+        return num_examples // batch if self.dataloader_drop_last else -(-num_examples // batch)
+
+    def num_steps(self, num_examples: int) -> int:
+        """Return the optimizer steps of an epoch that has each example once.
+
+        Raises:
+            ValueError: as `num_batches`.
+        """
+        return -(-self.num_batches(num_examples) // self.gradient_accumulation_steps)
 
     @property
     def loss_plan(self) -> Schedule:

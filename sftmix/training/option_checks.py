@@ -9,30 +9,25 @@ refused and without effect, so that a field that a newer version brings is notic
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import inspect
 import json
 import logging
 import math
 import os
-import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 import transformers.integrations as integrations
 from accelerate.utils import GradientAccumulationPlugin
-from torch import nn
-from transformers import SchedulerType, Trainer, get_scheduler
+from transformers import SchedulerType
 from transformers.debug_utils import DebugOption
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import FSDPOption, HubStrategy, IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames, trainer_log_levels
 
 from sftmix.runs.failures import Naming
+from sftmix.training.optimizer_checks import check_one_of, check_optimizer, check_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +112,7 @@ NAMES: dict[str, Collection[str]] = {
 }
 # Files or JSON, as transformers reads them.
 MAPPINGS: tuple[str, ...] = (
-    *("lr_scheduler_kwargs", "accelerator_config", "fsdp_config", "deepspeed"),
+    *("lr_scheduler_kwargs", "accelerator_config", "fsdp_config"),
     *("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
 )
 # What is read of a mapping, by how its option's name ends.
@@ -160,14 +155,6 @@ REPORTERS = {
     "wandb": ("wandb", "wandb"),
 }
 
-# What transformers itself gives to a schedule.
-OF_SCHEDULES = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
-VARIABLE = inspect.Parameter.VAR_KEYWORD
-
-# These update weights in backward, or train other weights than they evaluate.
-IN_BACKWARD = "it updates weights in backward, before the loss and the gradients are looked at"
-OTHER_WEIGHTS = "it trains other weights than those to evaluate and save"
-
 
 def check_options(args: Any) -> None:
     """Check what can be checked before transformers reads the options.
@@ -178,12 +165,12 @@ def check_options(args: Any) -> None:
     """
     check_numbers(args)
     check_names(args)
-    for name in MAPPINGS:
-        check_mapping(name, getattr(args, name, None))
     for name, (allowed, why) in UNSUPPORTED.items():
         value = getattr(args, name, allowed[0])
         if value not in allowed:
             raise ValueError(f"{name}: not supported here, got {value!r}: {why}; leave it out")
+    for name in MAPPINGS:
+        check_mapping(name, getattr(args, name, None))
     check_loading(args)
     check_reporters(args.report_to)
     check_together(args)
@@ -263,19 +250,6 @@ def check_names(args: Any) -> None:
         value = getattr(args, name)
         for word in value.split() if isinstance(value, str) else ():
             check_one_of(name, word, [one.value for one in kind])
-
-
-def check_one_of(name: str, value: Any, known: Iterable[str]) -> None:
-    """Refuse what is not among the known words, naming the nearest.
-
-    Raises:
-        ValueError: it is not.
-    """
-    known = list(known)
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}{hint}")
 
 
 def check_mapping(name: str, value: Any) -> None:
@@ -402,100 +376,3 @@ def check_accumulation(kwargs: Mapping[str, Any]) -> None:
         )
     with Naming("accelerator_config"):
         GradientAccumulationPlugin(num_steps=1, **kwargs)
-
-
-def check_schedule(args: Any) -> None:
-    """Make the learning-rate schedule for a weight of its own and take a step.
-
-    Raises:
-        ValueError: it has no such keyword, needs one more, or cannot be made from their values.
-    """
-    kwargs = dict(args.lr_scheduler_kwargs or {})
-    name = args.lr_scheduler_type.value
-    make: Any = TYPE_TO_SCHEDULER_FUNCTION[name]
-    parameters = inspect.signature(make).parameters
-    own = {key: one for key, one in parameters.items() if key not in OF_SCHEDULES}
-    for key in kwargs:
-        check_one_of("lr_scheduler_kwargs", key, own or ["none at all"])
-    for key, one in own.items():
-        if one.default is inspect.Parameter.empty and key not in kwargs and one.kind != VARIABLE:
-            raise ValueError(
-                f"lr_scheduler_type: {name} needs {key}: --lr_scheduler_kwargs '{{\"{key}\": ...}}'"
-            )
-    # Some end at a rate of their own, which is held against the one that they begin with.
-    if name.startswith("cosine") and "min_lr" in kwargs and args.learning_rate == 0:
-        raise ValueError(f"learning_rate: expected above 0 with min_lr, got {args.learning_rate}")
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-    with warnings.catch_warnings(), Naming("lr_scheduler_kwargs", name):
-        warnings.simplefilter("ignore")
-        schedule = get_scheduler(
-            name,
-            optimizer,
-            num_warmup_steps=10,
-            num_training_steps=1_000_000,
-            scheduler_specific_kwargs=kwargs,
-        )
-        optimizer.step()
-        if name not in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
-            schedule.step()
-
-
-def check_optimizer(args: Any) -> None:
-    """Make the optimizer for a weight of its own.
-
-    Raises:
-        ValueError: it cannot be made from ``optim_args``, would not heed them, or updates weights
-            where they are not to be updated.
-        ImportError: its package is not installed.
-    """
-    name = args.optim.value
-    for kind, why in (("lomo", IN_BACKWARD), ("layerwise", IN_BACKWARD)):
-        if name.endswith(kind):
-            raise ValueError(f"optim: {name} is not supported: {why}")
-    if name.startswith("schedule_free"):
-        raise ValueError(f"optim: {name} is not supported: {OTHER_WEIGHTS}")
-    low_rank = name.startswith(("galore", "apollo"))
-    if args.optim_target_modules is not None and not low_rank:
-        raise ValueError(f"optim_target_modules: {name} has none; expected --optim galore_adamw")
-    if low_rank and args.optim_target_modules is None:
-        raise ValueError(f"optim: {name} needs --optim_target_modules, such as all-linear")
-    for pair in args.optim_args.split(",") if args.optim_args else ():
-        _, sign, value = pair.partition("=")
-        if not sign or value.strip().lower() in ("", "nan"):
-            raise ValueError(f"optim_args: expected NAME=VALUE,NAME=VALUE, got {pair!r}")
-    missing = {"optim": "You need to (have|install)|pip install"}
-    with Naming("optim_args" if args.optim_args else "optim", among=missing):
-        chosen = optimizer_of(args)
-        if isinstance(chosen[0], type) and "params" not in chosen[1]:
-            chosen[0]([nn.Parameter(torch.zeros(1))], **chosen[1])
-    if args.optim_args and not low_rank:
-        refuse_unheeded(args, chosen)
-
-
-def optimizer_of(args: Any, optim_args: str | None = None) -> tuple[Any, dict[str, Any]]:
-    """Return the class and keywords that transformers chooses for a linear model."""
-    model: Any = nn.Sequential(nn.Linear(2, 2))
-    given = args.optim_args, args.optim_target_modules
-    if args.optim_target_modules is not None:
-        args.optim_target_modules = "all-linear"
-    args.optim_args = given[0] if optim_args is None else optim_args
-    try:
-        chosen: tuple[Any, dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(args, model)
-    finally:
-        args.optim_args, args.optim_target_modules = given
-    return chosen
-
-
-def refuse_unheeded(args: Any, chosen: tuple[Any, dict[str, Any]]) -> None:
-    """Refuse a name in ``optim_args`` whose value changes nothing, whichever it is."""
-    pairs = dict(pair.split("=") for pair in args.optim_args.replace(" ", "").split(","))
-    for name in pairs:
-        for other in ("0.3", "7", "true", "false", "float16"):
-            try:
-                found = optimizer_of(args, f"{name}={other}")
-            except (ValueError, TypeError, AttributeError):
-                break
-            if found[1] != optimizer_of(args, f"{name}_=0")[1]:
-                break
-        else:
-            raise ValueError(f"optim_args: {args.optim.value} has no {name!r}; leave it out")

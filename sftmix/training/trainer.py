@@ -47,9 +47,8 @@ from sftmix.runs.ranks import (
 )
 from sftmix.templates.turn_ends import TurnEnds
 from sftmix.training.config import EVALUATED, SFTMixOptions
-from sftmix.training.heads import BatchLoss, Counts
+from sftmix.training.loss import BatchLoss, Counts, batch_counts, batch_loss
 from sftmix.training.metrics import LossWindow, RunTensorBoard
-from sftmix.training.objective import batch_counts, batch_loss
 from sftmix.training.parallelism import (
     check_parallelism,
     check_processes,
@@ -221,10 +220,7 @@ class SFTMixMixin(WholeCheckpoints):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any]:
         batch = self.args.train_batch_size * self.args.world_size
         examples = len(self.train_dataset)
-        if examples < batch:
-            raise ValueError(
-                f"train_dataset: expected at least one batch of {batch} examples, got {examples}"
-            )
+        self.args.num_batches(examples)  # refuses too few
         sampler: Sampler[Any]
         if self.paired:
             step = batch * self.args.gradient_accumulation_steps // 2

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama import modeling_llama
 
-import sftmix.training.heads
+import sftmix.training.loss
 from benchmarks.records import (
     LIGER_NTP,
     OUR_NTP,
@@ -79,7 +79,7 @@ def wrong_gradient(hidden: Tensor, *args: Any, **options: Any) -> Any:
 def test_a_wrong_method_is_caught(
     monkeypatch: pytest.MonkeyPatch, wrong: Any, results: Results
 ) -> None:
-    monkeypatch.setattr(sftmix.training.heads, "fused_sftmix_loss", wrong)
+    monkeypatch.setattr(sftmix.training.loss, "fused_sftmix_loss", wrong)
     found = check(TINY, "cpu", results)
     assert found[OUR_SFTMIX] > limit(OUR_SFTMIX, "cpu")
     assert found[THEIR_SFTMIX] == 0

@@ -6,6 +6,7 @@ The templates are written for these tests: what they write has the models' form,
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,20 +25,25 @@ SPECIAL = [
 ]
 
 
-@functools.cache
-def _bpe() -> Tokenizer:
+def byte_level_bpe(text: str, special: Sequence[str], vocab_size: int) -> Tokenizer:
+    """A tokenizer as GPT-2's, trained on a line."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=420,
-        special_tokens=SPECIAL,
+        vocab_size=vocab_size,
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    text = "hello there, one two three\n\nASSISTANT: hello\n\nthe answer is four\n\n"
     tokenizer.train_from_iterator([text] * 4, trainer)
     return tokenizer
+
+
+@functools.cache
+def _bpe() -> Tokenizer:
+    text = "hello there, one two three\n\nASSISTANT: hello\n\nthe answer is four\n\n"
+    return byte_level_bpe(text, SPECIAL, 420)
 
 
 def tokenizer_of(template: str | None, **tokens: str) -> PreTrainedTokenizerFast:

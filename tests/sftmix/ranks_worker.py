@@ -46,7 +46,7 @@ from sftmix.runs.ranks import (
     summed,
     together,
 )
-from sftmix.training.objective import batch_counts, batch_loss
+from sftmix.training.loss import batch_counts, batch_loss
 from sftmix.training.scoring import ScoringCallback, score_examples
 from sftmix.training.trainer import SFTMixTrainer
 from sftmix_kernels import StreamingPerplexity

@@ -104,12 +104,14 @@ def test_the_page_has_the_line_of_a_method(name: str) -> None:
     method = METHODS[name]
     lines = (REPOSITORY / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()
     assert f"| `{name}` | {method.formula} | {method.source} |" in lines
+    changelog = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"`{name}`" in changelog.partition("the methods ")[2].partition(";")[0]
 
 
 @pytest.mark.parametrize(
     ("method", "typed", "told"),
     [
-        ("ntp", ["--mu", "0.9", "--kl-reg=3", "--alpha", "1"], ["--alpha, --kl_reg, --mu"]),
+        ("ntp", ["--mu", "0.9", "--kl-reg=3", "--alpha", "1"], ["--alpha, --kl-reg, --mu"]),
         ("equal", ["--mu", "0.9", "--alpha", "1"], ["--mu"]),
         ("sftmix", ["--mu", "0.9", "--alpha", "1"], []),
         ("ntp", [], []),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -179,6 +180,22 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
         assert word in text
     assert "hf_secret" not in text
     assert re.search(r"^  peft +\d+\.", text, re.MULTILINE)
+    assert not re.search(r"^  \w+ *$", text, re.MULTILINE)  # a name without a value
+
+
+def test_warnings_between_libraries_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a first run on a CPU, and of LoRA."""
+
+    def noisy(words: list[str]) -> None:
+        warnings.warn("'pin_memory' argument is set as true but ...", UserWarning, stacklevel=1)
+        warnings.warn("`is_gradient_checkpointing` is deprecated", FutureWarning, stacklevel=1)
+        warnings.warn("something else", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr("sftmix.commands.doctor.main", noisy)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        assert main(["doctor"]) == 0
+    assert [str(one.message) for one in shown] == ["something else"]
 
 
 # Data

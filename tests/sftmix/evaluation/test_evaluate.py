@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sftmix.cli import main
-from sftmix.commands.evaluate import merge, table
+from sftmix.commands.evaluate import merge, output_file, table
 from sftmix.evaluation.medical import Score, refuse_no_numbers
 from tests.sftmix.medical_data import MAKE, needs_harness, write
 
@@ -35,10 +35,7 @@ def test_errors_are_one_line(
         (["--tasks", "medqa", "usmle"], "expected some of medqa, medqa_5, pubmedqa, medmcqa, got"),
         ([*asked, str(tmp_path / "none.jsonl")], "no such data file: "),
         ([*asked, file, "--limit", "0"], "limit: expected at least 1, got 0"),
-        (
-            [*asked, file, "--model", "a/name"],
-            "--output: expected a file: there is no folder 'a/name'",
-        ),
+        ([*asked, file, "--model", "a/name"], "error: --model: no folder ./a/name, and no such"),
         ([*asked, file, "--model", "./typo"], "error: --model: no folder ./typo; a name on the"),
         ([*asked, file, "--output", str(tmp_path / "no" / "x.json")], "there is no folder"),
         ([*asked, file, "--output", str(other)], "holds the evaluation of 'another'"),
@@ -49,6 +46,8 @@ def test_errors_are_one_line(
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+    with pytest.raises(ValueError, match=r"^output: expected a file: there is no folder 'a/name'"):
+        output_file("a/name", None)
 
 
 def test_the_harness_is_asked_for_before_questions_are_fetched(

@@ -18,7 +18,7 @@ from sftmix.model.layout_check import check_layout
 from sftmix.model.one_by_one import saved_on_host
 from sftmix.pairs.collator import PairedCollator
 from sftmix.training.config import CHECKPOINTING
-from sftmix.training.objective import batch_counts, batch_loss
+from sftmix.training.loss import batch_counts, batch_loss
 from sftmix.training.trainer import SFTMixTrainer, make_collator
 from tests.sftmix import tiny
 from tests.sftmix.pairs.test_layouts import fresh

@@ -26,13 +26,13 @@ from sftmix.model.tiled_mlp import tile_mlps
 from sftmix.plan import plan_step
 from sftmix.plan import step as planning
 from sftmix.plan.optimizer import ao_states
-from sftmix.plan.planned import Alternative, Planned, advised, parse_bytes
-from sftmix.plan.search import GRID, largest_length, step_of
+from sftmix.plan.planned import SWITCHES, Alternative, Planned, advised, parse_bytes
+from sftmix.plan.search import GRID, ends, largest_length, step_of
 from sftmix.plan.trace import GRADIENTS, LOSS, OPTIMIZER, WEIGHTS
 from sftmix.recipe.arguments import RunArguments
 from sftmix.recipe.lora import add_lora
 from sftmix.training.config import SFTMixConfig
-from sftmix.training.objective import batch_counts, batch_loss
+from sftmix.training.loss import batch_counts, batch_loss
 from tools.peak_memory import peak_extra_bytes
 
 # PEFT asks for it under its old name.
@@ -246,6 +246,12 @@ def test_the_largest_length_fits_and_a_step_more_does_not(memory: int) -> None:
     assert len(plans) <= 40
     near = largest_length(peak_of, memory, known, proven=False)
     assert near == largest or peak_of(near) >= 0.99 * memory
+    plans.clear()
+    end = 8192
+    within = largest_length(peak_of, memory, known, longest=end)
+    assert within == min(largest, end - GRID)
+    assert ends(within, end) == (largest >= end - GRID)
+    assert max(plans, default=0) < end
 
 
 @pytest.mark.parametrize(
@@ -308,7 +314,23 @@ def test_the_command_says_what_fits_and_what_helps(plan: Callable[..., tuple[int
     assert "no length fits" in said
 
 
-def test_the_command_says_what_bfloat16_loses(plan: Callable[..., tuple[int, str]]) -> None:
+def test_the_command_says_where_its_search_ends(
+    plan: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small model and a large GPU: millions of tokens would fit, and take minutes to plan."""
+    monkeypatch.setattr("sftmix.plan.planned.SEARCHED", 4096)
+    one = [switch for switch in SWITCHES if switch.name == "lora_rank"]
+    monkeypatch.setattr("sftmix.commands.plan.SWITCHES", one)
+    code, said = plan("--gpu-memory", "80GiB")
+    assert code == 0
+    assert "longest that fits: 3840 tokens or more; the search ends at 4096" in said
+    assert re.search(r"^switch .* products$", said, re.MULTILINE)  # and no column of lengths
+
+
+def test_the_command_says_what_bfloat16_loses(
+    plan: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sftmix.commands.plan.SWITCHES", ())
     without_lora = [*ALL_ON[:-8], "--max-length", "64", "--dtype", "bfloat16"]
     rounding = ["--optim", "adamw_torch_8bit", "--optim_args", "bf16_stochastic_round=True"]
     assert "loses small updates" in plan(*without_lora, "--optim", "sgd")[1]
@@ -316,8 +338,9 @@ def test_the_command_says_what_bfloat16_loses(plan: Callable[..., tuple[int, str
 
 
 def test_the_command_reads_what_train_reads(
-    plan: Callable[..., tuple[int, str]], tmp_path: Path
+    plan: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sftmix.commands.plan.SWITCHES", ())
     file = tmp_path / "config.yaml"
     shared = {"data": ["x"], "score": {"output": "y"}}
     own = {"output": "z", "partition": "p", "memory": "lean", "lora_rank": 8, "bf16": True}
@@ -342,12 +365,12 @@ def test_the_command_reads_what_train_reads(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--gpu-memory", "much"], "gpu_memory: expected bytes such as 80GiB"),
-        (["--gpu-memory", "-1"], "gpu_memory"),
+        (["--gpu-memory", "much"], "--gpu-memory: expected bytes such as 80GiB"),
+        (["--gpu-memory", "-1"], "--gpu-memory"),
         (["--optim", "lion_32bit"], "optim: expected one that the plan knows"),
         (["--fsdp", "full_shard"], "expected one process"),
         (["--use_liger_kernel", "true"], "--use_liger_kernel: not supported here, got True"),
-        (["--max-length", "1"], "max_length: expected at least 2"),
+        (["--max-length", "1"], "--max-length: expected at least 2"),
         (["--layout", "packed", "--row_length", "100"], "row_length"),
     ],
 )

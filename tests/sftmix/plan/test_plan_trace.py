@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sftmix.plan.trace import ACTIVATIONS, GRADIENTS, LOSS, WEIGHTS, MemoryTrace, saved_on_host
+from sftmix.plan.trace import ACTIVATIONS, GRADIENTS, LOSS, WEIGHTS, MemoryTrace, planned_on_host
 
 KB = 1024
 
@@ -56,7 +56,7 @@ def test_a_trace_sees_what_autograd_keeps_and_what_lies_on_the_host() -> None:
         kept.sum().backward()
         del kept
         assert trace.held.total() == 8 * KB  # x and its gradient
-        with saved_on_host():
+        with planned_on_host():
             moved = x.sin().cos()
         assert (trace.host, trace.held.total()) == (8 * KB, 12 * KB)
         moved.sum().backward()

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from sftmix.data.examples import BadRowError, Example, load_examples
 from sftmix.templates.chat import PLAIN_TEMPLATE, chat_template, template_hash
 from sftmix.templates.tokenizing import tokenize_examples
+from tests.sftmix.chats import byte_level_bpe
 
 REAL_DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 
@@ -55,18 +56,9 @@ SPECIAL = ["<s>", "</s>", *(f"<|{name}|>" for name in CONTROL)]
 
 @pytest.fixture(scope="module")
 def bpe() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
     text = "### Instruction:\nsay hello there\n\n### Response:\nhello there, user and assistant"
-    tokenizer.train_from_iterator([text] * 4, trainer)
+    tokenizer = byte_level_bpe(text, SPECIAL, 400)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     return tokenizer
 
 

@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 from sftmix import methods
 from sftmix.pairs.collator import PairedCollator
 from sftmix.pairs.sampling import filler
-from sftmix.training.heads import Counts, Head
-from sftmix.training.objective import batch_counts
+from sftmix.training.loss import Counts, Head, batch_counts
 from tests.sftmix import tiny
 from tests.sftmix.training.test_trainer import Recorder, in_pairs
 
@@ -184,7 +183,8 @@ def test_fillers_have_no_weight_in_ir_dro(tmp_path: Path) -> None:
     def hard_examples(batch: Any, counts: Counts, losses: Tensor) -> Tensor:
         head = Given(batch, counts, tiny.config(tmp_path, method="ir_dro", kl_reg=KL_REG))
         head.losses = losses
-        return head.hard_examples().loss
+        loss: Tensor = methods.METHODS["ir_dro"].loss(head).loss
+        return loss
 
     found = []
     for fillers in ([], [filler()], [filler()] * 5):

@@ -236,7 +236,7 @@ def test_unknown_names(name: str) -> None:
         ),
         ({"fsdp": "nonsense"}, "fsdp: expected one of full_shard"),
         ({"fsdp": True, "fsdp_config": "no.json"}, "fsdp_config: expected JSON such as {...} or"),
-        ({"deepspeed": "no.json"}, "deepspeed: expected JSON such as {...} or the path of a file"),
+        ({"deepspeed": "no.json"}, "deepspeed: not supported here, got 'no.json': its checkpoints"),
         ({"deepspeed": {"zero": 2}}, "deepspeed: not supported here"),
         ({"debug": "all"}, "debug: expected one of underflow_overflow"),
         ({"torch_compile_backend": "inducter"}, "torch_compile_backend: expected one of"),

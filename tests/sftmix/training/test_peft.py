@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import sftmix.training.heads
+import sftmix.training.loss
 from sftmix.model.head import HeadAdapter
 from sftmix.pairs.collator import PairedCollator
 from sftmix.training.saving import save_final_model
@@ -97,13 +97,13 @@ def test_gradients_are_those_of_the_models_own_loss(
 def test_a_frozen_heads_gradient_is_not_asked_for(
     changes: dict[str, Any], needed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, own = [], sftmix.training.heads.fused_sftmix_loss
+    asked, own = [], sftmix.training.loss.fused_sftmix_loss
 
     def spy(hidden: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
         asked.append((hidden.requires_grad, weight.requires_grad))
         return own(hidden, weight, *args, **kwargs)
 
-    monkeypatch.setattr(sftmix.training.heads, "fused_sftmix_loss", spy)
+    monkeypatch.setattr(sftmix.training.loss, "fused_sftmix_loss", spy)
     model = adapted(**changes)
     made = tiny.trainer(model, tmp_path, tiny.examples(4), max_steps=1)
     made.train()

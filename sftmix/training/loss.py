@@ -1,24 +1,29 @@
-"""What the loss of a method is made of: NTP, Mixup and single tokens' losses, by two kinds of head.
+"""The loss of a batch, and what a method makes it of: NTP, Mixup, single tokens' losses.
 
-`FusedHead` calls the fused losses on what the LM head reads, and never makes logits. `DenseHead`
-takes the model's own logits: slow, and right for any head. A method's loss (`sftmix.methods`) is
-one function of either.
+`batch_loss` calls the model with such a head in the place of its LM head. `FusedHead` calls the
+fused losses on what the LM head reads, and never makes logits. `DenseHead` takes the model's own
+logits: slow, and right for any head. A method's loss (`sftmix.methods`) is one function of either.
 
-Legend: N response tokens, P mixed pairs of them, D hidden size, V vocabulary.
+Legend: N response tokens of B examples, P mixed pairs of them, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from sftmix.methods import Method
+from sftmix.methods import Method, method_of
+from sftmix.model.head import HeadAdapter
 from sftmix.runs.ranks import joined_ranks, rank
 from sftmix.training.config import SFTMixOptions
 from sftmix_kernels import fused_cross_entropy, fused_mixup_loss, fused_sftmix_loss
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class Counts(NamedTuple):
@@ -85,27 +90,32 @@ class Head:
         """Return a loss that was made of ``tokens()``, whose mean is logged as NTP."""
         return BatchLoss(loss, tokens.sum() / self.counts.tokens, None, tokens)
 
-    def hard_examples(self) -> BatchLoss:
-        """Return IR-DRO's loss (Chen et al. 2024), ``sum_i softmax(L / kl_reg)_i L_i``.
+    def of_examples(self, tokens: Tensor) -> Tensor:
+        """Return the mean of each example's ``tokens()``, (B,) float64; 0 for a filler."""
+        return self._sums(tokens) / self._num_tokens.clamp(min=1)
 
-        ``L_i`` is the mean token loss of example i. The softmax, not differentiated, is over the
-        examples of one micro-batch on all ranks together; accumulated micro-batches count by their
-        examples.
+    def softmax(self, scores: Tensor) -> Tensor:
+        """Return the weights of a micro-batch's examples (B,), without gradients.
+
+        The softmax is over the examples of all ranks together; accumulated micro-batches count by
+        their examples. Fillers have no weight.
         """
-        tokens = self.tokens()
-        num_examples, owner = self.batch["lengths"].numel(), self.batch["owner"]
-        # In float64: the softmax turns absolute errors of the losses into relative ones of weights.
-        nothing = tokens.new_zeros(num_examples, dtype=torch.float64)
-        # Not `bincount`, for whose largest value the host waits.
-        lengths = nothing.index_add(0, owner, torch.ones_like(tokens, dtype=torch.float64))
-        means = nothing.index_add(0, owner, tokens.double()) / lengths.clamp(min=1)
-        # Fillers have no tokens, and no weight. What other ranks are told has no gradient.
-        hardness = (means / self.options.kl_reg).masked_fill(lengths == 0, -torch.inf)
-        everyone = joined_ranks(hardness)
-        mine = everyone.softmax(0)[rank() * num_examples :][:num_examples]
-        weights = mine.masked_fill(lengths == 0, 0.0)
+        filler = self._num_tokens == 0
+        scores = scores.masked_fill(filler, -torch.inf)
+        everyone = joined_ranks(scores)
+        mine = everyone.softmax(0)[rank() * scores.numel() :][: scores.numel()]
         share = everyone.isfinite().sum() / self.counts.examples
-        return self.of_tokens((share * (weights * means).sum()).float(), tokens)
+        return share * mine.masked_fill(filler, 0.0)
+
+    @property
+    def _num_tokens(self) -> Tensor:
+        return self._sums(torch.ones_like(self.targets))
+
+    def _sums(self, tokens: Tensor) -> Tensor:
+        # In float64: a softmax turns absolute errors of losses into relative ones of weights.
+        nothing = tokens.new_zeros(self.batch["lengths"].numel(), dtype=torch.float64)
+        # Not `bincount`, for whose largest value the host waits.
+        return nothing.index_add(0, self.batch["owner"], tokens.double())
 
 
 class FusedHead(Head):
@@ -222,3 +232,61 @@ class DenseHead(Head):
         """Return ``NTP + weight * Mixup``."""
         mixup, ntp = self.mixup().loss, self.ntp()
         return ntp._replace(loss=ntp.loss + weight * mixup, mixup=mixup)
+
+
+def batch_counts(batches: Sequence[dict[str, Tensor]], device: torch.device) -> Counts:
+    """Count tokens, pairs, examples and micro-batches; fillers are no examples."""
+    known = (
+        sum(batch["rows"].numel() for batch in batches),
+        sum(batch["pair_c"].numel() for batch in batches if "pair_c" in batch),
+        sum(bool(batch["rows"].numel()) for batch in batches),
+    )
+    tokens, pairs, micro_batches = torch.tensor(known, dtype=torch.float32, device=device)
+    # Lengths are on the device: the host does not wait to count them.
+    examples = torch.zeros_like(tokens)
+    for batch in batches:
+        examples = examples + batch["lengths"].count_nonzero().to(device)
+    return Counts(tokens, pairs, examples, micro_batches)
+
+
+def batch_loss(
+    model: nn.Module,
+    head: HeadAdapter,
+    batch: dict[str, Any],
+    options: SFTMixOptions,
+    counts: Counts,
+) -> BatchLoss:
+    """Return a micro-batch's share of the loss of ``options.method``.
+
+    ``model`` is what is called: the model that ``head`` was made for, or a wrapper of it.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    method = method_of(options.method)
+    tokens = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+    ways = {"parts": batch.get("parts"), "saving": head.saving}
+    call = functools.partial(model, **tokens, **ways, use_cache=False, rows=batch["rows"])
+    if not head.fused:
+        dense = DenseHead(batch, counts, options, method)
+        output = call(head_input=dense.rows)
+        logits: Tensor = output.value
+        dense.logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss: BatchLoss = method.loss(dense)
+        return detached(loss)._replace(loss=loss.loss, router=output.router_loss)
+    found: list[BatchLoss] = []
+
+    def head_function(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        keywords = {"bias": bias, "schedule": options.loss_plan, **head.options}
+        loss: BatchLoss = method.loss(FusedHead(batch, counts, options, hidden, weight, **keywords))
+        # FSDP2's mixed precision rounds what a module returns; these are logged as they are.
+        found.append(detached(loss))
+        return loss.loss
+
+    output = call(head_function=head_function)
+    return found[-1]._replace(loss=output.value, router=output.router_loss)
+
+
+def detached(loss: BatchLoss) -> BatchLoss:
+    """Return the same numbers without gradients."""
+    return BatchLoss(*(part if part is None else part.detach() for part in loss))  # type: ignore[arg-type]
