@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from sftmix_kernels import VocabTiles, fused_cross_entropy, fused_mixup_loss
+from sftmix_kernels.gradients import unit_of
+from sftmix_kernels.mixup_loss import mixup_tiles, mixup_tiles_backward
 from sftmix_kernels.schedules import BLOCK_P, BLOCK_R, BLOCK_V
+from sftmix_kernels.sftmix_loss import sftmix_tiles, sftmix_tiles_backward
 from sftmix_kernels.terms import PairPlan
-from sftmix_kernels.vocab_tiles.groups import groups
-from sftmix_kernels.vocab_tiles.pairs import every_row_paired, sftmix_tiles, sftmix_tiles_backward
-from sftmix_kernels.vocab_tiles.rows import mixup_tiles, mixup_tiles_backward, unit_of
+from sftmix_kernels.vocab_tiles.groups import every_row_paired, groups
 from tools.peak_memory import peak_extra_bytes
 
 from ..budget import assert_same_bits, check, run
