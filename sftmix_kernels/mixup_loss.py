@@ -1,10 +1,18 @@
 """Mixup without NTP: interpolate, project, soft cross-entropy with two targets.
 
-Legend: R positions, K rows of one chunk, T hidden states mixed in a row (2; 1 is the plain
-cross-entropy), D hidden size, V vocabulary.
+Legend: R positions, K rows of one chunk or group, T hidden states mixed in a row (2; 1 is the plain
+cross-entropy), D hidden size, V vocabulary, B tiles of the vocabulary.
 
 ``m = f(W (lam h_c + (1 - lam) h_u) + b)``, ``loss = LSE(m) - lam m[y_c] - (1 - lam) m[y_u]``.
 Where only Mixup is wanted, mixing first costs one row of logits for a pair instead of two.
+
+- Formula: `reference.py`.
+- Kernels: `row_chunks/kernels.py`; `vocab_tiles/forward.py`, `vocab_tiles/backward.py`. On the CPU:
+  `row_chunks/pytorch.py`.
+- Proof: `tests/sftmix_kernels/test_mixup_loss.py`; of the kernels
+  `tests/sftmix_kernels/row_chunks/test_row_chunks.py`,
+  `tests/sftmix_kernels/vocab_tiles/test_vocab_tiles.py`.
+- Time: `benchmarks/bench_loss.py`, whose calls stand in `benchmarks/providers.py`.
 """
 
 from __future__ import annotations

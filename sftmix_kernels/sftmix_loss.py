@@ -1,6 +1,7 @@
 """NTP + Mixup in one op, at the price of the matrix products of NTP.
 
-Legend: R rows of hidden, P pairs, S single rows, K rows of one chunk, D hidden size, V vocabulary.
+Legend: R rows of hidden, P pairs, S single rows, K rows of one chunk, D hidden size, V vocabulary,
+B tiles of the vocabulary.
 
 Each chunk lays its rows out as ``[c rows | u rows | single rows]``; one projection serves the three
 losses, and one gradient per row serves both terms:
@@ -12,6 +13,14 @@ losses, and one gradient per row serves both terms:
 where ``mix_ratio = mu * ntp_divisor / mixup_divisor``; backward divides by ``ntp_divisor``.
 Every row that counts sits in exactly one pair or is single: left over where the longer response of
 a pair was cut, or unpaired.
+
+- Formula: `reference.py`.
+- Kernels: `row_chunks/kernels.py`; `vocab_tiles/forward.py`, `vocab_tiles/backward.py`. On the CPU:
+  `row_chunks/pytorch.py`.
+- Proof: `tests/sftmix_kernels/test_sftmix_loss.py`; of the kernels
+  `tests/sftmix_kernels/row_chunks/test_row_chunks.py`,
+  `tests/sftmix_kernels/vocab_tiles/test_vocab_tiles.py`.
+- Time: `benchmarks/bench_loss.py`, whose calls stand in `benchmarks/providers.py`.
 """
 
 from __future__ import annotations
