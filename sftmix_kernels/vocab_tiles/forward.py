@@ -70,12 +70,8 @@ def store_at_target(pointer, row, logits, column, target, inside):
 
 @triton.jit
 def soft_lse_kernel(
-    first_ptr,  # (K, D)
-    second_ptr,  # (K, D), or None
-    stride,
-    share_ptr,  # (2, K) float32, or None for one target
-    targets_ptr,  # (T, K) int64
-    weight_ptr,  # (K,) float32
+    group,  # a RowGroup
+    stride,  # of both hidden states
     head_ptr,  # (V, D)
     head_stride,
     bias_ptr,  # (V,), or None
@@ -98,15 +94,15 @@ def soft_lse_kernel(
     column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = row < num_rows
     target_1, target_2, share_1, share_2 = load_targets(
-        targets_ptr, share_ptr, row, num_rows, inside
+        group.targets, group.share, row, num_rows, inside
     )
     raw = soft_tile(
-        first_ptr, second_ptr, stride, share_1, share_2, weight_ptr, row, num_rows, head_ptr,
-        head_stride, bias_ptr, column, hidden_size, vocab_size, BLOCK_D,
+        group, stride, share_1, share_2, row, num_rows, head_ptr, head_stride, bias_ptr, column,
+        hidden_size, vocab_size, BLOCK_D,
     )  # fmt: skip
     # Before the LSE, so that raw logits and transformed ones need not be kept together.
     store_at_target(raw_ptr, row, raw, column, target_1, inside)
-    if share_ptr is not None:
+    if group.share is not None:
         store_at_target(raw_ptr + num_rows, row, raw, column, target_2, inside)
     held_1, held_2 = held_targets(target_1, target_2, share_1, share_2)
     left_out = (column >= vocab_size)[None, :] | (column[None, :] == held_1[:, None])
@@ -119,10 +115,7 @@ def soft_lse_kernel(
 def pair_lse_kernel(
     hidden_ptr,  # (R, D)
     stride,
-    rows_ptr,  # (2, P) int64: rows of c, of u
-    share_ptr,  # (2, P) float32: lam, 1 - lam
-    labels_ptr,  # (2, P) int64
-    weight_ptr,  # (3, P) float32: of c, of u, of the pair
+    group,  # a PairGroup
     head_ptr,  # (V, D)
     head_stride,
     bias_ptr,  # (V,), or None
@@ -145,11 +138,11 @@ def pair_lse_kernel(
     column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = pair < num_pairs
     raw_c, raw_u = pair_tile(
-        hidden_ptr, stride, rows_ptr, weight_ptr, pair, num_pairs, head_ptr, head_stride, bias_ptr,
-        column, hidden_size, vocab_size, BLOCK_D,
+        hidden_ptr, stride, group, pair, num_pairs, head_ptr, head_stride, bias_ptr, column,
+        hidden_size, vocab_size, BLOCK_D,
     )  # fmt: skip
     target_c, target_u, share_c, share_u = load_targets(
-        labels_ptr, share_ptr, pair, num_pairs, inside
+        group.labels, group.share, pair, num_pairs, inside
     )
     store_at_target(raw_ptr, pair, raw_c, column, target_c, inside)
     store_at_target(raw_ptr + num_pairs, pair, raw_c, column, target_u, inside)
@@ -370,9 +363,9 @@ def soft_forward(
     loss, state = torch.empty_like(row_weight), row_weight.new_empty(4, num_rows)
     with torch.cuda.device_of(weight):
         soft_lse_kernel[(blocks * num_tiles,)](
-            hidden_c, hidden_u, hidden_c.stride(0), share, targets, row_weight, weight,
-            weight.stride(0), bias, lse, raw, num_rows, weight.shape[1], weight.shape[0],
-            transform.scale, transform.softcap, BLOCK_R=BLOCK_R, BLOCK_V=BLOCK_V,
+            group, hidden_c.stride(0), weight, weight.stride(0), bias, lse, raw, num_rows,
+            weight.shape[1], weight.shape[0], transform.scale, transform.softcap,
+            BLOCK_R=BLOCK_R, BLOCK_V=BLOCK_V,
             **tile_options(weight, fuses=False, interpolates=hidden_u is not None),
         )  # fmt: skip
         soft_combine_kernel[(blocks,)](
@@ -402,9 +395,9 @@ def pair_forward(
     loss, state = torch.empty_like(weights), weights.new_empty(10, num_pairs)
     with torch.cuda.device_of(weight):
         pair_lse_kernel[(blocks * num_tiles,)](
-            hidden, hidden.stride(0), rows, share, labels, weights, weight, weight.stride(0), bias,
-            lse, raw, num_pairs, weight.shape[1], weight.shape[0], transform.scale,
-            transform.softcap, BLOCK_P=BLOCK_P, BLOCK_V=BLOCK_V,
+            hidden, hidden.stride(0), group, weight, weight.stride(0), bias, lse, raw, num_pairs,
+            weight.shape[1], weight.shape[0], transform.scale, transform.softcap,
+            BLOCK_P=BLOCK_P, BLOCK_V=BLOCK_V,
             **tile_options(weight, fuses=False),
         )  # fmt: skip
         pair_combine_kernel[(blocks,)](
