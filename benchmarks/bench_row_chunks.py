@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sftmix_kernels.row_chunks.losses import cross_entropy_, pair_cross_entropy_
+from sftmix_kernels.row_chunks.pytorch import cross_entropy_, pair_cross_entropy_
 from sftmix_kernels.transform import LogitTransform
 
 from .measure import SuiteError, interleaved_samples

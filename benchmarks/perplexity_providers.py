@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sftmix_kernels import reference, streaming_perplexity
 from sftmix_kernels.budget import Budget, budget
-from sftmix_kernels.build import build_info
+from sftmix_kernels.extension import build_info
 from sftmix_kernels.perplexity import online_softmax
 from sftmix_kernels.perplexity import streaming as perplexity
 from sftmix_kernels.schedules import PADDING

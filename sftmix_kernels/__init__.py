@@ -1,9 +1,24 @@
 """Fused loss kernels for SFTMix: NTP + Mixup for the matrix products of NTP.
 
-`reference.py` has the formulas and `<op>.py` each op with its public function. `row_chunks/` and
-`vocab_tiles/` are the two ways to avoid full logits (`schedules.py` chooses), each with its Triton
-kernels. `vocab_parallel/` shares a head out over ranks, `perplexity/` scores examples.
-"""
+`reference.py` has every formula in dense PyTorch. An op's file has its public function, and calls
+the kernels. Proofs are below `tests/sftmix_kernels/`, benchmarks below `benchmarks/`:
+
+| op | its file | kernels | proof | time |
+|---|---|---|---|---|
+| `fused_sftmix_loss` | `sftmix_loss.py` | of a schedule | `test_sftmix_loss.py` | `bench_loss.py` |
+| `fused_mixup_loss` | `mixup_loss.py` | of a schedule | `test_mixup_loss.py` | `bench_loss.py` |
+| `fused_cross_entropy` | `cross_entropy.py` | of a schedule | `test_cross_entropy.py` | `bench_loss.py` |
+| `streaming_perplexity` | `perplexity/streaming.py` | `csrc/online_softmax_kernels.cuh` | `perplexity/test_streaming.py` | `bench_perplexity.py` |
+
+A schedule is a way to hold no full logits; `schedules.py` chooses one:
+
+| schedule | kernels | proof | time |
+|---|---|---|---|
+| `row_chunks` | `row_chunks/kernels.py` | `row_chunks/test_row_chunks.py` | `bench_row_chunks.py` |
+| ... on the CPU | `row_chunks/pytorch.py` | `test_sftmix_loss.py` | `bench_loss.py` |
+| ... of a head shared out over ranks | `vocab_parallel/losses.py` | `vocab_parallel/test_vocab_parallel.py` | |
+| `vocab_tiles` | `vocab_tiles/forward.py`, `vocab_tiles/backward.py` | `vocab_tiles/test_vocab_tiles.py` | `bench_loss.py` |
+"""  # noqa: E501
 
 from .cross_entropy import fused_cross_entropy
 from .mixup_loss import fused_mixup_loss

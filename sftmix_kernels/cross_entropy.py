@@ -1,4 +1,13 @@
-"""Next-token prediction: the rows of `mixup_loss.py` with one hidden state and one target each."""
+"""Next-token prediction: the rows of `mixup_loss.py` with one hidden state and one target each.
+
+- Formula: `reference.py`.
+- Kernels: `row_chunks/kernels.py`; `vocab_tiles/forward.py`, `vocab_tiles/backward.py`. On the CPU:
+  `row_chunks/pytorch.py`.
+- Proof: `tests/sftmix_kernels/test_cross_entropy.py`; of the kernels
+  `tests/sftmix_kernels/row_chunks/test_row_chunks.py`,
+  `tests/sftmix_kernels/vocab_tiles/test_vocab_tiles.py`.
+- Time: `benchmarks/bench_loss.py`, whose calls stand in `benchmarks/providers.py`.
+"""
 
 from __future__ import annotations
 

@@ -82,6 +82,18 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
+def unit_of(upstream: Tensor) -> Tensor:
+    """Return the largest finite upstream gradient, as the unit in which rows are computed.
+
+    In it rows keep off half precision's lower end, and a uniform upstream, such as that of a mean,
+    is exactly 1.
+    """
+    if upstream.numel() == 0:
+        return upstream.new_ones(())
+    unit = upstream.abs().masked_fill(~upstream.isfinite(), 0.0).amax()
+    return unit.masked_fill(unit == 0, 1.0)
+
+
 def handed_out(
     gradients: Sequence[Tensor],  # of the first inputs of a Function
     factors: Sequence[Tensor],  # one for each

@@ -1,14 +1,23 @@
 """Mixup without NTP: interpolate, project, soft cross-entropy with two targets.
 
-Legend: R positions, K rows of one chunk, T hidden states mixed in a row (2; 1 is the plain
-cross-entropy), D hidden size, V vocabulary.
+Legend: R positions, K rows of one chunk or group, T hidden states mixed in a row (2; 1 is the plain
+cross-entropy), D hidden size, V vocabulary, B tiles of the vocabulary.
 
 ``m = f(W (lam h_c + (1 - lam) h_u) + b)``, ``loss = LSE(m) - lam m[y_c] - (1 - lam) m[y_u]``.
 Where only Mixup is wanted, mixing first costs one row of logits for a pair instead of two.
+
+- Formula: `reference.py`.
+- Kernels: `row_chunks/kernels.py`; `vocab_tiles/forward.py`, `vocab_tiles/backward.py`. On the CPU:
+  `row_chunks/pytorch.py`.
+- Proof: `tests/sftmix_kernels/test_mixup_loss.py`; of the kernels
+  `tests/sftmix_kernels/row_chunks/test_row_chunks.py`,
+  `tests/sftmix_kernels/vocab_tiles/test_vocab_tiles.py`.
+- Time: `benchmarks/bench_loss.py`, whose calls stand in `benchmarks/providers.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,16 +33,17 @@ from .checks import (
     check_same,
     checked_lam,
 )
-from .gradients import Gradients, first_order_only, input_gradients
+from .gradients import Gradients, first_order_only, input_gradients, unit_of
 from .reference import both, label_weight, weighted_loss
+from .row_chunks import pytorch
 from .row_chunks.chunks import chunk_sizes, counted_rows, logits_workspace, mixed_rows, project
-from .row_chunks.losses import cache_blocks, load_rows, soft_cross_entropy_, store_rows_
-from .schedules import Schedule, VocabTiles, resolve_schedule, runs_triton
+from .schedules import BLOCK_R, BLOCK_V, Schedule, VocabTiles, resolve_schedule, runs_triton
 from .terms import divided_sum, loss_divisor
 from .transform import LogitTransform
 from .vocab_parallel.losses import add_over_ranks_, sharded_losses_
-from .vocab_parallel.shard import Head, VocabShard, checked_head
-from .vocab_tiles.rows import TileOptions, TileRows
+from .vocab_parallel.shard import HeadPart, VocabShard, checked_head
+from .vocab_tiles.gradients import TileGradients
+from .vocab_tiles.groups import dense_rows, groups, live_flags, live_of, row_group
 
 
 @torch.library.custom_op("sftmix_kernels::mixup_rows", mutates_args=())
@@ -67,16 +77,14 @@ def mixup_rows(
         if hidden_u is not None and runs_triton(weight):
             # Once, and not for every chunk.
             hidden_c, hidden_u = hidden_c.contiguous(), hidden_u.contiguous()
-        losses_ = chunk_losses_
-        if group is not None:
-            losses_ = partial(sharded_losses_, start=first_token, group=group)
+        losses_ = losses_of_rows(weight, first_token, group)
         for chunk in rows.split(sizes):
             mixed = mixed_rows(hidden_c, hidden_u, share, chunk, row_weight)
             logits = project(mixed, weight, bias, workspace)
             loss[chunk] = losses_(
                 logits,
                 targets[chunk],
-                share[chunk],
+                share[chunk] if share.shape[1] > 1 else None,
                 row_weight[chunk],
                 transform,
                 gradients.needed,
@@ -92,28 +100,118 @@ def _(hidden, _u, weight, _b, _t, _s, row_weight, _scale, _cap, _rows, needs, _f
     return torch.empty_like(row_weight), gradients.hidden, gradients.weight, gradients.bias
 
 
-def chunk_losses_(
-    logits: Tensor,  # (K, V) raw logits; gradients afterwards
-    targets: Tensor,  # (K, T)
-    share: Tensor,  # (K, T)
-    row_weight: Tensor,  # (K,)
-    transform: LogitTransform,
-    needs_gradient: bool,
-) -> Tensor:  # (K,)
-    """Return the weighted losses of one chunk; turn its logits into gradients in place."""
-    if runs_triton(logits):
+def losses_of_rows(weight: Tensor, first_token: int, group: str | None) -> Callable[..., Tensor]:
+    """Return what finds the losses of a chunk's rows and turns its logits into gradients."""
+    if group is not None:
+        return partial(sharded_losses_, start=first_token, group=group)
+    if runs_triton(weight):
         from .row_chunks.kernels import soft_rows_
 
-        both_shares = None if share.shape[1] == 1 else share
-        return soft_rows_(logits, targets, both_shares, row_weight, transform, needs_gradient)
-    loss = torch.empty_like(row_weight)
-    for block in cache_blocks(0, loss.numel(), logits):
-        raw = load_rows(logits, block)
-        loss[block] = soft_cross_entropy_(
-            raw, targets[block], share[block], row_weight[block], transform, needs_gradient
+        return soft_rows_
+    return pytorch.soft_rows_
+
+
+@torch.library.custom_op("sftmix_kernels::mixup_tiles", mutates_args=())
+def mixup_tiles(
+    hidden_c: Tensor,  # (R, D)
+    hidden_u: Tensor | None,  # (R, D); None for one hidden state and target
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (R, T) int64 in [0, V)
+    share: Tensor,  # (R, T) float32
+    row_weight: Tensor,  # (R,) float32
+    logit_scale: float,
+    softcap: float | None,
+    filter_eps: float,
+    max_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return weighted row losses (R,), the rows' state (4, R) for backward, and live flags."""
+    from .vocab_tiles.forward import soft_forward
+
+    hidden_c, hidden_u, weight = *both_dense(hidden_c, hidden_u), dense_rows(weight)
+    transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
+    num_rows = row_weight.numel()
+    loss, state = torch.empty_like(row_weight), row_weight.new_empty(4, num_rows)
+    live = live_flags(num_rows, BLOCK_R, weight, filter_eps)
+    # A row leaves a maximum and a sum for every tile.
+    for rows in groups(num_rows, BLOCK_R, 8 * live.shape[1], max_bytes // 2):
+        loss[rows], state[:, rows] = soft_forward(
+            row_group(hidden_c, hidden_u, targets, share, row_weight, rows),
+            weight,
+            bias,
+            transform,
+            live_of(live, rows, BLOCK_R),
+            filter_eps,
         )
-        store_rows_(logits, block, raw)
-    return weighted_loss(row_weight, loss)
+    return loss, state, live
+
+
+@mixup_tiles.register_fake
+def _(_c, _u, weight, _bias, _targets, _share, row_weight, _scale, _cap, filter_eps, *_):  # type: ignore[no-untyped-def]
+    live = live_flags(row_weight.shape[0], BLOCK_R, weight, filter_eps)
+    return torch.empty_like(row_weight), row_weight.new_empty(4, row_weight.shape[0]), live
+
+
+@torch.library.custom_op("sftmix_kernels::mixup_tiles_backward", mutates_args=())
+def mixup_tiles_backward(
+    hidden_c: Tensor,  # (R, D)
+    hidden_u: Tensor | None,  # (R, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (R, T) int64
+    share: Tensor,  # (R, T) float32
+    row_weight: Tensor,  # (R,) float32: label weight times upstream gradient
+    state: Tensor,  # (4, R) float32
+    live: Tensor,  # (row blocks, B) uint8
+    needs_gradient: list[bool],  # of hidden, weight, bias
+    logit_scale: float,
+    softcap: float | None,
+    max_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of ``sum(row_weight * row losses)`` with respect to the mixed rows
+    (R, D), weight (V, D) and bias (V,), the last two in float32; empty where not needed."""
+    from .vocab_tiles.backward import soft_gradient_
+
+    hidden_c, hidden_u, weight = *both_dense(hidden_c, hidden_u), dense_rows(weight)
+    transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
+    num_rows = row_weight.numel()
+    gradients = TileGradients(hidden_c, weight, needs_gradient, num_rows, max_bytes)
+    for rows in gradients.groups(num_rows, BLOCK_R, 1, weight):
+        index = torch.arange(rows.start, rows.stop, device=weight.device)
+        mixed = mixed_rows(hidden_c, hidden_u, share, index, row_weight)
+        group = row_group(hidden_c, hidden_u, targets, share, row_weight, rows)
+        group_state, group_live = state[:, rows].contiguous(), live_of(live, rows, BLOCK_R)
+        for gradient, first in gradients.tiles(mixed, weight):
+            soft_gradient_(
+                gradient, group, weight, bias, group_state, group_live, transform, first // BLOCK_V
+            )
+            gradients.add_tiles(gradient, first, mixed, weight, group_live, BLOCK_R, parts=1)
+        gradients.end_group(index)
+        del mixed  # before the next group's are made
+    return gradients.hidden, gradients.weight, gradients.bias
+
+
+@mixup_tiles_backward.register_fake
+def _(hidden, _u, weight, _bias, _targets, _share, _weights, _state, _live, needs_gradient, *_):  # type: ignore[no-untyped-def]
+    gradients = Gradients(hidden, weight, needs_gradient, 0)
+    return gradients.hidden, gradients.weight, gradients.bias
+
+
+def both_dense(hidden_c: Tensor, hidden_u: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return both hidden states contiguous: kernels read them with one stride."""
+    return hidden_c.contiguous(), None if hidden_u is None else hidden_u.contiguous()
+
+
+class RowInputs(NamedTuple):
+    """The tensors of a call, in the order in which all ops of rows take them."""
+
+    hidden_c: Tensor  # (R, D)
+    hidden_u: Tensor | None  # (R, D); None for one hidden state and target
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    targets: Tensor  # (R, T) int64 in [0, V)
+    share: Tensor  # (R, T) float32, summing to 1 over T
+    row_weight: Tensor  # (R,) float32; a row of weight 0 is left out
 
 
 class Options(NamedTuple):
@@ -127,33 +225,41 @@ class Options(NamedTuple):
     group: str | None
 
     @classmethod
-    def of(cls, head: Head, chunk_rows: int, inputs: tuple[Tensor | None, ...]) -> Options:
+    def of(cls, head: HeadPart, chunk_rows: int, inputs: tuple[Tensor | None, ...]) -> Options:
         """Return the options of a call with these hidden, weight and bias."""
         needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
         return cls(head.logit_scale, head.softcap, chunk_rows, needs, head.start, head.group)
+
+
+class TileOptions(NamedTuple):
+    """What the ops of vocabulary tiles need to know besides tensors."""
+
+    logit_scale: float
+    softcap: float | None
+    filter_eps: float
+    max_bytes: int
+
+    @classmethod
+    def of(cls, head: HeadPart, schedule: VocabTiles) -> TileOptions:
+        """Return the options of a call with this head."""
+        return cls(head.logit_scale, head.softcap, schedule.filter_eps, schedule.max_bytes)
+
+    @property
+    def backward(self) -> tuple[float, float | None, int]:
+        """The options of the backward ops, which find the filter's flags."""
+        return self.logit_scale, self.softcap, self.max_bytes
 
 
 class ReducedRows(torch.autograd.Function):
     """``sum(row losses) / divisor``; gradients are made in forward and scaled in backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_c: Tensor,
-        hidden_u: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        share: Tensor,
-        row_weight: Tensor,
-        divisor: Tensor,
-        options: Options,
-    ) -> Tensor:
-        loss, *gradients = mixup_rows(
-            hidden_c, hidden_u, weight, bias, targets, share, row_weight, *options
-        )
-        ctx.save_for_backward(share, divisor, *gradients)
-        ctx.dtype = weight.dtype
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, divisor, options = inputs
+        loss, *gradients = mixup_rows(*tensors, *options)
+        rows = RowInputs(*tensors)
+        ctx.save_for_backward(rows.share, divisor, *gradients)
+        ctx.dtype = rows.weight.dtype
         return divided_sum(loss, divisor)
 
     @staticmethod
@@ -168,39 +274,47 @@ class UnreducedRows(torch.autograd.Function):
     """The row losses; backward runs the op again, with the upstream gradient as row weight."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_c: Tensor,
-        hidden_u: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        share: Tensor,
-        row_weight: Tensor,
-        options: Options,
-    ) -> Tensor:
-        tensors = (hidden_c, hidden_u, weight, bias, targets, share, row_weight)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, ctx.options = inputs
+        loss, *_ = mixup_rows(*tensors, *ctx.options._replace(needs_gradient=[False] * 3))
         ctx.save_for_backward(*tensors)
-        ctx.options = options
-        loss, *_ = mixup_rows(*tensors, *options._replace(needs_gradient=[False] * 3))
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_c, hidden_u, weight, bias, targets, share, row_weight = ctx.saved_tensors
-        row_weight = weighted_loss(row_weight, upstream)
-        _, *gradients = mixup_rows(
-            hidden_c, hidden_u, weight, bias, targets, share, row_weight, *ctx.options
-        )
-        one = upstream.new_ones(())
-        return input_gradients(gradients, share, one, ctx.needs_input_grad, weight.dtype)
+        rows = RowInputs(*ctx.saved_tensors)
+        rows = rows._replace(row_weight=weighted_loss(rows.row_weight, upstream))
+        _, *gradients = mixup_rows(*rows, *ctx.options)
+        unit, needs = upstream.new_ones(()), ctx.needs_input_grad
+        return input_gradients(gradients, rows.share, unit, needs, rows.weight.dtype)
+
+
+class TileRows(torch.autograd.Function):
+    """The row losses by tiles; the upstream gradient of each row is its weight in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, ctx.options = inputs
+        loss, *state = mixup_tiles(*tensors, *ctx.options)
+        ctx.save_for_backward(*tensors, *state)
+        return loss  # type: ignore[no-any-return]
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, state, live = ctx.saved_tensors
+        rows, unit, needs = RowInputs(*tensors), unit_of(upstream), ctx.needs_input_grad
+        rows = rows._replace(row_weight=weighted_loss(rows.row_weight, upstream / unit))
+        wanted = [needs[0] or needs[1], needs[2], needs[3]]
+        gradients = mixup_tiles_backward(*rows, state, live, wanted, *ctx.options.backward)
+        return input_gradients(gradients, rows.share, unit, needs, rows.weight.dtype)
 
 
 def reduced_loss(
     hidden_c: Tensor,  # (..., D)
     hidden_u: Tensor | None,
-    head: Head,
+    head: HeadPart,
     targets: Tensor,  # (..., T)
     share: Tensor,  # (..., T)
     row_weight: Tensor,  # (...)
@@ -209,30 +323,28 @@ def reduced_loss(
     schedule: int | VocabTiles,
 ) -> Tensor:
     """Flatten, run and reduce, for Mixup as for the plain cross-entropy."""
-    weight, bias = head.weight, head.bias
-    size, terms = weight.shape[1], targets.shape[-1]
-    tensors = (
+    size, terms = head.weight.shape[1], targets.shape[-1]
+    rows = RowInputs(
         hidden_c.reshape(-1, size),
         None if hidden_u is None else hidden_u.reshape(-1, size),
-        weight,
-        bias,
+        head.weight,
+        head.bias,
         targets.reshape(-1, terms).clamp(0, head.vocab_size - 1),
         share.reshape(-1, terms),
         row_weight.reshape(-1),
     )
     total = loss_divisor(1.0 if reduction == "sum" else divisor, row_weight)
     if isinstance(schedule, VocabTiles):
-        tiles = TileOptions(head.logit_scale, head.softcap, schedule.filter_eps, schedule.max_bytes)
-        rows = TileRows.apply(*tensors, tiles)  # type: ignore[no-untyped-call]
-        if reduction == "none":
-            return rows.reshape(row_weight.shape)  # type: ignore[no-any-return]
-        return divided_sum(rows, total)
+        losses: Tensor = TileRows.apply(*rows, TileOptions.of(head, schedule))  # type: ignore[no-untyped-call]
+        return (
+            losses.reshape(row_weight.shape) if reduction == "none" else divided_sum(losses, total)
+        )
     # The mixed rows need a gradient where either of the two hidden states does.
     either = hidden_u if hidden_u is not None and hidden_u.requires_grad else hidden_c
-    options = Options.of(head, schedule, (either, weight, bias))
+    options = Options.of(head, schedule, (either, head.weight, head.bias))
     if reduction == "none":
-        return UnreducedRows.apply(*tensors, options).reshape(row_weight.shape)  # type: ignore[no-any-return, no-untyped-call]
-    return ReducedRows.apply(*tensors, total, options)  # type: ignore[no-any-return, no-untyped-call]
+        return UnreducedRows.apply(*rows, options).reshape(row_weight.shape)  # type: ignore[no-any-return, no-untyped-call]
+    return ReducedRows.apply(*rows, total, options)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def fused_mixup_loss(

@@ -40,7 +40,7 @@ import torch
 
 from .perplexity.streaming import block_rows, round_up
 from .row_chunks.chunks import chunk_sizes
-from .row_chunks.losses import cache_blocks
+from .row_chunks.pytorch import cache_blocks
 from .schedules import BLOCK_P, BLOCK_R, BLOCK_V, PADDING, RowChunks, VocabTiles
 from .vocab_tiles.groups import groups
 

@@ -1,6 +1,7 @@
 """NTP + Mixup in one op, at the price of the matrix products of NTP.
 
-Legend: R rows of hidden, P pairs, S single rows, K rows of one chunk, D hidden size, V vocabulary.
+Legend: R rows of hidden, P pairs, S single rows, K rows of one chunk, D hidden size, V vocabulary,
+B tiles of the vocabulary.
 
 Each chunk lays its rows out as ``[c rows | u rows | single rows]``; one projection serves the three
 losses, and one gradient per row serves both terms:
@@ -12,6 +13,14 @@ losses, and one gradient per row serves both terms:
 where ``mix_ratio = mu * ntp_divisor / mixup_divisor``; backward divides by ``ntp_divisor``.
 Every row that counts sits in exactly one pair or is single: left over where the longer response of
 a pair was cut, or unpaired.
+
+- Formula: `reference.py`.
+- Kernels: `row_chunks/kernels.py`; `vocab_tiles/forward.py`, `vocab_tiles/backward.py`. On the CPU:
+  `row_chunks/pytorch.py`.
+- Proof: `tests/sftmix_kernels/test_sftmix_loss.py`; of the kernels
+  `tests/sftmix_kernels/row_chunks/test_row_chunks.py`,
+  `tests/sftmix_kernels/vocab_tiles/test_vocab_tiles.py`.
+- Time: `benchmarks/bench_loss.py`, whose calls stand in `benchmarks/providers.py`.
 """
 
 from __future__ import annotations
@@ -34,23 +43,23 @@ from .checks import (
     checked_lam,
 )
 from .gradients import Gradients, first_order_only, handed_out
-from .mixup_loss import Options, reduced_loss
-from .reference import SFTMixLoss, label_weight, weighted_loss
+from .mixup_loss import Options, RowInputs, TileOptions, TileRows, reduced_loss
+from .reference import SFTMixLoss, label_weight
 from .row_chunks.chunks import chunk_sizes, counted_rows, gather_rows, logits_workspace, project
-from .row_chunks.losses import (
-    cache_blocks,
-    cross_entropy_,
-    load_rows,
-    pair_cross_entropy_,
-    store_rows_,
-)
-from .schedules import Schedule, VocabTiles, resolve_schedule, runs_triton
+from .schedules import BLOCK_P, BLOCK_V, Schedule, VocabTiles, resolve_schedule, runs_triton
 from .terms import PairPlan, divided_sum, is_paired, loss_divisor, ordered_pairs, single_rows
 from .transform import LogitTransform
 from .vocab_parallel.losses import add_over_ranks_, sharded_pair_losses_
-from .vocab_parallel.shard import Head, VocabShard, checked_head
-from .vocab_tiles.pairs import tile_losses
-from .vocab_tiles.rows import TileOptions
+from .vocab_parallel.shard import HeadPart, VocabShard, checked_head
+from .vocab_tiles.gradients import TileGradients
+from .vocab_tiles.groups import (
+    PairGroup,
+    dense_rows,
+    every_row_paired,
+    groups,
+    live_flags,
+    live_of,
+)
 
 
 @torch.library.custom_op("sftmix_kernels::sftmix_rows", mutates_args=())
@@ -144,76 +153,124 @@ def chunk_losses_(
     needs_gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # NTP losses (K,), Mixup losses (p,)
     """Return the weighted losses of one chunk; turn its logits into gradients in place."""
-    vocab_size, num_pairs = logits.shape[1], pair_weight.numel()
     if runs_triton(logits):
         from .row_chunks.kernels import pair_rows_, soft_rows_
+    else:
+        from .row_chunks.pytorch import pair_rows_, soft_rows_
+    ntp_of_pairs, mixup = pair_rows_(
+        logits, labels, row_weight, share, pair_weight, mix_ratio, transform, needs_gradient
+    )
+    single = slice(ntp_of_pairs.numel(), None)
+    targets, weights = labels[single].unsqueeze(-1), row_weight[single]
+    ntp_of_singles = soft_rows_(logits[single], targets, None, weights, transform, needs_gradient)
+    return torch.cat((ntp_of_pairs, ntp_of_singles)), mixup
 
-        ntp_of_pairs, mixup = pair_rows_(
-            logits, labels, row_weight, share, pair_weight, mix_ratio, transform, needs_gradient
-        )
-        single = slice(2 * num_pairs, None)
-        ntp_of_singles = soft_rows_(
-            logits[single],
-            labels[single],
-            None,
-            row_weight[single],
+
+@torch.library.custom_op("sftmix_kernels::sftmix_tiles", mutates_args=())
+def sftmix_tiles(
+    hidden: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    rows: Tensor,  # (2, P) int64 rows of hidden, each once; R is none, of weight 0
+    labels: Tensor,  # (2, P) int64 in [0, V)
+    weights: Tensor,  # (3, P) float32: of c, of u, of their mixture
+    share: Tensor,  # (2, P) float32: lam and 1 - lam
+    mix_ratio: Tensor,  # () float32
+    logit_scale: float,
+    softcap: float | None,
+    filter_eps: float,
+    max_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return weighted losses (3, P) of c, u and their mixtures, the pairs' state (10, P) for
+    backward, and live flags."""
+    from .vocab_tiles.forward import pair_forward
+
+    hidden, weight = dense_rows(hidden), dense_rows(weight)
+    transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
+    whole, num_pairs = PairGroup(rows, labels, weights, share), rows.shape[1]
+    loss, state = torch.empty_like(weights), weights.new_empty(10, num_pairs)
+    live = live_flags(num_pairs, BLOCK_P, weight, filter_eps)
+    # A pair leaves three maxima and three sums for every tile.
+    for pairs in groups(num_pairs, BLOCK_P, 24 * live.shape[1], max_bytes // 2):
+        loss[:, pairs], state[:, pairs] = pair_forward(
+            hidden,
+            whole.part(pairs),
+            mix_ratio,
+            weight,
+            bias,
             transform,
-            needs_gradient,
+            live_of(live, pairs, BLOCK_P),
+            filter_eps,
         )
-        return torch.cat((ntp_of_pairs, ntp_of_singles)), mixup
-    ntp, mixup = torch.empty_like(row_weight), torch.empty_like(pair_weight)
-    pair_blocks = list(cache_blocks(0, num_pairs, logits))
-    largest = max((block.stop - block.start for block in pair_blocks), default=0)
-    mixed = torch.empty(largest, vocab_size, device=logits.device)
-    for pair in pair_blocks:
-        both_rows = (pair, slice(pair.start + num_pairs, pair.stop + num_pairs))
-        raw_c, raw_u = (load_rows(logits, rows) for rows in both_rows)
-        label_c, label_u = (labels[rows] for rows in both_rows)
-        weight_c, weight_u = (row_weight[rows] for rows in both_rows)
-        ntp[both_rows[0]], ntp[both_rows[1]], mixup[pair] = pair_cross_entropy_(
-            (raw_c, raw_u),
-            (label_c, label_u),
-            share[pair],
-            (weight_c, weight_u),
-            pair_weight[pair] * mix_ratio,
-            transform,
-            mixed,
-            needs_gradient,
+    return loss, state, live
+
+
+@sftmix_tiles.register_fake
+def _(_h, weight, _bias, rows, _labels, weights, _share, _ratio, _scale, _cap, filter_eps, *_):  # type: ignore[no-untyped-def]
+    live = live_flags(rows.shape[1], BLOCK_P, weight, filter_eps)
+    return torch.empty_like(weights), weights.new_empty(10, rows.shape[1]), live
+
+
+@torch.library.custom_op("sftmix_kernels::sftmix_tiles_backward", mutates_args=())
+def sftmix_tiles_backward(
+    hidden: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    rows: Tensor,  # (2, P) int64
+    labels: Tensor,  # (2, P) int64
+    weights: Tensor,  # (3, P) float32
+    share: Tensor,  # (2, P) float32
+    state: Tensor,  # (10, P) float32
+    live: Tensor,  # (pair blocks, B) uint8
+    needs_gradient: list[bool],  # of hidden, weight, bias
+    logit_scale: float,
+    softcap: float | None,
+    max_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of ``sum(ntp) + mix_ratio * sum(mixup)`` with respect to hidden (R, D),
+    weight (V, D) and bias (V,), the last two in float32; empty where not needed."""
+    from .vocab_tiles.backward import pair_gradient_
+
+    hidden, weight = dense_rows(hidden), dense_rows(weight)
+    transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
+    whole, num_rows = PairGroup(rows, labels, weights, share), hidden.shape[0]
+    gradients = TileGradients(hidden, weight, needs_gradient, num_rows, max_bytes)
+    for pairs in gradients.groups(rows.shape[1], BLOCK_P, 2, weight):
+        index = rows[:, pairs].reshape(-1)
+        gathered = gather_rows(
+            hidden, index.clamp(max=num_rows - 1), weights[:2, pairs].reshape(-1)
         )
-        store_rows_(logits, both_rows[0], raw_c)
-        store_rows_(logits, both_rows[1], raw_u)
-    for rows in cache_blocks(2 * num_pairs, labels.numel(), logits):
-        raw = load_rows(logits, rows)
-        ntp[rows] = cross_entropy_(raw, labels[rows], row_weight[rows], transform, needs_gradient)
-        store_rows_(logits, rows, raw)
-    return weighted_loss(row_weight, ntp), weighted_loss(pair_weight, mixup)
+        group = whole.part(pairs)
+        group_state, group_live = state[:, pairs].contiguous(), live_of(live, pairs, BLOCK_P)
+        for gradient, first in gradients.tiles(gathered, weight):
+            tile = first // BLOCK_V
+            pair_gradient_(
+                gradient, hidden, group, weight, bias, group_state, group_live, transform, tile
+            )
+            gradients.add_tiles(gradient, first, gathered, weight, group_live, BLOCK_P, parts=2)
+        # The partner that fills up an odd number of rows is the last of all.
+        partner = pairs.stop == rows.shape[1] and rows.numel() > num_rows
+        gradients.end_group(index[: index.numel() - partner])
+        del gathered  # before the next group's are made
+    return gradients.hidden, gradients.weight, gradients.bias
+
+
+@sftmix_tiles_backward.register_fake
+def _(hidden, weight, _bias, _rows, _labels, _weights, _share, _state, _live, needs_gradient, *_):  # type: ignore[no-untyped-def]
+    gradients = Gradients(hidden, weight, needs_gradient, 0)
+    return gradients.hidden, gradients.weight, gradients.bias
 
 
 class NTPAndMixup(torch.autograd.Function):
     """Loss, its two terms, and the row losses of NTP; only the loss is differentiable."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        row_weight: Tensor,
-        pair_c: Tensor,
-        pair_u: Tensor,
-        pair_weight: Tensor,
-        share: Tensor,
-        mu: float,
-        ntp_divisor: Tensor,
-        mixup_divisor: Tensor,
-        options: Options,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        tensors = (hidden, weight, bias, labels, row_weight, pair_c, pair_u, pair_weight, share)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *tensors, mu, ntp_divisor, mixup_divisor, options = inputs
         mix_ratio = mu * ntp_divisor / mixup_divisor
         row_ntp, pair_mixup, *gradients = sftmix_rows(*tensors, mix_ratio, *options)
         ctx.save_for_backward(ntp_divisor, *gradients)
-        ctx.dtype = weight.dtype
+        ctx.dtype = tensors[1].dtype
         ntp, mixup = divided_sum(row_ntp, ntp_divisor), divided_sum(pair_mixup, mixup_divisor)
         ctx.mark_non_differentiable(ntp, mixup, row_ntp)
         return ntp + mu * mixup, ntp, mixup, row_ntp
@@ -225,9 +282,38 @@ class NTPAndMixup(torch.autograd.Function):
         return handed_out(gradients, [upstream / divisor] * 3, ctx.needs_input_grad, ctx.dtype)
 
 
+class TilePairs(torch.autograd.Function):
+    """What `NTPAndMixup` gives, by tiles; backward computes the logits again."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *tensors, mu, ntp_divisor, mixup_divisor, ctx.options = inputs
+        losses, *state = sftmix_tiles(*tensors, mu * ntp_divisor / mixup_divisor, *ctx.options)
+        ctx.save_for_backward(ntp_divisor, *tensors, *state)
+        row_ntp = in_row_order(losses[:2], rows=tensors[3], num_rows=tensors[0].shape[0])
+        ntp, mixup = divided_sum(row_ntp, ntp_divisor), divided_sum(losses[2], mixup_divisor)
+        ctx.mark_non_differentiable(ntp, mixup, row_ntp)
+        return ntp + mu * mixup, ntp, mixup, row_ntp
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        divisor, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        gradients = sftmix_tiles_backward(*tensors, list(needs[:3]), *ctx.options.backward)
+        return handed_out(gradients, [upstream / divisor] * 3, needs, tensors[1].dtype)
+
+
+def in_row_order(losses: Tensor, rows: Tensor, num_rows: int) -> Tensor:  # (R,)
+    """Return losses (2, Q) of pairs of rows (2, Q) in the rows' order."""
+    in_order = losses.new_zeros(rows.numel())
+    in_order[rows.reshape(-1)] = losses.reshape(-1)
+    return in_order[:num_rows].clone()
+
+
 def joint_losses(
     hidden: Tensor,  # (R, D)
-    head: Head,
+    head: HeadPart,
     plan: PairPlan,
     mu: float,
     ntp_divisor: Tensor,
@@ -236,16 +322,24 @@ def joint_losses(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return loss, NTP, Mixup, and the row losses of NTP, by the schedule chosen."""
     tensors, divisors = (hidden, head.weight, head.bias), (ntp_divisor, mixup_divisor)
-    if isinstance(schedule, VocabTiles):
-        tiles = TileOptions(head.logit_scale, head.softcap, schedule.filter_eps, schedule.max_bytes)
-        return tile_losses(*tensors, plan, mu, *divisors, tiles)
-    options = Options.of(head, schedule, tensors)
-    return NTPAndMixup.apply(*tensors, *plan, mu, *divisors, options)  # type: ignore[no-any-return, no-untyped-call]
+    if not isinstance(schedule, VocabTiles):
+        options = Options.of(head, schedule, tensors)
+        return NTPAndMixup.apply(*tensors, *plan, mu, *divisors, options)  # type: ignore[no-any-return, no-untyped-call]
+    tiles = TileOptions.of(head, schedule)
+    if plan.pair_c.numel():
+        pairs = every_row_paired(plan)
+        return TilePairs.apply(*tensors, *pairs, mu, *divisors, tiles)  # type: ignore[no-any-return, no-untyped-call]
+    # Without pairs the loss is bitwise that of the plain cross-entropy.
+    targets, one = plan.labels.unsqueeze(-1), torch.ones_like(plan.row_weight).unsqueeze(-1)
+    rows = RowInputs(hidden, None, head.weight, head.bias, targets, one, plan.row_weight)
+    row_ntp = TileRows.apply(*rows, tiles)  # type: ignore[no-untyped-call]
+    loss = divided_sum(row_ntp, ntp_divisor)
+    return loss, loss.detach(), torch.zeros_like(loss), row_ntp.detach()
 
 
 def mixup_value(
     hidden: Tensor,  # (R, D)
-    head: Head,
+    head: HeadPart,
     plan: PairPlan,
     divisor: Tensor,
     schedule: int | VocabTiles,

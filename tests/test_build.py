@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import sftmix_kernels
-from sftmix_kernels.build import build_info
+from sftmix_kernels.extension import build_info
 
 if sys.version_info >= (3, 11):
     import tomllib

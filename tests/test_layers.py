@@ -9,7 +9,7 @@ from tools.architecture import DOORS, FLOORS, PICTURE, imports, picture, room, r
 FLOOR = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 # What sftmix reaches of the kernels besides their public names: the types of schedules, how large
 # a workspace is for `plan`, and how the extension was built for `doctor`.
-KERNELS = {f"sftmix_kernels{name}" for name in ("", ".schedules", ".peaks", ".build")}
+KERNELS = {f"sftmix_kernels{name}" for name in ("", ".schedules", ".peaks", ".extension")}
 
 
 def test_every_room_stands_on_a_floor() -> None:

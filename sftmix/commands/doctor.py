@@ -14,7 +14,7 @@ import torch
 from sftmix.recipe.manifest import versions
 from sftmix.runs.failures import OneMessage, printable
 from sftmix_kernels import RowChunks
-from sftmix_kernels.build import build_info
+from sftmix_kernels.extension import build_info
 
 # Packages by their names for import and for pip.
 OPTIONAL = {

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..build import build_info
+from ..extension import build_info
 from ..transform import LogitTransform
 
 # Losses are rounded to multiples of 2^-32 nats, less than a hundredth of what float32 logits are

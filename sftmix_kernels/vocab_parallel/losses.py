@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from ..reference import weighted_loss
-from ..row_chunks.losses import (
+from ..row_chunks.pytorch import (
     TargetColumns,
     cache_blocks,
     load_rows,
@@ -231,7 +231,7 @@ class Chunk(NamedTuple):
             store_rows_(self.logits, block, raw)
 
 
-def chunk_losses_(
+def losses_over_ranks_(
     chunk: Chunk,
     of_rows: OwnColumns,
     of_pairs: OwnColumns,
@@ -253,7 +253,7 @@ def chunk_losses_(
 def sharded_losses_(
     logits: Tensor,  # (K, W) raw logits; gradients afterwards
     targets: Tensor,  # (K, T) int64 in [0, V)
-    share: Tensor,  # (K, T) float32
+    share: Tensor | None,  # (K, T) float32; None for one target
     row_weight: Tensor,  # (K,)
     transform: LogitTransform,
     needs_gradient: bool,
@@ -261,12 +261,13 @@ def sharded_losses_(
     group: str,
 ) -> Tensor:  # (K,)
     """Return weighted losses of a chunk of rows with T targets each; make logits gradients."""
+    share = torch.ones_like(targets, dtype=torch.float32) if share is None else share
     pairs = targets.new_empty(0, 2), share.new_empty(0, 2)
     of_rows, of_pairs = (
         own_columns(*some, start, logits.shape[1]) for some in ((targets, share), pairs)
     )
     chunk = Chunk(logits, pairs[1], transform)
-    losses, _ = chunk_losses_(
+    losses, _ = losses_over_ranks_(
         chunk, of_rows, of_pairs, row_weight, row_weight[:0], needs_gradient, group
     )
     return weighted_loss(row_weight, losses)
@@ -293,7 +294,7 @@ def sharded_pair_losses_(
         for some in ((targets, one), (mixed_targets, share))
     )
     chunk = Chunk(logits, share, transform)
-    ntp, mixup = chunk_losses_(
+    ntp, mixup = losses_over_ranks_(
         chunk, of_rows, of_pairs, row_weight, pair_weight * mix_ratio, needs_gradient, group
     )
     return weighted_loss(row_weight, ntp), weighted_loss(pair_weight, mixup)

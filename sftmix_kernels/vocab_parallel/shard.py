@@ -85,7 +85,7 @@ def check_bounds(shards: list[tuple[int, int]]) -> None:
         raise ValueError(f"start, stop: expected a vocabulary with tokens, got {shards}")
 
 
-class Head(NamedTuple):
+class HeadPart(NamedTuple):
     """This process's part of the LM head, and which part that is."""
 
     weight: Tensor  # (W, D)
@@ -108,12 +108,12 @@ def checked_head(
     schedule: Schedule,
     *,
     name: str = "hidden",
-) -> Head:
+) -> HeadPart:
     """Check what a public function was given for the head; leave padding out."""
     if vocab_parallel is None:
         check_head(hidden, weight, bias, logit_scale, softcap, name=name)
         size = weight.shape[0]
-        return Head(weight, bias, size, size, float(logit_scale), softcap)
+        return HeadPart(weight, bias, size, size, float(logit_scale), softcap)
     if not isinstance(vocab_parallel, VocabShard):
         raise TypeError(
             f"vocab_parallel: expected a VocabShard, got {type(vocab_parallel).__name__}"
@@ -127,7 +127,7 @@ def checked_head(
     check_head(hidden, weight, bias, logit_scale, softcap, name=name, fewest_tokens=width)
     if weight.shape[0] > width:
         weight, bias = weight[:width], None if bias is None else bias[:width]
-    return Head(
+    return HeadPart(
         weight,
         bias,
         shard.vocab_size,

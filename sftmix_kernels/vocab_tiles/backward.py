@@ -30,12 +30,8 @@ PLACE = ["first_tile", "num_tiles"]
 
 @triton.jit(do_not_specialize=PLACE)
 def soft_gradient_kernel(
-    first_ptr,  # (K, D)
-    second_ptr,  # (K, D), or None
-    stride,
-    share_ptr,  # (2, K) float32, or None for one target
-    targets_ptr,  # (T, K) int64
-    weight_ptr,  # (K,) float32
+    group,  # a RowGroup
+    stride,  # of both hidden states
     head_ptr,  # (V, D)
     head_stride,
     bias_ptr,  # (V,), or None
@@ -65,11 +61,11 @@ def soft_gradient_kernel(
         live = load_live(live_ptr, row_block, first_tile + local, tl.cdiv(vocab_size, BLOCK_V))
     if live:
         target_1, target_2, share_1, share_2 = load_targets(
-            targets_ptr, share_ptr, row, num_rows, inside
+            group.targets, group.share, row, num_rows, inside
         )
         raw = soft_tile(
-            first_ptr, second_ptr, stride, share_1, share_2, weight_ptr, row, num_rows, head_ptr,
-            head_stride, bias_ptr, column, hidden_size, vocab_size, BLOCK_D,
+            group, stride, share_1, share_2, row, num_rows, head_ptr, head_stride, bias_ptr, column,
+            hidden_size, vocab_size, BLOCK_D,
         )  # fmt: skip
         top = load_state(state_ptr, 0, row, num_rows)
         factor = load_state(state_ptr, 1, row, num_rows)
@@ -79,7 +75,7 @@ def soft_gradient_kernel(
         gradient = tl.where(column[None, :] == held_2[:, None], at_2, gradient)
         at_1 = load_state(state_ptr, 2, row, num_rows)
         gradient = tl.where(column[None, :] == held_1[:, None], at_1, gradient)
-        weight = tl.load(weight_ptr + row, mask=inside, other=0.0)[:, None]
+        weight = tl.load(group.weight + row, mask=inside, other=0.0)[:, None]
         gradient = weighted(weight, gradient)
         gradient = tl.where((column < vocab_size)[None, :], gradient, 0.0)
     store_gradient(gradient_ptr, gradient, row, inside, local, num_tiles)
@@ -127,10 +123,7 @@ def store_gradient(gradient_ptr, gradient, row, inside, local, num_tiles):
 def pair_gradient_kernel(
     hidden_ptr,  # (R, D)
     stride,
-    rows_ptr,  # (2, P) int64
-    share_ptr,  # (2, P) float32
-    labels_ptr,  # (2, P) int64
-    weight_ptr,  # (3, P) float32
+    group,  # a PairGroup
     head_ptr,  # (V, D)
     head_stride,
     bias_ptr,  # (V,), or None
@@ -159,11 +152,11 @@ def pair_gradient_kernel(
         live = load_live(live_ptr, pair_block, first_tile + local, tl.cdiv(vocab_size, BLOCK_V))
     if live:
         raw_c, raw_u = pair_tile(
-            hidden_ptr, stride, rows_ptr, weight_ptr, pair, num_pairs, head_ptr, head_stride,
-            bias_ptr, column, hidden_size, vocab_size, BLOCK_D,
+            hidden_ptr, stride, group, pair, num_pairs, head_ptr, head_stride, bias_ptr, column,
+            hidden_size, vocab_size, BLOCK_D,
         )  # fmt: skip
         target_c, target_u, share_c, share_u = load_targets(
-            labels_ptr, share_ptr, pair, num_pairs, inside
+            group.labels, group.share, pair, num_pairs, inside
         )
         at_c = column[None, :] == target_c[:, None]
         at_u = column[None, :] == target_u[:, None]
@@ -245,15 +238,13 @@ def soft_gradient_(
     first_tile: int,
 ) -> None:
     """Write ``row_weight * d loss / d raw`` of the columns that begin with a tile."""
-    hidden_c, hidden_u, targets, share, row_weight = group
     num_rows, num_tiles = gradient.shape[0], gradient.shape[1] // BLOCK_V
     with torch.cuda.device_of(weight):
         soft_gradient_kernel[(triton.cdiv(num_rows, BLOCK_R) * num_tiles,)](
-            hidden_c, hidden_u, hidden_c.stride(0), share, targets, row_weight, weight,
-            weight.stride(0), bias, state, live, gradient, num_rows, weight.shape[1],
-            weight.shape[0], first_tile, num_tiles, transform.scale, transform.softcap,
-            BLOCK_R=BLOCK_R, BLOCK_V=BLOCK_V,
-            **tile_options(weight, fuses=True, interpolates=hidden_u is not None),
+            group, group.hidden_c.stride(0), weight, weight.stride(0), bias, state, live, gradient,
+            num_rows, weight.shape[1], weight.shape[0], first_tile, num_tiles, transform.scale,
+            transform.softcap, BLOCK_R=BLOCK_R, BLOCK_V=BLOCK_V,
+            **tile_options(weight, fuses=True, interpolates=group.hidden_u is not None),
         )  # fmt: skip
 
 
@@ -269,13 +260,12 @@ def pair_gradient_(
     first_tile: int,
 ) -> None:
     """Write ``G_c`` and ``G_u`` of the columns that begin with a tile."""
-    rows, labels, weights, share = group
-    num_pairs, num_tiles = rows.shape[1], gradient.shape[1] // BLOCK_V
+    num_pairs, num_tiles = group.rows.shape[1], gradient.shape[1] // BLOCK_V
     with torch.cuda.device_of(weight):
         pair_gradient_kernel[(triton.cdiv(num_pairs, BLOCK_P) * num_tiles,)](
-            hidden, hidden.stride(0), rows, share, labels, weights, weight, weight.stride(0), bias,
-            state, live, gradient, num_pairs, weight.shape[1], weight.shape[0], first_tile,
-            num_tiles, transform.scale, transform.softcap, BLOCK_P=BLOCK_P, BLOCK_V=BLOCK_V,
+            hidden, hidden.stride(0), group, weight, weight.stride(0), bias, state, live, gradient,
+            num_pairs, weight.shape[1], weight.shape[0], first_tile, num_tiles, transform.scale,
+            transform.softcap, BLOCK_P=BLOCK_P, BLOCK_V=BLOCK_V,
             **tile_options(weight, fuses=True),
         )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Groups of rows or of pairs: as many as the workspace has room for, laid out for the kernels.
 
-Legend: R rows, K rows of one group, P pairs, T targets of a row (1 or 2), D hidden size,
-V vocabulary, B tiles of the vocabulary.
+Legend: R rows, K rows of one group, P pairs, Q = ceil(R / 2) pairs that hold every row, T targets
+of a row (1 or 2), D hidden size, V vocabulary, B tiles of the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..schedules import BLOCK_V
+from ..terms import PairPlan, single_rows
 
 
 class RowGroup(NamedTuple):
@@ -54,6 +55,24 @@ def row_group(
         None if share.shape[1] == 1 else share[rows].t().contiguous(),
         row_weight[rows].contiguous(),
     )
+
+
+def every_row_paired(plan: PairPlan) -> PairGroup:  # of Q pairs
+    """Pair up the rows outside of pairs among themselves, not to be mixed.
+
+    An odd one is paired with row R, which does not exist and counts for nothing.
+    """
+    num_rows, num_pairs = plan.labels.numel(), plan.pair_c.numel()
+    single = single_rows(plan.row_weight, plan.pair_c, plan.pair_u)
+    if num_rows % 2:
+        single = torch.cat((single, single.new_full((1,), num_rows)))
+    rows = torch.cat((torch.stack((plan.pair_c, plan.pair_u)), single.view(2, -1)), dim=1)
+    more = rows.shape[1] - num_pairs
+    mix_weight = torch.cat((plan.pair_weight, plan.pair_weight.new_zeros(more)))
+    share = torch.cat((plan.share.t(), plan.share.new_full((2, more), 0.5)), dim=1)
+    existing = rows.clamp(max=num_rows - 1)
+    weights = plan.row_weight[existing].masked_fill(rows == num_rows, 0.0)
+    return PairGroup(rows, plan.labels[existing], torch.cat((weights, mix_weight[None])), share)
 
 
 def groups(count: int, block: int, bytes_each: int, max_bytes: int) -> Iterator[slice]:

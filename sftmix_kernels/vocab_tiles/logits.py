@@ -77,12 +77,10 @@ def load_bias(bias_ptr, column, vocab_size):
 
 @triton.jit
 def soft_tile(
-    first_ptr,  # (K, D)
-    second_ptr,  # (K, D), or None for one hidden state
-    stride,  # of both
+    group,  # a RowGroup
+    stride,  # of both hidden states
     share_1,
     share_2,
-    weight_ptr,  # (K,) float32
     row,
     num_rows,
     head_ptr,  # (V, D)
@@ -94,16 +92,16 @@ def soft_tile(
     BLOCK_D: tl.constexpr,
 ):
     """Return the raw logits of a tile, of interpolated hidden states where there are two."""
-    counts = tl.load(weight_ptr + row, mask=row < num_rows, other=0.0) != 0.0
+    counts = tl.load(group.weight + row, mask=row < num_rows, other=0.0) != 0.0
     logits = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
     for start in range(0, hidden_size, BLOCK_D):
         depth = start + tl.arange(0, BLOCK_D)
-        hidden = load_operand(first_ptr, row, stride, counts, depth, hidden_size)
-        if second_ptr is not None:
-            second = load_operand(second_ptr, row, stride, counts, depth, hidden_size)
+        hidden = load_operand(group.hidden_c, row, stride, counts, depth, hidden_size)
+        if group.hidden_u is not None:
+            second = load_operand(group.hidden_u, row, stride, counts, depth, hidden_size)
             hidden = mixed_hidden(
                 hidden.to(tl.float32), second.to(tl.float32), share_1[:, None], share_2[:, None]
-            ).to(first_ptr.dtype.element_ty)
+            ).to(group.hidden_c.dtype.element_ty)
         head = load_operand(head_ptr, column, head_stride, column < vocab_size, depth, hidden_size)
         logits = add_dot(hidden, tl.trans(head), logits)
     return logits + load_bias(bias_ptr, column, vocab_size)
@@ -113,8 +111,7 @@ def soft_tile(
 def pair_tile(
     hidden_ptr,  # (R, D)
     stride,
-    rows_ptr,  # (2, P) int64: rows of c, of u
-    weight_ptr,  # (3, P) float32
+    group,  # a PairGroup
     pair,
     num_pairs,
     head_ptr,  # (V, D)
@@ -127,10 +124,10 @@ def pair_tile(
 ):
     """Return raw logits of both rows of some pairs; a tile of the head is loaded once for both."""
     inside = pair < num_pairs
-    row_c = tl.load(rows_ptr + pair, mask=inside, other=0)
-    row_u = tl.load(rows_ptr + num_pairs + pair, mask=inside, other=0)
-    counts_c = tl.load(weight_ptr + pair, mask=inside, other=0.0) != 0.0
-    counts_u = tl.load(weight_ptr + num_pairs + pair, mask=inside, other=0.0) != 0.0
+    row_c = tl.load(group.rows + pair, mask=inside, other=0)
+    row_u = tl.load(group.rows + num_pairs + pair, mask=inside, other=0)
+    counts_c = tl.load(group.weights + pair, mask=inside, other=0.0) != 0.0
+    counts_u = tl.load(group.weights + num_pairs + pair, mask=inside, other=0.0) != 0.0
     logits_c = tl.zeros((pair.shape[0], column.shape[0]), tl.float32)
     logits_u = tl.zeros((pair.shape[0], column.shape[0]), tl.float32)
     for start in range(0, hidden_size, BLOCK_D):

@@ -38,7 +38,7 @@ from benchmarks.records import (
 )
 from benchmarks.result_file import Results
 from benchmarks.settings import Settings
-from sftmix_kernels.build import build_info
+from sftmix_kernels.extension import build_info
 
 QUICK = Settings(device="cpu", quick=True)
 EVERYONE = {STREAMING, BARE_CHUNKS, BARE_CALL, DENSE_PERPLEXITY, OPERATIONS, TORCH_PERPLEXITY}

@@ -27,7 +27,7 @@ from benchmarks.perplexity_providers import Tokens, chunks_of_logits, make_token
 from benchmarks.records import PAIR_ROWS
 from benchmarks.result_file import Results
 from benchmarks.settings import Settings
-from sftmix_kernels.build import build_info
+from sftmix_kernels.extension import build_info
 from sftmix_kernels.perplexity import streaming as perplexity
 
 QUICK = Settings(device="cpu", quick=True)

@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,11 @@ class Case:
 
     name: str
     launch: partial[None]
+
+    @property
+    def greedy(self) -> bool:
+        """Whether a softcap or float32 makes it ask for most registers or shared memory."""
+        return "softcap" in self.name or "all options" in self.name or "fp32" in self.name
 
 
 @dataclass(frozen=True)
@@ -108,12 +114,13 @@ def compile_case(case: Case, chip: int) -> list[Program]:
 
 def _program(case: Case, chip: int, kernel: Any) -> Program:
     registers, spilled = _registers_and_spills(kernel.asm["cubin"])
-    constants = {kernel.src.fn.arg_names[path[0]]: v for path, v in kernel.src.constants.items()}
+    names = kernel.src.fn.arg_names
+    constants = {names[path[0]]: v for path, v in kernel.src.constants.items() if len(path) == 1}
     return Program(
         kernel=kernel.metadata.name,
         variant=case.name,
         chip=chip,
-        half_precision=not {"*bf16", "*fp16"}.isdisjoint(kernel.src.signature.values()),
+        half_precision=not {"*bf16", "*fp16"}.isdisjoint(flat(kernel.src.signature.values())),
         registers=registers,
         spilled=spilled,
         shared=kernel.metadata.shared,
@@ -123,6 +130,12 @@ def _program(case: Case, chip: int, kernel: Any) -> Program:
         # Without the names of source files, which may hold anything.
         ptx="\n".join(line for line in kernel.asm["ptx"].splitlines() if '"' not in line),
     )
+
+
+def flat(types: Iterable[Any]) -> Iterator[str]:
+    """The types of arguments, those of a tuple one by one."""
+    for one in types:
+        yield from flat(one) if isinstance(one, tuple) else (one,)
 
 
 def _registers_and_spills(cubin: bytes) -> tuple[int, int]:

@@ -13,7 +13,12 @@ import torch
 from sftmix_kernels import RowChunks, VocabTiles
 
 # Triton exists only on Linux; the package works without it.
-NEEDS_TRITON = ["row_chunks/test_kernels.py", "vocab_tiles", "test_compile.py", "test_kernels.py"]
+NEEDS_TRITON = [
+    "row_chunks/test_row_chunks.py",
+    "vocab_tiles",
+    "test_both_schedules.py",
+    "test_compile.py",
+]
 collect_ignore = [] if importlib.util.find_spec("triton") else NEEDS_TRITON
 
 INTERPRETER = pytest.param("cpu", marks=pytest.mark.interpret)
@@ -24,10 +29,11 @@ DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 
-
+# Small ones: several chunks, and several groups of rows and of tiles.
+ROW_CHUNKS, VOCAB_TILES = RowChunks(rows=32), VocabTiles(max_bytes=2**15)
 SCHEDULES = [
-    pytest.param(RowChunks(rows=32), id="row_chunks"),
-    pytest.param(VocabTiles(max_bytes=2**15), id="vocab_tiles"),
+    pytest.param(ROW_CHUNKS, id="row_chunks"),
+    pytest.param(VOCAB_TILES, id="vocab_tiles"),
 ]
 
 

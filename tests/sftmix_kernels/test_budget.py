@@ -9,7 +9,7 @@ from torch import Tensor
 import sftmix_kernels.mixup_loss
 from sftmix_kernels import RowChunks, gradients
 from sftmix_kernels.budget import added_up, budget
-from sftmix_kernels.row_chunks import losses
+from sftmix_kernels.row_chunks import pytorch
 
 from .budget import head_inputs, some_labels
 from .test_cross_entropy import assert_loss_in_budget
@@ -109,10 +109,10 @@ def test_logits_added_up_in_half_precision_are_caught(
 def test_a_probability_read_back_from_bfloat16_is_caught(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = losses.TargetColumns.finish
+    own = pytorch.TargetColumns.finish
 
     def rounded(
-        self: losses.TargetColumns, log_p: Tensor, exp_at: Tensor, rest: Tensor
+        self: pytorch.TargetColumns, log_p: Tensor, exp_at: Tensor, rest: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         loss, total, _ = own(self, log_p, exp_at, rest)
         p = (exp_at / total).bfloat16().float()
@@ -121,6 +121,6 @@ def test_a_probability_read_back_from_bfloat16_is_caught(
     labels, weight = torch.arange(20), (17.0 * torch.eye(20)).to(dtype)
     tensors = {"hidden": torch.eye(20).to(dtype), "weight": weight}
     assert_loss_in_budget(tensors, labels, UPSTREAM)
-    monkeypatch.setattr(losses.TargetColumns, "finish", rounded)
+    monkeypatch.setattr(pytorch.TargetColumns, "finish", rounded)
     with pytest.raises(AssertionError, match="is over the error budget"):
         assert_loss_in_budget(tensors, labels, UPSTREAM)

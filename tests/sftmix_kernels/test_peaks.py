@@ -21,7 +21,7 @@ from sftmix_kernels import (
     peaks,
     streaming_perplexity,
 )
-from sftmix_kernels.build import build_info
+from sftmix_kernels.extension import build_info
 from sftmix_kernels.peaks import BOTH, MIXUP, NTP, Shape, peak_bytes, perplexity_peak_bytes
 from tools.peak_memory import peak_extra_bytes, tidy_launches
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import sftmix_kernels
-from sftmix_kernels.build import build_info
+from sftmix_kernels.extension import build_info
 from sftmix_kernels.perplexity import online_softmax
 from sftmix_kernels.perplexity.online_softmax import LOSS_STEPS, new_state
 

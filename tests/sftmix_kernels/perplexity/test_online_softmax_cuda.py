@@ -149,8 +149,9 @@ def short_name(mangled: str) -> str:
     return f"fold_logits_kernel<{dtype}{capped}, kWarps={warps}>"
 
 
+# One chip in the gate: nvcc takes 7 s for each, and the same bound on registers holds on all.
 @pytest.mark.parametrize(
-    "chip", [chip if chip < 100 else pytest.param(chip, marks=pytest.mark.slow) for chip in CHIPS]
+    "chip", [chip if chip == 90 else pytest.param(chip, marks=pytest.mark.slow) for chip in CHIPS]
 )
 def test_kernels_keep_to_the_rules(chip: int) -> None:
     programs = compile_kernels(SOURCE, chip)

@@ -7,7 +7,7 @@ import torch
 
 from sftmix_kernels.gradients import add_product_, scaled
 from sftmix_kernels.row_chunks.chunks import chunk_sizes
-from sftmix_kernels.row_chunks.losses import cache_blocks, soft_cross_entropy_
+from sftmix_kernels.row_chunks.pytorch import cache_blocks, soft_cross_entropy_
 from sftmix_kernels.schedules import FEWEST_ROWS
 from sftmix_kernels.transform import LogitTransform
 

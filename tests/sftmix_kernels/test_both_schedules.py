@@ -1,4 +1,8 @@
-"""The losses through the Triton kernels of every schedule, against the same oracle and promises."""
+"""What the Triton kernels of both schedules promise alike: bits, NaN, layouts, autograd, compile.
+
+That they are right is proven in `row_chunks/test_row_chunks.py` and
+`vocab_tiles/test_vocab_tiles.py`.
+"""
 
 from __future__ import annotations
 
@@ -19,116 +23,10 @@ from sftmix_kernels import (
 )
 from sftmix_kernels import reference as dense_torch
 
-from .budget import (
-    HEADS,
-    Loss,
-    Result,
-    Tensors,
-    assert_same_bits,
-    exact,
-    head_inputs,
-    run,
-    same_class,
-    some_labels,
-)
-from .conftest import CUDA, DTYPES, INTERPRETER
-from .test_cross_entropy import assert_loss_in_budget
-from .test_mixup_loss import NAMES, assert_mixup_in_budget, pair_labels
-from .test_sftmix_loss import assert_sftmix_in_budget, random_pairs
-
-LAST_HEAD = HEADS[-1]
-
-
-def moved(tensors: Tensors, device: str) -> Tensors:
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-
-def bits(loss: Loss, tensors: Tensors, upstream: float = 1.0) -> Result:
-    """`run` with the upstream gradient on the tensors' device."""
-    return run(loss, tensors, torch.tensor(upstream, device=tensors["weight"].device))
-
-
-def every_case(interpreted: tuple[torch.dtype, ...]) -> pytest.MarkDecorator:
-    """Device, dtype and head: all on a GPU; in the interpreter float32, which needs many rows, with
-    one head."""
-    cases = [
-        pytest.param(place.values[0], dtype, head, marks=place.marks)
-        for place, dtypes in ((INTERPRETER, interpreted), (CUDA, DTYPES["cuda"]))
-        for dtype in dtypes
-        for head in HEADS
-        if place is CUDA or dtype == torch.float16 or head is LAST_HEAD
-    ]
-    return pytest.mark.parametrize(("device", "dtype", "head"), cases)
-
-
-def leading(device: str, dtype: torch.dtype) -> tuple[int, int]:
-    """Rows enough for the budget of a dtype, and few for the interpreter's sake."""
-    few = (4, 21) if dtype == torch.float32 else (3, 7)
-    return few if device == "cpu" else (5, 41)
-
-
-@every_case((torch.float16,))
-def test_cross_entropy_in_budget(
-    device: str, dtype: torch.dtype, head: dict[str, Any], schedule: Any
-) -> None:
-    shape, options = leading(device, dtype), dict(head)
-    tensors = head_inputs((*shape, 64), 515, dtype, bias=options.pop("bias", False))
-    labels = some_labels(shape, 515, ignored=0.2).to(device)
-    assert_loss_in_budget(moved(tensors, device), labels, schedule=schedule, **options)
-
-
-@every_case((torch.float16,))
-def test_mixup_in_budget(
-    device: str, dtype: torch.dtype, head: dict[str, Any], schedule: Any
-) -> None:
-    shape, options = leading(device, dtype), dict(head)
-    bias = options.pop("bias", False)
-    tensors = head_inputs((*shape, 64), 515, dtype, names=NAMES, bias=bias)
-    labels, lam = pair_labels(shape, 515, 0.1), torch.rand(shape).to(device)
-    tensors, labels = moved(tensors, device), moved(labels, device)
-    assert_mixup_in_budget(tensors, labels, lam, schedule=schedule, **options)
-
-
-@every_case(DTYPES["cpu"])
-def test_sftmix_in_budget(
-    device: str, dtype: torch.dtype, head: dict[str, Any], schedule: Any
-) -> None:
-    shape, options = leading(device, dtype), dict(head)
-    count = shape[0] * shape[1]
-    tensors = head_inputs((*shape, 64), 515, dtype, bias=options.pop("bias", False))
-    plan = {**random_pairs(count, count // 3), "lam": torch.rand(count // 3)}
-    labels = some_labels(shape, 515, ignored=0.2).to(device)
-    assert_sftmix_in_budget(
-        moved(tensors, device), labels, moved(plan, device), schedule=schedule, mu=0.7, **options
-    )
-
-
-@pytest.mark.parametrize("shape", [(1, 8, 123), (35, 65, 4097), (18, 1, 1), (35, 130, 700)])
-def test_ragged_shapes(device: str, shape: tuple[int, int, int], schedule: Any) -> None:
-    rows, size, vocab_size = shape
-    tensors = moved(head_inputs((rows, size), vocab_size, torch.float16), device)
-    labels = some_labels((rows,), vocab_size)
-    labels[-1] = vocab_size - 1
-    plan = {**moved(random_pairs(rows, rows // 2), device), "lam": 0.3}
-    assert_sftmix_in_budget(tensors, labels.to(device), plan, schedule=schedule)
-
-
-def test_upstream_gradient_not_uniform(device: str, schedule: Any) -> None:
-    options = {"reduction": "none", "schedule": schedule}
-    upstream = torch.randn(3, 11).to(device)
-    tensors = moved(head_inputs((3, 11, 16), 123, torch.float16, bias=True), device)
-    labels = moved(pair_labels((3, 11), 123, 0.2), device)
-    assert_loss_in_budget(tensors, labels["labels_c"], upstream, **options)
-    tensors["hidden_c"] = tensors.pop("hidden")
-    tensors["hidden_u"] = tensors["hidden_c"].flip(0)
-    assert_mixup_in_budget(tensors, labels, 0.3, upstream, **options)
-
-
-def test_confident_tokens_and_equal_labels(device: str, schedule: Any) -> None:
-    eye, labels = torch.eye(20, device=device), torch.arange(20, device=device)
-    tensors = {"hidden": eye.repeat(2, 1), "weight": 17.0 * eye}
-    plan = {"pair_c": labels, "pair_u": labels + 20, "lam": torch.rand(20).to(device)}
-    assert_sftmix_in_budget(tensors, labels.repeat(2), plan, schedule=schedule)
+from .budget import Loss, assert_same_bits, exact, head_inputs, run, same_class, some_labels
+from .kernel_cases import LAST_HEAD, bits, moved
+from .test_mixup_loss import NAMES, pair_labels
+from .test_sftmix_loss import random_pairs
 
 
 @pytest.mark.parametrize("head", [{}, LAST_HEAD])

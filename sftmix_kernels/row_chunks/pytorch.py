@@ -1,10 +1,10 @@
-"""The ``row_chunks`` schedule: logits of a chunk of rows, turned into gradients in place.
+"""The rows of a chunk in PyTorch operations: what the CPU runs in place of `kernels.py`.
 
-A chunk's logits come from the vendor GEMM; its row losses and logit gradients are found in place,
-block by block while the block sits in cache; ``dH`` and ``dW`` follow by vendor GEMMs, all in the
-forward pass. Full (N, V) logits never exist. `reference.py` has the derivation.
+`soft_rows_` and `pair_rows_` have the arguments of the Triton kernels' launchers. They work block
+by block, while a block sits in cache; `vocab_parallel/` takes parts of them on any device.
+`reference.py` has the derivation.
 
-Legend: K rows of one chunk, B rows of one cache block, T targets of a row, V vocabulary.
+Legend: K rows of one chunk, B rows of one cache block, P pairs, T targets of a row, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..reference import weighted_loss
 from ..transform import LogitTransform
 
 # MKL's vector maths gets ready at its first call. Where that was made by two threads at once, one
@@ -173,3 +174,59 @@ def store_rows_(logits: Tensor, rows: slice, gradient: Tensor) -> None:
     """Put the gradient of `load_rows`'s rows back, rounded once; a view is there already."""
     if logits.dtype != torch.float32:
         logits[rows] = gradient
+
+
+def soft_rows_(
+    logits: Tensor,  # (K, V) raw logits; gradients afterwards
+    targets: Tensor,  # (K, T) int64 in [0, V)
+    share: Tensor | None,  # (K, T) float32; None for one target
+    row_weight: Tensor,  # (K,) float32
+    transform: LogitTransform,
+    needs_gradient: bool,
+) -> Tensor:  # (K,) float32
+    """Return weighted row losses; turn the logits into the gradients of their sum in place."""
+    share = torch.ones_like(targets, dtype=torch.float32) if share is None else share
+    loss = torch.empty_like(row_weight)
+    for rows in cache_blocks(0, loss.numel(), logits):
+        raw = load_rows(logits, rows)
+        loss[rows] = soft_cross_entropy_(
+            raw, targets[rows], share[rows], row_weight[rows], transform, needs_gradient
+        )
+        store_rows_(logits, rows, raw)
+    return weighted_loss(row_weight, loss)
+
+
+def pair_rows_(
+    logits: Tensor,  # (>= 2 P, V) as in `soft_rows_`, rows of c before rows of u
+    labels: Tensor,  # (>= 2 P,) int64 in [0, V)
+    row_weight: Tensor,  # (>= 2 P,) float32
+    share: Tensor,  # (P, 2) float32: lam and 1 - lam
+    pair_weight: Tensor,  # (P,) float32
+    mix_ratio: Tensor,  # () float32
+    transform: LogitTransform,
+    needs_gradient: bool,
+) -> tuple[Tensor, Tensor]:  # NTP (2 P,), Mixup (P,)
+    """Return weighted losses; make logits the gradients of ``sum(ntp) + mix_ratio sum(mixup)``."""
+    mixup = torch.empty_like(pair_weight)
+    ntp = mixup.new_empty(2 * mixup.numel())
+    blocks = list(cache_blocks(0, mixup.numel(), logits))
+    largest = max((block.stop - block.start for block in blocks), default=0)
+    mixed = torch.empty(largest, logits.shape[1], device=logits.device)
+    for pair in blocks:
+        both_rows = (pair, slice(pair.start + mixup.numel(), pair.stop + mixup.numel()))
+        raw_c, raw_u = (load_rows(logits, rows) for rows in both_rows)
+        label_c, label_u = (labels[rows] for rows in both_rows)
+        weight_c, weight_u = (row_weight[rows] for rows in both_rows)
+        ntp[both_rows[0]], ntp[both_rows[1]], mixup[pair] = pair_cross_entropy_(
+            (raw_c, raw_u),
+            (label_c, label_u),
+            share[pair],
+            (weight_c, weight_u),
+            pair_weight[pair] * mix_ratio,
+            transform,
+            mixed,
+            needs_gradient,
+        )
+        store_rows_(logits, both_rows[0], raw_c)
+        store_rows_(logits, both_rows[1], raw_u)
+    return weighted_loss(row_weight[: ntp.numel()], ntp), weighted_loss(pair_weight, mixup)
