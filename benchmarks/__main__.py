@@ -112,7 +112,7 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
 
 def plot_results(options: argparse.Namespace) -> int:
     """Write the tables and pictures of a folder, and renew README's block."""
-    from .plots import write_pictures
+    from .figures import write_pictures
     from .readme import BEGIN, END, readme_block
     from .report import markdown
     from .tables import show

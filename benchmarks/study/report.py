@@ -64,7 +64,7 @@ def write(folder: Path, document: Path | None = None) -> None:
     Raises:
         ValueError: there are no results, or they do not belong together.
     """
-    from benchmarks.plots import write_svg  # it needs matplotlib
+    from benchmarks.figures import write_svg  # it needs matplotlib
 
     results = read(folder)
     write_svg(folder / PICTURE, partial(picture, results))
@@ -227,14 +227,14 @@ def search_table(results: Sequence[Results]) -> str:
 
 def picture(results: Sequence[Results]) -> Figure:
     """Draw a line of panels for each measure, a column for each data set."""
-    from benchmarks import plots
+    from benchmarks import figures
 
     shown = (PRIMARY, SPREAD)
     systems = [
         name for name in SYSTEMS if name != BASELINE and any(name in one.systems for one in results)
     ]
-    size = (plots.WIDTH, 2.0 + 0.27 * len(systems) * len(shown))
-    figure = plots.Figure(figsize=size, layout="constrained")
+    size = (figures.WIDTH, 2.0 + 0.27 * len(systems) * len(shown))
+    figure = figures.Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(shown), len(results), sharey=True, sharex="row", squeeze=False)
     for line, measure in zip(grid, shown, strict=True):
         found = findings(results, measure)
@@ -249,15 +249,15 @@ def picture(results: Sequence[Results]) -> Figure:
 
 def panel(axes: Axes, systems: Sequence[str], found: Mapping[str, Finding]) -> None:
     """Draw a dot for each system, and a line from end to end of its interval."""
-    from benchmarks import plots
+    from benchmarks import figures
 
-    axes.axvline(0, color=plots.INK, linewidth=0.8)
+    axes.axvline(0, color=figures.INK, linewidth=0.8)
     axes.grid(axis="x")
     for height, system in enumerate(systems):
         finding = found.get(system)
         if finding is None or finding.test.difference is None:
             continue
-        colour = plots.OURS if finding.significant else plots.OTHERS
+        colour = figures.OURS if finding.significant else figures.OTHERS
         if finding.test.interval is not None:
             axes.plot(finding.test.interval, [height] * 2, color=colour, linewidth=2)
         axes.plot(finding.test.difference, height, "o", color=colour, markersize=5)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import records as names
-from benchmarks.regression import Interval, compare, differences, print_comparison, verdict
+from benchmarks.regression import Interval, Line, compare, differences, print_comparison
 
 Report = dict[str, Any]
 CASE = "small, N = 8, trained-like"
@@ -102,11 +102,11 @@ def test_what_cannot_be_divided_is_gone(seconds: float) -> None:
 
 def test_the_edges_of_a_verdict() -> None:
     one = Interval(1.0, 1.0, 1.0)
-    assert verdict(Interval(1.25, 1.25, 1.25), one) == "as before"
-    assert verdict(Interval(1.26, 1.26, 1.26), one) == "slower"
-    assert verdict(Interval(0.8, 0.8, 0.8), one) == "as before"
-    assert verdict(Interval(0.79, 0.79, 0.79), one) == "faster"
-    assert verdict(Interval(0.9, 1.3, 1.4), one) == "as before"
+    assert Line("any", Interval(1.25, 1.25, 1.25), one).verdict == "as before"
+    assert Line("any", Interval(1.26, 1.26, 1.26), one).verdict == "slower"
+    assert Line("any", Interval(0.8, 0.8, 0.8), one).verdict == "as before"
+    assert Line("any", Interval(0.79, 0.79, 0.79), one).verdict == "faster"
+    assert Line("any", Interval(0.9, 1.3, 1.4), one).verdict == "as before"
 
 
 def test_ratios_of_the_other_suites() -> None:
