@@ -5,12 +5,14 @@ Legend: P pairs, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MU = 0.2  # the weight of Mixup in NTP + Mixup
 # The threshold under which schedules that filter leave probabilities out.
 FILTER_EPS = 2.0**-12
 
@@ -22,6 +24,9 @@ class Inputs(NamedTuple):
     weight: Tensor  # (V, D)
     labels: Tensor  # (2P,)
     lam: Tensor  # (P,)
+
+
+Loss = Callable[[Inputs], Tensor]
 
 
 def make_inputs(

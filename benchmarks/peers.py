@@ -24,12 +24,12 @@ CCE_COMPILED = "cut-cross-entropy, torch_compile"
 QUACK = "QuACK"
 
 
-def torch_chunked() -> HardLabelLoss:
-    """Return PyTorch's own loss in chunks of rows."""
+def torch_chunked(reduction: str = "mean") -> HardLabelLoss:
+    """Return PyTorch's own loss in chunks of rows; its mean, or with "none" that of each row."""
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise ImportError(f"torch {torch.__version__} has no LinearCrossEntropyOptions")
     options = torch.nn.LinearCrossEntropyOptions()
-    return lambda h, w, y: F.linear_cross_entropy(h, w, y, options=options)
+    return lambda h, w, y: F.linear_cross_entropy(h, w, y, reduction=reduction, options=options)
 
 
 def liger(rows: int | None = None, sums: torch.dtype | None = None) -> HardLabelLoss:

@@ -25,18 +25,9 @@ from typing import Any
 import torch
 
 from benchmarks.measure import SuiteError
+from benchmarks.result_file import OutOfTime
 
-from .settings import (
-    CPU,
-    CUDA,
-    DONE,
-    LOSS,
-    NO_MEMORY,
-    QUICK_SUBJECT,
-    QUICK_TOKENS,
-    STEP,
-    Task,
-)
+from .settings import CPU, CUDA, DONE, LOSS, NO_MEMORY, QUICK_SUBJECT, QUICK_TOKENS, STEP, Task
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ENVIRONMENT = {
@@ -49,10 +40,6 @@ ENVIRONMENT = {
 # What PyTorch's CPU allocator says, and CUDA of pinned memory; they have no exception of their own.
 WITHOUT_MEMORY = ("can't allocate memory", "CUDA error: out of memory")
 KILLED = 137  # by the system, for the memory that it took
-
-
-class OutOfTime(Exception):
-    """A measurement was not done, or not begun, in the time there was."""
 
 
 def measure(task: Task, seconds: float) -> dict[str, Any]:
