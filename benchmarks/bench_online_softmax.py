@@ -22,18 +22,9 @@ from sftmix_kernels.perplexity import online_softmax
 from sftmix_kernels.perplexity import streaming as perplexity
 from sftmix_kernels.schedules import PADDING
 
+from . import records as names
 from .bench_perplexity import VOCAB_CHUNK, passed, require_compiled, size_of, unwarned
 from .measure import L2Scrub, interleaved_samples
-from .records import (
-    COPY,
-    FOLD,
-    FOLD_OPERATIONS,
-    FOLD_SOFTCAP,
-    IN_CACHE,
-    IN_HBM,
-    IN_HBM_CHUNK,
-    IN_L2,
-)
 from .result_file import Results
 from .settings import Settings
 
@@ -128,8 +119,8 @@ class Chunk(NamedTuple):
         """Return rows and columns."""
         whole = size_of(settings)
         rows, vocab_size = whole.rows, whole.sizes[1]
-        columns = vocab_size if self.place == IN_HBM else min(VOCAB_CHUNK, vocab_size)
-        if self.place in (IN_HBM, IN_HBM_CHUNK):
+        columns = vocab_size if self.place == names.IN_HBM else min(VOCAB_CHUNK, vocab_size)
+        if self.place in (names.IN_HBM, names.IN_HBM_CHUNK):
             return rows, columns
         # As many rows as ours takes at a time, so that its logits of this dtype stay in cache.
         like = {"dtype": getattr(torch, self.dtype), "device": settings.device}
@@ -138,14 +129,14 @@ class Chunk(NamedTuple):
 
 CHUNKS = {
     "cpu": (
-        Chunk(IN_CACHE, "float32"),
-        Chunk(IN_CACHE, "bfloat16"),
-        Chunk(IN_CACHE, "float16"),
-        Chunk(IN_CACHE, "float32", SOFTCAP, bias=True),
+        Chunk(names.IN_CACHE, "float32"),
+        Chunk(names.IN_CACHE, "bfloat16"),
+        Chunk(names.IN_CACHE, "float16"),
+        Chunk(names.IN_CACHE, "float32", SOFTCAP, bias=True),
     ),
     "cuda": tuple(
         Chunk(place, dtype)
-        for place in (IN_HBM, IN_HBM_CHUNK, IN_L2)
+        for place in (names.IN_HBM, names.IN_HBM_CHUNK, names.IN_L2)
         for dtype in ("bfloat16", "float16", "float32")
     ),
 }
@@ -169,26 +160,26 @@ def measure_folds(chunk: Chunk, settings: Settings, results: Results) -> None:
     """
     (rows, columns), dtype = chunk.size(settings), getattr(torch, chunk.dtype)
     fold = make_fold(rows, columns, dtype, settings.device, softcap=chunk.softcap, bias=chunk.bias)
-    folds = {FOLD: fold}
-    if chunk.place != IN_CACHE:
-        folds[FOLD_SOFTCAP] = fold._replace(softcap=SOFTCAP)
-    launches = LAUNCHES if chunk.place == IN_L2 else 1
+    folds = {names.FOLD: fold}
+    if chunk.place != names.IN_CACHE:
+        folds[names.FOLD_SOFTCAP] = fold._replace(softcap=SOFTCAP)
+    launches = LAUNCHES if chunk.place == names.IN_L2 else 1
     steps, errors = dict[str, Callable[[], object]](), dict[str, float]()
     for who, one in folds.items():
         work = partial(checked, one, settings.device)
         found = results.attempt(f"{who}, {chunk.place}, {chunk.kind}", work, ours=True)
         if found is not None:
             steps[who], errors[who] = partial(one.compiled, launches), found
-    if chunk.place == IN_CACHE:
-        steps[FOLD_OPERATIONS] = fold.operations
-    elif chunk.place != IN_L2:
-        steps[COPY] = partial(torch.empty_like(fold.logits).copy_, fold.logits)
-    prepare = write_logits(fold, settings.device) if chunk.place == IN_L2 else None
-    repeats = settings.repeats * (FOLDS_OF_A_REPEAT if chunk.place == IN_CACHE else 1)
+    if chunk.place == names.IN_CACHE:
+        steps[names.FOLD_OPERATIONS] = fold.operations
+    elif chunk.place != names.IN_L2:
+        steps[names.COPY] = partial(torch.empty_like(fold.logits).copy_, fold.logits)
+    prepare = write_logits(fold, settings.device) if chunk.place == names.IN_L2 else None
+    repeats = settings.repeats * (FOLDS_OF_A_REPEAT if chunk.place == names.IN_CACHE else 1)
     says = f"{chunk.place}, {chunk.kind}"
     samples = interleaved_samples(steps, repeats, settings.device, prepare, says)
     for who, seconds in samples.items():
-        softcap = SOFTCAP if who == FOLD_SOFTCAP else chunk.softcap
+        softcap = SOFTCAP if who == names.FOLD_SOFTCAP else chunk.softcap
         own: dict[str, Any] = {"loss_error": errors[who]} if who in errors else {}
         results.add_times(
             [spent / launches for spent in seconds],
@@ -201,7 +192,7 @@ def measure_folds(chunk: Chunk, settings: Settings, results: Results) -> None:
             kind=chunk._replace(softcap=softcap).kind,
             rows=rows,
             columns=columns,
-            bytes=rows * columns * dtype.itemsize * (2 if who == COPY else 1),
+            bytes=rows * columns * dtype.itemsize * (2 if who == names.COPY else 1),
             **own,
         )
 

@@ -29,16 +29,10 @@ from sftmix_kernels.perplexity import streaming as perplexity
 from sftmix_kernels.schedules import PADDING
 from tools.peak_memory import peak_extra_bytes
 
+from . import records as names
+from .inputs import make_inputs
 from .measure import SuiteError, interleaved_samples
 from .peers import torch_chunked
-from .records import (
-    BARE_CALL,
-    BARE_CHUNKS,
-    DENSE_PERPLEXITY,
-    OPERATIONS,
-    STREAMING,
-    TORCH_PERPLEXITY,
-)
 from .result_file import Results
 from .settings import QUICK, Case, Settings
 
@@ -71,14 +65,11 @@ def make_tokens(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Tokens:
-    """Return seeded random tokens with logits of about unit size."""
-    torch.manual_seed(0)
-    hidden = torch.randn(num_tokens, hidden_size, device=device)
-    weight = torch.randn(vocab_size, hidden_size, device=device) / hidden_size**0.5
-    labels = torch.randint(0, vocab_size, (num_tokens,), device=device)
+    """Return seeded random tokens, an even number, with logits of about unit size."""
+    x = make_inputs(num_tokens // 2, hidden_size, vocab_size, dtype, device)
     sample_ids = torch.arange(num_tokens, device=device) // TOKENS_OF_EXAMPLE
     num_samples = -(-num_tokens // TOKENS_OF_EXAMPLE)
-    return Tokens(hidden.to(dtype), weight.to(dtype), labels, sample_ids, num_samples)
+    return Tokens(x.hidden.detach(), x.weight.detach(), x.labels, sample_ids, num_samples)
 
 
 def ours(x: Tokens) -> Tensor:
@@ -151,15 +142,15 @@ def unwarned() -> Iterator[None]:
 def calls() -> tuple[dict[str, Perplexity], dict[str, str]]:
     """Return all that find perplexities, and why one is left out."""
     found: dict[str, Perplexity] = {
-        STREAMING: ours,
-        DENSE_PERPLEXITY: dense,
-        OPERATIONS: unwarned()(partial(folded, fold=online_softmax.fold_logits)),
+        names.STREAMING: ours,
+        names.DENSE_PERPLEXITY: dense,
+        names.OPERATIONS: unwarned()(partial(folded, fold=online_softmax.fold_logits)),
     }
     try:
         losses = torch_chunked("none")
     except ImportError as reason:
-        return found, {TORCH_PERPLEXITY: str(reason)}
-    found[TORCH_PERPLEXITY] = lambda x: of_examples(losses(x.hidden, x.weight, x.labels), x)
+        return found, {names.TORCH_PERPLEXITY: str(reason)}
+    found[names.TORCH_PERPLEXITY] = lambda x: of_examples(losses(x.hidden, x.weight, x.labels), x)
     return found, {}
 
 
@@ -178,8 +169,8 @@ def measure(settings: Settings, results: Results) -> None:
     """Time everyone."""
     found, left_out = calls()
     if not settings.peers:
-        left_out |= dict.fromkeys(set(found) - {STREAMING}, "--no-peers")
-        found = {STREAMING: ours}
+        left_out |= dict.fromkeys(set(found) - {names.STREAMING}, "--no-peers")
+        found = {names.STREAMING: ours}
     results.leave_out({f"{who}, perplexity": why for who, why in left_out.items()})
     measure_whole(settings, size_of(settings), found, results)
 
@@ -190,29 +181,31 @@ def measure_whole(
 ) -> None:
     """Check everyone on the first tokens, then weigh and time in turns those who are right."""
     few, device = tokens_of(case, settings, CHECKED_TOKENS), settings.device
-    own: dict[str, dict[str, Any]] = {BARE_CHUNKS: {}}
+    own: dict[str, dict[str, Any]] = {names.BARE_CHUNKS: {}}
     for who, call in found.items():
         work = partial(checked, who, call, few, device)
-        error = results.attempt(f"{who}, perplexity", work, who == STREAMING)
+        error = results.attempt(f"{who}, perplexity", work, who == names.STREAMING)
         if error is not None:
             own[who] = {"loss_error": error}
     del few
     x = tokens_of(case, settings)
     steps: dict[str, Callable[[], object]] = {}
     for who, figures in own.items():
-        step = partial(bare if who == BARE_CHUNKS else found[who], x)
+        step = partial(bare if who == names.BARE_CHUNKS else found[who], x)
         weigh = partial(peak_extra_bytes, step, device)
-        peak = results.attempt(f"{who}, perplexity", weigh, who == STREAMING)
+        peak = results.attempt(f"{who}, perplexity", weigh, who == names.STREAMING)
         if peak is not None:
             figures["peak_bytes"], steps[who] = peak, step
     if device == "cpu":
-        results.miss("left_out", f"{BARE_CALL}, perplexity", "holds all logits: only on a GPU")
+        results.miss(
+            "left_out", f"{names.BARE_CALL}, perplexity", "holds all logits: only on a GPU"
+        )
     else:
         room = partial(x.hidden.new_empty, case.rows, case.sizes[1])
-        logits = results.attempt(f"{BARE_CALL}, perplexity", room, ours=False)
+        logits = results.attempt(f"{names.BARE_CALL}, perplexity", room, ours=False)
         if logits is not None:
-            own[BARE_CALL] = {}
-            steps[BARE_CALL] = lambda: torch.mm(x.hidden, x.weight.t(), out=logits)
+            own[names.BARE_CALL] = {}
+            steps[names.BARE_CALL] = lambda: torch.mm(x.hidden, x.weight.t(), out=logits)
     samples = interleaved_samples(steps, settings.repeats, device, says=case.size)
     for who, seconds in samples.items():
         results.add_times(
@@ -222,7 +215,7 @@ def measure_whole(
             **settings.sizes(case.rows, *case.sizes),
             operations=2 * case.rows * math.prod(case.sizes),
             who=who,
-            ours=who == STREAMING,
+            ours=who == names.STREAMING,
             **own[who],
         )
 
@@ -233,7 +226,7 @@ def checked(who: str, call: Perplexity, x: Tokens, device: str) -> float:
     Raises:
         SuiteError: it is over the error budget; or ours is not compiled.
     """
-    if who == STREAMING:
+    if who == names.STREAMING:
         require_compiled(device)
     num_tokens = x.labels.shape[0]
     ids = torch.arange(num_tokens, device=x.labels.device)

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sftmix_kernels.row_chunks.losses import cross_entropy_, pair_cross_entropy_
 from sftmix_kernels.transform import LogitTransform
 
 from .bench_loss import PEER_LIMIT
@@ -71,24 +71,18 @@ class RowKernels:
         """Copy the logits."""
         return self.copied.copy_(self.raw)
 
-    def in_operations(self, who: str) -> tuple[Tensor, Tensor]:
+    def expected(self, who: str) -> tuple[Tensor, Tensor]:
         """Return losses and logit gradients of a kernel, by PyTorch operations in float32."""
-        logits = self.raw.to(torch.float32, copy=True)
-        if who == SOFT_ROWS:
-            losses = cross_entropy_(logits, self.labels, self.row_weight, self.transform, True)
-            return losses, logits
-        halves = logits.chunk(2)
-        ntp_c, ntp_u, _ = pair_cross_entropy_(
-            (halves[0], halves[1]),
-            self.labels.chunk(2),
-            self.share,
-            self.row_weight.chunk(2),
-            self.pair_weight * self.mix_ratio,
-            self.transform,
-            torch.empty_like(halves[0]),
-            needs_gradient=True,
-        )
-        return torch.cat((ntp_c, ntp_u)), logits
+        logits = self.raw.float().detach().requires_grad_()
+        losses = F.cross_entropy(logits, self.labels, reduction="none")
+        total = losses.sum()
+        if who == PAIR_ROWS:
+            (logits_c, logits_u), share = logits.chunk(2), self.share.unsqueeze(-1)
+            mixed = share[:, 0] * logits_c + share[:, 1] * logits_u
+            for part, labels in zip(self.share.t(), self.labels.chunk(2), strict=True):
+                mixup = part * F.cross_entropy(mixed, labels, reduction="none")
+                total = total + self.mix_ratio * mixup.sum()
+        return losses.detach(), torch.autograd.grad(total, logits)[0]
 
     def check(self, who: str) -> bool:
         """Hold a kernel to PyTorch operations.
@@ -98,7 +92,7 @@ class RowKernels:
         """
         self.restore()
         found = self.pair_rows()[0] if who == PAIR_ROWS else self.soft_rows()
-        expected = self.in_operations(who)
+        expected = self.expected(who)
         for name, mine, theirs in zip(
             ("losses", "gradient"), (found, self.logits), expected, strict=True
         ):

@@ -35,22 +35,15 @@ from sftmix.model.head import without_peft
 from sftmix.pairs.collator import PairedCollator
 from tools.peak_memory import peak_extra_bytes
 
+from . import records as names
 from .bench_loss import dense_mixup
 from .inputs import MU, Inputs
 from .measure import SuiteError, interleaved_samples
-from .records import (
-    LIGER_NTP,
-    OUR_NTP,
-    OUR_SFTMIX,
-    OUR_TILES,
-    THEIR_NTP,
-    THEIR_SFTMIX,
-)
 from .result_file import Results
 from .settings import Settings
 
 SFTMIX, NTP = "sftmix", "ntp"
-DENSE_OF = {SFTMIX: THEIR_SFTMIX, NTP: THEIR_NTP}
+DENSE_OF = {SFTMIX: names.THEIR_SFTMIX, NTP: names.THEIR_NTP}
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16, "meta": torch.bfloat16}
 # How far a right method may be from the dense one, as `check` measures it. In float32 5e-7 was
 # seen. In bfloat16 backward rounds anew what differs in one bit: 0.9e-2 was seen with 2 to 32
@@ -94,7 +87,7 @@ MODELS: dict[str, dict[str, ModelSize]] = {
 
 def limit(name: str, device: str) -> float:
     """Return what `check` may find for a method that is right."""
-    return LIGER_LIMIT if name == LIGER_NTP else LIMITS[device]
+    return LIGER_LIMIT if name == names.LIGER_NTP else LIMITS[device]
 
 
 class Method:
@@ -224,20 +217,20 @@ def make_methods(
     plain = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     args = TrainingArguments(**options)
     methods = {
-        OUR_SFTMIX: Method(SFTMIX, our_trainer(model, size, options), batch),
-        OUR_NTP: Method(NTP, our_trainer(model, size, options, method="ntp"), batch),
-        THEIR_NTP: Method(NTP, Trainer(model=twin(model), args=args), plain),
-        THEIR_SFTMIX: Method(SFTMIX, DenseSFTMixTrainer(model=twin(model), args=args), batch),
+        names.OUR_SFTMIX: Method(SFTMIX, our_trainer(model, size, options), batch),
+        names.OUR_NTP: Method(NTP, our_trainer(model, size, options, method="ntp"), batch),
+        names.THEIR_NTP: Method(NTP, Trainer(model=twin(model), args=args), plain),
+        names.THEIR_SFTMIX: Method(SFTMIX, DenseSFTMixTrainer(model=twin(model), args=args), batch),
     }
     if device == "cpu":
-        return methods, dict.fromkeys((OUR_TILES, LIGER_NTP), "needs CUDA")
+        return methods, dict.fromkeys((names.OUR_TILES, names.LIGER_NTP), "needs CUDA")
     tiles = our_trainer(model, size, options, loss_schedule="vocab_tiles")
-    methods[OUR_TILES] = Method(SFTMIX, tiles, batch)
+    methods[names.OUR_TILES] = Method(SFTMIX, tiles, batch)
     left_out = {}
     try:
-        methods[LIGER_NTP] = liger_method(model, options, plain)
+        methods[names.LIGER_NTP] = liger_method(model, options, plain)
     except ImportError as reason:
-        left_out[LIGER_NTP] = f"{type(reason).__name__}: {reason}"
+        left_out[names.LIGER_NTP] = f"{type(reason).__name__}: {reason}"
     return methods, left_out
 
 
@@ -291,7 +284,7 @@ def measure_steps(name: str, size: ModelSize, settings: Settings, results: Resul
 
 def facts(model: LlamaForCausalLM, size: ModelSize, methods: dict[str, Method]) -> dict[str, Any]:
     """Return what records say of the model and its batch."""
-    batch = methods[OUR_SFTMIX].batch
+    batch = methods[names.OUR_SFTMIX].batch
     return {
         "batch": size.batch,
         "length": size.length,

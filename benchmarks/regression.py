@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from . import records as names
@@ -120,23 +119,17 @@ def compare(run: Report, baseline: Report) -> list[Line]:
     return [Line(says, now.get(says), before.get(says)) for says in {**now, **before}]
 
 
-def differences(run: Report, baseline: Report) -> list[str]:
-    """Return what differs between the machines, for `print_comparison`."""
+def print_comparison(run: Report, baseline: Report) -> None:
+    """Print what differs between the machines, and what `compare` gives."""
     now, before = run["facts"], baseline["facts"]
-    return [
-        f"{name}: {before.get(name, '-')} in the baseline, {now.get(name, '-')} now"
-        for name in PLACES
-        if before.get(name) != now.get(name)
-    ]
-
-
-def print_comparison(lines: Sequence[Line], notes: Sequence[str] = ()) -> None:
-    """Print what `compare` gave, after notes such as those of `differences`."""
-    for note in notes:
-        print(f"  note: {note}")
+    for name in PLACES:
+        if before.get(name) != now.get(name):
+            was, found = before.get(name, "-"), now.get(name, "-")
+            print(f"  note: {name}: {was} in the baseline, {found} now")
+    lines = compare(run, baseline)
     for line in lines:
-        now, before = ("-" if value is None else str(value) for value in (line.now, line.before))
-        print(f"  {line.verdict:9}  {now:>24}  before {before:>24}  {line.says}")
+        pair = ("-" if value is None else str(value) for value in (line.now, line.before))
+        print("  {:9}  {:>24}  before {:>24}  {}".format(line.verdict, *pair, line.says))
     counts = Counter(line.verdict for line in lines)
     words = (AS_BEFORE, SLOWER, FASTER, NEW, GONE)
     print("  " + ", ".join(f"{counts[word]} {word}" for word in words))

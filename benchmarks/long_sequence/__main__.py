@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("predict", "what `sftmix plan` says of our modes; needs no GPU"),
     ):
         one = commands.add_parser(name, help=says, allow_abbrev=False)
-        one.set_defaults(largest=False, budget=None, seconds=math.inf, threads=2, predicted=True)
+        one.set_defaults(largest=False, seconds=math.inf, threads=2, predicted=True)
         one.add_argument("--model", choices=tuple(SUBJECTS), required=True)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         one.add_argument("--device", choices=("cpu", "cuda"), default=device)
@@ -61,13 +61,8 @@ def make_parser() -> argparse.ArgumentParser:
         one.add_argument("--commit", default="", help="of the code, where it is no git checkout")
     measure = commands.choices["run"]
     measure.set_defaults(predicted=False)
-    measure.add_argument("--largest", action="store_true", help="search the largest length too")
-    measure.add_argument(
-        "--budget",
-        type=int,
-        metavar="BYTES",
-        help="for the largest length; default: the device's, on the CPU 512 MiB of growth",
-    )
+    largest = "search the largest length, too: on the CPU in 512 MiB"
+    measure.add_argument("--largest", action="store_true", help=largest)
     measure.add_argument(
         "--seconds", type=float, default=math.inf, help="end by then; what was not reached is said"
     )

@@ -57,7 +57,6 @@ class Run:
         self.subject = QUICK_SUBJECT if self.quick else SUBJECTS[self.model]
         self.modes = options.modes or [n for n, m in MODES.items() if self.device in m.devices]
         self.lengths = sorted(options.lengths or self.subject.lengths[self.device])
-        self.budget: int | None = options.budget
         self.largest: bool = options.largest
         for name in self.modes:
             if self.device not in MODES[name].devices:
@@ -66,8 +65,6 @@ class Run:
             raise ValueError(f"--lengths: {self.model} has none on {self.device}, give some")
         if self.lengths[0] < 2:
             raise ValueError(f"--lengths: expected at least 2 tokens, got {self.lengths[0]}")
-        if self.budget is not None and self.budget < 1:
-            raise ValueError(f"--budget: expected bytes, at least 1, got {self.budget}")
         self.settings = Settings(
             self.device,
             self.quick,
@@ -115,7 +112,7 @@ class Run:
 
     def machine_limit(self) -> int | None:
         """Return what one process may allocate, so that no measurement takes the machine down."""
-        return int(SHARE_OF_MACHINE * available()) if self.device == CPU else self.budget
+        return int(SHARE_OF_MACHINE * available()) if self.device == CPU else None
 
     def measured(self, kind: str, mode: str, length: int, limit: int | None) -> Record:
         """Return what a process measured.
@@ -169,21 +166,19 @@ def step(
 
 
 def search(wanted: Run, mode: str) -> None:
-    """Find the largest length in the budget, starting from the points that are there.
+    """Find the largest length in the device's memory, starting from the points that are there.
 
     No record is written where nothing was found to fail.
     """
-    budget = wanted.budget or CPU_BUDGET
-    if wanted.device == CUDA:
-        budget = wanted.budget or int(wanted.report["facts"]["gpu_bytes"])
-    if any(r["budget_bytes"] == budget for r in wanted.find(LARGEST, mode)):
+    if wanted.find(LARGEST, mode):
         return
     steps = wanted.find(STEP, mode)
     peaks = {r["length"]: r["peak_bytes"] for r in steps if r["outcome"] == DONE}
-    # On the CPU more than is counted, for threads.
-    limit = budget + 2**28
+    limit: int | None
+    # More than is counted, for threads.
+    budget, limit = CPU_BUDGET, CPU_BUDGET + 2**28
     if wanted.device == CUDA:
-        limit = wanted.budget
+        budget, limit = int(wanted.report["facts"]["gpu_bytes"]), None
         # The limit of a point was the same; on the CPU it was the machine's.
         for gone in [r["length"] for r in steps if r["outcome"] != DONE]:
             peaks[gone] = beyond(peaks, gone, budget)

@@ -43,13 +43,6 @@ SUBJECTS = {
         None,
         {CPU: (1024, 2048, 4096, 8192, 16384), CUDA: LONG},
     ),
-    "1B": Subject(
-        "of Llama-3.2-1B's shape, LoRA of rank 16",
-        MODELS[CUDA]["1B"],
-        "bfloat16",
-        16,
-        {CPU: (256, 512), CUDA: LONG},
-    ),
     "8B": Subject(
         "of Llama-3.1-8B's shape, LoRA of rank 16",
         MODELS[CUDA]["8B"],
@@ -114,7 +107,7 @@ class Task:
     threads: int
     length: int = 0  # tokens of each of the two sequences
     mode: str = "lean"
-    # On the CPU what may be allocated besides what is there before the model; on CUDA in all.
+    # On the CPU what may be allocated besides what is there before the model.
     limit_bytes: int | None = None
 
     @property

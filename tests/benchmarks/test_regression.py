@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import records as names
-from benchmarks.regression import Interval, Line, compare, differences, print_comparison
+from benchmarks.regression import Interval, Line, compare, print_comparison
 
 Report = dict[str, Any]
 CASE = "small, N = 8, trained-like"
@@ -143,7 +143,7 @@ def test_other_kinds_of_runs_are_refused(change: dict[str, Any]) -> None:
 def test_printing_never_raises_on_slowness(capsys: pytest.CaptureFixture[str]) -> None:
     slow, before = losses(9.0), losses()
     slow["facts"] = copy.deepcopy(slow["facts"]) | {"torch": "2.14"}
-    print_comparison(compare(slow, before), differences(slow, before))
+    print_comparison(slow, before)
     text = capsys.readouterr().out
     assert "note: torch: 2.13 in the baseline, 2.14 now" in text
     assert "1 as before, 2 slower, 0 faster, 0 new, 0 gone" in text
