@@ -27,7 +27,7 @@ from . import records as names
 from .errors import Oracle
 from .inputs import FILTER_EPS, MU, Inputs, Loss, make_inputs, peakedness
 from .measure import interleaved_samples
-from .peers import HardLabelLoss, find_peers
+from .peers import COMPILES, HardLabelLoss, find_peers
 from .records import BOTH, MIXUP, NTP
 from .result_file import Results
 from .settings import TRAINED, Case, Settings
@@ -157,11 +157,7 @@ def find_providers(
         return found, left_out
     dense = {"limit": PEER_LIMIT, "holds_logits": True}
     found += [Provider(names.DENSE, task, loss, **dense) for task, loss in DENSE.items()]
-    peers, absent = find_peers(settings.device)
-    if not compiled:
-        reason = "compiles for long: not in this suite, and not in quick runs"
-        absent |= {names.COMPILED: reason} | {peer.who: reason for peer in peers if peer.compiles}
-        peers = {peer: loss for peer, loss in peers.items() if not peer.compiles}
+    peers, absent = find_peers(settings.device, compiled)
     for peer, ntp in peers.items():
         limit = FILTER_LIMIT if peer.filters else PEER_LIMIT
         for task, composed in COMPOSED.items():
@@ -171,6 +167,8 @@ def find_providers(
         # Last, because where time runs out they are what it is worth the least for.
         losses = {task: torch.compile(loss, dynamic=False) for task, loss in DENSE.items()}
         found += [Provider(names.COMPILED, task, loss, **dense) for task, loss in losses.items()]
+    else:
+        absent[names.COMPILED] = COMPILES
     return found, {**left_out, **absent}
 
 

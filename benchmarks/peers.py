@@ -16,6 +16,7 @@ from torch import Tensor
 from .records import TORCH
 from .result_file import FAILURES
 
+COMPILES = "compiles for long: not in this suite, and not in quick runs"
 HardLabelLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, labels
 
 LIGER, LIGER_ROWS = "Liger-Kernel", "Liger-Kernel, 4096 rows"
@@ -85,12 +86,17 @@ PEERS = (
 )
 
 
-def find_peers(device: str) -> tuple[dict[Peer, HardLabelLoss], dict[str, str]]:
+def find_peers(
+    device: str, compiled: bool = True
+) -> tuple[dict[Peer, HardLabelLoss], dict[str, str]]:
     """Return those that are installed and made for the device, and why one is left out."""
     found, left_out = {}, {}
     for peer in PEERS:
         if device not in peer.devices:
             left_out[peer.who] = f"made only for {' and '.join(peer.devices)}"
+            continue
+        if peer.compiles and not compiled:
+            left_out[peer.who] = COMPILES
             continue
         try:
             found[peer] = peer.make()

@@ -89,7 +89,9 @@ def test_a_peer_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_a_provider_that_is_wrong_or_fails_gets_no_time(ours: bool, results: Results) -> None:
+def test_a_provider_that_is_wrong_or_fails_gets_no_time(
+    ours: bool, results: Results, capsys: pytest.CaptureFixture[str]
+) -> None:
     def wrong(x: Inputs) -> Tensor:
         return 1.1 * hard_labels(x.hidden, x.weight, x.labels)
 
@@ -107,6 +109,7 @@ def test_a_provider_that_is_wrong_or_fails_gets_no_time(ours: bool, results: Res
     bad = [Provider(who, NTP, loss, ours=ours, limit=limit) for who, loss in losses.items()]
     right = Provider("right", NTP, DENSE_LOSSES[NTP], limit=0.02)
     race(TINY, [*bad, right], QUICK, results)
+    assert f"): {STEP}, {TINY.name}, NTP, right\n" in capsys.readouterr().out
     report = results.report
     reasons = report["failed" if ours else "left_out"]
     assert reasons[f"raises, NTP, {TINY.name}"].endswith("RuntimeError: no kernel")
