@@ -128,10 +128,6 @@ class Provider(NamedTuple):
     limit: float | None = None  # relative error of gradients; None holds it to the error budget
     holds_logits: bool = False
 
-    def inputs(self, x: Inputs) -> Inputs:
-        """Return what this provider is given in place of ``x``."""
-        return x._replace(lam=torch.full_like(x.lam, 0.3)) if self.one_lam else x
-
     def in_race(self, case: Case, direction: str) -> bool:
         """Tell whether it takes part: few do in the grid, and one compilation a task is enough."""
         if case.full:
@@ -238,18 +234,14 @@ def race(case: Case, providers: list[Provider], settings: Settings, results: Res
     x, figures = case_inputs(case, settings), dict[Provider, dict[str, Any]]()
     checked_rows = CHECKED_BYTES // (8 * x.weight.shape[0]) // 128 * 128
     few = x if checked_rows >= case.rows else case_inputs(case, settings, checked_rows)
-
-    @functools.cache
-    def oracle(task: str, one_lam: bool) -> Oracle:
-        return Oracle(task, Provider("", task, dense_ntp, one_lam=one_lam).inputs(few))
-
+    oracle = functools.cache(partial(oracle_of, few))
     for one in providers:
         if one.in_race(case, names.STEP):
             work = partial(checked, one, oracle, x, settings.device)
             found = results.attempt(f"{one.who}, {one.task}, {case.name}", work, one.ours)
             if found is not None:
                 figures[one] = found
-    oracle.cache_clear()
+    del few, oracle
     for direction in (names.STEP, names.FORWARD) if case.full else (names.STEP,):
         work = partial(time_direction, case, direction, x, figures, settings, results)
         results.attempt(f"{case.name}, {direction}", work, ours=True)
@@ -305,7 +297,7 @@ def time_direction(
 
 def call(one: Provider, x: Inputs, direction: str) -> Callable[[], object]:
     """Return what is timed: with gradients the loss and both of them, else only the loss."""
-    values = one.inputs(x)
+    values = x.given(one.one_lam)
     if direction == names.STEP:
         return lambda: step(one.loss, values)
     # Some peers look at the inputs to know whether gradients are wanted.
@@ -326,15 +318,20 @@ def case_inputs(case: Case, settings: Settings, most: int | None = None) -> Inpu
     return make_inputs(rows // 2, *case.sizes, *like, trained=case.inputs == TRAINED)
 
 
+def oracle_of(x: Inputs, task: str, one_lam: bool) -> Oracle:
+    """Return what a task is held to, computed with a single lam or one a pair."""
+    return Oracle(task, x.given(one_lam))
+
+
 def checked(
-    one: Provider, oracle_of: Callable[[str, bool], Oracle], x: Inputs, device: str
+    one: Provider, make: Callable[[str, bool], Oracle], x: Inputs, device: str
 ) -> dict[str, Any]:
     """Return errors against float64, and the timed step's peak over inputs and gradients.
 
     Raises:
         SuiteError: the errors are too large.
     """
-    oracle = oracle_of(one.task, one.one_lam)
+    oracle = make(one.task, one.one_lam)
     run, kept = call(one, x, names.STEP), list[Any]()
 
     def keep() -> None:

@@ -137,7 +137,7 @@ def checked_peak(one: Provider, place: Place, settings: Settings) -> tuple[int, 
     sizes = (place.hidden_size, place.vocab_size, settings.dtype, settings.device)
     oracle = oracle_of(one.task, one.one_lam, min(place.rows, CHECKED_ROWS) // 2, *sizes)
     oracle.check(step(one.loss, oracle.x), one.limit)
-    x = one.inputs(make_inputs(place.rows // 2, *sizes))
+    x = make_inputs(place.rows // 2, *sizes).given(one.one_lam)
     peak = peak_extra_bytes(lambda: step(one.loss, x), settings.device)
     return peak, runs_triton(x.hidden)
 
@@ -147,5 +147,4 @@ def oracle_of(
     task: str, one_lam: bool, pairs: int, hidden: int, vocab: int, dtype: torch.dtype, device: str
 ) -> Oracle:
     """Return the oracle, made once for all who are held to it one after the other."""
-    x = make_inputs(pairs, hidden, vocab, dtype, device)
-    return Oracle(task, Provider("", task, OURS[task], one_lam=one_lam).inputs(x))
+    return Oracle(task, make_inputs(pairs, hidden, vocab, dtype, device).given(one_lam))

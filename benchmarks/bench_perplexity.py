@@ -55,7 +55,6 @@ class Tokens(NamedTuple):
 
 
 Perplexity = Callable[[Tokens], Tensor]  # (S,) float64
-Fold = Callable[..., None]  # as `online_softmax.fold_logits`
 
 
 def make_tokens(
@@ -115,19 +114,17 @@ def bare(x: Tokens, vocab_chunk: int = VOCAB_CHUNK, rows: int | None = None) -> 
     chunks_of_logits(x, lambda *_: None, vocab_chunk, rows)
 
 
-def folded(
-    x: Tokens, fold: Fold, vocab_chunk: int = VOCAB_CHUNK, rows: int | None = None
-) -> Tensor:
-    """Compute ours, with the logits of each chunk folded by the op, or by PyTorch operations."""
+def folded(x: Tokens, ops: Any, vocab_chunk: int = VOCAB_CHUNK, rows: int | None = None) -> Tensor:
+    """Compute ours by compiled ``ops``, or by `online_softmax`, which has them in PyTorch."""
     state = online_softmax.new_state(x.labels.shape[0], x.hidden)
     nll_sum, num_tokens = perplexity.new_sums(x.num_samples, x.hidden.device)
 
     def use(logits: Tensor, some: slice, start: int) -> None:
-        fold(logits, None, x.labels[some], start, 1.0, None, state[:, some])
+        ops.fold_logits(logits, None, x.labels[some], start, 1.0, None, state[:, some])
 
     chunks_of_logits(x, use, vocab_chunk, rows)
     order = x.sample_ids.argsort(stable=True)
-    online_softmax.add_token_losses(state, x.labels, -100, x.sample_ids, order, nll_sum, num_tokens)
+    ops.add_token_losses(state, x.labels, -100, x.sample_ids, order, nll_sum, num_tokens)
     return (nll_sum / num_tokens).exp()
 
 
@@ -144,7 +141,7 @@ def calls() -> tuple[dict[str, Perplexity], dict[str, str]]:
     found: dict[str, Perplexity] = {
         names.STREAMING: ours,
         names.DENSE_PERPLEXITY: dense,
-        names.OPERATIONS: unwarned()(partial(folded, fold=online_softmax.fold_logits)),
+        names.OPERATIONS: unwarned()(partial(folded, ops=online_softmax)),
     }
     try:
         losses = torch_chunked("none")

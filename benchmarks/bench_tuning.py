@@ -158,7 +158,7 @@ def measure_workspaces(
     """
     what = "perplexity workspace"
     require_compiled(settings.device)
-    fold, expected = torch.ops.sftmix_kernels.fold_logits, ours(x).log()
+    ops, expected = torch.ops.sftmix_kernels, ours(x).log()
 
     def is_right(call: Callable[[], torch.Tensor]) -> bool:
         found = float((call().log() / expected - 1).abs().max())
@@ -169,7 +169,7 @@ def measure_workspaces(
     steps: dict[tuple[str, bool], Callable[[], object]] = {}
     for size, chunk in chosen:
         name, rows = f"{size} MiB, chunks of {chunk}", rows_within(size * 2**20, x, chunk)
-        call = partial(folded, x, fold, chunk, rows)
+        call = partial(folded, x, ops, chunk, rows)
         if results.attempt(f"{what}, {name}", partial(is_right, call), ours=True):
             steps[name, True] = call
             steps[name, False] = partial(bare, x, chunk, rows)

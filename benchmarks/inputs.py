@@ -25,6 +25,10 @@ class Inputs(NamedTuple):
     labels: Tensor  # (2P,)
     lam: Tensor  # (P,)
 
+    def given(self, one_lam: bool) -> Inputs:
+        """Return what a provider is given that takes a single lam for the batch, or one a pair."""
+        return self._replace(lam=torch.full_like(self.lam, 0.3)) if one_lam else self
+
 
 Loss = Callable[[Inputs], Tensor]
 

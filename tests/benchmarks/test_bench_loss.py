@@ -50,14 +50,13 @@ def hard_labels(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_ours_dense_and_compositions_are_the_reference(task: str) -> None:
-    x = make_inputs(16, 8, 50)
+    x = make_inputs(16, 8, 50).given(one_lam=True)
     for loss in (OURS[task], DENSE_LOSSES[task], partial(COMPOSED[task], ntp=hard_labels)):
-        one = Provider("any", task, loss, one_lam=True)
-        Oracle(task, one.inputs(x)).check(step(one.loss, one.inputs(x)), 1e-5)
+        Oracle(task, x).check(step(loss, x), 1e-5)
 
 
 def test_one_lam_is_one_for_all() -> None:
-    x = Provider("any", BOTH, DENSE_LOSSES[BOTH], one_lam=True).inputs(make_inputs(16, 8, 50))
+    x = make_inputs(16, 8, 50).given(one_lam=True)
     assert (x.lam == x.lam[0]).all()
 
 
