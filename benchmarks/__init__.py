@@ -1,11 +1,11 @@
 """Benchmarks: `python -m benchmarks run SUITE` measures, `python -m benchmarks plot DIR` shows.
 
-- `suites.py` names the benchmarks of each suite; `bench_NAME.py` times or weighs one of them, the
-  losses of `providers.py` and `peers.py`, perplexity of `perplexity_providers.py`, training steps
-  of `step_methods.py`.
+- `suites.py` names the benchmarks of each suite. Each is a file `bench_NAME.py`, which has what is
+  timed and what it is timed beside (losses of other packages: `peers.py`); `measure.py` has the
+  loop that times, `errors.py` checks losses before.
 - `result_file.py` writes records; `records.py` has their names and finds them again.
-- `report.py`, `readme.py` and `targets.py` say what they mean, through `tables.py` and `plots.py`;
-  `regression.py` compares two runs.
+- `report.py`, `readme.py` and `targets.py` say what they mean, through `tables.py` and
+  `figures.py`; `regression.py` compares two runs.
 - `long_sequence/`, `study/` and `half_precision/` measure what takes processes and hours, and have
   command lines and results of their own.
 """

@@ -40,35 +40,21 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     run = commands.add_parser("run", help="measure a suite, or all of them")
     run.set_defaults(call=run_suites)
-    run.add_argument("suite", choices=("all", *SUITES))
-    run.add_argument("--out", type=Path, required=True, metavar="DIR", help="for result files")
+    add, own = run.add_argument, Settings
+    add("suite", choices=("all", *SUITES))
+    add("--out", type=Path, required=True, metavar="DIR", help="for result files")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    run.add_argument("--device", choices=("cpu", "cuda"), default=device)
-    run.add_argument("--quick", action="store_true", help="tiny sizes: shows that all of it works")
-    run.add_argument(
-        "--no-peers", action="store_false", dest="peers", help="only ours and bare products"
-    )
-    run.add_argument("--no-grid", action="store_false", dest="grid", help="only the first sizes")
-    run.add_argument(
-        "--seconds",
-        type=int,
-        default=Settings.seconds,
-        help="begin no measurement of a suite after these",
-    )
-    run.add_argument("--threads", type=int, default=Settings.threads, help="of the CPU")
-    run.add_argument(
-        "--data", type=Path, metavar="FILE", help="instructions to score (default: the demo's)"
-    )
-    run.add_argument(
-        "--examples", type=int, default=Settings.examples, help="how many of them to score"
-    )
-    run.add_argument("--commit", default="", help="of the code, where it is no git checkout")
-    run.add_argument(
-        "-k",
-        default="",
-        metavar="NAME",
-        help=f"only this benchmark, or 'not NAME': all but this; of {', '.join(NAMES)}",
-    )
+    add("--device", choices=("cpu", "cuda"), default=device)
+    add("--quick", action="store_true", help="tiny sizes: shows that all of it works")
+    add("--no-peers", action="store_false", dest="peers", help="only ours and bare products")
+    add("--no-grid", action="store_false", dest="grid", help="only the first sizes")
+    add("--seconds", type=int, default=own.seconds, help="begin nothing of a suite after these")
+    add("--threads", type=int, default=own.threads, help="of the CPU")
+    add("--data", type=Path, metavar="FILE", help="instructions to score (default: the demo's)")
+    add("--examples", type=int, default=own.examples, help="how many of them to score")
+    add("--commit", default="", help="of the code, where it is no git checkout")
+    only = f"only this benchmark, or 'not NAME': all but this; of {', '.join(NAMES)}"
+    add("-k", default="", metavar="NAME", help=only)
     plot = commands.add_parser("plot", help="tables and pictures from result files")
     plot.set_defaults(call=plot_results)
     plot.add_argument("folder", type=Path, metavar="DIR", help="with result files")
@@ -77,13 +63,8 @@ def make_parser() -> argparse.ArgumentParser:
     check = commands.add_parser("compare", help="ratios of a run beside those of another")
     check.set_defaults(call=compare_results)
     check.add_argument("folder", type=Path, metavar="DIR", help="with result files")
-    check.add_argument(
-        "--baseline",
-        type=Path,
-        metavar="DIR",
-        default=HERE / "results",
-        help="default: benchmarks/results",
-    )
+    baseline = {"metavar": "DIR", "default": HERE / "results", "help": "benchmarks/results"}
+    check.add_argument("--baseline", type=Path, **baseline)
     return parser
 
 
@@ -112,7 +93,7 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
 
 def plot_results(options: argparse.Namespace) -> int:
     """Write the tables and pictures of a folder, and renew README's block."""
-    from .plots import write_pictures
+    from .figures import write_pictures
     from .readme import BEGIN, END, readme_block
     from .report import markdown
     from .tables import show
@@ -135,7 +116,7 @@ def plot_results(options: argparse.Namespace) -> int:
 
 def compare_results(options: argparse.Namespace) -> int:
     """Print the ratios of a folder's files beside those of a baseline."""
-    from .regression import compare, differences, print_comparison
+    from .regression import print_comparison
 
     for file in sorted(options.folder.glob("*.json")):
         baseline = options.baseline / file.name
@@ -144,7 +125,7 @@ def compare_results(options: argparse.Namespace) -> int:
             continue
         run, other = (json.loads(one.read_text("utf-8")) for one in (file, baseline))
         print(f"{file.name}:")
-        print_comparison(compare(run, other), differences(run, other))
+        print_comparison(run, other)
     return 0
 
 

@@ -1,4 +1,8 @@
-"""Weigh forward + backward: peak memory against N and V, ours beside its formula (`peaks.py`).
+"""Weigh forward and backward of the losses against N and V: ours beside its formula and others.
+
+Weighed is `step` of `bench_loss.py`, for the same providers, by the highest sum of tensor bytes
+alive at once; ours must be within `LIMIT` of its formula (`sftmix_kernels.peaks`).
+Figures: "memory" in RESULTS.md, `cpu-memory.svg`.
 
 Legend: N rows, D hidden size, V vocabulary.
 """
@@ -18,22 +22,16 @@ from sftmix_kernels.peaks import Shape, peak_bytes
 from sftmix_kernels.schedules import runs_triton
 from tools.peak_memory import peak_extra_bytes, tidy_launches
 
-from .errors import Oracle, step
+from .bench_loss import OURS, SCHEDULES, Provider, find_providers, step
+from .errors import Oracle
 from .inputs import FILTER_EPS, make_inputs
-from .measure import SuiteError
-from .providers import OURS, Provider, find_providers
 from .records import BOTH, FILTERED, NTP, ROW_CHUNKS, VOCAB_TILES
-from .result_file import OUT_OF_TIME, Results
+from .result_file import Results
 from .settings import Settings
 
 TASKS = (NTP, BOTH)
 LIMIT = 1.05  # of measured / formula
 CHECKED_ROWS = 256
-SCHEDULES: dict[str, RowChunks | VocabTiles] = {
-    ROW_CHUNKS: RowChunks(),
-    VOCAB_TILES: VocabTiles(),
-    FILTERED: VocabTiles(filter_eps=FILTER_EPS),
-}
 
 
 class Place(NamedTuple):
@@ -91,7 +89,7 @@ def measure(settings: Settings, results: Results) -> None:
         with patch.dict(os.environ, {"TRITON_INTERPRET": interpreter or "1"}), tidy_launches():
             for who, (place, schedule) in INTERPRETED.items():
                 for task in TASKS:
-                    one = Provider(who, task, OURS[task](schedule), ours=True)
+                    one = Provider(who, task, partial(OURS[task], schedule=schedule), ours=True)
                     weigh(one, place, schedule, settings, results)
 
 
@@ -104,11 +102,7 @@ def weigh(
 ) -> None:
     """Add the peak of one provider at one place, if it is right; ours must meet its formula."""
     name = f"{one.who}, {one.task}, {place.name}"
-    if settings.out_of_time:
-        results.miss("left_out", name, OUT_OF_TIME)
-        return
-    work = partial(checked_peak, one, place, settings)
-    found = results.attempt(name, work, one.ours)
+    found = results.attempt(name, partial(checked_peak, one, place, settings), one.ours)
     if found is None:
         return
     peak, kernels = found
@@ -142,10 +136,8 @@ def checked_peak(one: Provider, place: Place, settings: Settings) -> tuple[int, 
     """
     sizes = (place.hidden_size, place.vocab_size, settings.dtype, settings.device)
     oracle = oracle_of(one.task, one.one_lam, min(place.rows, CHECKED_ROWS) // 2, *sizes)
-    found = oracle.errors(step(one.loss, oracle.x))
-    if not found.passed(one.limit):
-        raise SuiteError(found.says(one.limit))
-    x = one.inputs(make_inputs(place.rows // 2, *sizes))
+    oracle.check(step(one.loss, oracle.x), one.limit)
+    x = make_inputs(place.rows // 2, *sizes).given(one.one_lam)
     peak = peak_extra_bytes(lambda: step(one.loss, x), settings.device)
     return peak, runs_triton(x.hidden)
 
@@ -155,5 +147,4 @@ def oracle_of(
     task: str, one_lam: bool, pairs: int, hidden: int, vocab: int, dtype: torch.dtype, device: str
 ) -> Oracle:
     """Return the oracle, made once for all who are held to it one after the other."""
-    x = make_inputs(pairs, hidden, vocab, dtype, device)
-    return Oracle(task, Provider("", task, OURS[task](), one_lam=one_lam).inputs(x))
+    return Oracle(task, make_inputs(pairs, hidden, vocab, dtype, device).given(one_lam))

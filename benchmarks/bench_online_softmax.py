@@ -1,42 +1,104 @@
-"""Time the compiled fold: beside PyTorch operations on the CPU, beside a copy on a GPU.
+"""Time the fold of a chunk of logits into the softmax state: the op that ours spends its time in.
 
-Legend: N tokens, V vocabulary, K rows and C columns of a chunk of logits.
+Timed is `Fold.compiled`, with and without options. On the CPU it is timed beside the same in
+PyTorch operations, on a GPU beside a copy of the logits. It is checked against float64 first.
+Figures: "Fold of logits" in RESULTS.md.
+
+Legend: K rows and C columns of a chunk of logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from sftmix_kernels.budget import Budget
+from sftmix_kernels.budget import Budget, budget
+from sftmix_kernels.perplexity import online_softmax
 from sftmix_kernels.perplexity import streaming as perplexity
+from sftmix_kernels.schedules import PADDING
 
-from .bench_perplexity import size_of
+from . import records as names
+from .bench_perplexity import VOCAB_CHUNK, passed, require_compiled, size_of, unwarned
 from .measure import L2Scrub, interleaved_samples
-from .perplexity_providers import VOCAB_CHUNK, Fold, make_fold, passed, require_compiled
-from .records import (
-    COPY,
-    FOLD,
-    FOLD_OPERATIONS,
-    FOLD_SOFTCAP,
-    IN_CACHE,
-    IN_HBM,
-    IN_HBM_CHUNK,
-    IN_L2,
-)
-from .result_file import OUT_OF_TIME, Results
+from .result_file import Results
 from .settings import Settings
 
-OUR_FOLDS = (FOLD, FOLD_SOFTCAP)
 SOFTCAP = 30.0
 # A fold on the CPU takes milliseconds; all else that its suite measures takes about a second.
 FOLDS_OF_A_REPEAT = 10
 # Launches of one measurement where logits stay in L2: one takes microseconds, about as long as the
 # events around it.
 LAUNCHES = 20
+
+
+class Fold(NamedTuple):
+    """A chunk of logits in memory, and the states that it is folded into."""
+
+    logits: Tensor  # (K, C), in rows as ours pads them
+    bias: Tensor | None  # (C,)
+    labels: Tensor  # (K,)
+    softcap: float | None
+    state: Tensor  # (3, K)
+
+    def compiled(self, times: int = 1) -> None:
+        """Run the compiled op."""
+        for _ in range(times):
+            torch.ops.sftmix_kernels.fold_logits(*self.arguments())
+
+    @unwarned()
+    def operations(self) -> None:
+        """Run the same by PyTorch operations."""
+        online_softmax.fold_logits(*self.arguments())
+
+    def arguments(self) -> tuple[Tensor, Tensor | None, Tensor, int, float, float | None, Tensor]:
+        """Return the op's arguments."""
+        return self.logits, self.bias, self.labels, 0, 1.0, self.softcap, self.state
+
+    def check(self) -> Budget:
+        """Return the error of the compiled op's token losses on the first rows, from new states."""
+        rows = slice(0, 256)
+        small = self._replace(logits=self.logits[rows], labels=self.labels[rows])
+        found = []
+        for one in (Fold.compiled, Fold.operations):
+            state = online_softmax.new_state(small.labels.shape[0], small.logits)
+            one(small._replace(state=state))
+            peak, total, target = state.double()
+            found.append((total.log() + peak - target).float())
+        logits = small.logits.double()
+        if self.bias is not None:
+            logits = logits + self.bias.double()
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        truth = F.cross_entropy(logits, small.labels, reduction="none")
+        compiled, plain = found
+        return budget(compiled, truth, plain - truth)
+
+
+def make_fold(
+    num_rows: int,
+    num_columns: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    softcap: float | None = None,
+    bias: bool = False,
+) -> Fold:
+    """Return a fold of random logits of unit size."""
+    torch.manual_seed(0)
+    like = {"dtype": dtype, "device": device}
+    padded = torch.empty(num_rows, -(-num_columns // PADDING) * PADDING, **like).normal_()
+    return Fold(
+        padded[:, :num_columns],
+        torch.randn(num_columns, **like) if bias else None,
+        torch.randint(0, num_columns, (num_rows,), device=device),
+        softcap,
+        online_softmax.new_state(num_rows, padded),
+    )
 
 
 class Chunk(NamedTuple):
@@ -53,26 +115,12 @@ class Chunk(NamedTuple):
         options = ["softcap"] * (self.softcap is not None) + ["bias"] * self.bias
         return ", ".join(filter(None, (self.dtype, " and ".join(options))))
 
-    @property
-    def name(self) -> str:
-        """Return place and kind in words."""
-        return f"{self.place}, {self.kind}"
-
-    @property
-    def who(self) -> tuple[str, ...]:
-        """Return who is measured there."""
-        if self.place == IN_CACHE:
-            return FOLD, FOLD_OPERATIONS
-        return OUR_FOLDS if self.place == IN_L2 else (*OUR_FOLDS, COPY)
-
     def size(self, settings: Settings) -> tuple[int, int]:  # K, C
         """Return rows and columns."""
         whole = size_of(settings)
         rows, vocab_size = whole.rows, whole.sizes[1]
-        columns = min(VOCAB_CHUNK, vocab_size)
-        if self.place == IN_HBM:
-            return rows, vocab_size
-        if self.place == IN_HBM_CHUNK:
+        columns = vocab_size if self.place == names.IN_HBM else min(VOCAB_CHUNK, vocab_size)
+        if self.place in (names.IN_HBM, names.IN_HBM_CHUNK):
             return rows, columns
         # As many rows as ours takes at a time, so that its logits of this dtype stay in cache.
         like = {"dtype": getattr(torch, self.dtype), "device": settings.device}
@@ -81,14 +129,14 @@ class Chunk(NamedTuple):
 
 CHUNKS = {
     "cpu": (
-        Chunk(IN_CACHE, "float32"),
-        Chunk(IN_CACHE, "bfloat16"),
-        Chunk(IN_CACHE, "float16"),
-        Chunk(IN_CACHE, "float32", SOFTCAP, bias=True),
+        Chunk(names.IN_CACHE, "float32"),
+        Chunk(names.IN_CACHE, "bfloat16"),
+        Chunk(names.IN_CACHE, "float16"),
+        Chunk(names.IN_CACHE, "float32", SOFTCAP, bias=True),
     ),
     "cuda": tuple(
         Chunk(place, dtype)
-        for place in (IN_HBM, IN_HBM_CHUNK, IN_L2)
+        for place in (names.IN_HBM, names.IN_HBM_CHUNK, names.IN_L2)
         for dtype in ("bfloat16", "float16", "float32")
     ),
 }
@@ -97,10 +145,8 @@ CHUNKS = {
 def measure(settings: Settings, results: Results) -> None:
     """Time the folds of every chunk of logits."""
     for chunk in CHUNKS[settings.device]:
-        if settings.out_of_time:
-            results.miss("left_out", chunk.name, OUT_OF_TIME)
-            continue
-        results.attempt(chunk.name, partial(measure_folds, chunk, settings, results), ours=True)
+        work = partial(measure_folds, chunk, settings, results)
+        results.attempt(f"{chunk.place}, {chunk.kind}", work, ours=True)
         if settings.device != "cpu":
             # All logits of one dtype leave little room for those of the next.
             torch.cuda.empty_cache()
@@ -112,47 +158,46 @@ def measure_folds(chunk: Chunk, settings: Settings, results: Results) -> None:
 
     A fold reads each logit once; a copy reads and writes each, and so moves twice the bytes.
     """
-    rows, columns = chunk.size(settings)
-    dtype = getattr(torch, chunk.dtype)
-    options = {"softcap": chunk.softcap, "bias": chunk.bias}
-    fold = make_fold(rows, columns, dtype, settings.device, **options)
-    folds = {FOLD: fold, FOLD_SOFTCAP: fold._replace(softcap=SOFTCAP)}
-    launches = LAUNCHES if chunk.place == IN_L2 else 1
-    steps: dict[str, Callable[[], object]] = {}
-    errors = {}
-    for who in filter(folds.__contains__, chunk.who):
-        work = partial(checked, folds[who], settings.device)
-        found = results.attempt(f"{who}, {chunk.name}", work, ours=True)
+    (rows, columns), dtype = chunk.size(settings), getattr(torch, chunk.dtype)
+    fold = make_fold(rows, columns, dtype, settings.device, softcap=chunk.softcap, bias=chunk.bias)
+    folds = {names.FOLD: fold}
+    if chunk.place != names.IN_CACHE:
+        folds[names.FOLD_SOFTCAP] = fold._replace(softcap=SOFTCAP)
+    launches = LAUNCHES if chunk.place == names.IN_L2 else 1
+    steps, errors = dict[str, Callable[[], object]](), dict[str, float]()
+    for who, one in folds.items():
+        work = partial(checked, one, settings.device)
+        found = results.attempt(f"{who}, {chunk.place}, {chunk.kind}", work, ours=True)
         if found is not None:
-            steps[who], errors[who] = partial(launch, folds[who], launches), found.largest
-    if FOLD_OPERATIONS in chunk.who:
-        steps[FOLD_OPERATIONS] = fold.operations
-    if COPY in chunk.who:
-        copied = torch.empty_like(fold.logits)
-        steps[COPY] = lambda: copied.copy_(fold.logits)
-    prepare = write_logits(fold, settings.device) if chunk.place == IN_L2 else None
-    repeats = settings.repeats * (FOLDS_OF_A_REPEAT if chunk.place == IN_CACHE else 1)
-    samples = interleaved_samples(steps, repeats, settings.device, prepare, chunk.name)
+            steps[who], errors[who] = partial(one.compiled, launches), found
+    if chunk.place == names.IN_CACHE:
+        steps[names.FOLD_OPERATIONS] = fold.operations
+    elif chunk.place != names.IN_L2:
+        steps[names.COPY] = partial(torch.empty_like(fold.logits).copy_, fold.logits)
+    prepare = write_logits(fold, settings.device) if chunk.place == names.IN_L2 else None
+    repeats = settings.repeats * (FOLDS_OF_A_REPEAT if chunk.place == names.IN_CACHE else 1)
+    says = f"{chunk.place}, {chunk.kind}"
+    samples = interleaved_samples(steps, repeats, settings.device, prepare, says)
     for who, seconds in samples.items():
-        softcap = SOFTCAP if who == FOLD_SOFTCAP else chunk.softcap
-        own = {"loss_error": errors[who]} if who in errors else {}
+        softcap = SOFTCAP if who == names.FOLD_SOFTCAP else chunk.softcap
+        own: dict[str, Any] = {"loss_error": errors[who]} if who in errors else {}
         results.add_times(
             [spent / launches for spent in seconds],
             measure="fold",
             case=chunk.place,
             who=who,
-            ours=who in OUR_FOLDS,
+            ours=who in folds,
             place=chunk.place,
             dtype=chunk.dtype,
             kind=chunk._replace(softcap=softcap).kind,
             rows=rows,
             columns=columns,
-            bytes=rows * columns * dtype.itemsize * (2 if who == COPY else 1),
+            bytes=rows * columns * dtype.itemsize * (2 if who == names.COPY else 1),
             **own,
         )
 
 
-def checked(fold: Fold, device: str) -> Budget:
+def checked(fold: Fold, device: str) -> float:
     """Return the error of a fold that is right.
 
     Raises:
@@ -160,12 +205,6 @@ def checked(fold: Fold, device: str) -> Budget:
     """
     require_compiled(device)
     return passed(fold.check())
-
-
-def launch(fold: Fold, times: int) -> None:
-    """Run the fold several times."""
-    for _ in range(times):
-        fold.compiled()
 
 
 def write_logits(fold: Fold, device: str) -> Callable[[], object]:

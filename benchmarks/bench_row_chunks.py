@@ -1,4 +1,8 @@
-"""Time the row kernels of ``row_chunks`` beside a copy of as many logits, and the ceilings.
+"""Time the row kernels of ``row_chunks``, which turn logits into gradients, and the ceilings.
+
+Timed are `RowKernels.pair_rows` and `soft_rows` beside a copy of the same logits; they need a GPU.
+The ceilings, a large copy and a large product, are of any machine. Figures: "Rows of logits" and
+"Ceilings of the machine" in RESULTS.md.
 
 Legend: N rows, V vocabulary.
 """
@@ -9,13 +13,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sftmix_kernels.row_chunks.pytorch import cross_entropy_, pair_cross_entropy_
 from sftmix_kernels.transform import LogitTransform
 
+from .bench_loss import PEER_LIMIT
 from .measure import SuiteError, interleaved_samples
-from .providers import PEER_LIMIT
 from .records import COPY, PAIR_ROWS, PRODUCT, SOFT_ROWS
 from .result_file import Results
 from .settings import HEADS, QUICK_HEAD, Settings
@@ -67,29 +71,18 @@ class RowKernels:
         """Copy the logits."""
         return self.copied.copy_(self.raw)
 
-    def steps(self) -> dict[str, Callable[[], object]]:
-        """Return what is timed."""
-        return {COPY: self.copy, PAIR_ROWS: self.pair_rows, SOFT_ROWS: self.soft_rows}
-
-    def in_operations(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return losses and logit gradients of both kernels, by PyTorch operations in float32."""
-        first = [half.to(torch.float32, copy=True) for half in self.raw.chunk(2)]
-        share, weights = self.share, self.row_weight.chunk(2)
-        workspace = torch.empty_like(first[0])
-        ntp_c, ntp_u, _ = pair_cross_entropy_(
-            (first[0], first[1]),
-            self.labels.chunk(2),
-            share,
-            weights,
-            self.pair_weight * self.mix_ratio,
-            self.transform,
-            workspace,
-            needs_gradient=True,
-        )
-        single = self.raw.to(torch.float32, copy=True)
-        ntp = cross_entropy_(single, self.labels, self.row_weight, self.transform, True)
-        pairs = (torch.cat((ntp_c, ntp_u)), torch.cat(first))
-        return {PAIR_ROWS: pairs, SOFT_ROWS: (ntp, single)}
+    def expected(self, who: str) -> tuple[Tensor, Tensor]:
+        """Return losses and logit gradients of a kernel, by PyTorch operations in float32."""
+        logits = self.raw.float().detach().requires_grad_()
+        losses = F.cross_entropy(logits, self.labels, reduction="none")
+        total = losses.sum()
+        if who == PAIR_ROWS:
+            (logits_c, logits_u), share = logits.chunk(2), self.share.unsqueeze(-1)
+            mixed = share[:, 0] * logits_c + share[:, 1] * logits_u
+            for part, labels in zip(self.share.t(), self.labels.chunk(2), strict=True):
+                mixup = part * F.cross_entropy(mixed, labels, reduction="none")
+                total = total + self.mix_ratio * mixup.sum()
+        return losses.detach(), torch.autograd.grad(total, logits)[0]
 
     def check(self, who: str) -> bool:
         """Hold a kernel to PyTorch operations.
@@ -99,7 +92,7 @@ class RowKernels:
         """
         self.restore()
         found = self.pair_rows()[0] if who == PAIR_ROWS else self.soft_rows()
-        expected = self.in_operations()[who]
+        expected = self.expected(who)
         for name, mine, theirs in zip(
             ("losses", "gradient"), (found, self.logits), expected, strict=True
         ):
@@ -129,7 +122,9 @@ def measure_rows(settings: Settings, results: Results) -> None:
         if results.attempt(f"{who}, row kernel", partial(few.check, who), ours=True)
     ]
     kernels = RowKernels(CHECKED_ROWS if settings.quick else CHUNK_ROWS, *like)
-    steps = {who: step for who, step in kernels.steps().items() if who in (COPY, *right)}
+    calls = {PAIR_ROWS: kernels.pair_rows, SOFT_ROWS: kernels.soft_rows}
+    steps: dict[str, Callable[[], object]] = {COPY: kernels.copy}
+    steps |= {who: calls[who] for who in right}
     samples = interleaved_samples(
         steps, settings.repeats, settings.device, kernels.restore, "row kernels"
     )

@@ -1,4 +1,8 @@
-"""Time scoring a data set with a small model: ours, the bare forward pass, and the obvious loop.
+"""Time scoring a data set with a small model, as `sftmix score` does.
+
+Timed is `ours` beside the bare forward passes of its batches, with logits and without, and the
+obvious loop, for losses of examples and for means of batches. Ours and the loop have to agree.
+Figures: "Scoring a data set" in RESULTS.md.
 
 Legend: S examples.
 """
@@ -26,8 +30,8 @@ from sftmix.toy import build_toy_model
 from sftmix.training.scoring import batches_by_length, score_examples, sequence_lengths
 from sftmix.training.trainer import make_collator
 
+from .bench_perplexity import require_compiled
 from .measure import SuiteError, interleaved_samples
-from .perplexity_providers import require_compiled
 from .records import SCORE, SCORE_BACKBONE, SCORE_FORWARD, SCORE_LOOP, SCORE_MEANS
 from .result_file import Results
 from .settings import Settings
@@ -92,7 +96,7 @@ def obvious_loop(task: Task) -> Tensor:  # (S,) float64: sum of losses
     The model gets no labels: the mean that it would find with them is not asked for.
     """
     sums = []
-    for batch in padded_batches(task, "input_ids", "attention_mask", "labels"):
+    for batch in padded_batches(task):
         labels = batch.pop("labels")[:, 1:]
         logits = task.model(**batch).logits[:, :-1]
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
@@ -102,13 +106,13 @@ def obvious_loop(task: Task) -> Tensor:  # (S,) float64: sum of losses
 
 def mean_loop(task: Task) -> list[float]:
     """Run the same batches without losses of examples: the model returns a mean."""
-    batches = padded_batches(task, "input_ids", "attention_mask", "labels")
-    return [task.model(**batch).loss.item() for batch in batches]
+    return [task.model(**batch).loss.item() for batch in padded_batches(task)]
 
 
-def padded_batches(task: Task, *names: str) -> Any:
-    """Yield some tensors of each batch, on the model's device."""
+def padded_batches(task: Task) -> Any:
+    """Yield what the model takes of each batch, on its device."""
     for batch in DataLoader(task.examples, batch_size=BATCH, collate_fn=task.collator):
+        names = ("input_ids", "attention_mask", "labels")
         yield {name: batch[name].to(task.model.device) for name in names}
 
 
@@ -135,31 +139,27 @@ def check(task: Task, device: str = "cpu") -> float:
     return difference
 
 
+@torch.no_grad()
 def measure(settings: Settings, results: Results) -> None:
-    """Time all ways to score what the settings name."""
+    """Check that ours and the obvious loop agree, then time all ways in turns."""
     data = settings.data or TRAIN
     examples = min(settings.examples, QUICK_EXAMPLES) if settings.quick else settings.examples
     with tempfile.TemporaryDirectory() as folder:
         task = make_task(data, examples, Path(folder) / "toy", settings.device)
-    measure_ways(task, data.name, settings, results)
-
-
-@torch.no_grad()
-def measure_ways(task: Task, data: str, settings: Settings, results: Results) -> None:
-    """Check that ours and the obvious loop agree, then time all in turns."""
     work = partial(check, task, settings.device)
     difference = results.attempt(f"{SCORE}, scoring", work, ours=True)
     steps: dict[str, Callable[[], object]] = {
-        SCORE_FORWARD: lambda: forward(task.model, task.batches),
-        SCORE_BACKBONE: lambda: forward(task.model.base_model, task.batches),
-        SCORE_LOOP: lambda: obvious_loop(task),
-        SCORE_MEANS: lambda: mean_loop(task),
+        SCORE: partial(ours, task),
+        SCORE_FORWARD: partial(forward, task.model, task.batches),
+        SCORE_BACKBONE: partial(forward, task.model.base_model, task.batches),
+        SCORE_LOOP: partial(obvious_loop, task),
+        SCORE_MEANS: partial(mean_loop, task),
     }
-    if difference is not None:
-        steps = {SCORE: lambda: ours(task), **steps}
+    if difference is None:
+        del steps[SCORE]
     samples = interleaved_samples(steps, REPEATS, settings.device, says="scoring")
     for who, seconds in samples.items():
-        own: dict[str, Any] = {"who": who, "ours": who == SCORE, "data": data, **task.sizes}
+        own: dict[str, Any] = {"who": who, "ours": who == SCORE, "data": data.name, **task.sizes}
         if who == SCORE:
             own["difference"] = difference
         results.add_times(seconds, measure="scoring", **own)

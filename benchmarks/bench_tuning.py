@@ -1,34 +1,34 @@
-"""Search constants: launches of the pair-row kernel, workspaces of perplexity.
+"""Search the constants of kernels: launches of the pair-row kernel, workspaces of perplexity.
 
-Legend: N tokens, V vocabulary, K rows of a chunk of logits.
+Timed are `launch`, the kernel under other constants, beside a copy of its logits, and `folded` of
+`bench_perplexity.py` in other blocks and chunks, beside their bare products. No figure is
+committed; the comments beside the constants have what was chosen.
+
+Legend: V vocabulary.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from statistics import median
-from typing import Any
-from unittest.mock import patch
 
 import torch
-from torch import Tensor
 
-from sftmix_kernels.perplexity import streaming as perplexity
+from sftmix_kernels.perplexity.streaming import GEMM_TILE, round_up
 
-from .bench_perplexity import size_of, tokens_of
+from .bench_perplexity import Tokens, bare, folded, ours, require_compiled, size_of, tokens_of
 from .bench_row_chunks import CHUNK_ROWS, PASSES, RowKernels
 from .measure import SuiteError, interleaved_samples
-from .perplexity_providers import Tokens, bare, ours, require_compiled
 from .records import COPY, PAIR_ROWS
 from .result_file import Results
 from .settings import HEADS, QUICK_HEAD, Settings
 
 # Columns, warps, blocks on their way, programs that fit on an SM at once.
 BLOCKS, WARPS, STAGES, PROGRAMS = (1024, 2048, 4096), (4, 8, 16), (3, 4, 5, 6), range(1, 6)
-# The constants of `sftmix_kernels.row_chunks.kernels` that they go into.
-LAUNCH = ("BLOCK", "NUM_WARPS", "num_stages", "MAX_REGISTERS")
+# As the options of the kernel name the first four.
+LAUNCH = ("BLOCK", "num_warps", "STAGES", "maxnreg")
 # Each has to be compiled: a quick run takes no more.
 QUICK_LAUNCHES = 3
 # MiB of the workspace, and vocabulary entries of a chunk.
@@ -40,7 +40,6 @@ MOST_REPEATS = {"cpu": 3, "cuda": 7}
 AGREE = 1e-4
 
 Launch = tuple[int, ...]  # in the order of `LAUNCH`
-Workspace = tuple[int, int]  # MiB, vocabulary entries of a chunk
 
 
 def launches() -> list[Launch]:
@@ -58,14 +57,33 @@ def launch_name(values: Launch) -> str:
     return ", ".join(f"{name} {value}" for name, value in zip(LAUNCH, values, strict=True))
 
 
-def under(values: Launch, kernels: RowKernels) -> tuple[Tensor, Tensor]:
-    """Run the pair-row kernel with other launch constants."""
-    from sftmix_kernels.row_chunks import kernels as row_chunks
+def launch(values: Launch, rows: RowKernels) -> list[torch.Tensor]:
+    """Run the pair-row kernel with other constants; return both losses and the gradients."""
+    from sftmix_kernels.row_chunks.kernels import launch_options, pair_rows_kernel, width_of
 
-    block, warps, stages, registers = values
-    constants = dict(zip(LAUNCH, (block, warps, lambda logits: stages, registers), strict=True))
-    with patch.multiple(row_chunks, **constants):
-        return kernels.pair_rows()
+    mixup = torch.empty_like(rows.pair_weight)
+    ntp = torch.empty_like(rows.row_weight)
+    options = launch_options(rows.logits) | dict(zip(LAUNCH, values, strict=True))
+    pair_rows_kernel[(mixup.numel(),)](
+        rows.logits,
+        rows.logits.stride(0),
+        width_of(rows.logits),
+        rows.labels,
+        rows.row_weight,
+        rows.share,
+        rows.pair_weight,
+        rows.mix_ratio,
+        ntp,
+        mixup,
+        mixup.numel(),
+        rows.logits.shape[1],
+        None,
+        None,
+        HAS_BIAS=False,
+        NEEDS_GRADIENT=True,
+        **options,
+    )
+    return [ntp, mixup, rows.logits]
 
 
 def measure(settings: Settings, results: Results) -> None:
@@ -73,92 +91,76 @@ def measure(settings: Settings, results: Results) -> None:
     if settings.device == "cpu":
         results.miss("left_out", f"{PAIR_ROWS} launch", "Triton kernels need a CUDA device")
     else:
-        results.attempt(f"{PAIR_ROWS} launch", partial(all_launches, settings, results), ours=True)
+        vocab_size = (QUICK_HEAD if settings.quick else HEADS["Llama-3.1-8B"])[1]
+        count = 64 if settings.quick else CHUNK_ROWS
+        rows = RowKernels(count, vocab_size, settings.dtype, settings.device)
+        chosen = launches()[: QUICK_LAUNCHES if settings.quick else None]
+        work = partial(measure_launches, rows, chosen, settings, results)
+        results.attempt(f"{PAIR_ROWS} launch", work, ours=True)
     case = size_of(settings)
     chosen_rooms = workspaces(case.sizes[1], settings.dtype.itemsize)
     measure_workspaces(tokens_of(case, settings), chosen_rooms, settings, results)
 
 
-def all_launches(settings: Settings, results: Results) -> None:
-    """Time every launch on the logits of one chunk."""
-    rows = 64 if settings.quick else CHUNK_ROWS
-    vocab_size = (QUICK_HEAD if settings.quick else HEADS["Llama-3.1-8B"])[1]
-    kernels = RowKernels(rows, vocab_size, settings.dtype, settings.device)
-    chosen = launches()[: QUICK_LAUNCHES if settings.quick else None]
-    measure_launches(kernels, chosen, settings, results)
-
-
-def add(results: Results, what: str, who: str, seconds: Sequence[float], share: float) -> None:
-    """Add the times of one setting, and its share of what bounds it."""
-    fields = {"case": what, "what": what, "who": who, "ours": True, "share": share}
-    results.add_times(seconds, measure="tuning", **fields)
-
-
 def measure_launches(
-    kernels: RowKernels, chosen: list[Launch], settings: Settings, results: Results
+    rows: RowKernels, chosen: list[Launch], settings: Settings, results: Results
 ) -> None:
     """Time the kernel under each launch in turns with a copy, on logits fresh every time."""
     what = f"{PAIR_ROWS} launch"
-    kernels.restore()
-    expected = [t.clone() for t in (*kernels.pair_rows(), kernels.logits)]
+    rows.restore()
+    expected = [t.clone() for t in (*rows.pair_rows(), rows.logits)]
 
-    def first(values: Launch) -> bool:
-        kernels.restore()
-        found = [*under(values, kernels), kernels.logits]
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    def is_right(values: Launch) -> bool:
+        rows.restore()
+        torch.testing.assert_close(launch(values, rows), expected, rtol=1e-4, atol=1e-4)
         return True
 
-    steps: dict[str, Callable[[], object]] = {COPY: kernels.copy}
+    steps: dict[str, Callable[[], object]] = {COPY: rows.copy}
     for values in chosen:
         name = launch_name(values)
-        if results.attempt(f"{what}, {name}", partial(first, values), ours=True):
-            steps[name] = partial(under, values, kernels)
+        if results.attempt(f"{what}, {name}", partial(is_right, values), ours=True):
+            steps[name] = partial(launch, values, rows)
     samples = interleaved_samples(
-        steps, settings.repeats, settings.device, kernels.restore, "launches"
+        steps, settings.repeats, settings.device, rows.restore, "launches"
     )
     copied = median(samples.pop(COPY)) * PASSES[PAIR_ROWS] / PASSES[COPY]
     for name, seconds in samples.items():
-        add(results, what, name, seconds, copied / median(seconds))
+        fields = {"case": what, "what": what, "who": name, "ours": True}
+        results.add_times(seconds, measure="tuning", **fields, share=copied / median(seconds))
 
 
-def workspaces(vocab_size: int, element_size: int) -> list[Workspace]:
+def workspaces(vocab_size: int, element_size: int) -> list[tuple[int, int]]:  # MiB, chunk
     """Return the workspaces that hold the logits of a tile of rows and a chunk."""
     chunks = [chunk for chunk in VOCAB_CHUNKS if chunk <= vocab_size] or [vocab_size]
     return [
         (size, chunk)
         for size, chunk in itertools.product(WORKSPACES, chunks)
-        if size * 2**20 >= chunk * element_size * perplexity.GEMM_TILE
+        if size * 2**20 >= chunk * element_size * GEMM_TILE
     ]
 
 
-def workspace_name(setting: Workspace) -> str:
-    """Return a workspace in words."""
-    return "{} MiB, chunks of {}".format(*setting)
-
-
-def within(room: int, call: Callable[[Tokens, int], Any], x: Tokens, vocab_chunk: int) -> Any:
-    """Return what the call returns with a workspace of at most ``room`` bytes."""
-
-    def block_rows(hidden: Tensor, chunk: int) -> int:
-        most = max(1, room // (chunk * hidden.element_size()))
-        blocks = -(-hidden.shape[0] // most)
-        rows = perplexity.round_up(-(-hidden.shape[0] // blocks), perplexity.GEMM_TILE)
-        return min(hidden.shape[0], rows)
-
-    with patch.object(perplexity, "block_rows", block_rows):
-        return call(x, vocab_chunk)
+def rows_within(room: int, x: Tokens, vocab_chunk: int) -> int:
+    """Return the rows of a block, of few equal ones whose logits take at most ``room`` bytes."""
+    num_tokens = x.hidden.shape[0]
+    most = max(1, room // (vocab_chunk * x.hidden.element_size()))
+    blocks = -(-num_tokens // most)
+    return min(num_tokens, round_up(-(-num_tokens // blocks), GEMM_TILE))
 
 
 @torch.no_grad()
 def measure_workspaces(
-    x: Tokens, chosen: list[Workspace], settings: Settings, results: Results
+    x: Tokens, chosen: list[tuple[int, int]], settings: Settings, results: Results
 ) -> None:
-    """Time perplexity in each workspace, in turns with the bare products in the same."""
-    what = "perplexity workspace"
-    expected = ours(x).log()
+    """Time perplexity in each workspace, in turns with the bare products in the same.
 
-    def first(call: Callable[[], Tensor]) -> bool:
-        require_compiled(settings.device)
+    Raises:
+        SuiteError: the extension is not built for the device.
+    """
+    what = "perplexity workspace"
+    require_compiled(settings.device)
+    ops, expected = torch.ops.sftmix_kernels, ours(x).log()
+
+    def is_right(call: Callable[[], torch.Tensor]) -> bool:
         found = float((call().log() / expected - 1).abs().max())
         if not found <= AGREE:
             raise SuiteError(f"log-perplexities differ by {found:.3g} of themselves")
@@ -166,13 +168,15 @@ def measure_workspaces(
 
     steps: dict[tuple[str, bool], Callable[[], object]] = {}
     for size, chunk in chosen:
-        name, room = workspace_name((size, chunk)), size * 2**20
-        call = partial(within, room, ours, x, chunk)
-        if results.attempt(f"{what}, {name}", partial(first, call), ours=True):
+        name, rows = f"{size} MiB, chunks of {chunk}", rows_within(size * 2**20, x, chunk)
+        call = partial(folded, x, ops, chunk, rows)
+        if results.attempt(f"{what}, {name}", partial(is_right, call), ours=True):
             steps[name, True] = call
-            steps[name, False] = partial(within, room, bare, x, chunk)
+            steps[name, False] = partial(bare, x, chunk, rows)
     repeats = min(settings.repeats, MOST_REPEATS[settings.device])
     samples = interleaved_samples(steps, repeats, settings.device, says="workspaces")
     for (name, whole), seconds in samples.items():
         if whole:
-            add(results, what, name, seconds, median(seconds) / median(samples[name, False]))
+            fields = {"case": what, "what": what, "who": name, "ours": True}
+            share = median(seconds) / median(samples[name, False])
+            results.add_times(seconds, measure="tuning", **fields, share=share)

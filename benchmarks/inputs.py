@@ -5,12 +5,14 @@ Legend: P pairs, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MU = 0.2  # the weight of Mixup in NTP + Mixup
 # The threshold under which schedules that filter leave probabilities out.
 FILTER_EPS = 2.0**-12
 
@@ -22,6 +24,13 @@ class Inputs(NamedTuple):
     weight: Tensor  # (V, D)
     labels: Tensor  # (2P,)
     lam: Tensor  # (P,)
+
+    def given(self, one_lam: bool) -> Inputs:
+        """Return what a provider is given that takes a single lam for the batch, or one a pair."""
+        return self._replace(lam=torch.full_like(self.lam, 0.3)) if one_lam else self
+
+
+Loss = Callable[[Inputs], Tensor]
 
 
 def make_inputs(

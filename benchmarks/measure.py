@@ -104,7 +104,7 @@ class L2Scrub:
 
 def facts() -> dict[str, Any]:
     """Return machine, versions, commit and date, so that a figure can be held beside another."""
-    return {
+    found = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": git_commit(),
         "machine": platform.platform(),
@@ -115,8 +115,19 @@ def facts() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": version("triton"),
         "packages": {name: found for name in PACKAGES if (found := version(name))},
-        **gpu_facts(),
     }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        smi = ("nvidia-smi", "--format=csv,noheader", "--id=0")
+        found |= {
+            "gpu": properties.name,
+            "gpu_bytes": properties.total_memory,
+            "gpu_processors": properties.multi_processor_count,
+            "cuda": torch.version.cuda or "",
+            "driver": said(*smi, "--query-gpu=driver_version"),
+            "nvidia_smi": said(*smi, f"--query-gpu={SMI_FIELDS}"),
+        }
+    return found
 
 
 def version(package: str) -> str:
@@ -127,38 +138,19 @@ def version(package: str) -> str:
         return ""
 
 
-def gpu_facts() -> dict[str, Any]:
-    """Return GPU, driver and clocks; nothing where there is no GPU."""
-    if not torch.cuda.is_available():
-        return {}
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "gpu": properties.name,
-        "gpu_bytes": properties.total_memory,
-        "gpu_processors": properties.multi_processor_count,
-        "cuda": torch.version.cuda or "",
-        "driver": nvidia_smi("driver_version"),
-        "nvidia_smi": nvidia_smi(SMI_FIELDS),
-    }
-
-
-def nvidia_smi(fields: str) -> str:
-    """Return what the tool says of the first GPU at this moment; empty without the tool."""
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip()
-
-
 def git_commit() -> str:
     """Return the working tree's commit, ``-dirty`` if it has changes; empty outside of git."""
+    return said("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+
+
+def said(*command: str) -> str:
+    """Return what a command prints; empty without the command, or where it takes long."""
     here = Path(__file__).resolve().parent
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
+        done = subprocess.run(
+            command, cwd=here, capture_output=True, text=True, check=False, timeout=30
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip()
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from .records import TORCH
 from .result_file import FAILURES
 
+COMPILES = "compiles for long: not in this suite, and not in quick runs"
 HardLabelLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, labels
 
 LIGER, LIGER_ROWS = "Liger-Kernel", "Liger-Kernel, 4096 rows"
@@ -24,12 +25,12 @@ CCE_COMPILED = "cut-cross-entropy, torch_compile"
 QUACK = "QuACK"
 
 
-def torch_chunked() -> HardLabelLoss:
-    """Return PyTorch's own loss in chunks of rows."""
+def torch_chunked(reduction: str = "mean") -> HardLabelLoss:
+    """Return PyTorch's own loss in chunks of rows; its mean, or with "none" that of each row."""
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise ImportError(f"torch {torch.__version__} has no LinearCrossEntropyOptions")
     options = torch.nn.LinearCrossEntropyOptions()
-    return lambda h, w, y: F.linear_cross_entropy(h, w, y, options=options)
+    return lambda h, w, y: F.linear_cross_entropy(h, w, y, reduction=reduction, options=options)
 
 
 def liger(rows: int | None = None, sums: torch.dtype | None = None) -> HardLabelLoss:
@@ -85,12 +86,17 @@ PEERS = (
 )
 
 
-def find_peers(device: str) -> tuple[dict[Peer, HardLabelLoss], dict[str, str]]:
+def find_peers(
+    device: str, compiled: bool = True
+) -> tuple[dict[Peer, HardLabelLoss], dict[str, str]]:
     """Return those that are installed and made for the device, and why one is left out."""
     found, left_out = {}, {}
     for peer in PEERS:
         if device not in peer.devices:
             left_out[peer.who] = f"made only for {' and '.join(peer.devices)}"
+            continue
+        if peer.compiles and not compiled:
+            left_out[peer.who] = COMPILES
             continue
         try:
             found[peer] = peer.make()

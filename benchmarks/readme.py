@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import PurePath
 
 from . import records as names
-from .records import Record, Report, by_time, figure, find, first, headline, ratio, same
+from .records import Record, Report, beside, by_time, figure, find, first, headline, ratio
 from .report import EXTRA_MEMORY, sizes
-from .tables import Column, cell, cpu_text, duration, mib, number, over, records_table, table, who
+from .tables import cell, cpu_text, duration, mib, number, over, records_table, table, who
 from .targets import step_name, targets
 
 BEGIN = "<!-- results: begin (python -m benchmarks plot) -->"
@@ -37,7 +37,11 @@ def readme_loss(report: Report) -> str:
         name = record["who"] if names.is_ours(record) else record["who"].split(",")[0]
         chosen.setdefault(name, record)
     rows = [
-        [who(r), *timed(both.get(r["who"]), both.get(names.DENSE)), *timed(ntp.get(r["who"]), bare)]
+        [
+            who(report, r),
+            *timed(both.get(r["who"]), both.get(names.DENSE)),
+            *timed(ntp.get(r["who"]), bare),
+        ]
         for r in chosen.values()
     ]
     rows += [[names.BARE, "-", "-", "-", *timed(bare, bare)]] if bare else []
@@ -65,28 +69,27 @@ def readme_facts(report: Report, measure: str) -> str:
 def readme_perplexity(report: Report) -> str:
     """Return the headline of perplexity."""
     records = find(report, "perplexity", case=headline(report, "perplexity"))
-    dense = next((r for r in records if r["who"] == names.DENSE_PERPLEXITY), None)
-    columns: list[Column] = [
+    columns = [
         ("perplexity, no gradients", who),
-        ("median", lambda record: duration(record["median"])),
-        ("/ dense", over(dense)),
+        ("median", lambda _, record: duration(record["median"])),
+        ("/ dense", over(names.DENSE_PERPLEXITY, ("case",))),
         EXTRA_MEMORY,
     ]
-    return f"{readme_facts(report, 'perplexity')}\n\n{records_table(by_time(records), columns)}"
+    rows = records_table(report, by_time(records), columns)
+    return f"{readme_facts(report, 'perplexity')}\n\n{rows}"
 
 
 def readme_steps(report: Report) -> str:
     """Return a sentence on each model's step: SFTMix by our NTP, and by another trainer's."""
     said = []
     for ours in find(report, "step", who=names.OUR_SFTMIX):
-        size = same(ours, names.STEP_SIZE)
-        ntp = first(report, "step", who=names.OUR_NTP, **size)
-        theirs = first(report, "step", who=names.THEIR_NTP, **size)
+        ntp = beside(report, ours, names.OUR_NTP, names.STEP_SIZE)
         if ntp is not None:
             times = f"{duration(ours['median'])} and {duration(ntp['median'])}"
-            than = f", {over(theirs)(ours)} of `{names.THEIR_NTP}`" if theirs else ""
-            model = cell(step_name(ours))
-            said.append(f"{over(ntp)(ours)} of an NTP step for {model} ({times}){than}")
+            theirs = figure(beside(report, ours, names.THEIR_NTP, names.STEP_SIZE))
+            than = f", {ours['median'] / theirs:.2f} of `{names.THEIR_NTP}`" if theirs else ""
+            share = number(ratio(figure(ours), figure(ntp)))
+            said.append(f"{share} of an NTP step for {cell(step_name(ours))} ({times}){than}")
     device = report["settings"]["device"].upper()
     return f"{device}: a whole SFTMix training step takes {'; '.join(said)}.\n" if said else ""
 

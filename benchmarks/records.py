@@ -74,6 +74,11 @@ def same(record: Record, names: Sequence[str]) -> dict[str, Any]:
     return {name: record.get(name) for name in names}
 
 
+def beside(report: Report, record: Record, who: str, shared: Sequence[str]) -> Record | None:
+    """Return the provider's record that shares the measure and some fields of a record."""
+    return first(report, record["measure"], who=who, **same(record, shared))
+
+
 def figure(record: Record | None, name: str = "median") -> float | None:
     """Return a number of a record that may not be there."""
     return None if record is None else record.get(name)
@@ -114,7 +119,7 @@ def copy_beside(report: Report, record: Record) -> Record | None:
     the fold's place.
     """
     if record["measure"] != "fold":
-        return first(report, record["measure"], who=COPY, **same(record, LOGITS_SIZE))
+        return beside(report, record, COPY, LOGITS_SIZE)
     copies = find(report, "fold", who=COPY, dtype=record["dtype"])
     places = {copy.get("place"): copy for copy in copies}
     return places.get(IN_HBM, places.get(record["place"]))

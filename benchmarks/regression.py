@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from . import records as names
-from .records import Record, Report, find, first, same
+from .records import Record, Report, beside, find
 
 # How much larger than the baseline's a ratio must be, besides lying outside of both intervals.
 MARGIN = 1.25
@@ -24,8 +23,7 @@ PLACES = ("gpu", "cpu", "cpu_capability", "threads", "torch", "triton")
 
 # Measure; whose time (None: all of ours); by whose; what both share; what else names the ratio.
 # `BARE` is of the task NTP, whatever the task beside it.
-Rule = tuple[str, str | None, str, tuple[str, ...], tuple[str, ...]]
-RULES: tuple[Rule, ...] = (
+RULES: tuple[tuple[str, str | None, str, tuple[str, ...], tuple[str, ...]], ...] = (
     (names.STEP, None, names.BARE, ("case",), ("task",)),
     (names.STEP, None, names.DENSE, ("case", "task"), ()),
     (names.FORWARD, None, names.BARE, ("case",), ("task",)),
@@ -60,17 +58,25 @@ class Line(NamedTuple):
     says: str
     now: Interval | None
     before: Interval | None
-    verdict: str
+
+    @property
+    def verdict(self) -> str:
+        """Return slower or faster only where both the quartiles and `MARGIN` say so."""
+        if self.before is None:
+            return NEW
+        if self.now is None:
+            return GONE
+        if self.now.low > self.before.high and self.now.middle > MARGIN * self.before.middle:
+            return SLOWER
+        if self.now.high < self.before.low and MARGIN * self.now.middle < self.before.middle:
+            return FASTER
+        return AS_BEFORE
 
 
-def interval(one: Record, other: Record) -> Interval | None:
-    """Return the ratio of two records' times; None where a time is 0 or not a number."""
-    low, middle, high = (
-        one[a] / other[b] if other[b] else math.nan
-        for a, b in (("q1", "q3"), ("median", "median"), ("q3", "q1"))
-    )
-    found = Interval(low, middle, high)
-    return found if all(map(math.isfinite, found)) else None
+def interval(one: Record, other: Record) -> Interval:
+    """Return the ratio of two records' times; NaN where a time is 0."""
+    ends = (("q1", "q3"), ("median", "median"), ("q3", "q1"))
+    return Interval(*(one[a] / other[b] if other[b] else math.nan for a, b in ends))
 
 
 def ratios(report: Report) -> dict[str, Interval]:
@@ -79,32 +85,19 @@ def ratios(report: Report) -> dict[str, Interval]:
     They are all ratios of `RULES` whose two records are there, and peak memory by the formula. That
     has no quartiles; "slower" then says that it takes more.
     """
-    found: dict[str, Interval | None] = {}
+    found = {
+        f"memory, {name}: peak / formula": Interval(value, value, value)
+        for name, value in names.over_formula(report).items()
+    }
     for measure, who, reference, shared, named in RULES:
         for record in find(report, measure):
             chosen = names.is_ours(record) if who is None else record["who"] == who
-            other = first(report, measure, who=reference, **same(record, shared))
+            other = beside(report, record, reference, shared)
             if chosen and other is not None and record["who"] != reference:
                 where = ", ".join(str(record.get(name, "-")) for name in (*shared, *named))
                 says = f"{measure}, {where}: {record['who']} / {reference}"
                 found[says] = interval(record, other)
-    for name, value in names.over_formula(report).items():
-        if math.isfinite(value):
-            found[f"memory, {name}: peak / formula"] = Interval(value, value, value)
-    return {says: value for says, value in found.items() if value is not None}
-
-
-def verdict(now: Interval | None, before: Interval | None) -> str:
-    """Return slower or faster only where both the quartiles and `MARGIN` say so."""
-    if before is None:
-        return NEW
-    if now is None:
-        return GONE
-    if now.low > before.high and now.middle > MARGIN * before.middle:
-        return SLOWER
-    if now.high < before.low and MARGIN * now.middle < before.middle:
-        return FASTER
-    return AS_BEFORE
+    return {says: value for says, value in found.items() if all(map(math.isfinite, value))}
 
 
 def compare(run: Report, baseline: Report) -> list[Line]:
@@ -123,29 +116,20 @@ def compare(run: Report, baseline: Report) -> list[Line]:
             f"got {kinds[0]} and the baseline's {kinds[1]}"
         )
     now, before = ratios(run), ratios(baseline)
-    return [
-        Line(says, now.get(says), before.get(says), verdict(now.get(says), before.get(says)))
-        for says in dict.fromkeys((*now, *before))
-    ]
+    return [Line(says, now.get(says), before.get(says)) for says in {**now, **before}]
 
 
-def differences(run: Report, baseline: Report) -> list[str]:
-    """Return what differs between the machines, for `print_comparison`."""
+def print_comparison(run: Report, baseline: Report) -> None:
+    """Print what differs between the machines, and what `compare` gives."""
     now, before = run["facts"], baseline["facts"]
-    return [
-        f"{name}: {before.get(name, '-')} in the baseline, {now.get(name, '-')} now"
-        for name in PLACES
-        if before.get(name) != now.get(name)
-    ]
-
-
-def print_comparison(lines: Sequence[Line], notes: Sequence[str] = ()) -> None:
-    """Print what `compare` gave, after notes such as those of `differences`."""
-    for note in notes:
-        print(f"  note: {note}")
+    for name in PLACES:
+        if before.get(name) != now.get(name):
+            was, found = before.get(name, "-"), now.get(name, "-")
+            print(f"  note: {name}: {was} in the baseline, {found} now")
+    lines = compare(run, baseline)
     for line in lines:
-        now, before = ("-" if value is None else str(value) for value in line[1:3])
-        print(f"  {line.verdict:9}  {now:>24}  before {before:>24}  {line.says}")
+        pair = ("-" if value is None else str(value) for value in (line.now, line.before))
+        print("  {:9}  {:>24}  before {:>24}  {}".format(line.verdict, *pair, line.says))
     counts = Counter(line.verdict for line in lines)
     words = (AS_BEFORE, SLOWER, FASTER, NEW, GONE)
     print("  " + ", ".join(f"{counts[word]} {word}" for word in words))

@@ -35,10 +35,15 @@ OUT_OF_TIME = "out of time"
 Found = TypeVar("Found")
 
 
+class OutOfTime(Exception):
+    """A measurement was not done in the time there was."""
+
+
 class Results:
     """`{device}-{suite}.json`, written whole after every record: a killed run keeps its figures."""
 
     def __init__(self, suite: str, settings: Settings, folder: Path | None = None) -> None:
+        self.settings = settings
         quick = "-quick" if settings.quick else ""
         self.file = folder and folder / f"{settings.device}-{suite}{quick}.json"
         found = facts()
@@ -80,9 +85,17 @@ class Results:
             self.miss("left_out", name, reason)
 
     def attempt(self, name: str, work: Callable[[], Found], ours: bool) -> Found | None:
-        """Return what the work returns; None, and a note, where it fails or does not fit."""
+        """Return what the work returns; None, and a note, where it fails or does not fit.
+
+        It is not begun when the run's time is over.
+        """
+        if self.settings.out_of_time:
+            self.miss("left_out", name, OUT_OF_TIME)
+            return None
         try:
             return work()
+        except OutOfTime as error:
+            self.miss("left_out", name, str(error))
         except torch.OutOfMemoryError as error:
             self.miss("left_out", name, f"does not fit: {str(error).splitlines()[0]}")
         except FAILURES as error:

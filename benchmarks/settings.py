@@ -58,7 +58,7 @@ class Settings:
     quick: bool = False
     peers: bool = True
     grid: bool = True
-    seconds: int = 10**6  # no measurement is begun after these
+    seconds: float = 10**6  # no measurement is begun after these
     data: Path | None = None
     examples: int = 250
     threads: int = 2
@@ -84,9 +84,14 @@ class Settings:
         return 4 if self.device == "cpu" else 15
 
     @property
+    def left(self) -> float:
+        """Return the seconds that are left."""
+        return self.seconds - (time.monotonic() - self.begin)
+
+    @property
     def out_of_time(self) -> bool:
         """Tell whether the time is over; asked before every case, provider and round."""
-        return time.monotonic() - self.begin > self.seconds
+        return self.left < 0
 
     def sizes(self, rows: int, hidden_size: int, vocab_size: int) -> dict[str, Any]:
         """Return sizes and dtype as records have them."""

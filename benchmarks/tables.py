@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .records import Record, figure, is_ours, rate, ratio
+from .records import Record, Report, beside, figure, is_ours, rate, ratio
 
-Column = tuple[str, Callable[[Record], str]]
+# The text of a record's cell; the report has what stands beside the record.
+Text = Callable[[Report, Record], str]
+Column = tuple[str, Text]
 
 
 def cell(text: object) -> str:
@@ -24,10 +26,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> 
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *rows)) + "\n"
 
 
-def records_table(records: Sequence[Record], columns: Sequence[Column], left: int = 1) -> str:
+def records_table(
+    report: Report, records: Sequence[Record], columns: Sequence[Column], left: int = 1
+) -> str:
     """Return a table with a line for each record."""
-    head = [name for name, _ in columns]
-    return table(head, [[text(record) for _, text in columns] for record in records], left)
+    rows = [[text(report, record) for _, text in columns] for record in records]
+    return table([name for name, _ in columns], rows, left)
 
 
 def number(value: float | None, form: str = ".2f") -> str:
@@ -53,30 +57,37 @@ def duration(seconds: float | None) -> str:
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
 
 
-def who(record: Record) -> str:
+def who(_: Report, record: Record) -> str:
     """Return the provider's name, ours in bold."""
     name = cell(record["who"])
     return f"**{name}**" if is_ours(record) else name
 
 
-def over(other: Record | None, form: str = ".2f") -> Callable[[Record], str]:
-    """Return a column's text: a record's time by the other's."""
-    return lambda record: number(ratio(figure(record), figure(other)), form)
+def over(other: str, shared: Sequence[str], form: str = ".2f") -> Text:
+    """Return a column's text: a record's time by that of another who shares these fields."""
+    return lambda report, record: number(
+        ratio(figure(record), figure(beside(report, record, other, shared))), form
+    )
 
 
-def per_second(amount: str, unit: float) -> Callable[[Record], str]:
+def per_second(amount: str, unit: float) -> Text:
     """Return a column's text: an amount a second."""
-    return lambda record: digits(ratio(rate(record, amount), unit))
+    return lambda _, record: digits(ratio(rate(record, amount), unit))
 
 
-def field(name: str, form: str = ".2g") -> Callable[[Record], str]:
+def field(name: str, form: str = ".2g") -> Text:
     """Return a column's text: a number of the record."""
-    return lambda record: number(record.get(name), form)
+    return lambda _, record: number(record.get(name), form)
 
 
-def text_of(name: str) -> Callable[[Record], str]:
+def text_of(name: str) -> Text:
     """Return a column's text: a field of the record as it is."""
-    return lambda record: cell(record.get(name, "-"))
+    return lambda _, record: cell(record.get(name, "-"))
+
+
+def bytes_of(name: str) -> Text:
+    """Return a column's text: bytes of the record as MiB."""
+    return lambda _, record: mib(record.get(name))
 
 
 def cpu_text(facts: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@
 - Proof: `tests/sftmix_kernels/test_cross_entropy.py`; of the kernels
   `tests/sftmix_kernels/row_chunks/test_row_chunks.py`,
   `tests/sftmix_kernels/vocab_tiles/test_vocab_tiles.py`.
-- Time: `benchmarks/bench_loss.py`, whose calls stand in `benchmarks/providers.py`.
+- Time: `benchmarks/bench_loss.py`.
 """
 
 from __future__ import annotations

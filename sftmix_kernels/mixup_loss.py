@@ -12,7 +12,7 @@ Where only Mixup is wanted, mixing first costs one row of logits for a pair inst
 - Proof: `tests/sftmix_kernels/test_mixup_loss.py`; of the kernels
   `tests/sftmix_kernels/row_chunks/test_row_chunks.py`,
   `tests/sftmix_kernels/vocab_tiles/test_vocab_tiles.py`.
-- Time: `benchmarks/bench_loss.py`, whose calls stand in `benchmarks/providers.py`.
+- Time: `benchmarks/bench_loss.py`.
 """
 
 from __future__ import annotations

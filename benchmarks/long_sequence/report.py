@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.records import Record, ratio
 from benchmarks.tables import cell, cpu_text, number, show, table
-from benchmarks.targets import Target, at_least, at_most, not_judged, worst_at_most
+from benchmarks.targets import Target, judged, largest
 
 from .settings import (
     CPU,
@@ -68,11 +68,6 @@ class Results:
     predicted: Mapping[str, Any] | None
 
     @property
-    def name(self) -> str:
-        """Return what files about it begin with."""
-        return f"{self.device}-{self.model}"
-
-    @property
     def title(self) -> str:
         """Return it in words."""
         return f"{self.model} on {'a GPU' if self.device == CUDA else 'the CPU'}"
@@ -82,44 +77,31 @@ class Results:
         """Tell whether the figures mean nothing."""
         return any(one["settings"]["quick"] for one in (self.measured, self.predicted) if one)
 
-    def records(self, measure: str) -> list[Record]:
-        """Return the records of one measure, in the file's order."""
+    def records(self, measure: str, mode: str | None = None) -> list[Record]:
+        """Return the records of one measure, of one mode or of all, in the file's order."""
         source = self.predicted if measure == PREDICTION else self.measured
-        return [r for r in source["records"] if r["measure"] == measure] if source else []
-
-    def modes(self, measure: str) -> list[str]:
-        """Return the modes that a measure has, in the tables' order."""
-        found = {record["mode"] for record in self.records(measure)}
-        return [mode for mode in MODES if mode in found]
+        return [
+            record
+            for record in (source["records"] if source else ())
+            if record["measure"] == measure and mode in (None, record["mode"])
+        ]
 
     def steps(self, mode: str) -> dict[int, Record]:
         """Return the steps that ran to the end, by length."""
-        found = [r for r in self.records(STEP) if r["mode"] == mode]
-        return {r["length"]: r for r in found if r["outcome"] == DONE}
+        return {r["length"]: r for r in self.records(STEP, mode) if r["outcome"] == DONE}
 
     def failing(self, mode: str) -> int | None:
         """Return the shortest length that had no memory."""
-        found = [r for r in self.records(STEP) if r["mode"] == mode and r["outcome"] != DONE]
-        return min((r["length"] for r in found), default=None)
+        gone = (r["length"] for r in self.records(STEP, mode) if r["outcome"] != DONE)
+        return min(gone, default=None)
 
     def predictions(self, mode: str) -> dict[int, int]:
         """Return predicted bytes at the peak, by length."""
-        found = (r for r in self.records(PREDICTION) if r["mode"] == mode)
-        return {r["length"]: r["peak_bytes"] for r in found}
+        return {r["length"]: r["peak_bytes"] for r in self.records(PREDICTION, mode)}
 
     def largest(self, mode: str) -> Record | None:
         """Return the record of a search that found both bounds."""
-        found = (r for r in self.records(LARGEST) if r["mode"] == mode and r["closed"])
-        return next(found, None)
-
-    def over_prediction(self) -> dict[str, float]:
-        """Return how far measured peaks are from predictions, as shares, by mode and length."""
-        return {
-            f"{MODES[mode].says}, {length:,} tokens": abs(predicted / step["peak_bytes"] - 1)
-            for mode in MODES
-            for length, predicted in self.predictions(mode).items()
-            if (step := self.steps(mode).get(length)) is not None
-        }
+        return next((r for r in self.records(LARGEST, mode) if r["closed"]), None)
 
 
 def read(folder: Path) -> list[Results]:
@@ -140,44 +122,49 @@ def targets(results: Results) -> list[Target]:
     if (results.device, results.model) == (CUDA, "8B"):
         longest = max(results.steps("lean"), default=None)
         says = "lean, tokens of each sequence without offload"
-        fail = ("dense", "dense-checkpointed")
-        found += [
-            at_least(says, longest, PROMISED),
-            *(
-                at_most(
-                    f"{MODES[mode].says} fails at, tokens", results.failing(mode), PROMISED // 4
-                )
-                for mode in fail
-            ),
-            at_least(f"{says}, stretch", longest, STRETCH),
-        ]
+        found.append(Target(says, longest, PROMISED, least=True))
+        for mode in ("dense", "dense-checkpointed"):
+            fails = f"{MODES[mode].says} fails at, tokens"
+            found.append(Target(fails, results.failing(mode), PROMISED // 4))
+        found.append(Target(f"{says}, stretch", longest, STRETCH, least=True))
     if (results.device, results.model) == (CPU, "toy"):
-        peaks = (
-            results.steps(mode).get(JUDGED, {}).get("process_bytes") for mode in ("lean", "dense")
-        )
+        lean, dense = (results.steps(mode).get(JUDGED, {}) for mode in ("lean", "dense"))
+        share = ratio(lean.get("process_bytes"), dense.get("process_bytes"))
         says = f"lean / {MODES['dense'].says}, the process' peak at {JUDGED:,} tokens"
-        found.append(at_most(says, ratio(*peaks), 0.25))
-    return not_judged(found + common_targets(results), results.quick)
+        found.append(Target(says, share, 0.25))
+    return judged(found + common_targets(results), results.quick)
 
 
 def common_targets(results: Results) -> list[Target]:
     """Return the promises of every model."""
-    lengths = (results.largest(mode) for mode in ("lean", "lean-ntp"))
-    longest = [None if record is None else record["length"] for record in lengths]
+    both, alone = (results.largest(mode) or {} for mode in ("lean", "lean-ntp"))
+    lengths = ratio(both.get("length"), alone.get("length"))
     losses = sorted(results.records(LOSS), key=lambda record: record["rows"])
     spaces = [record["workspace_bytes"] for record in losses]
-    errors = {
-        f"{r['rows']:,} rows": abs(r["formula_bytes"] / r["workspace_bytes"] - 1) for r in losses
-    }
     growth = ratio(spaces[-1], spaces[0]) if len(spaces) > 1 else None
     rows = f"{losses[0]['rows']:,} to {losses[-1]['rows']:,} rows" if losses else ""
-    off = results.over_prediction()
+    off_formula, where = largest(
+        {f"{r['rows']:,} rows": off(r["formula_bytes"], r["workspace_bytes"]) for r in losses}
+    )
+    off_prediction, when = largest(
+        {
+            f"{MODES[mode].says}, {length:,} tokens": off(predicted, step["peak_bytes"])
+            for mode in MODES
+            for length, predicted in results.predictions(mode).items()
+            if (step := results.steps(mode).get(length)) is not None
+        }
+    )
     return [
-        at_least("largest length, lean / lean of NTP alone", ratio(*longest), 0.98),
-        at_most("the loss's workspace, most rows / fewest", growth, 1.05, rows),
-        worst_at_most("the loss's workspace, off its formula by", errors, 0.10),
-        worst_at_most("the step's peak, off its prediction by", off, 0.15),
+        Target("largest length, lean / lean of NTP alone", lengths, 0.98, least=True),
+        Target("the loss's workspace, most rows / fewest", growth, 1.05, note=rows),
+        Target("the loss's workspace, off its formula by", off_formula, 0.10, note=where),
+        Target("the step's peak, off its prediction by", off_prediction, 0.15, note=when),
     ]
+
+
+def off(formula: float, measured: float) -> float:
+    """Return how far a formula is from what was measured, as a share of it."""
+    return abs(formula / measured - 1)
 
 
 def write(folder: Path, document: Path | None = None) -> list[Path]:
@@ -186,13 +173,13 @@ def write(folder: Path, document: Path | None = None) -> list[Path]:
     Raises:
         ValueError: the document has no place for them.
     """
-    from benchmarks.plots import write_svg  # it needs matplotlib
+    from benchmarks.figures import write_svg  # it needs matplotlib
 
-    results = read(folder)
-    pictures = []
+    results, pictures = read(folder), list[Path]()
     for one in results:
-        pictures += write_svg(folder / f"{one.name}.svg", partial(peak_picture, one))
-        pictures += write_svg(folder / f"{one.name}-largest.svg", partial(largest_picture, one))
+        name = f"{one.device}-{one.model}"
+        pictures += write_svg(folder / f"{name}.svg", partial(peak_picture, one))
+        pictures += write_svg(folder / f"{name}-largest.svg", partial(largest_picture, one))
     beside = folder if document is None else document.parent
     places = [Path(os.path.relpath(picture, beside)).as_posix() for picture in pictures]
     show(markdown(results, places), document, BEGIN, END)
@@ -206,9 +193,10 @@ def markdown(results: Sequence[Results], pictures: Sequence[str]) -> str:
         parts.append(NO_GPU)
     for one in results:
         parts += [f"### {one.title}\n", *section(one)]
+        name = f"{one.device}-{one.model}"
         alts = {
-            one.name: "Lines: peak memory against length",
-            f"{one.name}-largest": "Bars: largest length",
+            name: "Lines: peak memory against length",
+            f"{name}-largest": "Bars: largest length",
         }
         parts += [
             f"![{alts[stem]} by mode, {one.model}, {one.device.upper()}]({picture})\n"
@@ -226,11 +214,11 @@ def section(results: Results) -> list[str]:
     """Return the tables of one model on one device."""
     parts = [origin(results)]
     if results.measured:
-        parts += [peak_table(results), speed_table(results)]
+        parts += [peak_table(results), grid(results, STEP, "tokens/s", speed)]
         parts += [loss_table(results)] if results.records(LOSS) else []
         parts += [largest_table(results)] if results.records(LARGEST) else []
     if results.records(PREDICTION):
-        parts += [PREDICTED, predicted_table(results)]
+        parts += [PREDICTED, grid(results, PREDICTION, "predicted peak, MiB", prediction)]
     if results.measured:
         missing = {**results.measured["left_out"], **results.measured["failed"]}
         said = "; ".join(f"{cell(name)}: {cell(why)}" for name, why in missing.items())
@@ -254,58 +242,55 @@ def origin(results: Results) -> str:
     return cell("; ".join(words)) + ".\n"
 
 
-def grid(results: Results, measure: str, head: str, value: Callable[[str, int], str]) -> str:
+def grid(
+    results: Results, measure: str, head: str, value: Callable[[Results, str, int], str]
+) -> str:
     """Return a table with a line for each mode and a column for each length of a measure.
 
     Lengths that only a search went to are left out.
     """
-    lengths = sorted({r["length"] for r in results.records(measure) if not r.get("searched")})
+    records = results.records(measure)
+    lengths = sorted({r["length"] for r in records if not r.get("searched")})
     lines = [
-        [MODES[mode].says, *(value(mode, length) for length in lengths)]
-        for mode in results.modes(measure)
+        [way.says, *(value(results, mode, length) for length in lengths)]
+        for mode, way in MODES.items()
+        if any(record["mode"] == mode for record in records)
     ]
     return table([head, *(f"{length:,}" for length in lengths)], lines)
 
 
 def peak_table(results: Results) -> str:
     """Return bytes by mode and length."""
-
-    def value(mode: str, length: int) -> str:
-        step = results.steps(mode).get(length)
-        if step is not None:
-            return f"{step['peak_bytes'] / 2**20:,.0f}"
-        failing = results.failing(mode)
-        return "no memory" if failing is not None and failing <= length else "-"
-
     before = ""
     if results.device == CPU:
         most = max(record.get("before_bytes", 0) for record in results.records(STEP))
         before = f"Growth of the process, which has {most / 2**20:,.0f} MiB before the model.\n\n"
-    return before + grid(results, STEP, "peak, MiB; tokens of each of two sequences:", value)
+    return before + grid(results, STEP, "peak, MiB; tokens of each of two sequences:", peak)
 
 
-def speed_table(results: Results) -> str:
-    """Return tokens a second by mode and length."""
+def peak(results: Results, mode: str, length: int) -> str:
+    """Return a step's peak, or that there was no memory for it."""
+    step = results.steps(mode).get(length)
+    if step is not None:
+        return f"{step['peak_bytes'] / 2**20:,.0f}"
+    failing = results.failing(mode)
+    return "no memory" if failing is not None and failing <= length else "-"
 
-    def value(mode: str, length: int) -> str:
-        step = results.steps(mode).get(length)
-        return "-" if step is None else f"{step['tokens'] / step['seconds']:,.0f}"
 
-    return grid(results, STEP, "tokens/s", value)
+def speed(results: Results, mode: str, length: int) -> str:
+    """Return tokens a second."""
+    step = results.steps(mode).get(length)
+    return "-" if step is None else f"{step['tokens'] / step['seconds']:,.0f}"
 
 
-def predicted_table(results: Results) -> str:
+def prediction(results: Results, mode: str, length: int) -> str:
     """Return predicted bytes, and by how much they differ from measured ones."""
-
-    def value(mode: str, length: int) -> str:
-        predicted = results.predictions(mode).get(length)
-        if predicted is None:
-            return "-"
-        step = results.steps(mode).get(length)
-        beside = f" ({predicted / step['peak_bytes'] - 1:+.0%})" if step else ""
-        return f"{predicted / 2**20:,.0f}{beside}"
-
-    return grid(results, PREDICTION, "predicted peak, MiB", value)
+    predicted = results.predictions(mode).get(length)
+    if predicted is None:
+        return "-"
+    step = results.steps(mode).get(length)
+    beside = f" ({predicted / step['peak_bytes'] - 1:+.0%})" if step else ""
+    return f"{predicted / 2**20:,.0f}{beside}"
 
 
 def loss_table(results: Results) -> str:
@@ -350,7 +335,7 @@ def target_table(results: Sequence[Results]) -> str:
 
 def heading(results: Results, what: str) -> str:
     """Return a picture's two lines: what is shown, of which model on which machine."""
-    from benchmarks.plots import place
+    from benchmarks.figures import place
 
     where = place(results.measured) if results.measured else "PREDICTED, nothing was measured"
     return f"{what}, {results.model}\n{where}"
@@ -358,49 +343,36 @@ def heading(results: Results, what: str) -> str:
 
 def peak_picture(results: Results) -> Figure | None:
     """Draw a line for each mode: measured points, predicted dashes."""
-    from benchmarks import plots
+    from benchmarks import figures
 
-    figure = plots.Figure(figsize=(plots.WIDTH, 5.6), layout="constrained")
-    axes = figure.add_subplot()
-    ends: list[tuple[float, float, str, str]] = []
-    lengths: set[int] = set()
+    lines = []
     for mode, way in MODES.items():
-        colour = COLOURS.get(mode, plots.OTHERS)
         measured = {n: record["peak_bytes"] / 2**30 for n, record in results.steps(mode).items()}
         predicted = {n: size / 2**30 for n, size in results.predictions(mode).items()}
-        for found, style in (
-            (measured, {"linestyle": "-", "marker": "o", "markersize": 4}),
-            (predicted, {"linestyle": "--", "linewidth": 1.2}),
-        ):
-            if found:
-                line = sorted(found.items())
-                axes.plot([n for n, _ in line], [y for _, y in line], color=colour, **style)
-        if shown := measured or predicted:
-            lengths.update(shown)
-            last = max(shown)
-            ends.append((last, shown[last], f"{way.says}: {shown[last]:,.3g}", plots.INK))
-    if not ends:
+        colour = COLOURS.get(mode, figures.OTHERS)
+        dashed = {"linestyle": "--", "color": colour, "linewidth": 1.2}
+        if measured or predicted:
+            own = (measured, predicted or None, dashed)
+            lines.append(figures.Line(way.says, colour, figures.INK, *own))
+    if not lines:
         return None
-    plots.log_axes(axes, lengths, (1.0, 2.0, 5.0))
-    axes.set_xlabel("tokens of each of two sequences")
-    axes.set_ylabel("peak of a step, GiB; dashed: predicted")
-    plots.name_ends(axes, ends)
-    figure.suptitle(heading(results, "Peak memory of a training step"), **plots.TITLE)
-    return figure
+    names = ("tokens of each of two sequences", "peak of a step, GiB; dashed: predicted")
+    title = heading(results, "Peak memory of a training step")
+    return figures.lines([figures.Panel(*names, lines, (1.0, 2.0, 5.0))], title, 5.6)
 
 
 def largest_picture(results: Results) -> Figure | None:
     """Draw bars of the largest length that fits."""
-    from benchmarks import plots
+    from benchmarks import figures
 
     found = results.records(LARGEST)
     if not found:
         return None
     bars = []
     for record in found:
-        length, colour = record["length"], COLOURS.get(record["mode"], plots.OTHERS)
+        length, colour = record["length"], COLOURS.get(record["mode"], figures.OTHERS)
         name = MODES[record["mode"]].says
-        bars.append(plots.Bar(name, length, length, length, fits(record), colour))
+        bars.append(figures.Bar(name, length, length, length, fits(record), colour))
     groups = {f"{found[0]['budget_bytes'] / 2**20:,.0f} MiB": bars}
     title = heading(results, "Largest length")
-    return plots.bars(groups, None, title, "tokens of each of two sequences")
+    return figures.bars(groups, None, title, "tokens of each of two sequences")

@@ -6,9 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from benchmarks.bench_step import MODELS, QUICK, ModelSize
 from benchmarks.records import OUR_SFTMIX, THEIR_NTP, THEIR_SFTMIX
-from benchmarks.step_methods import MODELS, QUICK, ModelSize
 from sftmix.training.config import CHECKPOINTING, LEAN_TILE_TOKENS
+
+CPU, CUDA = "cpu", "cuda"
+# What is measured, and how a measurement ends.
+SUITE = "long_sequence"
+STEP, LOSS, LARGEST, PREDICTION = "step", "loss", "largest", "prediction"
+DONE, NO_MEMORY = "done", "out of memory"
+# Of a `ModelSize`, what is not the model's.
+OF_BATCH = ("batch", "length", "turns")
 
 
 class Subject(NamedTuple):
@@ -20,36 +28,27 @@ class Subject(NamedTuple):
     lora_rank: int | None  # None: all weights
     lengths: Mapping[str, tuple[int, ...]]  # by device
 
+    @property
+    def model_size(self) -> dict[str, Any]:
+        """Return the fields of its size that the model's configuration takes."""
+        return {n: v for n, v in self.size._asdict().items() if n not in OF_BATCH}
 
-CPU, CUDA = "cpu", "cuda"
-# What is measured, and how a measurement ends.
-SUITE = "long_sequence"
-STEP, LOSS, LARGEST, PREDICTION = "step", "loss", "largest", "prediction"
-DONE, NO_MEMORY = "done", "out of memory"
-# Of a `ModelSize`, what is not the model's.
-OF_BATCH = ("batch", "length", "turns")
-TOY = ModelSize(8192, 256, 688, 4, 4, 4, False, batch=2, length=0)
+
+LONG = (16384, 32768, 65536, 131072)
 SUBJECTS = {
     "toy": Subject(
         "Llama of 4 layers of 256, V 8,192, all weights trained",
-        TOY,
+        ModelSize(8192, 256, 688, 4, 4, 4, False, batch=2, length=0),
         "float32",
         None,
-        {CPU: (1024, 2048, 4096, 8192, 16384), CUDA: (16384, 32768, 65536, 131072)},
-    ),
-    "1B": Subject(
-        "of Llama-3.2-1B's shape, LoRA of rank 16",
-        MODELS[CUDA]["1B"],
-        "bfloat16",
-        16,
-        {CPU: (256, 512), CUDA: (16384, 32768, 65536, 131072)},
+        {CPU: (1024, 2048, 4096, 8192, 16384), CUDA: LONG},
     ),
     "8B": Subject(
         "of Llama-3.1-8B's shape, LoRA of rank 16",
         MODELS[CUDA]["8B"],
         "bfloat16",
         16,
-        {CPU: (), CUDA: (16384, 32768, 65536, 131072)},
+        {CPU: (), CUDA: LONG},
     ),
 }
 # A quick run only shows that all of it works.
@@ -97,16 +96,6 @@ MODES = {
 }
 
 
-def modes_of(device: str) -> tuple[str, ...]:
-    """Return the modes that mean something on a device."""
-    return tuple(name for name, mode in MODES.items() if device in mode.devices)
-
-
-def subject_of(model: str, quick: bool) -> Subject:
-    """Return the model, or with ``quick`` a tiny one in its place."""
-    return QUICK_SUBJECT if quick else SUBJECTS[model]
-
-
 @dataclass(frozen=True)
 class Task:
     """One measurement, which a process of its own makes."""
@@ -118,15 +107,10 @@ class Task:
     threads: int
     length: int = 0  # tokens of each of the two sequences
     mode: str = "lean"
-    # On the CPU what may be allocated besides what is there before the model; on CUDA in all.
+    # On the CPU what may be allocated besides what is there before the model.
     limit_bytes: int | None = None
 
     @property
     def subject(self) -> Subject:
-        """Return the model."""
-        return subject_of(self.model, self.quick)
-
-
-def model_size(subject: Subject) -> dict[str, Any]:
-    """Return the fields of a model's size that its configuration takes."""
-    return {n: v for n, v in subject.size._asdict().items() if n not in OF_BATCH}
+        """Return the model, or of a quick run a tiny one in its place."""
+        return QUICK_SUBJECT if self.quick else SUBJECTS[self.model]

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from benchmarks.bench_step import DenseSFTMixTrainer, make_model
+from benchmarks.inputs import MU
 from benchmarks.records import THEIR_NTP, THEIR_SFTMIX
-from benchmarks.step_methods import MU, DenseSFTMixTrainer, make_model
 from sftmix import SFTMixConfig, SFTMixTrainer
 from sftmix.conventions import IGNORE_INDEX
 from sftmix.pairs.collator import PairedCollator

@@ -25,18 +25,9 @@ from typing import Any
 import torch
 
 from benchmarks.measure import SuiteError
+from benchmarks.result_file import OutOfTime
 
-from .settings import (
-    CPU,
-    CUDA,
-    DONE,
-    LOSS,
-    NO_MEMORY,
-    QUICK_SUBJECT,
-    QUICK_TOKENS,
-    STEP,
-    Task,
-)
+from .settings import CPU, DONE, LOSS, NO_MEMORY, QUICK_SUBJECT, QUICK_TOKENS, STEP, Task
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ENVIRONMENT = {
@@ -49,10 +40,6 @@ ENVIRONMENT = {
 # What PyTorch's CPU allocator says, and CUDA of pinned memory; they have no exception of their own.
 WITHOUT_MEMORY = ("can't allocate memory", "CUDA error: out of memory")
 KILLED = 137  # by the system, for the memory that it took
-
-
-class OutOfTime(Exception):
-    """A measurement was not done, or not begun, in the time there was."""
 
 
 def measure(task: Task, seconds: float) -> dict[str, Any]:
@@ -89,6 +76,8 @@ def main(words: list[str]) -> None:
 def run(task: Task) -> dict[str, Any]:
     """Return the task's figures, measured in this process."""
     # Imported first: none of it is the model's.
+    import resource
+
     from .loss import loss_workspaces
     from .step import train_pair
 
@@ -98,7 +87,9 @@ def run(task: Task) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             train_pair(QUICK_SUBJECT, task.mode, QUICK_TOKENS, task.device, folder)
     before = memory("VmRSS")
-    limit(task)
+    if task.limit_bytes is not None:
+        most = memory("VmData") + task.limit_bytes
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     start = time.perf_counter()
     try:
         if task.kind == LOSS:
@@ -126,20 +117,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an exception of a training step says that memory is used up."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return known or any(words in str(error) for words in WITHOUT_MEMORY)
-
-
-def limit(task: Task) -> None:
-    """Allow no more to be allocated than the task says."""
-    if task.limit_bytes is None:
-        return
-    if task.device == CUDA:
-        share = task.limit_bytes / torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
-        return
-    import resource
-
-    most = memory("VmData") + task.limit_bytes
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
 def memory(name: str, file: Path = Path("/proc/self/status")) -> int:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .report import write
 from .settings import FIRST, QUICK, SEEDS, SYSTEMS, Sizes
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -19,9 +20,11 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def main(words: Sequence[str]) -> None:
     """Run the study, or with the first word ``report`` write tables and a picture of it."""
     if words[:1] == ["report"]:
-        from .report import main as report
-
-        return report(words[1:])
+        parser = argparse.ArgumentParser("python -m benchmarks.study report", allow_abbrev=False)
+        parser.add_argument("folder", type=Path, metavar="DIR", help="with result files")
+        parser.add_argument("--document", type=Path, metavar="FILE", help="whose block to renew")
+        options = parser.parse_args(words[1:])
+        return write(options.folder, options.document)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.study",
         description=__doc__,
@@ -49,38 +52,17 @@ def main(words: Sequence[str]) -> None:
         parser.error("give --gsm8k-train and --gsm8k-test, or --alpaca, or --quick")
     if options.quick and options.out == RESULTS:
         parser.error("--quick: give --out, its numbers are no results")
-    run(options)
-
-
-def run(options: argparse.Namespace) -> None:
-    """Run every data set that was given, on one thread, and report on all that is in ``--out``."""
-    # Imported late: `report` needs none of it.
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
-    from .parts import alpaca, demo, gsm8k
-    from .report import write
+    from .parts import alpaca, demo, gsm8k  # `report` needs none of it
     from .runs import study
 
-    torch.set_num_threads(1)
-    disable_progress_bar()
-    sources = []
-    if options.quick:
-        sources.append(demo())
+    sources = [demo()] if options.quick else []
     if options.gsm8k_train:
         sources.append(gsm8k(options.gsm8k_train, options.gsm8k_test))
     if options.alpaca:
         sources.append(alpaca(options.alpaca))
-    options.out.mkdir(parents=True, exist_ok=True)
+    sizes = QUICK if options.quick else Sizes()
     for source in sources:
-        study(
-            source,
-            options.seeds,
-            options.systems,
-            QUICK if options.quick else Sizes(),
-            options.out,
-            lambda line: print(line, flush=True),
-        )
+        study(source, options.seeds, options.systems, sizes, options.out)
     write(options.out)
 
 

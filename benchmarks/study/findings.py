@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,11 +15,7 @@ from .settings import BASELINE, SYSTEMS
 Record: TypeAlias = Mapping[str, Any]
 # The names of data sets, in the order of the tables.
 SOURCES = {"gsm8k": "GSM8K", "alpaca": "Alpaca", "demo": "the bundled data"}
-
-
-def source_name(source: str) -> str:
-    """Return a data set's name as it is written."""
-    return SOURCES.get(source, source)
+BASE = "base"  # in place of a system: the model before it is tuned
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class Results:
     @property
     def name(self) -> str:
         """Return the data set's name as it is written."""
-        return source_name(self.source)
+        return SOURCES[self.source]
 
     @property
     def systems(self) -> tuple[str, ...]:
@@ -71,18 +67,12 @@ class Results:
         return tuple(name for name in SYSTEMS if name in found)
 
     def values(self, system: str, measure: str) -> dict[int, float]:
-        """Return a system's measure by seed, in its unit."""
-        factor = MEASURES[measure].factor
+        """Return the measure of a system, or of `BASE`, by seed, in its unit."""
         return {
-            record["seed"]: record["systems"][system][measure] * factor
+            record["seed"]: found[system][measure] * MEASURES[measure].factor
             for record in self.records
-            if system in record["systems"]
+            if system in (found := {BASE: record["base"], **record["systems"]})
         }
-
-    def base(self, measure: str) -> dict[int, float]:
-        """Return the base model's measure by seed, in its unit."""
-        factor = MEASURES[measure].factor
-        return {record["seed"]: record["base"][measure] * factor for record in self.records}
 
 
 @dataclass(frozen=True)
@@ -91,7 +81,6 @@ class Finding:
 
     source: str
     system: str
-    own: Comparison  # its values, and their difference in the measure's unit
     test: Comparison  # the difference that is tested, in the measure's difference unit
     corrected: float | None  # Holm's p-value; None where there was no test
 
@@ -109,7 +98,7 @@ def read(folder: Path) -> list[Results]:
     """
     records = [json.loads(file.read_text("utf-8")) for file in sorted(folder.glob("*.json"))]
     found = []
-    for source in (*SOURCES, *sorted({record["data"] for record in records} - SOURCES.keys())):
+    for source in SOURCES:
         own = [record for record in records if record["data"] == source]
         runs = sorted((r for r in own if r.get("systems")), key=lambda record: record["seed"])
         searches = [record for record in own if "losses" in record]
@@ -134,19 +123,15 @@ def findings(results: Sequence[Results], measure: str) -> list[Finding]:
         for system in one.systems:
             if system == BASELINE:
                 continue
-            values = one.values(system, measure)
-            own = compare(values, baseline)
-            test = own
+            values, beside = one.values(system, measure), baseline
             if MEASURES[measure].relative:
                 common = values.keys() & baseline.keys()
-                changes = {seed: 100 * (values[seed] / baseline[seed] - 1) for seed in common}
-                test = compare(changes, dict.fromkeys(common, 0.0))
-            found.append((one.source, system, own, test))
-    tested = [test.p_value for *_, test in found if test.p_value is not None]
-    corrected = iter(holm(tested))
-    return [
-        Finding(*one, next(corrected) if one[-1].p_value is not None else None) for one in found
-    ]
+                values = {seed: 100 * (values[seed] / baseline[seed] - 1) for seed in common}
+                beside = dict.fromkeys(common, 0.0)
+            found.append(Finding(one.source, system, compare(values, beside), None))
+    tested = [one for one in found if one.test.p_value is not None]
+    corrected = iter(holm([one.test.p_value or 0.0 for one in tested]))
+    return [replace(one, corrected=next(corrected)) if one in tested else one for one in found]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

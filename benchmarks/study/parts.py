@@ -54,13 +54,11 @@ def gsm8k(train: Path, test: Path) -> Source:
 
 def alpaca(file: Path) -> Source:
     """Return Alpaca or a sample of it, held-out examples by their content hash."""
-    examples = load_examples([file], on_bad_row="skip")
-    held_out = [is_held_out(example) for example in examples]
-    return Source(
-        "alpaca",
-        [example for example, out in zip(examples, held_out, strict=True) if not out],
-        [example for example, out in zip(examples, held_out, strict=True) if out],
-    )
+    parts: dict[bool, list[Example]] = {False: [], True: []}
+    for example in load_examples([file], on_bad_row="skip"):
+        # Equal contents are treated alike.
+        parts[int(example.content_hash, 16) * HELD_OUT_SHARE < 2**256].append(example)
+    return Source("alpaca", parts[False], parts[True])
 
 
 def demo() -> Source:
@@ -70,11 +68,6 @@ def demo() -> Source:
         load_examples([demo_data.TRAIN], disable_progress=True),
         load_examples([demo_data.HELD_OUT], disable_progress=True),
     )
-
-
-def is_held_out(example: Example) -> bool:
-    """Tell whether its content hash is in the lowest share; equal contents are treated alike."""
-    return int(example.content_hash, 16) * HELD_OUT_SHARE < 2**256
 
 
 def draw(source: Source, seed: int, sizes: Sizes, *, search: bool = False) -> Parts:
@@ -91,24 +84,20 @@ def draw(source: Source, seed: int, sizes: Sizes, *, search: bool = False) -> Pa
         number + int(number * SPARE)
         for number in (sizes.base_examples, sizes.train_examples, sizes.held_out_examples)
     )
-    pool = random.permutation(len(source.pool))
-    out = random.permutation(len(source.held_out))
+    order, out = (random.permutation(len(part)) for part in (source.pool, source.held_out))
     needed = base + train + (held_out if search else 0)
     for name, wanted, found in (
-        ("training", needed, len(pool)),
+        ("training", needed, len(order)),
         ("held-out", held_out, len(out)),
     ):
         if found < wanted:
             raise ValueError(f"{source.name}: expected {wanted} {name} examples, got {found}")
-    measured = (
-        [source.pool[row] for row in pool[base + train : needed]]
-        if search
-        else [source.held_out[row] for row in out[:held_out]]
-    )
+    pool = [source.pool[place] for place in order[:needed]]
+    measured = [source.held_out[place] for place in out[:held_out]]
     return Parts(
-        [source.pool[row] for row in pool[:base]],
-        [source.pool[row] for row in pool[base : base + train]],
-        measured,
+        pool[:base],
+        pool[base : base + train],
+        pool[base + train :] if search else measured,
     )
 
 

@@ -5,7 +5,6 @@ python -m benchmarks.study report DIR [--document FILE]
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -17,15 +16,16 @@ from benchmarks.tables import show, table
 from sftmix.report.comparison import Comparison
 
 from .findings import (
+    BASE,
     MEASURES,
     PRIMARY,
+    SOURCES,
     SPREAD,
     Finding,
     Measure,
     Results,
     findings,
     read,
-    source_name,
 )
 from .settings import BASELINE, SYSTEMS
 
@@ -49,13 +49,10 @@ CAPTION = (
 )
 
 
-def main(words: Sequence[str]) -> None:
-    """Draw the picture, and print the block or renew the document's."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.study report", allow_abbrev=False)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="with result files")
-    parser.add_argument("--document", type=Path, metavar="FILE", help="whose block to renew")
-    options = parser.parse_args(words)
-    write(options.folder, options.document)
+MEANS = (
+    "Mean ± sample standard deviation over seeds; bold where the difference to NTP is significant "
+    "after Holm's correction over all comparisons of that measure.\n"
+)
 
 
 def write(folder: Path, document: Path | None = None) -> None:
@@ -64,7 +61,7 @@ def write(folder: Path, document: Path | None = None) -> None:
     Raises:
         ValueError: there are no results, or they do not belong together.
     """
-    from benchmarks.plots import write_svg  # it needs matplotlib
+    from benchmarks.figures import write_svg  # it needs matplotlib
 
     results = read(folder)
     write_svg(folder / PICTURE, partial(picture, results))
@@ -85,12 +82,6 @@ def markdown(results: Sequence[Results], picture: str) -> str:
     parts += [means_table(one, found) for one in results]
     parts += ["### The learning rate\n", search_table(results)]
     return "\n".join(parts)
-
-
-MEANS = (
-    "Mean ± sample standard deviation over seeds; bold where the difference to NTP is significant "
-    "after Holm's correction over all comparisons of that measure.\n"
-)
 
 
 def origin(results: Sequence[Results]) -> str:
@@ -126,7 +117,7 @@ def headline(found: Mapping[str, Sequence[Finding]]) -> str:
             if one.system == "sftmix":
                 difference, interval, _ = tested(one.test, how)
                 real = "significant" if one.significant else "not significant"
-                said.append(f"{source_name(one.source)} {difference} ({interval}; {real})")
+                said.append(f"{SOURCES[one.source]} {difference} ({interval}; {real})")
         lines.append(
             f"- SFTMix beside NTP, {how.label} ({how.difference_unit}, 95 % interval): "
             f"{', '.join(said)}."
@@ -138,18 +129,20 @@ def verdict(found: Sequence[Finding]) -> str:
     """Return how many differences of the primary measure are significant, and which."""
     tests = [one for one in found if one.corrected is not None]
     real = [one for one in tests if one.significant]
-    raw = [one for one in tests if one.test.significant]
+    how = MEASURES[PRIMARY]
     text = (
-        f"Of {len(tests)} comparisons with NTP in {MEASURES[PRIMARY].label}, {len(raw)} have "
-        f"p < 0.05, and {len(real)} after Holm's correction"
+        f"Of {len(tests)} comparisons with NTP in {how.label}, "
+        f"{sum(bool(one.test.significant) for one in tests)} have p < 0.05, and {len(real)} after "
+        "Holm's correction"
     )
-    said = [
-        f"{SYSTEMS[one.system].label} on {source_name(one.source)} is "
-        f"{'worse' if (one.test.difference or 0) > 0 else 'better'} by "
-        f"{abs(one.test.difference or 0):.4f} {MEASURES[PRIMARY].unit}"
-        for one in real
-    ]
-    return f"{text}: {'; '.join(said)}.\n" if said else f"{text}.\n"
+    said = []
+    for one in real:
+        off = one.test.difference or 0.0
+        said.append(
+            f"{label(one.system)} on {SOURCES[one.source]} is {'worse' if off > 0 else 'better'} "
+            f"by {abs(off):.4f} {how.unit}"
+        )
+    return ": ".join(filter(None, (text, "; ".join(said)))) + ".\n"
 
 
 def comparison_table(one: Results, measure: str, found: Sequence[Finding]) -> str:
@@ -158,18 +151,19 @@ def comparison_table(one: Results, measure: str, found: Sequence[Finding]) -> st
     unit = f" ({how.unit})" if how.unit else ""
     head = [f"{one.name}", f"{how.label}{unit}", "seeds", f"difference ({how.difference_unit})"]
     head += ["95 % interval", "p", "p, Holm"]
-    tuned = one.values(BASELINE, measure)
-    lines = [
-        ["base, not tuned", spread(one.base(measure), how), str(len(one.records)), *["-"] * 4],
-        [SYSTEMS[BASELINE].label, spread(tuned, how), str(len(tuned)), *["-"] * 4],
-    ]
-    for finding in found:
-        if finding.source == one.source:
-            values = one.values(finding.system, measure)
-            said = [*tested(finding.test, how), p_text(finding.corrected)]
-            label = SYSTEMS[finding.system].label
-            lines.append([label, spread(values, how), str(len(values)), *said])
+    own = {finding.system: finding for finding in found if finding.source == one.source}
+    lines = []
+    for system in (BASE, *one.systems):
+        values, said = one.values(system, measure), ["-"] * 4
+        if system in own:
+            said = [*tested(own[system].test, how), p_text(own[system].corrected)]
+        lines.append([label(system), spread(values, how), str(len(values)), *said])
     return table(head, lines)
+
+
+def label(system: str) -> str:
+    """Return a system's name as it is written."""
+    return "base, not tuned" if system == BASE else SYSTEMS[system].label
 
 
 def tested(test: Comparison, how: Measure) -> list[str]:
@@ -198,17 +192,15 @@ def spread(values: Mapping[int, float], how: Measure) -> str:
 
 def means_table(one: Results, found: Mapping[str, Sequence[Finding]]) -> str:
     """Return a table of all measures of a data set's systems."""
-    units = [f" ({how.unit})" if how.unit else "" for how in MEASURES.values()]
-    head = [how.label + unit for how, unit in zip(MEASURES.values(), units, strict=True)]
-    base = [spread(one.base(name), how) for name, how in MEASURES.items()]
-    lines = [["base, not tuned", *base]]
-    for system in one.systems:
-        cells = []
+    head = [how.label + (f" ({how.unit})" if how.unit else "") for how in MEASURES.values()]
+    lines = []
+    for system in (BASE, *one.systems):
+        cells = [label(system)]
         for name, how in MEASURES.items():
             own = [f for f in found[name] if (f.source, f.system) == (one.source, system)]
             text = spread(one.values(system, name), how)
             cells.append(f"**{text}**" if any(f.significant for f in own) else text)
-        lines.append([SYSTEMS[system].label, *cells])
+        lines.append(cells)
     return table([one.name, *head], lines)
 
 
@@ -227,14 +219,14 @@ def search_table(results: Sequence[Results]) -> str:
 
 def picture(results: Sequence[Results]) -> Figure:
     """Draw a line of panels for each measure, a column for each data set."""
-    from benchmarks import plots
+    from benchmarks import figures
 
     shown = (PRIMARY, SPREAD)
     systems = [
         name for name in SYSTEMS if name != BASELINE and any(name in one.systems for one in results)
     ]
-    size = (plots.WIDTH, 2.0 + 0.27 * len(systems) * len(shown))
-    figure = plots.Figure(figsize=size, layout="constrained")
+    size = (figures.WIDTH, 2.0 + 0.27 * len(systems) * len(shown))
+    figure = figures.Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(shown), len(results), sharey=True, sharex="row", squeeze=False)
     for line, measure in zip(grid, shown, strict=True):
         found = findings(results, measure)
@@ -249,15 +241,15 @@ def picture(results: Sequence[Results]) -> Figure:
 
 def panel(axes: Axes, systems: Sequence[str], found: Mapping[str, Finding]) -> None:
     """Draw a dot for each system, and a line from end to end of its interval."""
-    from benchmarks import plots
+    from benchmarks import figures
 
-    axes.axvline(0, color=plots.INK, linewidth=0.8)
+    axes.axvline(0, color=figures.INK, linewidth=0.8)
     axes.grid(axis="x")
     for height, system in enumerate(systems):
         finding = found.get(system)
         if finding is None or finding.test.difference is None:
             continue
-        colour = plots.OURS if finding.significant else plots.OTHERS
+        colour = figures.OURS if finding.significant else figures.OTHERS
         if finding.test.interval is not None:
             axes.plot(finding.test.interval, [height] * 2, color=colour, linewidth=2)
         axes.plot(finding.test.difference, height, "o", color=colour, markersize=5)

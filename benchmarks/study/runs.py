@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import torch
 from transformers import PrinterCallback
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.measure import cpu_name, git_commit
 from sftmix.pairs.partition import Partition, from_scores, split
@@ -27,8 +28,6 @@ from sftmix.training.trainer import SFTMixTrainer, make_collator
 from .measures import on_held_out, on_training_data
 from .parts import Parts, Source, as_tokens, draw, write_messages
 from .settings import BASELINE, SEARCH_SEED, SYSTEMS, Sizes, System
-
-Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -60,15 +59,11 @@ class Case:
         }
 
     def trainer(
-        self,
-        model: Any,
-        dataset: datasets.Dataset,
-        confident: Partition | None = None,
-        **options: Any,
+        self, dataset: datasets.Dataset, confident: Partition | None = None, **options: Any
     ) -> SFTMixTrainer:
-        """Return a quiet trainer."""
+        """Return a quiet trainer of a copy of the base model."""
         trainer = SFTMixTrainer(
-            model=model,
+            model=self.load(),
             args=SFTMixConfig(**self.options(**options)),
             train_dataset=dataset,
             data_collator=make_collator(self.tokenizer),
@@ -100,17 +95,11 @@ def prepare(parts: Parts, seed: int, sizes: Sizes, folder: Path) -> Case:
         )
     )
     case = Case(folder, seed, sizes, tokenizer, train, held_out)
-    model = case.load()
-    trainer = case.trainer(
-        model,
-        base,
-        method="ntp",
-        learning_rate=sizes.base_learning_rate,
-        max_steps=sizes.base_steps,
-    )
+    options = {"learning_rate": sizes.base_learning_rate, "max_steps": sizes.base_steps}
+    trainer = case.trainer(base, method="ntp", **options)
     trainer.train()
     trainer.head.detach()
-    model.save_pretrained(folder / "base")
+    trainer.model.save_pretrained(folder / "base")
     return case
 
 
@@ -145,24 +134,18 @@ def measure(case: Case, trainer: SFTMixTrainer) -> dict[str, float]:
     }
 
 
-def run_system(
-    case: Case, system: System, partition: Partition, learning_rate: float
-) -> dict[str, float]:
-    """Tune a copy of the base model and measure it."""
-    trainer = case.trainer(
-        case.load(),
-        case.train,
-        split(partition, system.by, case.seed),
-        learning_rate=learning_rate,
-        num_train_epochs=case.sizes.epochs,
-        **system.options,
-    )
+def tuned(
+    case: Case, system: System, learning_rate: float, confident: Partition | None = None
+) -> SFTMixTrainer:
+    """Return the trainer of a copy of the base model that was tuned."""
+    options = {"learning_rate": learning_rate, "num_train_epochs": case.sizes.epochs}
+    trainer = case.trainer(case.train, confident, **options, **system.options)
     trainer.train()
-    return measure(case, trainer)
+    return trainer
 
 
 def study(
-    source: Source, seeds: Sequence[int], systems: Sequence[str], sizes: Sizes, out: Path, say: Say
+    source: Source, seeds: Sequence[int], systems: Sequence[str], sizes: Sizes, out: Path
 ) -> None:
     """Run what ``out`` does not have yet; each seed's file is written anew after every system.
 
@@ -171,40 +154,30 @@ def study(
     """
     if SEARCH_SEED in seeds:
         raise ValueError(f"--seeds: {SEARCH_SEED} is the one that the learning rate is chosen on")
-    learning_rate = choose_learning_rate(source, sizes, out, say)
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    out.mkdir(parents=True, exist_ok=True)
+    learning_rate = choose_learning_rate(source, sizes, out)
     for seed in seeds:
-        run_seed(source, seed, systems, sizes, learning_rate, out, say)
+        run_seed(source, seed, systems, sizes, learning_rate, out)
 
 
-def choose_learning_rate(source: Source, sizes: Sizes, out: Path, say: Say) -> float:
+def choose_learning_rate(source: Source, sizes: Sizes, out: Path) -> float:
     """Return the rate with NTP's lowest held-out loss on `SEARCH_SEED`, from ``out`` if known."""
     path = out / f"{source.name}-search.json"
     record = start(path, source, SEARCH_SEED, sizes)
     if "losses" not in record:
+        losses = record["losses"] = {}
         with tempfile.TemporaryDirectory() as folder:
             parts = draw(source, SEARCH_SEED, sizes, search=True)
             case = prepare(parts, SEARCH_SEED, sizes, Path(folder))
-            losses = {}
             for rate in sizes.learning_rates:
-                losses[f"{rate:g}"] = ntp_loss(case, rate)
-                say(f"{source.name}: learning rate {rate:g}, loss {losses[f'{rate:g}']:.4f}")
-        write_json(path, {**record, "losses": losses})
-    else:
-        losses = record["losses"]
-    return float(min(losses, key=lambda rate: losses[rate]))
-
-
-def ntp_loss(case: Case, learning_rate: float) -> float:
-    """Return the held-out loss after tuning with NTP, in batches without pairs."""
-    trainer = case.trainer(
-        case.load(),
-        case.train,
-        learning_rate=learning_rate,
-        num_train_epochs=case.sizes.epochs,
-        **SYSTEMS[BASELINE].options,
-    )
-    trainer.train()
-    return trainer.evaluate(case.held_out)["eval_loss"]
+                # Of batches without pairs.
+                evaluated = tuned(case, SYSTEMS[BASELINE], rate).evaluate(case.held_out)
+                loss = losses[f"{rate:g}"] = evaluated["eval_loss"]
+                print(f"{source.name}: learning rate {rate:g}, loss {loss:.4f}", flush=True)
+        write_json(path, record)
+    return float(min(record["losses"], key=record["losses"].__getitem__))
 
 
 def run_seed(
@@ -214,7 +187,6 @@ def run_seed(
     sizes: Sizes,
     learning_rate: float,
     out: Path,
-    say: Say,
 ) -> None:
     """Run the systems of one seed that its file does not have."""
     path = out / f"{source.name}-{seed}.json"
@@ -226,14 +198,16 @@ def run_seed(
     with tempfile.TemporaryDirectory() as folder:
         case = prepare(draw(source, seed, sizes), seed, sizes, Path(folder))
         if "base" not in record:
-            record["base"] = measure(case, case.trainer(case.load(), case.train, method="ntp"))
-            say(f"{source.name}, seed {seed}: base, loss {record['base']['held_out_loss']:.4f}")
+            record["base"] = measure(case, case.trainer(case.train, method="ntp"))
         partition = score(case, learning_rate)
         for name in missing:
-            found = run_system(case, SYSTEMS[name], partition, learning_rate)
+            system = SYSTEMS[name]
+            confident = split(partition, system.by, case.seed)
+            found = measure(case, tuned(case, system, learning_rate, confident))
             record["systems"][name] = found
             write_json(path, record)
-            say(f"{source.name}, seed {seed}: {name}, loss {found['held_out_loss']:.4f}")
+            loss = found["held_out_loss"]
+            print(f"{source.name}, seed {seed}: {name}, loss {loss:.4f}", flush=True)
 
 
 def start(path: Path, source: Source, seed: int, sizes: Sizes, **more: Any) -> dict[str, Any]:

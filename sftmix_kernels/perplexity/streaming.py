@@ -11,8 +11,7 @@ in cache, and is folded into the tokens' running softmax (`online_softmax.py`). 
 - Kernels: `csrc/online_softmax_kernels.cuh`; on the CPU `csrc/online_softmax_cpu.cpp`.
 - Proof: `tests/sftmix_kernels/perplexity/test_streaming.py`; of the kernels
   `tests/sftmix_kernels/perplexity/test_online_softmax.py`.
-- Time: `benchmarks/bench_perplexity.py`, whose calls stand in
-  `benchmarks/perplexity_providers.py`; of the kernels `benchmarks/bench_online_softmax.py`.
+- Time: `benchmarks/bench_perplexity.py`; of the kernels `benchmarks/bench_online_softmax.py`.
 """
 
 from __future__ import annotations

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import bench_loss, peers
-from benchmarks.bench_loss import in_race, race
-from benchmarks.errors import Oracle, step
-from benchmarks.inputs import Inputs, make_inputs, peakedness
-from benchmarks.providers import (
+from benchmarks.bench_loss import (
     COMPOSED,
-    DENSE_LOSSES,
     OURS,
     Products,
     Provider,
     find_providers,
     operations,
+    race,
+    step,
 )
+from benchmarks.bench_loss import DENSE as DENSE_LOSSES
+from benchmarks.errors import Oracle
+from benchmarks.inputs import Inputs, make_inputs, peakedness
 from benchmarks.records import (
     BARE,
     BOTH,
@@ -47,16 +50,13 @@ def hard_labels(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_ours_dense_and_compositions_are_the_reference(task: str) -> None:
-    x = make_inputs(16, 8, 50)
-    for loss in (OURS[task](), DENSE_LOSSES[task], COMPOSED[task](hard_labels)):
-        one = Provider("any", task, loss, one_lam=True)
-        assert (
-            max(Oracle(task, one.inputs(x)).errors(step(one.loss, one.inputs(x))).relative) < 1e-5
-        )
+    x = make_inputs(16, 8, 50).given(one_lam=True)
+    for loss in (OURS[task], DENSE_LOSSES[task], partial(COMPOSED[task], ntp=hard_labels)):
+        Oracle(task, x).check(step(loss, x), 1e-5)
 
 
 def test_one_lam_is_one_for_all() -> None:
-    x = Provider("any", BOTH, DENSE_LOSSES[BOTH], one_lam=True).inputs(make_inputs(16, 8, 50))
+    x = make_inputs(16, 8, 50).given(one_lam=True)
     assert (x.lam == x.lam[0]).all()
 
 
@@ -88,7 +88,9 @@ def test_a_peer_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_a_provider_that_is_wrong_or_fails_gets_no_time(ours: bool, results: Results) -> None:
+def test_a_provider_that_is_wrong_or_fails_gets_no_time(
+    ours: bool, results: Results, capsys: pytest.CaptureFixture[str]
+) -> None:
     def wrong(x: Inputs) -> Tensor:
         return 1.1 * hard_labels(x.hidden, x.weight, x.labels)
 
@@ -106,6 +108,7 @@ def test_a_provider_that_is_wrong_or_fails_gets_no_time(ours: bool, results: Res
     bad = [Provider(who, NTP, loss, ours=ours, limit=limit) for who, loss in losses.items()]
     right = Provider("right", NTP, DENSE_LOSSES[NTP], limit=0.02)
     race(TINY, [*bad, right], QUICK, results)
+    assert f"): {STEP}, {TINY.name}, NTP, right\n" in capsys.readouterr().out
     report = results.report
     reasons = report["failed" if ours else "left_out"]
     assert reasons[f"raises, NTP, {TINY.name}"].endswith("RuntimeError: no kernel")
@@ -144,11 +147,11 @@ def test_a_case_that_does_not_fit_does_not_stop_the_next(
 def test_the_grid_is_for_those_who_hold_no_logits() -> None:
     found, _ = find_providers(Settings("cuda"))
     grid = Case("Llama-3.1-8B", 8192, full=False)
-    names = {(one.who, one.task) for one in found if in_race(one, grid, STEP)}
+    names = {(one.who, one.task) for one in found if one.in_race(grid, STEP)}
     assert (ROW_CHUNKS, BOTH) in names
     assert (TORCH, BOTH) not in names
     assert DENSE not in {who for who, _ in names}
-    assert not any(in_race(one, grid, FORWARD) for one in found)
+    assert not any(one.in_race(grid, FORWARD) for one in found)
 
 
 def test_every_head_is_measured_on_a_gpu_at_three_lengths() -> None:

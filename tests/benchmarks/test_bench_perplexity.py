@@ -10,11 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bench_scoring, perplexity_providers, suites
-from benchmarks.bench_online_softmax import CHUNKS, Chunk, measure_folds
-from benchmarks.bench_perplexity import measure_whole, size_of
+from benchmarks import bench_perplexity, bench_scoring, suites
+from benchmarks.bench_online_softmax import CHUNKS, Chunk, Fold, make_fold, measure_folds
+from benchmarks.bench_perplexity import (
+    Tokens,
+    calls,
+    checked,
+    dense,
+    make_tokens,
+    measure_whole,
+    require_compiled,
+    size_of,
+)
 from benchmarks.measure import SuiteError
-from benchmarks.perplexity_providers import Tokens, dense, make_fold, make_tokens, providers
 from benchmarks.records import (
     BARE_CALL,
     BARE_CHUNKS,
@@ -107,13 +115,12 @@ def test_a_run_writes_down_everyone_or_why_not(tmp_path: Path) -> None:
 
 def test_every_provider_finds_the_reference() -> None:
     x = make_tokens(130, 16, 99)
-    calls, left_out = providers()
-    assert len(calls) + len(left_out) == 4
-    for name, call in calls.items():
+    found, left_out = calls()
+    assert len(found) + len(left_out) == 4
+    for name, call in found.items():
         if name == STREAMING and build_info() is None:
             continue
-        checked = perplexity_providers.check(call, x)
-        assert checked.holds, (name, checked.says)
+        assert 0 < checked(name, call, x, "cpu") < 1e-5
 
 
 @pytest.mark.parametrize("factor", [1.0001, float("nan")])
@@ -135,8 +142,8 @@ def test_a_provider_that_is_wrong_gets_no_time(factor: float, results: Results) 
 
 @built
 def test_ours_that_is_wrong_fails(results: Results) -> None:
-    calls = {STREAMING: lambda x: dense(x) * 1.0001, DENSE_PERPLEXITY: dense}
-    measure_whole(QUICK, size_of(QUICK), calls, results)
+    found = {STREAMING: lambda x: dense(x) * 1.0001, DENSE_PERPLEXITY: dense}
+    measure_whole(QUICK, size_of(QUICK), found, results)
     assert providers_of(results) == {BARE_CHUNKS, DENSE_PERPLEXITY}
     assert "error budget" in results.report["failed"][f"{STREAMING}, perplexity"]
 
@@ -147,7 +154,8 @@ def test_a_provider_that_mixes_examples_up_is_caught() -> None:
     def shifted(x: Tokens) -> Tensor:
         return dense(x).roll(1) if x.num_samples < x.labels.shape[0] else dense(x)
 
-    assert not perplexity_providers.check(shifted, x).holds
+    with pytest.raises(SuiteError, match="error budget"):
+        checked("shifted", shifted, x, "cpu")
 
 
 def providers_of(results: Results) -> set[str]:
@@ -195,12 +203,12 @@ def test_the_fold_is_checked(
 ) -> None:
     fold = make_fold(300, 101, dtype, softcap=30.0, bias=True)
     assert fold.check().holds
-    monkeypatch.setattr(perplexity_providers.Fold, "compiled", lambda self: None)
+    monkeypatch.setattr(Fold, "compiled", lambda self, times=1: None)
     assert not fold.check().holds
     chunk = Chunk(IN_CACHE, str(dtype).removeprefix("torch."))
     measure_folds(chunk, QUICK, results)
     assert providers_of(results) == {FOLD_OPERATIONS}
-    assert "error budget" in results.report["failed"][f"{FOLD}, {chunk.name}"]
+    assert "error budget" in results.report["failed"][f"{FOLD}, {chunk.place}, {chunk.kind}"]
 
 
 @built
@@ -227,23 +235,23 @@ def test_a_copy_moves_twice_the_bytes_of_a_fold(
 def test_without_the_extension_ours_fails_and_says_so(
     monkeypatch: pytest.MonkeyPatch, results: Results
 ) -> None:
-    monkeypatch.setattr(perplexity_providers, "build_info", lambda: None)
-    calls = {STREAMING: dense, DENSE_PERPLEXITY: dense}
-    measure_whole(QUICK, size_of(QUICK), calls, results)
+    monkeypatch.setattr(bench_perplexity, "build_info", lambda: None)
+    found = {STREAMING: dense, DENSE_PERPLEXITY: dense}
+    measure_whole(QUICK, size_of(QUICK), found, results)
     assert providers_of(results) == {BARE_CHUNKS, DENSE_PERPLEXITY}
     chunk = Chunk(IN_CACHE, "float32")
     measure_folds(chunk, QUICK, results)
     assert providers_of(results) == {BARE_CHUNKS, DENSE_PERPLEXITY, FOLD_OPERATIONS}
     failed = results.report["failed"]
-    assert failed.keys() == {f"{STREAMING}, perplexity", f"{FOLD}, {chunk.name}"}
+    assert failed.keys() == {f"{STREAMING}, perplexity", f"{FOLD}, {chunk.place}, {chunk.kind}"}
     assert all("is not built" in reason for reason in failed.values())
 
 
 def test_an_extension_without_cuda_does_not_do_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(perplexity_providers, "build_info", lambda: {"cuda": ""})
-    assert perplexity_providers.require_compiled("cpu") == {"cuda": ""}
+    monkeypatch.setattr(bench_perplexity, "build_info", lambda: {"cuda": ""})
+    require_compiled("cpu")
     with pytest.raises(SuiteError, match="no CUDA kernels"):
-        perplexity_providers.require_compiled("cuda")
+        require_compiled("cuda")
 
 
 @built

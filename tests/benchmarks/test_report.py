@@ -323,11 +323,11 @@ def test_replace_block_says_what_is_missing(text: str, missing: str) -> None:
 
 
 def test_pictures_are_the_same_bytes_twice(tmp_path: Path) -> None:
-    plots = pytest.importorskip("benchmarks.plots", exc_type=ModuleNotFoundError)
+    figures = pytest.importorskip("benchmarks.figures", exc_type=ModuleNotFoundError)
     with_nan = cuda_loss()
     reports = [cpu_loss(), with_nan, perplexity("cpu"), steps(), memory()]
     before = copy.deepcopy(cpu_loss())
-    first, second = (plots.write_pictures(reports, tmp_path / name) for name in "ab")
+    first, second = (figures.write_pictures(reports, tmp_path / name) for name in "ab")
     names_of = [path.name for path in first]
     assert names_of == ["cpu-loss.svg", "cpu-memory.svg", "cpu-step.svg", "cuda-loss.svg"]
     for one, other in zip(first, second, strict=True):
@@ -337,14 +337,14 @@ def test_pictures_are_the_same_bytes_twice(tmp_path: Path) -> None:
 
 
 def test_without_figures_there_are_no_pictures(tmp_path: Path) -> None:
-    plots = pytest.importorskip("benchmarks.plots", exc_type=ModuleNotFoundError)
+    figures = pytest.importorskip("benchmarks.figures", exc_type=ModuleNotFoundError)
     empty = [report(suite, "cpu", []) for suite in ("loss", "memory", "step", "tune")]
-    assert plots.write_pictures(empty, tmp_path) == []
+    assert figures.write_pictures(empty, tmp_path) == []
 
 
 def test_names_at_the_ends_of_lines_are_kept_apart() -> None:
-    plots = pytest.importorskip("benchmarks.plots", exc_type=ModuleNotFoundError)
-    found = plots.apart([0.1, 0.5, 0.5, 0.51], gap=0.1)
+    figures = pytest.importorskip("benchmarks.figures", exc_type=ModuleNotFoundError)
+    found = figures.apart([0.1, 0.5, 0.5, 0.51], gap=0.1)
     gaps = [above - below for below, above in itertools.pairwise(found)]
     assert all(gap > 0.099 for gap in gaps)
     assert found[0] == 0.1

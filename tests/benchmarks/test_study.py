@@ -124,7 +124,7 @@ def test_calibration_error_is_that_of_the_bins() -> None:
 
 
 def test_measures_are_those_of_the_models_own_logits(case: Case) -> None:
-    trainer = case.trainer(case.load(), case.train, method="ntp")
+    trainer = case.trainer(case.train, method="ntp")
     model, head, collator = trainer.model, trainer.head, trainer.data_collator.padded()
     held_out, train = (own_losses(model, dataset) for dataset in (case.held_out, case.train))
     found = on_held_out(model, head, case.held_out, collator)
@@ -160,9 +160,9 @@ def test_results_of_other_sizes_and_the_searchs_seed_are_refused(
     record = {"data": "demo", "seed": SEARCH_SEED, "sizes": {}, "losses": {"1": 2.0}}
     (tmp_path / "demo-search.json").write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(ValueError, match="was made with examples = None"):
-        choose_learning_rate(source, QUICK, tmp_path, print)
+        choose_learning_rate(source, QUICK, tmp_path)
     with pytest.raises(ValueError, match=f"seeds: {SEARCH_SEED}"):
-        study(source, [SEARCH_SEED], [], QUICK, tmp_path, print)
+        study(source, [SEARCH_SEED], [], QUICK, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.study.__main__ import main
 from benchmarks.study.findings import MEASURES, PRIMARY, SPREAD, findings, holm, read
-from benchmarks.study.report import main as report
 from benchmarks.study.report import markdown
 from benchmarks.study.settings import QUICK
 
@@ -118,6 +118,6 @@ def test_the_document_and_the_picture_are_those_of_the_committed_results(tmp_pat
     document.parent.mkdir()
     text = (ROOT / "docs/study.md").read_text("utf-8")
     document.write_text(text, encoding="utf-8")
-    report([str(folder), "--document", str(document)])
+    main(["report", str(folder), "--document", str(document)])
     assert document.read_text("utf-8") == text
     assert (folder / "study.svg").read_bytes() == (RESULTS / "study.svg").read_bytes()

@@ -7,7 +7,7 @@ has the same width wherever fonts differ.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -207,69 +207,100 @@ def memory_picture(report: Report) -> Figure | None:
     tasks = [record["task"] for record in records]
     task = names.BOTH if names.BOTH in tasks else next(iter(tasks), None)
     records = [record for record in records if record["task"] == task]
-    sweeps = [sweep for sweep in SWEEPS if any(r["sweep"] == sweep for r in records)]
-    if not sweeps:
-        return None
-    figure = Figure(figsize=(WIDTH, 0.7 + 3.1 * len(sweeps)), layout="constrained")
-    for i, sweep in enumerate(sweeps, 1):
-        memory_panel(figure.add_subplot(len(sweeps), 1, i), records, *SWEEPS[sweep])
+    panels = [
+        memory_panel(records, *SWEEPS[sweep])
+        for sweep in SWEEPS
+        if any(record["sweep"] == sweep for record in records)
+    ]
     title = f"Extra memory of forward + backward, {task}; dotted: the formula\n{place(report)}"
-    figure.suptitle(title, **TITLE)
-    return figure
+    return lines(panels, title, 0.7 + 3.1 * len(panels)) if panels else None
 
 
-def memory_panel(axes: Axes, records: Sequence[Record], field: str, fixed: str, label: str) -> None:
-    """Draw a line for each provider with its name at the end.
+def memory_panel(records: Sequence[Record], field: str, fixed: str, label: str) -> Panel:
+    """Return a line for each provider.
 
     All points are of the same hidden size, dtype and other side, those of the first record, which
     both sweeps have in common.
     """
     size = names.same(records[0], (fixed, "hidden_size", "dtype"))
     records = [r for r in records if names.same(r, tuple(size)) == size]
-    log_axes(axes, {r[field] for r in records}, (1.0, 3.0))
-    ends = []
+    found = []
     for who in dict.fromkeys(record["who"] for record in records):
         line = sorted((r for r in records if r["who"] == who), key=lambda r: r[field])
-        colour = SHADES.get(who, OURS) if names.is_ours(line[0]) else OTHERS
-        peaks = [r["peak_bytes"] / 2**20 for r in line]
-        axes.plot([r[field] for r in line], peaks, "o-", color=colour, markersize=4)
-        formula = [r for r in line if r.get("formula_bytes")]
-        allowed = [r["formula_bytes"] / 2**20 for r in formula]
-        axes.plot([r[field] for r in formula], allowed, ":", color=INK, linewidth=1.6)
         note = " (interpreted)" if any(r.get("interpreted") for r in line) else ""
-        says = f"{who}{note}: {peaks[-1]:,.3g}"
-        ends.append((line[-1][field], peaks[-1], says, INK if colour == OTHERS else colour))
+        colour = SHADES.get(who, OURS) if names.is_ours(line[0]) else OTHERS
+        peaks = {r[field]: r["peak_bytes"] / 2**20 for r in line}
+        formula = {r[field]: r["formula_bytes"] / 2**20 for r in line if r.get("formula_bytes")}
+        ink = INK if colour == OTHERS else colour
+        found.append(Line(who + note, colour, ink, peaks, formula))
     held = f"D = {size['hidden_size']}, {SYMBOLS[fixed]} = {size[fixed]:,}, {size['dtype']}"
-    axes.set_xlabel(f"{label}; {held}")
-    axes.set_ylabel("extra memory, MiB")
-    name_ends(axes, ends)
+    return Panel(f"{label}; {held}", "extra memory, MiB", found, (1.0, 3.0))
 
 
-def log_axes(axes: Axes, ticks: Iterable[int], subs: tuple[float, ...]) -> None:
-    """Make both axes logarithmic, with these ticks below and each decade's ``subs`` beside."""
+class Line(NamedTuple):
+    """One line of measured points with its name at the end, and one of a formula beside it."""
+
+    name: str
+    colour: str
+    ink: str  # of its name
+    measured: Mapping[int, float]
+    formula: Mapping[int, float] | None
+    style: Mapping[str, Any] = {"linestyle": ":", "color": INK, "linewidth": 1.6}  # of the formula
+
+
+class Panel(NamedTuple):
+    """Axes with the names below and beside them, and the multiples of 10 to the n on the latter."""
+
+    below: str
+    beside: str
+    lines: Sequence[Line]
+    subs: tuple[float, ...]
+
+
+def lines(panels: Sequence[Panel], title: str, height: float) -> Figure:
+    """Draw panels one below the other."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    for number, panel in enumerate(panels, 1):
+        draw_panel(figure.add_subplot(len(panels), 1, number), panel)
+    figure.suptitle(title, **TITLE)
+    return figure
+
+
+def draw_panel(axes: Axes, panel: Panel) -> None:
+    """Draw the lines on logarithmic axes, with a tick below for each of their points."""
+    shown = [line.measured or line.formula or {} for line in panel.lines]
+    ticks = sorted({x for points in shown for x in points})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.grid(True)
-    axes.set_xticks(sorted(ticks), [f"{value:,}" for value in sorted(ticks)])
+    axes.set_xticks(ticks, [f"{value:,}" for value in ticks])
     axes.minorticks_off()
-    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_locator(LogLocator(subs=panel.subs))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    axes.set_xlabel(panel.below)
+    axes.set_ylabel(panel.beside)
+    for line in panel.lines:
+        of_points = {"color": line.colour, "marker": "o", "markersize": 4}
+        for points, style in ((line.measured or None, of_points), (line.formula, line.style)):
+            if points is not None:
+                axes.plot(sorted(points), [points[x] for x in sorted(points)], **style)
+    name_ends(axes, [(max(points), points[max(points)]) for points in shown], panel.lines)
 
 
-def name_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+def name_ends(axes: Axes, ends: Sequence[tuple[int, float]], lines: Sequence[Line]) -> None:
     """Write names right of the axes at the height of their lines' ends, apart from each other."""
     low, high = map(math.log, axes.get_ylim())
-    ends = sorted(ends, key=lambda end: end[1])
-    heights = apart([(math.log(end[1]) - low) / (high - low) for end in ends])
-    for (x, y, text, colour), height in zip(ends, heights, strict=True):
+    named = sorted(zip(ends, lines, strict=True), key=lambda one: one[0][1])
+    heights = apart([(math.log(y) - low) / (high - low) for (_, y), _ in named])
+    for (end, line), height in zip(named, heights, strict=True):
         axes.annotate(
-            text,
-            (x, y),
+            f"{line.name}: {end[1]:,.3g}",
+            end,
             xytext=(1.03, height),
             textcoords="axes fraction",
             va="center",
             fontsize=9,
-            color=colour,
+            color=line.ink,
             arrowprops=LEADER,
         )
 

@@ -12,6 +12,22 @@ from torch import Tensor
 from transformers.models.llama import modeling_llama
 
 import sftmix.training.loss
+from benchmarks.bench_step import (
+    LIMITS,
+    MODELS,
+    QUICK,
+    check,
+    difference,
+    facts,
+    liger_method,
+    limit,
+    loss_and_gradients,
+    make_batch,
+    make_methods,
+    make_model,
+    one_step,
+)
+from benchmarks.inputs import MU
 from benchmarks.records import (
     LIGER_NTP,
     OUR_NTP,
@@ -22,22 +38,6 @@ from benchmarks.records import (
 )
 from benchmarks.result_file import Results
 from benchmarks.settings import Settings
-from benchmarks.step_methods import (
-    LIMITS,
-    MODELS,
-    MU,
-    QUICK,
-    check,
-    difference,
-    liger_method,
-    limit,
-    loss_and_gradients,
-    make_batch,
-    make_methods,
-    make_model,
-    make_steps,
-    models,
-)
 from sftmix_kernels import fused_sftmix_loss, reference
 
 ON_CPU = {OUR_SFTMIX, OUR_NTP, THEIR_SFTMIX, THEIR_NTP}
@@ -93,20 +93,22 @@ def test_what_is_not_a_number_is_no_agreement() -> None:
     )
 
 
-def test_steps_train_the_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_train_the_one_model(tmp_path: Path) -> None:
     model = make_model(TINY, "cpu")
-    monkeypatch.setattr("benchmarks.step_methods.make_model", lambda *_: model)
-    steps, left_out, facts = make_steps(TINY, "cpu", str(tmp_path))
-    assert steps.keys() == ON_CPU
-    for step in steps.values():
+    methods, left_out = make_methods(model, TINY, "cpu", str(tmp_path))
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert methods.keys() == ON_CPU
+    for method in methods.values():
         before = [parameter.detach().clone() for parameter in model.parameters()]
-        step()
+        one_step(method, optimizer)
         after = list(model.parameters())
         assert all(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
         assert all(parameter.grad is None for parameter in after)
     assert left_out == {OUR_TILES: "needs CUDA", LIGER_NTP: "needs CUDA"}
     batch = make_batch(TINY, "cpu")
-    assert facts == {
+    assert facts(model, TINY, methods) == {
+        "batch": TINY.batch,
+        "length": TINY.length,
         "parameters": model.num_parameters(),
         "tokens": int(batch["attention_mask"].sum()),
         "response_tokens": int((batch["labels"] != -100).sum()),
@@ -144,7 +146,5 @@ def test_shapes_are_the_published_ones() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_sizes_can_be_paired_and_checked(device: str) -> None:
-    assert models(device, quick=True) == {"quick": QUICK}
-    assert models(device, quick=False) == MODELS[device]
     assert device in LIMITS
     assert all(size.batch % 2 == 0 for size in MODELS[device].values())
