@@ -132,6 +132,18 @@ FORMATS = (
         earlier=("messages",),
     ),
     Format(
+        "conversations",
+        **_conversation(*CONVERSATIONS),
+        example={
+            "conversations": [
+                {"from": "human", "value": "Add 1 and 2."},
+                {"from": "gpt", "value": "3"},
+            ]
+        },
+        says="the conversation (ShareGPT, OpenHermes, SlimOrca, WizardLM v2, Magpie, "
+        "OpenThoughts), or texts by turns, the user's first (LIMA)",
+    ),
+    Format(
         "prompt",
         **_turn("prompt"),
         example={"prompt": "Add 1 and 2.", "completion": "3"},
@@ -160,18 +172,6 @@ FORMATS = (
         read=None,
         example={"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
         says="tokens; labels are not shifted, -100 is not learnt, nor is a token whose mask is 0",
-    ),
-    Format(
-        "conversations",
-        **_conversation(*CONVERSATIONS),
-        example={
-            "conversations": [
-                {"from": "human", "value": "Add 1 and 2."},
-                {"from": "gpt", "value": "3"},
-            ]
-        },
-        says="the conversation (ShareGPT, OpenHermes, SlimOrca, WizardLM v2, Magpie, "
-        "OpenThoughts), or texts by turns, the user's first (LIMA)",
     ),
     Format(
         "query",

@@ -185,7 +185,7 @@ def conversation(
     messages: list[dict[str, Any]] = []
     masks: Masks = []
     for i, item in enumerate(items):
-        if not fields and (simple := _simple(item, notes)):
+        if not fields and (simple := _simple(item)):
             messages.append(simple)
             masks.append(None)
             continue
@@ -196,7 +196,7 @@ def conversation(
     return tuple(messages), masks
 
 
-def _simple(item: Any, notes: Notes) -> dict[str, Any] | None:
+def _simple(item: Any) -> dict[str, Any] | None:
     """Return the message of an object with no more than a role and a text; None of any other.
 
     Most messages are so, and `_message` takes three times as long.
@@ -209,8 +209,6 @@ def _simple(item: Any, notes: Notes) -> dict[str, Any] | None:
     role = said if said in ROLES else SYNONYMS.get(said)
     if role is None or not (text.isascii() or _is_text(text)):
         return None
-    if role != said:
-        role_of(said, "role", notes)
     return {"role": role, "content": text}
 
 
@@ -250,13 +248,13 @@ def _turns(item: Any) -> list[Any]:
 
 
 def role_of(value: object, name: str, notes: Notes) -> str:
-    """Return the role that a text names; count synonyms, capitals and blanks as forgiven.
+    """Return the role that a text names; count capitals and blanks as forgiven.
 
     Raises:
         BadField: it names none.
     """
-    if value in ROLES:
-        return str(value)
+    if isinstance(value, str) and (value in ROLES or value in SYNONYMS):
+        return SYNONYMS.get(value, value)
     known = _spelt(value)
     role = known if known in ROLES else SYNONYMS.get(known)
     if role is None:

@@ -81,9 +81,9 @@ PUBLISHED: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {
             **{"uuid": "u", "model": "m", "gen_input_configs": {"temperature": 1.0}},
             **{"instruction": "Add 1 and 2.", "response": "3", "instruction_length": 12},
-            "conversations": SHARED[:2],
+            "conversations": SHARED,  # of several turns; the columns beside hold the first
         },
-        PAIR,
+        TWO,
     ),
     "OpenThoughts": (
         {

@@ -172,7 +172,7 @@ def test_capitals_and_blanks_are_forgiven_and_counted(
         ({"text": "a", "parent_id": None, "message_id": "m", "role": "prompter",
           "message_tree_id": "t"}, "are the messages of trees, each a row"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "--columns response=chosen learns the"),
-        ({"a": 1, "b": 2}, "are no known format; the formats known are messages; prompt + RESP"),
+        ({"a": 1, "b": 2}, "are no known format; the formats known are messages; conversations or"),
         ({"a": 1, "b": 2}, "For others give --columns prompt=NAME,response=NAME or messages=NAME"),
     ],
 )  # fmt: skip
