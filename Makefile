@@ -135,6 +135,7 @@ results: $(READY)
 		--document docs/memory.md
 	"$(PYTHON)" -m benchmarks.half_precision report benchmarks/half_precision/results \
 		--document docs/memory.md
+	"$(PYTHON)" -m benchmarks.reading report benchmarks/reading/results --document docs/data.md
 	"$(PYTHON)" -m tools.architecture
 
 clean:

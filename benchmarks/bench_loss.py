@@ -1,6 +1,7 @@
 """Time NTP, Mixup and NTP + Mixup, with gradients and without, on the hidden states of a head.
 
-Timed is `step`, forward and backward of one loss, and its forward alone; `race` has the turns.
+Timed is `step`, forward and backward of one loss, and its forward alone;
+`measure.interleaved_samples` has the turns.
 Ours is timed beside dense PyTorch, `torch.compile` of it, the losses of other packages
 (`peers.py`), and the bare matrix products, which nobody can beat. Each is checked against float64
 first (`errors.py`). Figures: "loss" in RESULTS.md, README's first table, `cpu-loss.svg`.

@@ -1,4 +1,4 @@
-"""Every training method, one entry each: the only place that spells them.
+"""Every training method, one entry each: the only place that describes them.
 
 How to add a method:
 
@@ -17,12 +17,13 @@ How to add a method:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 # Options of every method that mixes.
 OF_PAIRS = ("alpha", "lambda_scope", "pairing")
+PAPERS_PAIRS = {"alpha": 0.5, "pairing": "outer"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Method:
     mixed: bool = False  # whether the loss reads mixed rows; such a method needs a partition
     ntp: bool = True  # whether the loss reads the rows of response tokens themselves
     own_options: tuple[str, ...] = ()  # options that only this method reads
+    papers_options: Mapping[str, Any] = field(default_factory=dict)  # with which the paper ran it
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -69,6 +71,7 @@ METHODS = {
         loss=lambda head: head.joint(head.options.mu),
         mixed=True,
         own_options=("mu",),
+        papers_options={"mu": 0.2, **PAPERS_PAIRS},
     ),
     "ntp": Method(
         title="NTP",
@@ -84,6 +87,7 @@ METHODS = {
         source="paper: both as equal losses; that their weights are 1 and 1 is ours",
         loss=lambda head: head.joint(1.0),
         mixed=True,
+        papers_options=PAPERS_PAIRS,
     ),
     "mixup": Method(
         title="Mixup alone",
@@ -93,6 +97,7 @@ METHODS = {
         loss=lambda head: head.mixup(),
         mixed=True,
         ntp=False,
+        papers_options=PAPERS_PAIRS,
     ),
     "ir_dro": Method(
         title="IR-DRO",

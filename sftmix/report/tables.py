@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sftmix.methods import title_of
+from sftmix.methods import METHODS, title_of
 from sftmix.report.comparison import LEVEL, Comparison, compare
 from sftmix.report.page import Table
 from sftmix.report.paper import ROWS, PaperRow
@@ -50,14 +50,6 @@ FOUND = (
     *("data_hash", "num_examples", "template_hash", "template_date", "partition", "world_size"),
     *("model_hash", "commit", "tokenizer_hash", "eval_data_hash", "sources"),
 )
-
-# The options that the paper mixed a method's rows with.
-_PAIRS = {"alpha": 0.5, "pairing": "outer"}
-PAPERS_OPTIONS: dict[str, dict[str, Any]] = {
-    "sftmix": {"mu": 0.2, **_PAIRS},
-    "equal": _PAIRS,
-    "mixup": _PAIRS,
-}
 
 Values = Mapping[str, Mapping[int, float]]  # by measure, then by seed
 
@@ -329,7 +321,8 @@ def paper_table(groups: Sequence[Group], values: Sequence[Values]) -> Table | No
 def paper_rows(group: Group) -> list[PaperRow]:
     """Return the paper's rows for a row's model, method and data, if it mixes and selects alike."""
     recipe = group.recipe
-    known = PAPERS_OPTIONS.get(group.method, {})
+    method = METHODS.get(group.method)
+    known = method.papers_options if method else {}
     changed = any(recipe.get(name, value) != value for name, value in known.items())
     if recipe.get("select") or changed:
         return []

@@ -59,7 +59,10 @@ class SFTMixOptions(ConfigBase):
 
     method: str = option(
         "sftmix",
-        "; ".join(f"{name}: {method.says}" for name, method in METHODS.items()),
+        "; ".join(
+            f"{name}: {method.says} ({method.source.partition(':')[0]})"
+            for name, method in METHODS.items()
+        ),
         "paper",
         choices=METHODS.keys(),
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import reading
+from benchmarks.reading import __main__ as reading
 
 
 @pytest.mark.parametrize("reader", reading.READERS)

@@ -1,11 +1,12 @@
 """Time the reading of data and weigh its peak memory, beside `datasets.load_dataset`.
 
-    python -m benchmarks.reading --mib 200
+    python -m benchmarks.reading run --out benchmarks/reading/results
+    python -m benchmarks.reading report benchmarks/reading/results --document docs/data.md
 
 Timed are `read_file`, which gives rows one by one; `load_examples`, which checks and hashes them;
 and `load_dataset` into an empty cache, which gives Arrow on disk. Each has a process of its own and
 one core, and reads the same chats, made from a seed, as JSON lines, as an array, compressed, and as
-parquet. The figures go into `results/reading.json`, beside the machine's facts.
+parquet. The figures go into `reading.json`, beside the machine's facts.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import json
 import os
 import random
 import re
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,17 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.measure import facts
+from benchmarks.tables import cpu_text, show, table
 from sftmix.data.examples import load_examples
 from sftmix.data.files import read_file
 
-from .measure import facts
-
-RESULT = Path(__file__).parent / "results" / "reading.json"
+FILE = "reading.json"
+PROG = "python -m benchmarks.reading"
+BEGIN = (
+    f"<!-- reading: begin ({PROG} report benchmarks/reading/results --document docs/data.md) -->"
+)
+END = "<!-- reading: end -->"
 FORMS = ("jsonl", "json", "jsonl.gz", "parquet")
 
 
@@ -90,7 +97,7 @@ READERS: dict[str, Callable[[str], int]] = {
 
 def measure(reader: str, path: Path) -> dict[str, float]:
     """Return what a process of its own takes: see `work`."""
-    words = [sys.executable, "-m", "benchmarks.reading", "--worker", reader, str(path)]
+    words = [sys.executable, "-m", "benchmarks.reading", "work", reader, str(path)]
     one_core = {"OMP_NUM_THREADS": "1", "ARROW_NUM_THREADS": "1"}
     done = subprocess.run(
         words, check=True, capture_output=True, text=True, env={**os.environ, **one_core}
@@ -115,21 +122,45 @@ def peak_bytes() -> int:
     return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) << 10
 
 
-def main() -> None:
-    """Measure every reader on every form, in turns, and save and print the medians."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.reading", description=__doc__)
-    parser.add_argument("--mib", type=int, default=200, help="size of the file of JSON lines")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each reader reads")
-    parser.add_argument("--output", type=Path, default=RESULT, help="file of the figures")
-    parser.add_argument("--worker", nargs=2, metavar=("READER", "FILE"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        work(*arguments.worker)
-        return
+def main(words: Sequence[str]) -> None:
+    """Measure, or write what was measured as a table."""
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, dest="command", metavar="{run,report}")
+    run = commands.add_parser("run", allow_abbrev=False)
+    run.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the result file")
+    run.add_argument("--mib", type=int, default=200, help="size of the JSON lines; %(default)s")
+    run.add_argument("--rounds", type=int, default=3, help="that each reads; %(default)s")
+    report = commands.add_parser("report", allow_abbrev=False)
+    report.add_argument("folder", type=Path, metavar="DIR", help="with the result file")
+    report.add_argument("--document", type=Path, metavar="FILE", help="whose block to renew")
+    worker = commands.add_parser("work")
+    worker.add_argument("reader", choices=READERS)
+    worker.add_argument("path")
+    options = parser.parse_args(words)
+    if options.command == "work":
+        work(options.reader, options.path)
+    elif options.command == "run":
+        result = compare(options.mib, options.rounds)
+        result["facts"]["command"] = shlex.join([*PROG.split(), *words])
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(markdown(result))
+    else:
+        result = json.loads((options.folder / FILE).read_text("utf-8"))
+        show(markdown(result), options.document, BEGIN, END)
+
+
+def compare(mib: int, rounds: int) -> dict[str, Any]:
+    """Return the medians of every reader on every form, which take turns."""
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        sizes = write(Path(folder), arguments.mib)
-        found: dict[tuple[str, str], list[dict[str, float]]] = {}
-        for _ in range(arguments.rounds):
+        sizes = write(Path(folder), mib)
+        for _ in range(rounds):
             for form in FORMS:
                 for reader in READERS:
                     taken = measure(reader, Path(folder, f"data.{form}"))
@@ -138,12 +169,30 @@ def main() -> None:
     for (form, reader), runs in found.items():
         middle = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
         records.append({"form": form, "reader": reader, **middle})
-        share = middle["peak"] / sizes["arrow"]
-        times = f"{middle['seconds']:7.2f} s, {middle['cpu']:7.2f} s on the core"
-        print(f"{form:9} {reader:14} {times}, peak {share:5.2f} x Arrow")
-    report = {"facts": facts(), "mib": arguments.mib, "sizes": sizes, "records": records}
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    return {"facts": facts(), "mib": mib, "rounds": rounds, "sizes": sizes, "records": records}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return the table, and what was read where."""
+    found, sizes = result["facts"], result["sizes"]
+    lines = [
+        [
+            f"`.{one['form']}`",
+            f"`{one['reader']}`",
+            f"{one['seconds']:.2f}",
+            f"{one['cpu'] / sizes['jsonl'] * 1e9:.1f}",
+            f"{one['peak'] / sizes['arrow']:.2f}",
+        ]
+        for one in result["records"]
+    ]
+    head = ["file", "reader", "seconds", "core seconds a GB of JSON lines", "peak / Arrow table"]
+    origin = (
+        f"{result['mib']} MiB of chats of 1.7 kB as JSON lines, {sizes['arrow'] >> 20} MiB as an "
+        f"Arrow table; one core of {cpu_text(found)}; medians of {result['rounds']}; "
+        f"{found['date'][:10]}; commit {found['commit']}.\n"
+    )
+    return f"{origin}\n{table(head, lines, left=2)}"
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

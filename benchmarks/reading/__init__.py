@@ -1,0 +1,1 @@
+"""Time the reading of data beside `datasets.load_dataset`: python -m benchmarks.reading."""
