@@ -70,9 +70,9 @@ def preview(arguments: PreviewArguments, config: SFTMixConfig) -> None:
     if arguments.html is not None:
         with Naming("html"):
             Path(arguments.html).parent.mkdir(parents=True, exist_ok=True)
-    scored = [Path(arguments.partition).parent] if arguments.partition is not None else []
+    scored = None if arguments.partition is None else Path(arguments.partition).parent
     tokenizer = load_tokenizer(arguments)
-    set_template_date(tokenizer, kept_date(*scored))
+    set_template_date(tokenizer, kept_date(None, scored))
     refuse_misfits(arguments, tokenizer)
     examples, tokens = read_data(arguments, tokenizer, disable_progress=config.disable_tqdm)
     partition, _, _ = read_subsets(arguments, tokens, tokenizer)

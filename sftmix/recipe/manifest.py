@@ -150,7 +150,7 @@ def recipe(
     }
 
 
-def kept_date(run: Path, scored: Path | None = None) -> str | None:
+def kept_date(run: Path | None, scored: Path | None = None) -> str | None:
     """Return the date that the chat template told in the run, or else in the scored one.
 
     A run that goes on another day reads the tokens that it began with; a run that trains on a
@@ -160,7 +160,7 @@ def kept_date(run: Path, scored: Path | None = None) -> str | None:
         ValueError: a manifest is damaged.
         OSError: it cannot be read.
     """
-    if (run / MANIFEST).exists():
+    if run is not None and (run / MANIFEST).exists():
         date = read_manifest(run / MANIFEST, "resume").get("template_date")
         if date is not None:
             return str(date)
