@@ -148,7 +148,7 @@ def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "tqdm", at_once)
 
 
-BARS = ("Reading", "Checking", "Tokenising", "Loading weights", "8/8", "evaluate")
+BARS = ("Reading", "Tokenising", "Loading weights", "8/8", "evaluate")
 
 
 def commands(model: Path, data: Path, held_out: Path, folder: Path) -> tuple[list[str], list[str]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sftmix.model.tiled_mlp import mlps
-from sftmix.training import heads
+from sftmix.training import loss as loss_module
 from sftmix.training.config import CHECKPOINTING
 from sftmix.training.trainer import SFTMixTrainer
 from sftmix_kernels import RowChunks, VocabTiles
@@ -62,13 +62,13 @@ def test_plain_turns_on_nothing(tmp_path: Path) -> None:
 
 def test_the_loss_gets_its_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plans: list[Any] = []
-    own = heads.fused_sftmix_loss
+    own = loss_module.fused_sftmix_loss
 
     def seen(*args: Any, schedule: Any, **kwargs: Any) -> Any:
         plans.append(schedule)
         return own(*args, schedule=schedule, **kwargs)
 
-    monkeypatch.setattr(heads, "fused_sftmix_loss", seen)
+    monkeypatch.setattr(loss_module, "fused_sftmix_loss", seen)
     made = tiny.trainer(tiny.build("Llama"), tmp_path, tiny.examples(8), loss_max_bytes=5000)
     made.compute_loss(made.model, next(iter(made.get_train_dataloader())))
     assert plans == [RowChunks(max_bytes=5000)]
