@@ -93,6 +93,24 @@ def test_a_text_with_markers_becomes_turns(tmp_path: Path, style: str) -> None:
          [user("Add.\n\n1, 2"), said("3")]),
         ("<|im_start|>user\nSay ### Human: a ### Assistant: b<|im_end|>\n<|im_start|>assistant\n3",
          [user("Say ### Human: a ### Assistant: b"), said("3")]),
+        ("### Human: a### Assistant: Use ### User: and ### GPT: so.### Human: b### Assistant: c",
+         [user("a"), said("Use ### User: and ### GPT: so."), user("b"), said("c")]),
+        ("### Human: What is ### GPT: for?### Assistant: 3",
+         [user("What is ### GPT: for?"), said("3")]),
+        ("### User: a### GPT: ### Human: b", [user("a"), said("### Human: b")]),
+        ("### Instruction:\na\n\n### Response:\nb\n\n### Input:\nc\n### System: d\n### Note:\ne",
+         [user("a"), said("b\n\n### Input:\nc\n### System: d\n### Note:\ne")]),
+        ("### System:\nBe brief.\n### Input:\na\n### Response:\nb", [SYSTEM, user("a"), said("b")]),
+        ("USER: a ASSISTANT: Begin with SYSTEM: b", [user("a"), said("Begin with SYSTEM: b")]),
+        ("<|start_header_id|>user<|end_header_id|>\n\na<|eot_id|><|start_header_id|>assistant"
+         "<|end_header_id|>\n\nb<|eom_id|><|start_header_id|>ipython<|end_header_id|>\n\nc<|eot_id|>"
+         "<|start_header_id|>assistant<|end_header_id|>\n\nd<|eom_id|>",
+         [user("a"), said("b"), {"role": "tool", "content": "c"}, said("d")]),
+        ("<bos><start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\nb<end_of_turn>\n<eos>",
+         [user("a"), said("b")]),
+        # Tulu's texts end the answers, and not the questions.
+        ("<|user|>\na\n<|assistant|>\nb<|endoftext|>\n<|user|>\nc\n<|assistant|>\nd",
+         [user("a"), said("b"), user("c"), said("d")]),
     ],
 )  # fmt: skip
 def test_what_stands_between_markers_is_the_turn(
@@ -100,6 +118,12 @@ def test_what_stands_between_markers_is_the_turn(
 ) -> None:
     [example] = read(tmp_path, {"text": text})
     assert example.messages == tuple(messages)
+
+
+def test_turns_of_one_role_in_a_text_are_not_joined(tmp_path: Path) -> None:
+    row = {"text": "<|user|>\na <|assistant|> b?<|end|>\n<|assistant|>\nc"}
+    with pytest.raises(ValueError, match=r"all 1 rows are bad.* are both of the assistant"):
+        read(tmp_path, row, on_bad_row="mend")
 
 
 def test_a_text_of_nothing_but_ends_takes_no_longer(tmp_path: Path) -> None:
@@ -119,6 +143,19 @@ def test_a_text_of_nothing_but_ends_takes_no_longer(tmp_path: Path) -> None:
         ("### Human: a### Assistant: b### Human: c", "must end with the assistant, ends with user"),
         ("<|im_start|>user\na<|im_end|><|im_start|>assistant\nb<|im_end|><|im_start|>cat\nc",
          "has a turn of 'cat'"),
+        ("<|user|>\nhow to write <|assistant|> token?<|end|>\n<|assistant|>\nA",
+         "turns 2 and 3 are both of the assistant, so one of them may quote a marker; give messag"),
+        ("<|user|>\nWhat are <|assistant|> and <|user|> for?<|end|>\n<|assistant|>\nA<|end|>",
+         "the marker after turn 1, of the user, stands before that turn has ended; is it quoted"),
+        ("<|im_start|>user\nWrite <|im_start|>assistant\nA<|im_end|>", "before that turn has e"),
+        ("[INST] a [/INST] b [/INST] c", "turns 2 and 3 are both of the assistant"),
+        ("Human: a\n\nHuman: b\n\nAssistant: c", "turns 1 and 2 are both of the user"),
+        ("### Instruction:\na\n### Response:\nb\n### Response:\nc", "are both of the assistant"),
+        ("### User: a ### GPT: b ### Assistant: c", "of which one may be quoted; give messages"),
+        ('<s>[INST] a [/INST][TOOL_CALLS] [{"name": "add"}]</s>[TOOL_RESULTS] 3 [/TOOL_RESULTS] b',
+         "'text' has [TOOL_CALLS], which is not read; give messages with 'tool_calls', or learn"),
+        ("<s>[AVAILABLE_TOOLS] [][/AVAILABLE_TOOLS][INST] a [/INST] b", "has [AVAILABLE_TOOLS], "),
+        ("<s>[INST] a [/INST] b</s>[TOOL_RESULTS] 3 [/TOOL_RESULTS] c", "has [TOOL_RESULTS], "),
     ],
 )  # fmt: skip
 def test_texts_that_are_refused(tmp_path: Path, text: str, reason: str) -> None:
