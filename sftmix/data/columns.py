@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sftmix.data.messages import BadField, Notes, carries
+from sftmix.data.spelling import bare, spellings, unquoted
+from sftmix.data.token_rows import COLUMNS as TOKEN_COLUMNS
+from sftmix.data.token_rows import REFUSED as REFUSED_TOKENS
 
 CONVERSATIONS = ("conversations", "conversation")
 PROMPTS = ("instruction", "prompt", "question", "query", "problem", "inputs", "input")
@@ -28,6 +30,7 @@ REFUSED = {
         ("image", "images", "audio", "audios", "video", "videos", "pixel_values"),
         "only text is learnt from",
     ),
+    "system_instruction": "give it as text, and name it 'system'",
     "functions": "name them 'tools'",
     "function_call": "give it as 'tool_calls' of a message",
     "documents": "write them into the prompt",
@@ -65,7 +68,9 @@ WAY_OUT = "--columns prompt=NAME,response=NAME"
 _KNOWN = {
     *("messages", *CONVERSATIONS, *PROMPTS, *RESPONSES, *SYSTEMS, "context", "history", "tools"),
     *("data", "text", "replies", "message_tree_id", *REFUSED, "rejected"),
+    *(*TOKEN_COLUMNS, *REFUSED_TOKENS),
 }
+_SPELLINGS = spellings(frozenset((*_KNOWN, *WEIGHTS, "label", "chosen", "message_id", "parent_id")))
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -113,8 +118,11 @@ def parse_columns(text: str) -> dict[str, str]:
 
 
 def spelt(name: str) -> str:
-    """Return a column's name in small letters, with "_" for blanks and dashes."""
-    return re.sub(r"[\s-]+", "_", name.strip().lower())
+    """Return the known name that a column's name spells; its own in small letters if there is none.
+
+    Capitals, blanks, dashes and underscores make no other name.
+    """
+    return _SPELLINGS.get(bare(name)) or name.strip().lower()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -240,21 +248,29 @@ def refuse_or_count(
     Raises:
         BadField: one of them would change what is said or learnt.
     """
-    row = cells.row
-    for name, value in row.items():
+    for name, value in cells.row.items():
         if name in used or name in cells.used or not carries(value):
             continue
-        known = name if name in _KNOWN else spelt(name)
+        known, told = spelt(name), unquoted(value)
         instead = REFUSED.get(known, refused.get(known))
-        if instead is not None and value is not False:
+        if instead is not None and told is not False:
             raise BadField(f"'{name}' is not read; {instead}")
-        if name in WEIGHTS and isinstance(value, bool | int | float):
-            if value != 1:
+        if known in WEIGHTS and isinstance(told, bool | int | float):
+            if told != 1:
                 raise BadField(
-                    f"'{name}' is {value!r}: rows have no weights here; leave out what is not "
+                    f"'{name}' is {value!r:.60}: rows have no weights here; leave out what is not "
                     "learnt, and the column"
                 )
-        elif name == "label" and (value is False or (value == 0 and "completion" in row)):
-            raise BadField("'label' is false: an answer that is not wanted; leave such rows out")
+            if known != name:
+                notes.forgiven[f"column {name!r:.60} as {known!r}"] += 1
+            if told is not value:
+                notes.forgiven[f"text {value!r:.60} of {name!r:.60} as 1"] += 1
+        elif known == "label" and _is_unwanted(told, cells):
+            raise BadField(f"'{name}' is false: an answer that is not wanted; leave such rows out")
         else:
             notes.unused[str(name)] += 1
+
+
+def _is_unwanted(label: object, cells: Cells) -> bool:
+    """Tell whether KTO's label marks the answer so; beside other answers 0 may be a class."""
+    return label is False or (label == 0 and "completion" in map(spelt, cells.row))

@@ -47,8 +47,10 @@ from sftmix.data.readers import (
     read_turn,
 )
 from sftmix.data.shapes import learnt
+from sftmix.data.spelling import unquoted
 from sftmix.data.token_rows import COLUMNS as TOKEN_COLUMNS
 from sftmix.data.token_rows import LOSS_MASKS, read_tokens
+from sftmix.data.token_rows import REFUSED as REFUSED_TOKENS
 
 
 @dataclass(frozen=True)
@@ -377,8 +379,11 @@ def _read(row: dict[str, Any], form: Form, notes: Notes, asked: Collection[str])
     cells = Cells(row, form.given, notes, form.exact)
     one, given = form.format, form.given
     if one.read is None:
-        input_ids, labels = read_tokens(row)
-        refuse_or_count(cells, {*TOKEN_COLUMNS, *asked}, {}, notes)
+        there = known_names(cells.columns)
+        known = [side for side in (*TOKEN_COLUMNS, *REFUSED_TOKENS) if side in there]
+        found = [(side, cells.maybe(side, (side,))) for side in known]
+        input_ids, labels = read_tokens({side: cell[1] for side, cell in found if cell})
+        refuse_or_count(cells, asked, {}, notes)
         return Content(input_ids=input_ids, labels=labels)
     if form.whole:
         name, text = cells.one("text", ("text",))
@@ -403,7 +408,8 @@ def _with_system(cells: Cells, messages: Messages, masks: Masks) -> tuple[Messag
     for name in cells.named("system", SYSTEMS):
         value = cells.row[name]
         # OpenHermes says with a bool whether there is one.
-        if carries(value) and not (spelt(name) == "custom_instruction" and value in (True, False)):
+        is_flag = spelt(name) == "custom_instruction" and unquoted(value) in (True, False)
+        if carries(value) and not is_flag:
             texts[name] = text_of(value, name, empty=True)
             cells.read(name)
     found = {text for text in texts.values() if text.strip()}

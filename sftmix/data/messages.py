@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from sftmix.data.spelling import bare, spellings, unquoted
 
 Messages = tuple[dict[str, Any], ...]
 Masks = list[bool | None]  # of each message: learnt, not learnt, or not said
@@ -32,8 +34,8 @@ TURN_KEYS = {
     **dict.fromkeys(("input", "prompt", "question"), "user"),
     **dict.fromkeys(("output", "response", "answer"), "assistant"),
 }
-# Fields of a message's role and content, the first that is there.
-ROLE_FIELDS, CONTENT_FIELDS = ("role", "from"), ("content", "value")
+# Fields of a message's role and content, the first that says something; Gemini has `parts`.
+ROLE_FIELDS, CONTENT_FIELDS = ("role", "from"), ("content", "value", "parts")
 TEXTS = ("reasoning_content", "thinking", "tool_call_id", "name")
 TEXT_PARTS = ("text", "input_text", "output_text")
 # OpenAI, Mistral, axolotl, ms-swift and slime have these names for the same mask.
@@ -41,8 +43,13 @@ MASKS = (
     *("weight", "loss_weight", "loss", "loss_mask", "step_loss_mask"),
     *("train", "training", "trainable"),
 )
+_AS_CALLS = "give it as 'tool_calls' of the message"
+_AS_RESULT = "give it as the content of a message of the role 'tool'"
 # Fields that change what is said or learnt, and what to do instead.
 REFUSED = {
+    **dict.fromkeys(("tools", "functions"), "give them in the row's column 'tools'"),
+    **dict.fromkeys(("function_calls", "tool_call", "tool_use"), _AS_CALLS),
+    **dict.fromkeys(("tool_result", "tool_results"), _AS_RESULT),
     "refusal": "give its text as 'content'",
     "prefix": "end the row with a whole assistant message",
     "partial": "end the row with a whole assistant message",
@@ -55,6 +62,27 @@ REFUSED = {
         "only text is learnt from",
     ),
 }
+# Parts of a content by their type, or by the field that holds them, and what to do instead.
+PARTS = {
+    **dict.fromkeys(("tool_use", "tool_call", "function_call"), _AS_CALLS),
+    **dict.fromkeys(("tool_result", "tool_response", "function_response"), _AS_RESULT),
+    **dict.fromkeys(
+        ("thinking", "reasoning", "reasoning_content", "thought", "redacted_thinking"),
+        "give it as 'reasoning_content' of the message",
+    ),
+    **dict.fromkeys(
+        (
+            *("image", "image_url", "input_image", "audio", "input_audio", "video", "document"),
+            *("file", "inline_data", "file_data"),
+        ),
+        "only text is learnt from",
+    ),
+}
+_CALLS = ("tool_calls", "function_call")
+_FIELDS = frozenset((*ROLE_FIELDS, *CONTENT_FIELDS, *_CALLS, "reasoning", *TEXTS, *MASKS, *REFUSED))
+_PART_FIELDS = frozenset(("type", "text", *MASKS, *REFUSED, *PARTS))
+_OTHER_ARGUMENTS = ("parameters", "args", "input")
+_CALL_FIELDS = frozenset(("type", "id", "function", "name", "arguments", *_OTHER_ARGUMENTS))
 
 
 class BadField(ValueError):
@@ -268,19 +296,45 @@ def _spelt(value: object) -> str:
     return "_".join(value.lower().replace("-", " ").split()) if isinstance(value, str) else ""
 
 
-def _field(value: dict[str, Any], side: str, fields: Mapping[str, str], notes: Notes) -> str:
+def _respelt(
+    value: dict[str, Any],
+    known: frozenset[str],
+    name: str,
+    notes: Notes,
+    given: Collection[str] = (),
+) -> dict[str, Any]:
+    """Return an object whose known fields have their own names; count the others as forgiven.
+
+    `given` are names that stay, whatever they spell.
+
+    Raises:
+        BadField: two fields of one name differ.
+    """
+    if known.issuperset(value):
+        return value
+    found = dict(value)
+    for key, part in value.items():
+        usual = spellings(known).get(bare(key), key)
+        if usual == key or key in given:
+            continue
+        del found[key]
+        if not carries(part):
+            found.setdefault(usual, part)
+            continue
+        if carries(found.get(usual)) and found[usual] != part:
+            raise BadField(f"'{name}' has {key!r:.60} beside {usual!r}; leave one of them out")
+        found[usual] = part
+        notes.forgiven[f"field {key!r:.60} as {usual!r}"] += 1
+    return found
+
+
+def _field(value: dict[str, Any], side: str, fields: Mapping[str, str]) -> str:
     """Return the name of the field that holds a message's role or content."""
     if side in fields:
         return fields[side]
     usual = ROLE_FIELDS if side == "role" else CONTENT_FIELDS
-    for name in usual:
-        if name in value:
-            return name
-    for key in value:
-        if key.strip().lower() in usual:
-            notes.forgiven[f"field {key!r:.60} as {key.strip().lower()!r}"] += 1
-            return key
-    return side
+    there = [name for name in usual if name in value]
+    return next((name for name in there if carries(value[name])), (*there, side)[0])
 
 
 def _message(
@@ -288,7 +342,8 @@ def _message(
 ) -> tuple[dict[str, Any], bool | None]:
     if not isinstance(value, dict):
         raise BadField(f"'{name}' must be an object with a role and a content, got {kind(value)}")
-    who, what = (_field(value, side, fields, notes) for side in ("role", "content"))
+    value = _respelt(value, _FIELDS, name, notes, fields.values())
+    who, what = (_field(value, side, fields) for side in ("role", "content"))
     role = role_of(value.get(who), f"{name}.{who}", notes)
     is_call = _spelt(value.get(who)) in CALLING and not carries(value.get("tool_calls"))
     content = None if is_call else _content(value.get(what), f"{name}.{what}", notes)
@@ -297,20 +352,20 @@ def _message(
         raise BadField(f"'{name}.tool_calls' are of the {role}; only the assistant calls tools")
     if content is None and notes.mend and not calls:
         content = ""
+    # A call needs no words beside it, and a tool may have nothing to say.
     if content is not None or not calls:
-        # A call needs no words beside it, and a tool may have nothing to say.
         empty = bool(calls) or role == "tool" or notes.mend
         content = text_of(content, f"{name}.{what}", empty=empty)
     message: dict[str, Any] = {"role": role, "content": content, **_texts(value, name, notes)}
     if calls:
         message["tool_calls"] = calls
-    mask = _mask(value, name)
+    mask = _mask(value, name, notes)
     if mask and role != "assistant":
         raise BadField(
             f"'{name}' is of the {role} and marked as learnt; only assistant messages are learnt, "
             "so leave its mask out"
         )
-    used = (who, what, "tool_calls", "function_call", "reasoning", *TEXTS, *MASKS)
+    used = (who, what, *_CALLS, "reasoning", *TEXTS, *MASKS)
     _count_unused(value, name, used, notes.unused)
     return message, mask
 
@@ -332,7 +387,7 @@ def _texts(value: dict[str, Any], name: str, notes: Notes) -> dict[str, str]:
 
 def _calls(value: dict[str, Any], key: str, name: str, notes: Notes) -> list[Any] | None:
     """Return a message's `tool_calls`, or those of the field `key`, as such or as JSON text."""
-    calls = _tool_calls(value.get("tool_calls"), f"{name}.tool_calls")
+    calls = _tool_calls(value.get("tool_calls"), f"{name}.tool_calls", notes)
     call: Any = value.get(key)
     if not carries(call):
         return calls
@@ -342,7 +397,7 @@ def _calls(value: dict[str, Any], key: str, name: str, notes: Notes) -> list[Any
         call = from_json(call, f"{name}.{key}")
     notes.forgiven[f"field {key!r} as 'tool_calls'"] += 1
     found = plain(call if isinstance(call, list) else [call], f"{name}.{key}")
-    return [_tool_call(one, f"{name}.{key}") for one in found]
+    return [_tool_call(one, f"{name}.{key}", notes) for one in found]
 
 
 def _count_unused(
@@ -352,7 +407,7 @@ def _count_unused(
     for key, part in value.items():
         if key in used or not carries(part):
             continue
-        if key in REFUSED and part is not False:
+        if key in REFUSED and unquoted(part) is not False:
             raise BadField(f"'{name}.{key}' is not read; {REFUSED[key]}")
         unused[f"{name.partition('[')[0]}[].{key}"] += 1
 
@@ -361,33 +416,45 @@ def _content(value: Any, name: str, notes: Notes) -> Any:
     """Return a string or null as it is, and a list of text parts as one string."""
     if not isinstance(value, list):
         return value
-    texts = []
-    for i, part in enumerate(value):
-        place = f"{name}[{i}]"
-        if not isinstance(part, dict) or part.get("type") not in TEXT_PARTS:
-            found = part.get("type") if isinstance(part, dict) else part
-            raise BadField(f"'{place}' must be a part of type 'text', got {found!r:.60}")
-        for key in MASKS:
-            if part.get(key) is not None:
-                raise BadField(f"'{place}.{key}' is not read; only a whole message has a mask")
-        _count_unused(part, place, ("type", "text"), notes.unused)
-        texts.append(text_of(part.get("text"), f"{place}.text", empty=True))
-    return "".join(texts)
+    return "".join(_part(part, f"{name}[{i}]", notes) for i, part in enumerate(value))
 
 
-def _tool_calls(value: object, name: str) -> list[Any] | None:
+def _part(part: Any, name: str, notes: Notes) -> str:
+    """Return the text of a part, `{"type": "text", "text": ...}` or `{"text": ...}`."""
+    if not isinstance(part, dict):
+        raise BadField(f"'{name}' must be a part of type 'text', got {part!r:.60}")
+    part = _respelt(part, _PART_FIELDS, name, notes)
+    # Gemini and Bedrock name a part by the field that holds it.
+    told = [key for key in part if key in PARTS and carries(part[key]) and part[key] is not False]
+    found = part.get("type") or (told or ["text" if "text" in part else None])[0]
+    if found not in TEXT_PARTS or told:
+        found = told[0] if found in TEXT_PARTS else found
+        way = PARTS.get(spellings(_PART_FIELDS).get(bare(str(found)), ""))
+        instead = f"; {way}" if way else ""
+        raise BadField(f"'{name}' must be a part of type 'text', got {found!r:.60}{instead}")
+    for key in MASKS:
+        if part.get(key) is not None:
+            raise BadField(f"'{name}.{key}' is not read; only a whole message has a mask")
+    _count_unused(part, name, ("type", "text"), notes.unused)
+    return text_of(part.get("text"), f"{name}.text", empty=True)
+
+
+def _tool_calls(value: object, name: str, notes: Notes) -> list[Any] | None:
     """Return the calls with their arguments as objects; chat templates and servers write JSON."""
     calls = listed(value, name)
     if calls is None:
         return None
-    return [_tool_call(call, f"{name}[{i}]") for i, call in enumerate(calls)]
+    return [_tool_call(call, f"{name}[{i}]", notes) for i, call in enumerate(calls)]
 
 
-def _tool_call(call: object, name: str) -> dict[str, Any]:
+def _tool_call(call: object, name: str, notes: Notes) -> dict[str, Any]:
     if not isinstance(call, dict):
         raise BadField(f"'{name}' must be an object, got {kind(call)}")
+    call = _respelt(call, _CALL_FIELDS, name, notes)
     nested = "function" in call
     function = call["function"] if nested else call
+    if nested and isinstance(function, dict):
+        function = _respelt(function, _CALL_FIELDS, f"{name}.function", notes)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadField(f"'{name}' must have a function with a name")
     arguments = function.get("arguments")
@@ -395,6 +462,9 @@ def _tool_call(call: object, name: str) -> dict[str, Any]:
         arguments = from_json(arguments, f"{name}.arguments")
     if not carries(arguments) or (isinstance(arguments, str) and not arguments.strip()):
         arguments = {}
+        for other in _OTHER_ARGUMENTS:
+            if carries(function.get(other)):
+                raise BadField(f"'{name}.{other}' is not read; name it 'arguments'")
     if not isinstance(arguments, dict):
         raise BadField(
             f"'{name}.arguments' must be an object, or JSON text of one, got {kind(arguments)}"
@@ -403,23 +473,25 @@ def _tool_call(call: object, name: str) -> dict[str, Any]:
     return {**call, "function": function} if nested else function
 
 
-def _mask(message: dict[str, Any], name: str) -> bool | None:
+def _mask(message: dict[str, Any], name: str, notes: Notes) -> bool | None:
     given = {
-        key: flag_of(message[key], f"{name}.{key}") for key in MASKS if message.get(key) is not None
+        key: _flag(message[key], f"{name}.{key}", notes)
+        for key in MASKS
+        if carries(message.get(key))
     }
     if len(set(given.values())) > 1:
         raise BadField(f"'{name}' is both learnt and not: {', '.join(map(repr, given))} differ")
     return next(iter(given.values()), None)
 
 
-def flag_of(value: object, name: str) -> bool:
-    """Return a mask's value as a bool.
-
-    Raises:
-        BadField: it is neither 0 nor 1.
-    """
-    if not isinstance(value, bool | int | float) or value not in (0, 1):
+def _flag(value: object, name: str, notes: Notes) -> bool:
+    """Return a mask's value as a bool; a text of one is counted as forgiven."""
+    told = unquoted(value)
+    if not isinstance(told, bool | int | float) or told not in (0, 1):
         raise BadField(
             f"'{name}' must be 0 or 1 (false or true), got {value!r:.60}; no weight lies between"
         )
-    return bool(value)
+    if told is not value:
+        field = f"{name.partition('[')[0]}[].{name.rpartition('.')[2]}"
+        notes.forgiven[f"text {value!r:.60} of {field!r} as {int(told)}"] += 1
+    return bool(told)

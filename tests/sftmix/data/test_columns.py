@@ -86,6 +86,36 @@ def test_a_conversation_with_tools(tmp_path: Path, nothing: dict[str, Any], argu
     assert read(tmp_path, {**row, "tools": None}).content_hash != example.content_hash
 
 
+def test_fields_of_another_spelling_are_read_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    function = {"Name": "add", "Arguments": '{"a": 1, "b": 2}'}
+    call = {"type": "function", "id": "c1", "Function": function}
+    asks = {"Role": "assistant", "Content": None, "toolCalls": [call], "Reasoning_Content": "1 + 2"}
+    answer = {"role": "tool", "content": "3", "Tool Call ID": "c1"}
+    example = read(tmp_path, {"messages": [USER, asks, answer, {**REPLY, "Weight": "1"}]})
+    assert example.messages == (
+        USER,
+        {"role": "assistant", "content": None, "reasoning_content": "1 + 2", "tool_calls": [CALL]},
+        {"role": "tool", "content": "3", "tool_call_id": "c1"},
+        REPLY,
+    )
+    for what in (
+        "field 'toolCalls' as 'tool_calls' (1)",
+        "field 'Arguments' as 'arguments' (1)",
+        "field 'Tool Call ID' as 'tool_call_id' (1)",
+        "text '1' of 'messages[].weight' as 1 (1)",
+    ):
+        assert what in caplog.text
+    assert "not used" not in caplog.text
+
+
+def test_parts_under_the_name_that_gemini_has(tmp_path: Path) -> None:
+    asked = {"role": "user", "parts": [{"text": "Add 1"}, {"text": " and 2."}]}
+    example = read(tmp_path, {"messages": [asked, {"role": "model", "parts": [{"text": "3"}]}]})
+    assert example.content_hash == plain_hash(*PAIR)
+
+
 @pytest.mark.parametrize("arguments", ["", None, "{}", {}])
 def test_a_call_without_arguments(tmp_path: Path, arguments: Any) -> None:
     call = {"name": "now", "arguments": arguments}
@@ -133,6 +163,10 @@ def test_masks_say_what_is_learnt(tmp_path: Path, key: str, no: Any, yes: Any) -
     assert example.messages == (USER, REPLY, USER, REPLY)
     assert example.content_hash != plain_hash(USER, REPLY, USER, REPLY)
     assert response_length(example) == 1
+    spelt, text = key.title().replace("_", " "), str(no).lower()
+    for other in ({spelt: no}, {key: str(no)}, {key.upper(): f" {text}"}):
+        read_so = read(tmp_path, {"messages": [USER, {**REPLY, **other}, USER, REPLY]})
+        assert read_so.learnt == (False, False, False, True)
     same = {"messages": [{**USER, key: no}, {**REPLY, key: yes}]}
     assert read(tmp_path, same).content_hash == plain_hash(*PAIR)
 
@@ -148,6 +182,7 @@ def test_only_the_completion_of_a_prompt_with_answers_is_learnt(tmp_path: Path) 
     ("content", "joined"),
     [
         ([{"type": "text", "text": "3"}], "3"),
+        ([{"text": "3"}, {"text": " apples", "image": None, "thought": False}], "3 apples"),
         ([{"type": "text", "text": "3"}, {"type": "text", "text": " apples", "image": None}],
          "3 apples"),
     ],
@@ -167,7 +202,31 @@ REPLIES: list[tuple[dict[str, Any], str]] = [
     ({"content": {"text": "3"}}, "content' must be a string, got dict"),
     ({"weight": 0}, "no assistant message is learnt: the masks of all are 0"),
     ({"weight": 0.5}, "'messages[1].weight' must be 0 or 1 (false or true), got 0.5"),
-    ({"weight": "1"}, "must be 0 or 1 (false or true), got '1'"),
+    ({"weight": "0.5"}, "must be 0 or 1 (false or true), got '0.5'"),
+    ({"weight": "yes"}, "must be 0 or 1 (false or true), got 'yes'"),
+    ({"weight": "0"}, "no assistant message is learnt"),
+    ({"Weight": 0}, "no assistant message is learnt"),
+    ({" TRAIN": "False"}, "no assistant message is learnt"),
+    ({"Weight": 0, "weight": 1}, "'messages[1]' has 'Weight' beside 'weight'; leave one of them o"),
+    ({"lossWeight": 0, "train": True}, "both learnt and not: 'loss_weight', 'train' differ"),
+    ({"Images": ["x.png"]}, "'messages[1].images' is not read; only text is learnt from"),
+    ({"Tool_Calls": ["add"]}, "tool_calls[0]' must be an object, got str"),
+    ({"tools": [TOOL]}, "tools' is not read; give them in the row's column 'tools'"),
+    ({"functions": "[{}]"}, "functions' is not read; give them in the row's column 'tools'"),
+    ({"function_calls": "add(1)"}, "function_calls' is not read; give it as 'tool_calls' of the"),
+    ({"Tool Call": CALL}, "tool_call' is not read; give it as 'tool_calls'"),
+    ({"tool_results": ["3"]}, "tool_results' is not read; give it as the content of a message"),
+    ({"tool_calls": [{"name": "add", "parameters": {"a": 1}}]}, "name it 'arguments'"),
+    ({"content": [{"text": "3"}, {"toolUse": {"name": "add"}}]},
+     "content[1]' must be a part of type 'text', got 'tool_use'; give it as 'tool_calls' of the"),
+    ({"content": [{"type": "tool_use", "name": "add"}]}, "got 'tool_use'; give it as 'tool_calls'"),
+    ({"content": [{"type": "tool-result", "content": "3"}]}, "of a message of the role 'tool'"),
+    ({"content": [{"text": "1 + 2", "thought": True}]}, "got 'thought'; give it as 'reasoning_con"),
+    ({"content": [{"type": "text", "text": "3", "Weight": 0}]}, "only a whole message has a mask"),
+    ({"content": None, "parts": [{"functionCall": {"name": "add"}}]},
+     "parts[0]' must be a part of type 'text', got 'function_call'; give it as 'tool_calls'"),
+    ({"content": None, "parts": [{"inlineData": {"data": "x"}}]}, "; only text is learnt from"),
+    ({"content": None, "parts": ["3"]}, "must be a part of type 'text', got '3'"),
     ({"weight": 0, "train": True}, "both learnt and not: 'weight', 'train' differ"),
     ({"mask": True}, "'messages[1].mask' is not read; say with 'train'"),
     ({"train_detail": [{"begin_offset": 0}]}, "train_detail' is not read"),
@@ -261,6 +320,14 @@ def test_a_system_column_moves_the_masks_along(tmp_path: Path) -> None:
         ({"prompt": "a", "completion": "b", "label": False}, "'label' is false: an answer that is"),
         ({"prompt": [USER], "completion": [REPLY], "label": 0}, "'label' is false"),
         ({"messages": PAIR, "label": False}, "'label' is false"),
+        ({"messages": PAIR, "label": "False"}, "'label' is false"),
+        ({**TEXT, " Label": " false "}, "' Label' is false: an answer that is not wanted"),
+        ({"Prompt": "a", "Completion": "b", "LABEL": "0"}, "'LABEL' is false"),
+        ({**TEXT, "weight": "0"}, "'weight' is '0': rows have no weights here"),
+        ({**TEXT, "Weight": 0}, "'Weight' is 0: rows have no weights"),
+        ({**TEXT, "sampleWeight": "0.50"}, "'sampleWeight' is '0.50': rows have no weights"),
+        ({**TEXT, "Train": "FALSE"}, "'Train' is 'FALSE': rows have no weights"),
+        ({"messages": PAIR, "systemInstruction": {"parts": []}}, "is not read; give it as text,"),
         ({**TEXT, "weight": 0}, "'weight' is 0: rows have no weights here"),
         ({**TEXT, "sample_weight": 0.5}, "'sample_weight' is 0.5: rows have no weights"),
         ({**TEXT, "train": False}, "'train' is False: rows have no weights"),
@@ -282,6 +349,8 @@ def test_columns_that_are_refused(tmp_path: Path, row: dict[str, Any], reason: s
     [
         ({**TEXT, "source": "web", "id": 7, "empty": "", "none": None}, ["'source'", "'id'"]),
         ({**TEXT, "label": "addition", "score": 0}, ["'label'", "'score'"]),
+        ({**TEXT, "label": "0", "Train": "split 1"}, ["'label'", "'Train'"]),
+        ({"messages": PAIR, "Label": "True", "images": "False"}, ["'Label'", "'images'"]),
         ({"prompt": "a", "completion": "b", "label": True}, ["'label'"]),
         ({"messages": PAIR, "prompt": "Add 1 and 2.", "rejected": "4"}, ["'prompt'", "'rejected'"]),
         ({"messages": [USER, {**REPLY, "end_turn": True}]}, ["'messages[].end_turn'"]),
@@ -297,6 +366,22 @@ def test_columns_that_are_named_once(
     assert record.levelno == logging.WARNING
     listed = ", ".join(f"{name} (3 rows)" for name in names)
     assert record.getMessage() == f"{file}: not used: {listed}"
+
+
+@pytest.mark.parametrize("column", ["Loss_Mask", "lossMask", "completion mask"])
+def test_masks_of_tokens_are_found_in_every_spelling(tmp_path: Path, column: str) -> None:
+    row = {"Input_IDs": [5, 6, 7], "Labels": [5, 6, 7], column: [0, 1, 1]}
+    assert read(tmp_path, row).labels == [-100, 6, 7]
+
+
+def test_cells_of_csv_mean_what_they_say(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "data.csv"
+    file.write_text("prompt,completion,label,Weight\na,b,True,1\nc,d,False,1\ne,f,True,0\n")
+    [example] = load_examples([file], on_bad_row="skip")
+    assert example.messages == ({"role": "user", "content": "a"}, {**REPLY, "content": "b"})
+    assert f"{file}:3: 'label' is false" in caplog.text
+    assert f"{file}:4: 'Weight' is '0'" in caplog.text
+    assert "forgiven: column 'Weight' as 'weight' (1), text '1' of 'Weight' as 1 (1)" in caplog.text
 
 
 def test_a_column_that_a_selection_asks_for_is_used(
@@ -364,6 +449,9 @@ def test_masks_of_rows_of_tokens(
         ({"shift_labels": [6, 7, -100]}, "labels are not shifted here"),
         ({"loss_weights": [0.0, 0.5, 1.0]}, "tokens have no weights here"),
         ({"weight": 0}, "'weight' is 0: rows have no weights"),
+        ({"Position_IDs": [0, 1, 0]}, "several examples are packed in the row"),
+        ({"Labels": [5, 6, 8]}, "'labels' and 'Labels' are one name, and differ"),
+        ({"Seq_Lengths": [2, 1]}, "'seq_lengths' is not read; give every packed"),
         ({"pixel_values": [[0.5]]}, "only text is learnt from"),
     ],
 )
