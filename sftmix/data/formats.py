@@ -149,7 +149,8 @@ FORMATS = (
         "prompt",
         **_turn("prompt"),
         example={"prompt": "Add 1 and 2.", "completion": "3"},
-        says="one turn; or two lists of messages, of which only the completion is learnt",
+        says="one turn; or a list of messages, and the answer as a text or a list of messages, of "
+        "which only the answer is learnt (Nemotron, whose columns are input and output)",
         earlier=("prompt", "completion"),
     ),
     Format(

@@ -20,12 +20,16 @@ from sftmix.data.messages import (
     text_of,
 )
 from sftmix.data.shapes import shaped
+from sftmix.data.spelling import unquoted
 
 Found = tuple[Messages, Masks]
 
 
 def read_conversation(cells: Cells, notes: Notes, *, names: tuple[str, ...]) -> Found:
     """Return the conversation of one of the columns `names`.
+
+    Where it ends with a question that another column answers as text, it is the prompt, and only
+    that answer is learnt, unless masks say otherwise.
 
     Raises:
         BadField: it is none, or a history stands beside it.
@@ -35,6 +39,12 @@ def read_conversation(cells: Cells, notes: Notes, *, names: tuple[str, ...]) -> 
     texts = names != ("messages",)
     messages, masks = conversation(value, name, notes, fields, texts=texts)
     _refuse_history(cells, f"'{name}' is not read; write it into the messages")
+    if messages and messages[-1]["role"] in ("user", "tool"):
+        found = cells.telling("response", RESPONSES)
+        if found and isinstance(cells.row[found[0]], str):
+            by, answer = cells.one("response", RESPONSES)
+            messages = (*messages, {"role": "assistant", "content": text_of(answer, by)})
+            masks = [*map(bool, masks), None]
     return shaped(messages, masks, name, notes)
 
 
@@ -68,13 +78,12 @@ def read_turn(
     if not ("prompt" in cells.given or cells.exact):
         others = tuple(one for one in PROMPTS if one not in (*prompt, "instruction", "input"))
         cells.refuse_others("prompt", [asked_by, *cells.telling("prompt", others)])
-    if isinstance(answer, list) and (isinstance(asked, list) or "response" in cells.given):
+    if isinstance(asked, list) and isinstance(answer, list | str):
         return _read_lists(cells, notes, asked_by, by)
-    if isinstance(asked, list) or isinstance(answer, list):
-        raise BadField(
-            f"'{asked_by}' and '{by}' must both be strings or both be lists of messages, "
-            f"got {kind(asked)} and {kind(answer)}"
-        )
+    if isinstance(answer, list):
+        if "response" in cells.given:
+            return _read_lists(cells, notes, asked_by, by)
+        raise BadField(f"'{asked_by}' must be a list of messages, as '{by}' is, got {kind(asked)}")
     text = text_of(asked, asked_by)
     if earlier := _beside(cells, "context", before):
         text = f"{earlier}\n\n{text}"
@@ -110,10 +119,16 @@ def read_response(cells: Cells, notes: Notes) -> Found:
 def _read_lists(cells: Cells, notes: Notes, asked_by: str | None, by: str) -> Found:
     """Return messages of which only the response is learnt, unless their own masks say otherwise.
 
-    A response that --columns names may hold the whole conversation, its prompt among it.
+    The response is a list, or the text of the answer. One that --columns names may hold the whole
+    conversation, its prompt among it.
     """
     asked = cells.row[asked_by] if asked_by else []
-    replies, masks = conversation(cells.row[by], by, notes)
+    answer = cells.row[by]
+    if isinstance(answer, str):
+        answer = [{"role": "assistant", "content": text_of(answer, by)}]
+        if thoughts := _beside(cells, "reasoning", ()):
+            answer[0]["reasoning_content"] = thoughts
+    replies, masks = conversation(answer, by, notes)
     if not replies:
         raise BadField(f"'{by}' is empty")
     _refuse_history(cells, f"a '{asked_by or by}' of messages is not read; write it into it")
@@ -211,7 +226,7 @@ def _best(replies: object, name: str) -> tuple[str, dict[str, Any] | None]:
         rank = reply.get("rank")
         if rank is not None and type(rank) not in (int, float):
             raise BadField(f"'{name}[{i}].rank' must be a number, got {rank!r:.60}")
-        if not reply.get("deleted"):
+        if not unquoted(reply.get("deleted")):
             ranked.append((rank is None, rank or 0, i))
     if not ranked:
         return name, None

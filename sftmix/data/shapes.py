@@ -1,7 +1,8 @@
 """Check the shape of conversations, and mend it where that is asked for.
 
-A conversation begins with the user, after system messages, ends with the assistant, and has no
-empty turn. `--on_bad_row mend` makes it so by these rules, and counts each example it changes:
+A conversation ends with the assistant, does not begin with it, and has no empty turn. After a
+message of the system or a tool an answer may come first, a greeting say, which is learnt.
+`--on_bad_row mend` mends conversations by these rules, and counts each example it changes:
 
 - an empty system message is left out, and an empty turn ends the conversation before it;
 - answers before the first question are left out, and what follows the last answer;
@@ -32,14 +33,22 @@ def shaped(messages: Messages, masks: Masks, name: str, notes: Notes) -> tuple[M
     if messages[-1]["role"] != "assistant":
         raise BadField(
             f"'{name}' must end with the assistant, ends with {messages[-1]['role']}; "
-            "--on_bad_row mend cuts what follows the last answer"
+            f"{_way(messages, masks, notes, 'cuts what follows the last answer')}"
         )
     if messages[0]["role"] == "assistant":
         raise BadField(
-            f"'{name}' must not begin with the assistant; --on_bad_row mend leaves out what comes "
-            "before the first question"
+            f"'{name}' must not begin with the assistant; "
+            f"{_way(messages, masks, notes, 'leaves out what comes before the first question')}"
         )
     return messages, masks
+
+
+def _way(messages: Messages, masks: Masks, notes: Notes, does: str) -> str:
+    """Return how the conversation can be mended, or that it cannot."""
+    mended = () if notes.mend else _mended(messages, masks, Notes())[0]
+    if mended and mended[0]["role"] != "assistant":
+        return f"--on_bad_row mend {does}"
+    return "no answer follows a question"
 
 
 def learnt(messages: Messages, masks: Masks) -> tuple[bool, ...] | None:

@@ -214,4 +214,21 @@ PUBLISHED: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"messages": [user([{"type": "input_text", "text": "Add 1 and 2."}]), PAIR[1]]},  # type: ignore[arg-type]
         PAIR,
     ),
+    "parts, as Gemini and Bedrock have them": (
+        {
+            "messages": [
+                {"role": "user", "parts": [{"text": "Add 1 and 2."}]},
+                {"role": "model", "parts": [{"text": "3"}]},
+            ]
+        },
+        PAIR,
+    ),
+    "Nemotron": (
+        {
+            **{"input": PAIR[:1], "output": "3", "category": "math", "reasoning": "off"},
+            **{"generator": "m", "used_in_training": "yes", "system_prompt": "Be brief."},
+        },
+        [SYSTEM, *PAIR],
+    ),
+    "Dolphin-R1": ({"messages": [SYSTEM, PAIR[0]], "answer": "3", "model": "m"}, [SYSTEM, *PAIR]),
 }

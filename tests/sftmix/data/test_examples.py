@@ -49,6 +49,8 @@ GOOD_ROWS = [
         _chat(("user", "Add.\n\n1 and 2"), ("assistant", "3")),
     ),
     ({"question": "Add 1 and 2.", "answer": "3", "extra": [1, None]}, PAIR),
+    ({"prompt": PAIR[:1], "completion": "3"}, PAIR),
+    ({"messages": PAIR[:1], "answer": "3"}, PAIR),
 ]
 
 
@@ -144,8 +146,13 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({"instruction": "", "output": "o"}, "'instruction' is empty"),
     ({"instruction": "i", "input": 1, "output": "o"}, "'input' must be a string, got int"),
     ({"instruction": "i", "output": "a\ud800"}, "'output' holds a lone surrogate"),
-    ({"prompt": "p", "completion": PAIR[1:]}, "must both be strings or both be lists"),
+    (
+        {"prompt": "p", "completion": PAIR[1:]},
+        "'prompt' must be a list of messages, as 'completion' i",
+    ),
     ({"prompt": PAIR[:1], "completion": []}, "'completion' is empty"),
+    ({"prompt": PAIR[:1], "completion": " "}, "'completion' is empty"),
+    ({"messages": PAIR[:1], "answer": "3", "output": "4"}, "'output' and 'answer' differ; say wh"),
     ({"messages": None}, "'messages' must be a list of messages, got null"),
     ({"messages": []}, "'messages' has no assistant message"),
     ({"messages": PAIR[:1]}, "'messages' has no assistant message"),

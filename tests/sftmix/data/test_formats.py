@@ -354,6 +354,45 @@ def test_conversations_are_mended_where_that_is_asked_for(
         assert "messages" in refused(tmp_path, *rows[:1])
 
 
+@pytest.mark.parametrize("first", [SYSTEM, {"role": "tool", "content": "1"}])
+def test_an_answer_may_come_first_after_a_system_prompt_or_a_tool(
+    tmp_path: Path, first: dict[str, Any]
+) -> None:
+    rows = [{"messages": [first, said("Hello.")]}, {"messages": [first, said("Hello."), *PAIR]}]
+    one, two = read(tmp_path, *rows)
+    assert one.messages == (first, said("Hello."))
+    assert (one.learnt, two.learnt) == (None, None)
+    [mended] = read(tmp_path, rows[0], on_bad_row="mend")
+    assert mended.messages == one.messages
+
+
+@pytest.mark.parametrize("messages", [[said("3")], [said("3"), user("a")], [said("3"), said("4")]])
+@pytest.mark.parametrize("on_bad_row", ["error", "mend"])
+def test_mending_is_not_named_where_it_leaves_nothing(
+    tmp_path: Path, messages: list[dict[str, Any]], on_bad_row: Any
+) -> None:
+    with pytest.raises(ValueError, match=r"data\.jsonl") as caught:
+        read(tmp_path, {"messages": messages}, on_bad_row=on_bad_row)
+    assert "--on_bad_row mend" not in str(caught.value)
+    assert "no answer follows a question" in str(caught.value) or on_bad_row == "mend"
+
+
+def test_only_the_answer_to_a_list_of_messages_is_learnt(tmp_path: Path) -> None:
+    for row in (
+        {"prompt": TWO[:3], "completion": "7"},
+        {"conversations": SHARED[:3], "answer": "7"},
+    ):
+        [example] = read(tmp_path, row)
+        assert example.messages == tuple(TWO)
+        assert example.learnt == (False, False, False, True)
+    thought = {"messages": PAIR[:1], "answer": "3", "reasoning": "1 + 2"}
+    columns = "prompt=messages,response=answer,reasoning=reasoning"
+    [example] = read(tmp_path, thought, columns=columns)
+    assert example.messages == (PAIR[0], said("3", reasoning_content="1 + 2"))
+    # An answer beside a whole conversation is not its answer.
+    assert read(tmp_path, {"messages": PAIR, "answer": "4"})[0].messages == tuple(PAIR)
+
+
 def test_what_cannot_be_joined_stays_apart(tmp_path: Path) -> None:
     masked = [PAIR[0], said("3", weight=0), said("!", weight=1)]
     calls = [PAIR[0], CALLED, {"role": "tool", "content": "1"}, {"role": "tool", "content": "2"},
