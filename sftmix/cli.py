@@ -122,9 +122,7 @@ def _main(words: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    if os.environ.get("RANK", "0") != "0":
-        # All ranks read the same data and options; the first one warns for all of them.
-        logging.getLogger("sftmix").setLevel(logging.ERROR)
+    _warn_on_first_rank()
     # A command's module imports transformers, which takes seconds.
     module = importlib.import_module(f"sftmix.commands.{command}")
     try:
@@ -132,12 +130,18 @@ def _main(words: list[str]) -> int:
             for message in LIBRARIES_SAY:
                 warnings.filterwarnings("ignore", message)
             code: int | None = module.main(words[1:])
+        sys.stdout.flush()
     except RankError:
         # A launcher ends all ranks once one has ended; the one that says why has to be the first.
         time.sleep(RANK_ERROR_SECONDS)
         if traceback:
             raise
         return FAILED
+    except BrokenPipeError:
+        # What read the output has closed it, as `head` does. Python would say so once more when it
+        # writes out what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except USER_ERRORS as error:
         if traceback:
             raise
@@ -145,6 +149,12 @@ def _main(words: list[str]) -> int:
         print(f"sftmix {command}: error: {printable(text)}", file=sys.stderr)
         return exit_code(error)
     return code or 0
+
+
+def _warn_on_first_rank() -> None:
+    """Let the first rank warn for all, which read the same data and options."""
+    if os.environ.get("RANK", "0") != "0":
+        logging.getLogger("sftmix").setLevel(logging.ERROR)
 
 
 def options_of(module: ModuleType) -> set[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,15 @@ def test_data_prints_each_format_with_an_example(capsys: pytest.CaptureFixture[s
 def test_data_without_an_option_says_what_it_can_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data"]) == 2
     assert "sftmix data: error: --formats: expected --formats" in capsys.readouterr().err
+
+
+def test_a_reader_that_closes_the_pipe_hears_nothing() -> None:
+    words = [sys.executable, "-m", "sftmix", "data", "--formats"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.communicate()[1] == b""
+    assert process.returncode == 141
 
 
 @pytest.mark.parametrize(
