@@ -1,7 +1,7 @@
 """Find what form a file has, by its content and its ending, and read its rows.
 
-Compressed, parquet, Arrow and foreign files are known by how they begin, whatever their names; the
-ending tells JSON, JSON lines and CSV apart.
+Files are known by how they begin, whatever their names; where that leaves a doubt, the ending tells
+JSON, JSON lines and CSV apart.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import io
 import lzma
+import re
 import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -17,12 +18,13 @@ from pathlib import Path
 import pyarrow as pa
 
 from sftmix.data.json_rows import BOM, has_lines, read_lines, read_values
-from sftmix.data.rows import Row
+from sftmix.data.rows import BadRowError, Row
 from sftmix.data.table_rows import (
     ARROW_FILE,
     ARROW_STREAM,
     FEATHER_1,
     PARQUET,
+    is_table,
     read_arrow,
     read_csv,
     read_parquet,
@@ -64,6 +66,8 @@ _FOREIGN = (
     (b"Salted__", f"encrypted; {_DECRYPT}"),
     *((bytes([0x80, version]), f"a pickle, which can run code; {_SAVE}") for version in range(6)),
 )  # fmt: skip
+# No header of a table begins so.
+_JSON = re.compile(rb"\s*(\[\s*)?\{\s*[\"}]")
 _HTML = (b"<!doctype", b"<html", b"<head", b"<?xml")
 # The longer marks first: UTF-32 begins as UTF-16 does.
 _UTF = {
@@ -119,14 +123,11 @@ def read_file(
     if not stat.S_ISREG(before.st_mode):
         raise ValueError(f"{path}: expected a file, got {special(before.st_mode)}")
     with path.open("rb") as file:
-        start = file.read(HEAD)
-    compression = next((one for magic, one in _COMPRESSIONS.items() if start.startswith(magic)), "")
+        compression = _compression(file.read(HEAD))
     try:
         yield from _rows(path, compression, encoding, numbers)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not valid {encoding}: {error.reason}; name its encoding with --encoding"
-        ) from None
+    except UnicodeDecodeError:
+        raise _not_encoded(path, compression, encoding) from None
     except (OSError, EOFError, lzma.LZMAError) as error:
         if not compression or getattr(error, "errno", None):
             raise
@@ -136,6 +137,34 @@ def read_file(
     after = path.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise ValueError(f"{path}: it changed while it was read; read it when it is whole")
+
+
+def _compression(head: bytes) -> str:
+    return next((one for magic, one in _COMPRESSIONS.items() if head.startswith(magic)), "")
+
+
+def _not_encoded(path: Path, compression: str, encoding: str) -> BadRowError:
+    """Return the error for the first byte of a text that is not of its encoding."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    line, reason, data = 1, "the text ends within a character", b" "
+    with _opened(path, compression) as stream:
+        while data:
+            data, state = stream.read(HEAD), decoder.getstate()
+            try:
+                line += decoder.decode(data, final=not data).count("\n")
+            except UnicodeDecodeError as error:
+                left = len(error.object) - error.start
+                if left <= len(data):
+                    decoder.setstate(state)
+                    line += decoder.decode(data[: len(data) - left]).count("\n")
+                    reason = f"byte 0x{error.object[error.start]:02x} ({error.reason})"
+                break
+    return BadRowError(
+        str(path),
+        line,
+        f"not valid {encoding}, as --encoding says it is: {reason}; give another --encoding, or "
+        "none for UTF-8",
+    )
 
 
 def special(mode: int) -> str:
@@ -148,6 +177,8 @@ def _rows(path: Path, compression: str, encoding: str, numbers: Collection[str])
     with _opened(path, compression) as stream:
         head = stream.read(HEAD)
     ending = ending_of(path)
+    if again := compression and _compression(head):
+        raise ValueError(f"{path}: compressed twice, {again} within {compression}; unpack it once")
     _refuse_foreign(path, head)
     is_parquet = head.startswith(PARQUET)
     is_arrow = head.startswith((ARROW_FILE, ARROW_STREAM, FEATHER_1))
@@ -169,10 +200,12 @@ def _texts(
 ) -> Iterator[Row]:
     with _opened(path, compression, encoding) as stream:
         head = stream.read(HEAD)
-    if ending not in TEXTS and not head.removeprefix(BOM).lstrip().startswith((b"{", b"[")):
+    begin = head.removeprefix(BOM).lstrip()
+    if ending not in TEXTS and not begin.startswith((b"{", b"[")):
         raise ValueError(f"{path}: a data file must end in {EXPECTED}, or hold JSON")
+    is_csv = not _JSON.match(begin) if ending in (".csv", ".tsv") else is_table(head)
     with _opened(path, compression, encoding) as stream:
-        if ending in (".csv", ".tsv"):
+        if is_csv:
             yield from read_csv(stream, path, tabs=ending == ".tsv", numbers=numbers)
         elif has_lines(head, is_whole=len(head) < HEAD, expected=ending in (".jsonl", ".ndjson")):
             yield from read_lines(stream)
@@ -181,7 +214,7 @@ def _texts(
 
 
 @contextlib.contextmanager
-def _opened(path: Path, compression: str, encoding: str = "") -> Iterator[io.BufferedIOBase]:
+def _opened(path: Path, compression: str, encoding: str = "") -> Iterator[io.BufferedReader]:
     """Give a file's content, unpacked, and as UTF-8 if its encoding is given."""
     with contextlib.ExitStack() as stack:
         if not compression and not encoding:

@@ -253,7 +253,7 @@ def _objects(text: _Text) -> Iterator[Row]:
         first = text.peek(LARGE_OBJECT)
     except OverflowError:
         first = None
-    if first is not None and (rows := _held(first)) is not None:
+    if first is not None and (rows := _held(first, text.path)) is not None:
         text.value()
         yield from rows
         return
@@ -299,7 +299,7 @@ def _members(text: _Text) -> Generator[Row, None, bool]:
             found[name] = text.value()
         mark = text.mark(",}", "expecting ',' or '}'")
     if holder is None:
-        rows = _held(found)
+        rows = _held(found, text.path)
         yield from rows or [Row(begin, found)]
         return rows is None
     if found:
@@ -327,8 +327,12 @@ def _fits(rows: list[dict[str, Any]]) -> bool:
         return False
 
 
-def _held(found: dict[str, Any]) -> Iterator[Row] | None:
-    """Return the rows of columns of lists, or of rows by key; None if the object is neither."""
+def _held(found: dict[str, Any], path: Path) -> Iterator[Row] | None:
+    """Return the rows of columns of lists, or of rows by key; None if the object is neither.
+
+    Raises:
+        ValueError: it has a list of conversations beside lists of other lengths.
+    """
     values = list(found.values())
     if values and all(isinstance(one, dict) and one for one in values):
         keys = list(values[0])
@@ -336,6 +340,10 @@ def _held(found: dict[str, Any]) -> Iterator[Row] | None:
             return _numbered(values)
         values = [list(one.values()) for one in values]  # as pandas writes columns
     elif not _are_columns(values):
+        if any(isinstance(one, list) and one and _lists_objects(one[0]) for one in values):
+            lists = {name: one for name, one in found.items() if isinstance(one, list)}
+            sizes = ", ".join(f"{name!r} {len(one)}" for name, one in lists.items())
+            raise ValueError(f"{path}: expected columns of one length, got values: {sizes}")
         return None
     return _numbered(dict(zip(found, row, strict=True)) for row in zip(*values, strict=True))
 

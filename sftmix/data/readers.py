@@ -78,6 +78,7 @@ def read_turn(
     if not ("prompt" in cells.given or cells.exact):
         others = tuple(one for one in PROMPTS if one not in (*prompt, "instruction", "input"))
         cells.refuse_others("prompt", [asked_by, *cells.telling("prompt", others)])
+    _refuse_columns(cells, asked_by, by)
     if isinstance(asked, list) and isinstance(answer, list | str):
         return _read_lists(cells, notes, asked_by, by)
     if isinstance(answer, list):
@@ -98,6 +99,23 @@ def read_turn(
     if thoughts := _beside(cells, "reasoning", ()):
         messages[-1]["reasoning_content"] = thoughts
     return tuple(messages), [None] * len(messages)
+
+
+def _refuse_columns(cells: Cells, *names: str) -> None:
+    """Refuse lists of texts, which are columns of many rows."""
+    lists = {
+        name: value
+        for name in names
+        if isinstance(value := cells.row[name], list)
+        and value
+        and all(isinstance(one, str) for one in value)
+    }
+    if len(lists) == len(names):
+        raise BadField(
+            f"{' and '.join(f'{name!r} has {len(value)}' for name, value in lists.items())} texts, "
+            "expected one each; columns of lists are read from a .json file, where all must be of "
+            "one length"
+        )
 
 
 def read_response(cells: Cells, notes: Notes) -> Found:

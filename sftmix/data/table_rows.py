@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,41 +26,44 @@ BATCH = 1_000
 class _Lines:
     """The lines of a CSV file as text; `problem` says what was wrong with one of them."""
 
-    def __init__(self, stream: io.BufferedIOBase) -> None:
+    def __init__(self, stream: io.BufferedReader) -> None:
         self.stream = stream
         self.problem: str | None = None
 
     def __iter__(self) -> Iterator[str]:
-        codec = "utf-8-sig"
-        for line in self.stream:
-            try:
-                yield line.decode(codec)
-            except UnicodeDecodeError as error:
-                self.problem = not_utf8(error)
-                yield line.decode(codec, "replace")
-            codec = "utf-8"
+        # Lines end with \n, \r\n or \r, and keep their ends: a cell in quotes may hold them.
+        with io.TextIOWrapper(self.stream, "utf-8-sig", "surrogateescape", newline="") as text:
+            for line in text:
+                if line.isascii():
+                    yield line
+                    continue
+                data = line.encode("utf-8", "surrogateescape")
+                try:
+                    data.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    self.problem = not_utf8(error)
+                yield data.decode("utf-8", "replace")
 
 
 def read_csv(
-    stream: io.BufferedIOBase, path: Path, *, tabs: bool, numbers: Collection[str] = ()
+    stream: io.BufferedReader, path: Path, *, tabs: bool, numbers: Collection[str] = ()
 ) -> Iterator[Row]:
     """Yield the rows of a CSV file with the lines that they begin on; the first names the columns.
 
     All cells are text: an answer of 42 is no number, and an empty cell is an empty string. Columns
     of `numbers` are numbers where they can be. The delimiter is a tab, or of commas, semicolons,
-    tabs and bars the one that makes the most columns of the header.
+    tabs and bars the one that makes the most columns of the header. Lines end with \\n, \\r\\n or
+    \\r.
 
     Raises:
         BadRowError: a quotation does not end, or text follows it.
         ValueError: two columns have one name.
     """
-    # A process has one limit, of 131,072 characters, which a text may well exceed.
-    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))
     lines = _Lines(stream)
     text = iter(lines)
     first = next(text, "")
-    delimiter = "\t" if tabs else max(DELIMITERS, key=lambda one: _width(first, one))
-    rows = csv.reader(itertools.chain([first], text), delimiter=delimiter, strict=True)
+    delimiter = "\t" if tabs else _delimiter(first)
+    rows = _reader(itertools.chain([first], text), delimiter, strict=True)
     header: list[str] | None = None
     line = 1
     while True:
@@ -67,6 +71,8 @@ def read_csv(
             cells = next(rows, None)
         except csv.Error as error:
             reason = f"invalid CSV: {error} (on line {rows.line_num})"
+            if "unexpected end" in str(error):
+                reason += "; a cell that begins with a quotation mark does not end with one"
             raise BadRowError(str(path), line, reason) from None
         if cells is None:
             return
@@ -84,8 +90,35 @@ def read_csv(
         line = rows.line_num + 1
 
 
+def _delimiter(line: str) -> str:
+    return max(DELIMITERS, key=lambda one: _width(line, one))
+
+
 def _width(line: str, delimiter: str) -> int:
-    return len(next(csv.reader([line], delimiter=delimiter), []))
+    return len(next(_reader([line], delimiter), []))
+
+
+def _reader(lines: Iterable[str], delimiter: str, *, strict: bool = False) -> Any:
+    # A process has one limit, of 131,072 characters, which a text may well exceed.
+    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))
+    return csv.reader(lines, delimiter=delimiter, strict=strict)
+
+
+def is_table(head: bytes) -> bool:
+    """Tell whether text begins as a CSV file does: with names, and as many cells below them.
+
+    >>> is_table(b"question,answer\\n1 + 2,3\\n")
+    True
+    """
+    lines = head.decode("utf-8-sig", "replace").splitlines()[:2]
+    if len(lines) < 2 or any(line.lstrip()[:1] in ("{", "[", "") for line in lines):
+        return False
+    delimiter = _delimiter(lines[0])
+    names = next(_reader(lines[:1], delimiter))
+    are_names = all(re.fullmatch(r"[^\W\d][\w .-]{,60}", name) for name in names)
+    # A cell with a line break in it ends on a later line.
+    width = _width(lines[1], delimiter)
+    return are_names and 1 < width <= len(names) == len({*names})
 
 
 def _check_header(header: list[str], path: Path, problem: str | None) -> None:

@@ -150,6 +150,10 @@ BAD_ROWS: list[tuple[Any, str]] = [
         {"prompt": "p", "completion": PAIR[1:]},
         "'prompt' must be a list of messages, as 'completion' i",
     ),
+    (
+        {"prompt": ["Q", "R"], "completion": ["A"]},
+        "'prompt' has 2 and 'completion' has 1 texts, expected one each; columns of lists are read",
+    ),
     ({"prompt": PAIR[:1], "completion": []}, "'completion' is empty"),
     ({"prompt": PAIR[:1], "completion": " "}, "'completion' is empty"),
     ({"messages": PAIR[:1], "answer": "3", "output": "4"}, "'output' and 'answer' differ; say wh"),

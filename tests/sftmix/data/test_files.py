@@ -87,8 +87,15 @@ def test_marks_and_ends_of_lines_of_windows(tmp_path: Path, form: str) -> None:
 
 def test_a_text_that_is_not_of_the_encoding_names_its_flag(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    with pytest.raises(ValueError, match=r"rows\.jsonl: not valid ascii: .* with --encoding$"):
-        read(path, LINES.encode(), "ascii")
+    for content, encoding, line, byte in (
+        (LINES.encode(), "ascii", 1, "byte 0xc3"),
+        (LINES.encode("cp1252") * 20_000 + b'{"a": "\x81"}\n', "cp1252", 60_001, "byte 0x81"),
+        (LINES.encode("utf-16") + b"x", "utf-16", 4, "the text ends within a character"),
+    ):
+        says = f"jsonl:{line}: not valid {encoding}, as --encoding says it is: {byte}.* or none for"
+        for packed in (content, gzip.compress(content, 1)):
+            with pytest.raises(BadRowError, match=says):
+                read(path, packed, encoding)
     path.write_bytes(LINES.encode("latin-1"))
     with pytest.raises(BadRowError, match=r"not valid UTF-8: byte 0xe9 .*; --encoding reads other"):
         load_examples([path])
@@ -139,6 +146,13 @@ def test_a_foreign_file_is_named(tmp_path: Path, content: bytes, what: str, name
     path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     with pytest.raises(ValueError, match=f"{path}: expected rows, this is {what}"):
         load_examples([path])
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_a_file_that_is_compressed_twice_is_named(tmp_path: Path, ending: str) -> None:
+    packed = COMPRESS[ending](gzip.compress(LINES.encode()))
+    with pytest.raises(ValueError, match=r": compressed twice, gzip within \w+; unpack it once$"):
+        read(tmp_path / f"rows.jsonl.{ending}", packed)
 
 
 def test_nul_bytes_are_named(tmp_path: Path) -> None:

@@ -209,3 +209,13 @@ def test_a_large_file_is_not_held(
         tracemalloc.stop()
     # Bytes and text of a piece, and of an object that is looked at before it is known as large.
     assert peak < 8 * json_rows.PIECE
+
+
+def test_columns_of_conversations_have_one_length(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"messages": [turns, turns], "id": [1]}))
+    with pytest.raises(ValueError, match=r"one length, got values: 'messages' 2, 'id' 1$"):
+        list(read_file(path))
+    path.write_text(json.dumps({"messages": [turns, turns], "id": [1, 2]}))
+    assert len(list(read_file(path))) == 2

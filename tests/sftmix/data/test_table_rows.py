@@ -34,6 +34,12 @@ def read(path: Path, content: str, numbers: tuple[str, ...] = ()) -> list[tuple[
         ("a.csv", "text\na;b\n", {"text": "a;b"}),
         ("a.tsv", 'question\tanswer\n"a\tb"\tc, d\n', {"question": "a\tb", "answer": "c, d"}),
         ("a.csv", "text\n" + "x" * 200_000, {"text": "x" * 200_000}),
+        ("a.csv", f"text,{'x' * 200_000}\n1,2", {"text": "1", "x" * 200_000: "2"}),
+        ("a.csv", "question,answer\rq,a\r", {"question": "q", "answer": "a"}),
+        ("a.csv", 'question,answer\r\n"q\rr",a\0', {"question": "q\rr", "answer": "a\0"}),
+        # The content tells, where it is clear.
+        ("a.jsonl", "question,answer\n1 + 2,3\n", {"question": "1 + 2", "answer": "3"}),
+        ("a.json", "question\tanswer\na, b\tc\n", {"question": "a, b", "answer": "c"}),
     ],
 )
 def test_cells_are_text(tmp_path: Path, name: str, content: str, row: dict[str, str]) -> None:
@@ -47,6 +53,35 @@ def test_rows_have_the_lines_they_begin_on(tmp_path: Path) -> None:
     assert rows[1][1] == {"question": "d", "answer": "e\r\nf"}
     examples = load_examples([tmp_path / "a.csv"])
     assert examples[2].source == f"{tmp_path}/a.csv:9"
+
+
+def test_lines_of_an_old_mac_are_counted(tmp_path: Path) -> None:
+    content = b"question,answer\rq,a\r\xe9,b\rc\rd,e"
+    (tmp_path / "a.csv").write_bytes(content)
+    rows = list(read_file(tmp_path / "a.csv"))
+    assert [(row.line, row.problem is None) for row in rows] == [
+        (2, True), (3, False), (4, False), (5, True)
+    ]  # fmt: skip
+    assert "not valid UTF-8: byte 0xe9" in str(rows[1].problem)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", '{"question": "q,r", "answer": "a"}\n' * 2),
+        ("a.tsv", '[\n{"question": "q,r", "answer": "a"},\n{"question": "q,r", "answer": "a"}]'),
+    ],
+)
+def test_json_is_read_whatever_its_name(tmp_path: Path, name: str, content: str) -> None:
+    assert [row[1] for row in read(tmp_path / name, content)] == [
+        {"question": "q,r", "answer": "a"}
+    ] * 2
+
+
+def test_prose_before_json_lines_is_a_bad_row(tmp_path: Path) -> None:
+    content = 'hello, world\n{"question": "q", "answer": "a"}\n'
+    assert [row[0] for row in read(tmp_path / "a.jsonl", content) if row[2]] == [1]
+    assert read(tmp_path / "b.csv", "[id],text\n1,2\n") == [(2, {"[id]": "1", "text": "2"}, None)]
 
 
 def test_a_ragged_row_is_bad_and_the_others_are_read(tmp_path: Path) -> None:
@@ -64,7 +99,7 @@ def test_a_ragged_row_is_bad_and_the_others_are_read(tmp_path: Path) -> None:
         ("a,b,a\n1,2,3\n", "expected a name for each column, the header has 'a' twice"),
         (
             'a,b\n1,2\n"3,\n4\n',
-            r":3: invalid CSV: unexpected end of data .on line 4",
+            r":3: invalid CSV: unexpected end of data .on line 4.; a cell that begins with a quot",
         ),
         ('a,b\n"1"2,3\n', r":2: invalid CSV: ',' expected after '\"'"),
     ],
