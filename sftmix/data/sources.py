@@ -9,7 +9,9 @@ FOLDER               all data files in it and in its folders, in order of their 
                      train. `split` chooses, and one line names the files that are not read
 FOLDER               of `datasets`' save_to_disk; `split` chooses among several
 NAME, NAME:CONFIG    what `datasets.load_dataset(NAME, CONFIG, split=split)` gives, at a REVISION if
-NAME@REVISION        it is named; a folder whose README.md has `configs:` is read so, too
+NAME@REVISION        it is named
+FOLDER,              a folder whose README.md has `configs:` is read so, too; one line names the
+FOLDER:CONFIG        configs and splits that are not read
 
 `split` is a name, or an expression such as train[:1000] (`splits.py`).
 """
@@ -30,7 +32,7 @@ import datasets
 from datasets.exceptions import DatasetsError
 
 from sftmix.data.files import ENDINGS, EXPECTED, ending_of, read_file, special
-from sftmix.data.hub import numbered, read_name
+from sftmix.data.hub import WAY_OUT, check_folder, folder_of, no_split, numbered, read_name
 from sftmix.data.rows import Row
 from sftmix.data.splits import Source, is_expression, sliced
 
@@ -42,7 +44,6 @@ SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-WAY_OUT = "choose one with --data_split (of --eval_data: --eval_split)"
 NAMES_SHOWN = 10
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 # These JSON files are of `datasets` itself.
@@ -114,6 +115,8 @@ def _places(
     elif ending_of(path) in ENDINGS:
         raise FileNotFoundError(f"data: no such data file: {name}")
     else:
+        if folder_of(name)[0]:
+            check_folder(name, split)
         yield name, functools.partial(read_name, name, split, streaming=streaming)
 
 
@@ -129,6 +132,7 @@ def _of_folder(folder: Path, split: str, read: Callable[[Path], Iterator[Row]]) 
         yield str(folder), functools.partial(numbered, _saved(folder, split))
         return
     if _has_configs(folder):
+        check_folder(str(folder), split)
         yield str(folder), functools.partial(read_name, str(folder), split)
         return
     if folder.resolve() == Path(folder.anchor or "/"):
@@ -213,12 +217,13 @@ def _saved(folder: Path, split: str) -> Any:
         if split in names:
             chosen = [split]
         if not chosen:
-            raise ValueError(
-                f"data: {str(folder)!r} has no split {split!r}; it has {', '.join(names)}; "
-                f"{WAY_OUT}"
-            )
+            raise no_split(folder, split, names)
         left = [f"{name!r} ({len(found[name]):,} rows)" for name in names if name not in chosen]
         if left:
             logger.warning("%s: read the split %r, and not %s", folder, *chosen, ", ".join(left))
-        found = found[chosen[0]]
+        return found[chosen[0]]
+    # One that was made in memory has a split without a name, which is train, as that of a file.
+    own = [part.partition("[")[0] for part in str(found.split or "train").split("+")]
+    if SPLITS.get(split, split) not in (SPLITS.get(name, name) for name in own):
+        raise no_split(folder, split, own)
     return found

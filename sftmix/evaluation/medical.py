@@ -27,6 +27,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from sftmix.data.examples_check import check_command
+from sftmix.data.hub import read_name
 from sftmix.data.rows import BadRowError, Row
 from sftmix.data.sources import read_rows
 from sftmix.evaluation.tasks import FOLDER, PAPER_NAMES
@@ -113,14 +114,14 @@ def read_questions(name: str, file: str | None = None, ids: str | None = None) -
 
 
 def _hub_rows(name: str, config: Mapping[str, Any]) -> Iterator[Row]:
-    path, split = config["dataset_path"], config["test_split"]
+    path, part = config["dataset_path"], config.get("dataset_name")
     try:
-        rows = datasets.load_dataset(path, config.get("dataset_name"), split=split)
-    except OSError as error:
+        return read_name(f"{path}:{part}" if part else path, config["test_split"])
+    except (OSError, ValueError) as error:
+        reason = str(error).removeprefix("data: ")
         raise OSError(
-            f"{name}_data: the data set {path} could not be had; give a file of its rows ({error})"
+            f"{name}_data: the data set {path} could not be had; give a file of its rows ({reason})"
         ) from error
-    return (Row(line, row) for line, row in enumerate(rows, start=1))
 
 
 def _labelled_rows(file: Path, ids: Path) -> Iterator[Row]:

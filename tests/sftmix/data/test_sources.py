@@ -116,10 +116,18 @@ def test_ids_and_places_run_over_a_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_saved_data_set(tmp_path: Path, caplog: pytest.LogCaptureFixture, split: str) -> None:
-    alone = datasets.Dataset.from_list(rows("alone"))
+    alone = datasets.Dataset.from_list(rows("alone"), split=split)
     alone.save_to_disk(str(tmp_path / "alone"))
     assert answers(tmp_path / "alone", split) == ["alone"]
+    assert answers(tmp_path / "alone", f"{split}[:2]") == ["alone"]
     assert not caplog.records
+    for wrong in ({"train": "test", "test": "train"}[split], "nonsense"):
+        with pytest.raises(ValueError, match=rf"has no split '{wrong}'; it has {split}; choose"):
+            load_examples([tmp_path / "alone"], split=wrong)
+    datasets.Dataset.from_list(rows("unnamed")).save_to_disk(str(tmp_path / "unnamed"))
+    assert answers(tmp_path / "unnamed") == ["unnamed"]
+    with pytest.raises(ValueError, match=r"has no split 'test'; it has train; choose one with"):
+        load_examples([tmp_path / "unnamed"], split="test")
     several = {name: datasets.Dataset.from_list(rows(name)) for name in ("train", "test")}
     datasets.DatasetDict(several).save_to_disk(str(tmp_path / "several"))
     assert answers(tmp_path / "several", split) == [split]
@@ -223,6 +231,41 @@ def test_a_folder_whose_card_has_configs_is_read_as_it_says(tmp_path: Path) -> N
     assert len(load_examples([tmp_path])) == 2
     (tmp_path / "README.md").write_text("# Sums\n")
     assert len(load_examples([tmp_path])) == 4
+
+
+CARD = """---
+configs:
+- config_name: CONFIG
+  data_files:
+  - split: train
+    path: one.jsonl
+  - split: test
+    path: two.jsonl
+- config_name: second
+  data_files: three.jsonl
+---
+"""
+
+
+def test_the_configs_and_splits_of_a_folder_are_read_or_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("one", "two", "three"):
+        write(tmp_path / f"{name}.jsonl")
+    (tmp_path / "README.md").write_text(CARD.replace("CONFIG", "default"))
+    assert answers(tmp_path) == ["one"]
+    read = f"{tmp_path}: read 'train' of the config 'default', and not the "
+    assert caplog.messages == [f"{read}config 'second', the split 'test'"]
+    assert answers(tmp_path, "test[:2]") == ["two"]
+    assert answers(f"{tmp_path}:second") == ["three"]
+    with pytest.raises(ValueError, match=r"has no split 'dev'; it has test, train; choose one"):
+        load_examples([tmp_path], split="dev")
+    (tmp_path / "README.md").write_text(CARD.replace("CONFIG", "first"))
+    has = re.escape(f"data: {tmp_path} has the configs ['first', 'second']; name one: {tmp_path}:C")
+    for name in (tmp_path, f"{tmp_path}:third"):
+        with pytest.raises(ValueError, match=has):
+            load_examples([name])
+    assert answers(f"{tmp_path}:first", "train+test") == ["one", "two"]
 
 
 @pytest.mark.parametrize(

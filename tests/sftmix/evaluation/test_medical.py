@@ -109,13 +109,14 @@ def test_other_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["medqa", "medqa_5", "medmcqa"])
-def test_data_of_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_of_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def load_dataset(path: str, config: str | None, *, split: str) -> datasets.Dataset:
+    def load_dataset(path: str, config: str | None = None, *, split: str) -> datasets.Dataset:
         asked.append((path, config, split))
         return datasets.Dataset.from_list([PROMPTS[name][0]])
 
+    monkeypatch.setattr("sftmix.data.hub.is_reached", lambda path, revision: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert len(read_questions(name).documents) == 1
     assert asked == [
@@ -130,7 +131,12 @@ def test_data_of_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no way out")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(OSError, match=rf"^{name}_data: .* give a file of its rows \(no way out\)"):
+    with pytest.raises(OSError, match=rf"^{name}_data: .* give a file of its rows .*no way out\)"):
+        read_questions(name)
+    monkeypatch.setattr("sftmix.data.hub.is_reached", lambda path, revision: False)
+    monkeypatch.setattr("sftmix.data.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(OSError, match=rf"^{name}_data: .* the hub is not reached"):
         read_questions(name)
 
 
