@@ -11,13 +11,20 @@ from transformers import PreTrainedTokenizerBase
 
 from sftmix.commands.train import read_subsets
 from sftmix.data.selection import columns_of, parse_selection
+from sftmix.data.summary import Reading
 from sftmix.data.unused import unused_of
 from sftmix.methods import method_of
 from sftmix.pairs.partition import Partition
 from sftmix.plan.planned import PlanConfig
 from sftmix.recipe.arguments import TrainRunArguments, parse
 from sftmix.recipe.first_batch import Pair, first_batch
-from sftmix.recipe.loading import how_read, load_tokenizer, read_data, refuse_misfits
+from sftmix.recipe.loading import (
+    load_held_out,
+    load_tokenizer,
+    read_data,
+    refuse_misfits,
+    warn_of_overlap,
+)
 from sftmix.recipe.manifest import kept_date
 from sftmix.recipe.preview import Lengths, Screen, summary
 from sftmix.report.page import write_page
@@ -74,7 +81,10 @@ def preview(arguments: PreviewArguments, config: SFTMixConfig) -> None:
     tokenizer = load_tokenizer(arguments)
     set_template_date(tokenizer, kept_date(None, scored))
     refuse_misfits(arguments, tokenizer)
-    examples, tokens = read_data(arguments, tokenizer, disable_progress=config.disable_tqdm)
+    silent = config.disable_tqdm
+    held_out, _ = load_held_out(arguments, tokenizer, disable_progress=silent)
+    examples, tokens = read_data(arguments, tokenizer, disable_progress=silent)
+    warn_of_overlap(tokens, held_out)
     partition, _, _ = read_subsets(arguments, tokens, tokenizer)
     places = {id: place for place, id in enumerate(examples.ids.tolist())}
     # Copies of a mixture have other ids, and the content of an example.
@@ -85,7 +95,7 @@ def preview(arguments: PreviewArguments, config: SFTMixConfig) -> None:
         for id in tokens["id"][: arguments.number]
         if id in places
     ]
-    unused = _unused(arguments, views)
+    unused = _unused(arguments, examples.reading, views)
     screen = Screen()
     screen.line(screen.legend)
     for one, left in zip(views, unused, strict=True):
@@ -116,11 +126,11 @@ def preview(arguments: PreviewArguments, config: SFTMixConfig) -> None:
         say(f"wrote {arguments.html}")
 
 
-def _unused(arguments: PreviewArguments, views: Sequence[View]) -> list[str]:
+def _unused(arguments: PreviewArguments, reading: Reading, views: Sequence[View]) -> list[str]:
     """Return for each example a sentence about what of its row is not used."""
     selections = {text: parse_selection(text) for text in arguments.select or ()}
     chosen = [one.example for one in views]
-    found = unused_of(chosen, arguments.data_split, columns_of(selections), **how_read(arguments))
+    found = unused_of(chosen, reading, columns_of(selections), on_bad_row=arguments.on_bad_row)
     names = (printable(", ".join(map(repr, found.get(one.id, ())))) for one in chosen)
     return [f"not used: {text}" if text else "" for text in names]
 

@@ -131,8 +131,8 @@ class _Reader:
         """Read the files behind a name."""
         begin = self.reading.rows.total()
         for source, rows in sources:
-            form = self._read(source, rows(), None, may_be_empty=Path(name).is_dir())
-            if form is not None and self._read(source, rows(), form) is not None:
+            form = self._read(source, rows, None, may_be_empty=Path(name).is_dir())
+            if form is not None and self._read(source, rows, form) is not None:
                 raise ValueError(f"{source}: the file changed while it was read")
         self.reading.sources.append((str(name), begin, self.reading.rows.total()))
 
@@ -166,7 +166,7 @@ class _Reader:
     def _read(
         self,
         source: str,
-        rows: Iterable[Row],
+        rows: Callable[[], Iterator[Row]],
         form: Form | None,
         *,
         may_be_empty: bool = False,
@@ -177,7 +177,7 @@ class _Reader:
         """
         shapes = _Shapes(source, self.find)
         bar = tqdm(
-            rows,
+            rows(),
             desc=printable(f"Reading {source}"),
             unit="row",
             delay=2,
@@ -215,6 +215,7 @@ class _Reader:
             return found
         if error is not None:
             raise error
+        self.reading.files.append((source, rows, found))
         part.rows[source] = shapes.total
         part.unused, part.forgiven = notes.unused, notes.forgiven
         self.reading.add(part)

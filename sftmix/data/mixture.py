@@ -10,6 +10,8 @@ its own, after all others, and is scored and paired as they are.
 from __future__ import annotations
 
 import math
+import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +42,12 @@ def check_weights(weights: Sequence[float] | None, data: Sequence[str]) -> None:
         names = "as many as --data has names, which are at least two"
         raise ValueError(
             f"weights: expected {names}, got {len(weights)} for {len(data)} ({', '.join(data)})"
+        )
+    same = Counter(os.path.realpath(name) if os.path.exists(name) else name for name in data)
+    if twice := [name for name, count in same.items() if count > 1]:
+        raise ValueError(
+            f"weights: expected each of --data once, got {twice[0]} {same[twice[0]]} times; name "
+            "it once, with the sum of its weights"
         )
     for weight, name in zip(weights, data, strict=True):
         if not (math.isfinite(weight) and weight > 0):

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from sftmix.data.rows import BadRowError
+from sftmix.data.formats import Form
+from sftmix.data.rows import BadRowError, Row
 
 _QUOTED = re.compile(r"(?<!\w)'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
 _NUMBER = re.compile(r"0x[0-9a-f]+|-?\d[\d,._]*(?:e[+-]?\d+)?")
@@ -40,6 +42,8 @@ class Reading:
     kept: int = 0  # examples that were tokenised, none of them copied
     cut: int = 0  # examples of these longer than `max_length`, which lose their end
     mixture: str = ""  # how often each source's examples come, where `--weights` says so
+    # Of each file that was read: its name, what reads its rows again, and their format.
+    files: list[tuple[str, Callable[[], Iterator[Row]], Form]] = field(default_factory=list)
     # Of each file or name of the data: its first id, and the one after its last.
     sources: list[tuple[str, int, int]] = field(default_factory=list)
 

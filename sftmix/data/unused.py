@@ -3,57 +3,49 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator
 
-from sftmix.data.examples import TrainOn
-from sftmix.data.formats import format_of, read_content
+from sftmix.data.formats import read_content
 from sftmix.data.messages import Notes
 from sftmix.data.rows import OnBadRow, Row
-from sftmix.data.sources import open_sources
-from sftmix.data.splits import names_of
 from sftmix.data.store import Example
+from sftmix.data.summary import Reading
 
 
 def unused_of(
     examples: Iterable[Example],
-    split: str,
-    asked: Collection[str],
+    reading: Reading,
+    asked: Collection[str] = (),
     *,
     on_bad_row: OnBadRow = "error",
-    columns: Mapping[str, str] | None = None,
-    train_on: TrainOn = "responses",
-    encoding: str = "utf-8",
 ) -> dict[int, list[str]]:
     """Return by id what carries a value in the row of an example and is not read.
 
-    The rows have been read before, and are read again: to keep this for all rows would take memory
-    for what a few of them are asked. Columns in `asked` are read by something else; the keywords
-    are those of `load_examples`.
+    The rows have been read before, as `reading` says, and are read again: to keep this for all rows
+    would take memory for what a few of them are asked. Columns in `asked` are read by something
+    else.
 
     Raises:
-        OSError, ValueError: as `open_sources`.
+        OSError, ValueError: a file cannot be read any more.
     """
     wanted: dict[str, dict[tuple[int, str], int]] = {}
     for one in examples:
         source, _, line = one.source.rpartition(":")
         wanted.setdefault(source, {})[int(line), one.content_hash] = one.id
     found: dict[int, list[str]] = {}
-    for source, places in wanted.items():
+    for source, rows, form in reading.files:
+        if (places := wanted.get(source)) is None:
+            continue
         lines = {line for line, _ in places}
-        # A file's lines count from its beginning, whatever part of it a split reads.
-        part = names_of(split)[0] if Path(source).exists() else split
-        for _, rows in open_sources(source, part, encoding=encoding):
-            for row in _until(max(lines), rows()):
-                if row.line not in lines or not isinstance(row.value, dict):
-                    continue
-                # Several rows of a JSON array may stand on one line, and others may be bad.
-                notes = Notes(mend=on_bad_row == "mend")
-                with contextlib.suppress(ValueError):
-                    form = format_of([row.value], columns, whole=train_on == "all")
-                    content = read_content(row.value, form, notes, asked)
-                    if (id := places.get((row.line, content.digest()))) is not None:
-                        found[id] = list(notes.unused)
+        for row in _until(max(lines), rows()):
+            if row.line not in lines or not isinstance(row.value, dict):
+                continue
+            # Several rows of a JSON array may stand on one line, and others may be bad.
+            notes = Notes(mend=on_bad_row == "mend")
+            with contextlib.suppress(ValueError):
+                content = read_content(row.value, form, notes, asked)
+                if (id := places.get((row.line, content.digest()))) is not None:
+                    found[id] = list(notes.unused)
     return found
 
 

@@ -108,6 +108,7 @@ def test_a_preview(
     [
         (["--number", "0"], "No pairs are shown: --partition RUN/confidence.parquet of `sftmix", 0),
         (["--number", "99", "--method", "ntp"], "--method ntp mixes no pairs.", 4),
+        (["--eval_data", "rows.jsonl"], "Summary of --eval_data read 5 rows: 'rows.jsonl' 5", 3),
         (["--select", "longest:2"], "selected 2 of 4 rows (longest:2)", 2),
         (
             ["--number", "9", "--data", "rows.jsonl", "more.jsonl", "--weights", "2", "1"],
@@ -137,6 +138,7 @@ def test_other_numbers_and_methods(
         (["--on_bad_row", "error"], "--data: rows.jsonl:2: "),
         (["--per_device_train_batch_size", "3"], "--per_device_train_batch_size: expected an even"),
         (["--per_device_train_batch_size", "6"], "--per_device_train_batch_size: expected at mo"),
+        (["--eval_data", "typo.jsonl"], "--eval_data: no such data file: typo.jsonl"),
         (["--data", "typo.jsonl"], "--data: no such data file: typo.jsonl"),
         (["--nmber", "1"], "--nmber: sftmix preview has no such option; did you mean --number?"),
     ],

@@ -92,6 +92,8 @@ def test_the_drawn_rest_is_no_beginning_and_always_the_same() -> None:
         ([1.0, 1.0, 1.0], ["a", "b"], "got 3 for 2"),
         ([0.0, 1.0], ["a", "b"], "positive numbers, got 0 for a; leave out of --data"),
         ([1.0, -0.5], ["a", "b"], "positive numbers, got -0.5 for b"),
+        ([1.0, 2.0, 3.0], ["a", "b", "a"], "each of --data once, got a 2 times; name it once"),
+        ([1.0, 2.0], ["pyproject.toml", "./pyproject.toml"], "once, got .*pyproject.toml 2 times"),
         ([math.nan, 1.0], ["a", "b"], "positive numbers, got nan for a"),
         ([1.0, math.inf], ["a", "b"], "positive numbers, got inf for b"),
     ],
