@@ -165,6 +165,7 @@ class Cells:
         """
         self.row, self.given, self.notes, self.exact = row, given, notes, exact
         self.columns, self.taken = tuple(row), tuple(given.values())
+        self.known = known_names(self.columns).keys()
         self.used: set[str] = set()
 
     def named(self, side: str, names: tuple[str, ...]) -> list[str]:
@@ -175,9 +176,14 @@ class Cells:
         """
         if side in self.given:
             return [self.given[side]] if self.given[side] in self.row else []
-        found = []
+        found: list[str] = []
+        if self.known.isdisjoint(names):
+            return found
         for columns in _held(self.columns, names, self.taken):
-            told = [one for one in columns if says(self.row[one])] if columns[1:] else columns
+            if len(columns) == 1:
+                found += columns
+                continue
+            told = [one for one in columns if says(self.row[one])]
             if any(self.row[one] != self.row[told[0]] for one in told[1:]):
                 raise BadField(
                     f"{' and '.join(map(repr, told))} are one name, and differ; leave one out"
@@ -210,6 +216,9 @@ class Cells:
         found = self.named(side, names)
         if not found:
             return None
+        if len(found) == 1:  # nearly always, and the rest takes as long as reading a short text
+            self.read(found[0])
+            return found[0], self.row[found[0]]
         telling = [name for name in found if says(self.row[name])] or found[:1]
         self.refuse_others(side, telling)
         for name in telling:

@@ -367,7 +367,7 @@ def read_content(
     Raises:
         BadField: the row is malformed, or has a column whose meaning would be lost.
     """
-    own = Notes(mend=notes.mend)
+    own = notes.draft()
     try:
         content = _read(row, form, own, asked)
     except RecursionError:
@@ -394,19 +394,27 @@ def _read(row: dict[str, Any], form: Form, notes: Notes, asked: Collection[str])
     messages, masks = one.read(cells, notes)
     messages, masks = _with_system(cells, messages, masks)
     content = Content(messages, _tools(cells), learnt(messages, masks))
-    refused = {} if {"messages", "text", "replies"} & one.needs.keys() else dict(OF_A_PAIR)
-    if "response" in given:
-        refused.pop("rejected", None)
-    if "prompt" in given:
-        refused = {name: way for name, way in refused.items() if name == "rejected"}
+    refused = _refused(tuple(one.needs), tuple(given))
     refuse_or_count(cells, asked, refused, notes)
     return content
 
 
+@functools.cache
+def _refused(needs: tuple[str, ...], given: tuple[str, ...]) -> dict[str, str]:
+    """Return the columns that the text of a format would lose, and what to do instead."""
+    if not {"messages", "text", "replies"}.isdisjoint(needs):
+        return {}
+    left = {"rejected"} if "prompt" in given else set(OF_A_PAIR)
+    left -= {"rejected"} if "response" in given else set()
+    return {name: way for name, way in OF_A_PAIR.items() if name in left}
+
+
 def _with_system(cells: Cells, messages: Messages, masks: Masks) -> tuple[Messages, Masks]:
     """Return the messages, preceded by the row's system prompt if only the row has one."""
+    if not (names := cells.named("system", SYSTEMS)):
+        return messages, masks
     texts = {}
-    for name in cells.named("system", SYSTEMS):
+    for name in names:
         value = cells.row[name]
         # OpenHermes says with a bool whether there is one.
         is_flag = spelt(name) == "custom_instruction" and unquoted(value) in (True, False)

@@ -58,6 +58,8 @@ def learnt(messages: Messages, masks: Masks) -> tuple[bool, ...] | None:
         BadField: none is.
     """
     usual = [message["role"] == "assistant" for message in messages]
+    if masks.count(None) == len(masks) and True in usual:
+        return None
     found = [default if mask is None else mask for default, mask in zip(usual, masks, strict=True)]
     if not any(found):
         raise BadField("no assistant message is learnt: the masks of all are 0")
