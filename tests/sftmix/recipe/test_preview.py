@@ -5,6 +5,7 @@ from __future__ import annotations
 import datasets
 import pytest
 from rich.cells import cell_len
+from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from sftmix.data.rows import BadRowError
@@ -156,3 +157,12 @@ def test_a_summary_is_wrapped_under_its_subjects_on_a_terminal(
     assert first.startswith("  read        one two")
     assert len(others) == 3
     assert all(line.startswith(" " * 14) and len(line) <= 40 for line in others)
+
+
+@pytest.mark.parametrize("text", ["折り返す" * 60, "user 漢字仮名 " * 20, "a" * 30 + "漢" * 100])
+def test_wide_characters_fill_the_lines(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Screen()
+    screen.block(Text(text))
+    lines = capsys.readouterr().out.splitlines()
+    assert all(cell_len(line) <= screen.console.width for line in lines)
+    assert len(lines) <= cell_len(text) // (screen.console.width - 20) + 1
