@@ -80,7 +80,8 @@ def check_folder(name: str, split: str) -> None:
     if missing := [one for one in wanted if one not in splits]:
         raise no_split(name, missing[0], splits)
     read = builder.config.name
-    left = [f"config {one!r}" for one in builder.builder_configs if one != read]
+    others = builder.builder_configs if config is None else ()
+    left = [f"config {one!r}" for one in others if one != read]
     left += [f"split {one!r}" for one in splits if one not in wanted]
     if left:
         what = f"{path}: read {split!r} of the config {read!r}, and not the {', the '.join(left)}"

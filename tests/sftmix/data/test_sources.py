@@ -257,7 +257,9 @@ def test_the_configs_and_splits_of_a_folder_are_read_or_named(
     read = f"{tmp_path}: read 'train' of the config 'default', and not the "
     assert caplog.messages == [f"{read}config 'second', the split 'test'"]
     assert answers(tmp_path, "test[:2]") == ["two"]
+    caplog.clear()
     assert answers(f"{tmp_path}:second") == ["three"]
+    assert not caplog.messages
     with pytest.raises(ValueError, match=r"has no split 'dev'; it has test, train; choose one"):
         load_examples([tmp_path], split="dev")
     (tmp_path / "README.md").write_text(CARD.replace("CONFIG", "first"))
