@@ -367,7 +367,7 @@ def read_content(
     Raises:
         BadField: the row is malformed, or has a column whose meaning would be lost.
     """
-    own = notes.draft()
+    own = Notes(mend=notes.mend)
     try:
         content = _read(row, form, own, asked)
     except RecursionError:

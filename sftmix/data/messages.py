@@ -100,22 +100,12 @@ class Notes:
     unused: Counter[str] = field(default_factory=Counter)
     forgiven: Counter[str] = field(default_factory=Counter)
     mend: bool = False
-    _draft: Notes | None = field(default=None, repr=False, compare=False)
-
-    def draft(self) -> Notes:
-        """Return empty notes for a row, the same ones each time, to be added if the row is read."""
-        if self._draft is None:
-            self._draft = Notes(mend=self.mend)
-        self._draft.unused.clear()
-        self._draft.forgiven.clear()
-        return self._draft
 
     def add(self, other: Notes) -> None:
         """Add the counts of another row."""
-        if other.unused:
-            self.unused.update(other.unused)
-        if other.forgiven:
-            self.forgiven.update(other.forgiven)
+        for own, others in ((self.unused, other.unused), (self.forgiven, other.forgiven)):
+            if others:
+                own.update(others)
 
 
 def kind(value: object) -> str:
