@@ -83,7 +83,7 @@ def responses(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> list[s
             runs.append([])
         else:
             runs[-1].append(label)
-    return [tokenizer.decode(run) for run in runs if run]
+    return [str(tokenizer.decode(run)) for run in runs if run]
 
 
 def _each(user_turn: str, answer: str, asked: str, *, begin: str = "", end: str = "") -> str:
