@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
@@ -18,23 +18,14 @@ from tests.sftmix import tiny
 REPOSITORY = Path(__file__).parents[2]
 
 
-def dft(head: Any) -> Any:
-    """Each token's NTP loss times its probability, which is not differentiated."""
-    tokens = head.tokens()
-    return head.of_tokens((tokens * (-tokens).exp().detach()).sum() / head.counts.tokens, tokens)
-
-
 @pytest.fixture
 def _dft(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An entry more in the table, and nothing else."""
-    entry = Method(
-        title="DFT",
-        formula="`-p log p`",
-        says="next-token prediction, each token weighted by its probability",
-        source="a test",
-        loss=dft,
-    )
-    monkeypatch.setitem(METHODS, "dft", entry)
+    """The entry that the page shows, DFT, and nothing else."""
+    page = (REPOSITORY / "docs" / "methods.md").read_text(encoding="utf-8")
+    table: dict[str, Method] = {}
+    [code] = re.findall(r"```python\n(def dft.*?)```", page, re.DOTALL)
+    exec(code, {"METHODS": table, "Method": Method})
+    monkeypatch.setitem(METHODS, "dft", table["dft"])
 
 
 @pytest.mark.usefixtures("_dft")

@@ -4,6 +4,7 @@ First the three losses, then `pair_rows_`, `soft_rows_` and `mixed_rows` alone o
 held to the error budget, for every dtype and option of the head: the root mean square error is at
 most twice that of dense PyTorch (`sftmix_kernels/reference.py`) in the same dtype, plus one
 rounding (`sftmix_kernels/budget.py`). Then comes what the row kernels promise to the bit.
+A GPU runs all dtypes; the interpreter, without one, runs float16, and float32 for one head.
 """
 
 from __future__ import annotations

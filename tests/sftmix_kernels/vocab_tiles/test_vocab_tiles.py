@@ -4,7 +4,8 @@
 every dtype and option of the head: the root mean square error is at most twice that of dense
 PyTorch (`sftmix_kernels/reference.py`) in the same dtype, plus one rounding
 (`sftmix_kernels/budget.py`). Then comes what only this schedule has: the filter, groups of rows,
-pairs for every row, and ``max_bytes``.
+pairs for every row, and ``max_bytes``. A GPU runs all dtypes; the interpreter, without one, runs
+float16, and float32 for one head.
 """
 
 from __future__ import annotations
