@@ -53,11 +53,6 @@ class Case:
     name: str
     launch: partial[None]
 
-    @property
-    def greedy(self) -> bool:
-        """Whether a softcap or float32 makes it ask for most registers or shared memory."""
-        return "softcap" in self.name or "all options" in self.name or "fp32" in self.name
-
 
 @dataclass(frozen=True)
 class Program:

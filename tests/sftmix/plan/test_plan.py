@@ -121,7 +121,7 @@ class RealStep:
         {"layout": "padding_free"},
         {"loss_max_bytes": 2**17},
         {"head": "logits"},
-        {"method": "mixup"},
+        pytest.param({"method": "mixup"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
