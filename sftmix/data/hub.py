@@ -13,9 +13,12 @@ from datasets.exceptions import DatasetsError
 from datasets.naming import camelcase_to_snakecase
 from huggingface_hub import HfApi, constants
 
+# Of httpx or of httpx2, whichever huggingface_hub asks with.
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
 from sftmix.data.rows import Row
 from sftmix.data.splits import names_of
-from sftmix.runs.failures import is_library_error, printable
+from sftmix.runs.failures import printable
 
 logger = logging.getLogger(__name__)
 
@@ -137,9 +140,7 @@ def is_reached(path: str, revision: str | None = None) -> bool:
     """Tell whether the hub answers when it is asked for a data set, whatever the answer is."""
     try:
         HfApi().dataset_info(path, revision=revision, timeout=TIMEOUT)
-    except Exception as error:  # of httpx, or of httpx2, or of what follows them
-        if not is_library_error(error):
-            raise
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
         # A ValueError is of a name that the hub cannot have: `load_dataset` says so.
         return isinstance(error, ValueError) or getattr(error, "response", None) is not None
     return True
