@@ -25,7 +25,8 @@ def extension() -> dict[str, Any]:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
-    make, macros, sources = CppExtension, [], ["csrc/extension.cpp", "csrc/online_softmax_cpu.cpp"]
+    make, macros = CppExtension, []
+    sources = [f"csrc/{name}.cpp" for name in ("extension", "online_softmax_cpu", "row_chunks_cpu")]
     if torch.version.cuda and CUDA_HOME:
         # USE_CUDA brings torch's declarations for CUDA.
         make, macros = CUDAExtension, [("USE_CUDA", None)]

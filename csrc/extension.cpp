@@ -1,5 +1,6 @@
-// The extension's Python module. Loading it registers the ops of online_softmax_cpu.cpp and
-// online_softmax_cuda.cu; all it says itself is how it was built. An empty string means "none".
+// The extension's Python module. Loading it registers the ops of online_softmax_cpu.cpp,
+// row_chunks_cpu.cpp and online_softmax_cuda.cu; all it says itself is how it was built. An empty
+// string means "none".
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -26,7 +27,7 @@ std::string compiler() {
 #endif
 }
 
-// The instruction set whose loops of online_softmax_cpu.cpp run here.
+// The instruction set whose loops run here.
 std::string vectors() {
 #ifdef SFTMIX_X86
   switch (sftmix::vectors()) {
@@ -55,7 +56,8 @@ std::map<std::string, std::string> build_info() {
       {"cxx_standard", std::to_string(__cplusplus)},
       {"torch", TORCH_VERSION},
       {"cuda", cuda()},
-      {"kernels", cuda().empty() ? "online_softmax (CPU)" : "online_softmax (CPU, CUDA)"},
+      {"kernels", cuda().empty() ? "online_softmax, row_chunks (CPU)"
+                                 : "online_softmax (CPU, CUDA), row_chunks (CPU)"},
       {"vectors", vectors()},
   };
 }

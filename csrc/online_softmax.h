@@ -79,6 +79,13 @@ SFTMIX_INLINE float tanh_of(float x) {
   return std::fabs(x) < 0.6f ? small : (x < 0.0f ? -large : large);
 }
 
+// 1 - tanh(x)^2, as 4 e / (1 + e)^2 with e = e^(-2|x|): the difference cancels where tanh comes
+// near 1.
+SFTMIX_INLINE float tanh_slope(float x) {
+  const float e = exp_of(-2.0f * std::fabs(x));
+  return divide(4.0f * e, (1.0f + e) * (1.0f + e));
+}
+
 // f(x) = cap * tanh(scale * x / cap), or scale * x where cap is 0.
 struct LogitTransform {
   float scale;
@@ -87,6 +94,13 @@ struct LogitTransform {
   SFTMIX_INLINE bool is_capped() const { return cap != 0.0f; }
   SFTMIX_INLINE float scaled(float raw) const { return scale * raw; }
   SFTMIX_INLINE float capped(float raw) const { return cap * tanh_of(raw * (scale / cap)); }
+  SFTMIX_INLINE float operator()(float raw) const {
+    return is_capped() ? capped(raw) : scaled(raw);
+  }
+  // f'(x) / scale.
+  SFTMIX_INLINE float slope(float raw) const {
+    return is_capped() ? tanh_slope(raw * (scale / cap)) : 1.0f;
+  }
 };
 
 // Takes a maximum of further logits into account and returns what their exponentials are relative

@@ -3,30 +3,13 @@
 
 #pragma once
 
-// Before any header of torch: of its stable ABI only what 2.11 has, so that what is built beside
-// one version runs beside later ones.
-#ifdef TORCH_FEATURE_VERSION
-#error "include online_softmax_arguments.h before torch's headers"
-#endif
-#define TORCH_TARGET_VERSION 0x020b000000000000ULL
-
-#include <torch/csrc/stable/tensor.h>
+#include "arguments.h"
+#include "online_softmax.h"
 
 #include <cstdint>
 #include <optional>
 
-#include "online_softmax.h"
-
 namespace sftmix {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-inline void check_vector(const Tensor& tensor, const char* name, int64_t size, ScalarType type) {
-  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == size && tensor.is_contiguous(), name,
-                  ": expected a contiguous vector of ", size, " elements");
-  STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": wrong dtype");
-}
 
 inline StateRows check_state(const Tensor& state, int64_t num_rows) {
   STD_TORCH_CHECK(state.dim() == 2 && state.size(0) == 3 && state.size(1) == num_rows &&
@@ -40,8 +23,7 @@ template <typename Logit>
 Chunk<Logit> check_chunk(const Tensor& logits, const std::optional<Tensor>& bias,
                          const Tensor& labels, int64_t start, double logit_scale,
                          std::optional<double> softcap, const Tensor& state) {
-  STD_TORCH_CHECK(logits.dim() == 2 && (logits.size(1) <= 1 || logits.stride(1) == 1),
-                  "logits: expected shape (K, N) with rows of unit stride");
+  check_logits(logits);
   const int64_t num_rows = logits.size(0), num_columns = logits.size(1);
   check_vector(labels, "labels", num_rows, ScalarType::Long);
   if (bias) check_vector(*bias, "bias", num_columns, logits.scalar_type());

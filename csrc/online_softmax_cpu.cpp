@@ -1,71 +1,31 @@
 // fold_logits and add_token_losses on the CPU: loops around online_softmax.h.
 
 #include "online_softmax_arguments.h"
+#include "parallel.h"
+#include "row_steps.h"
 #include "vectors.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <type_traits>
 
 namespace sftmix {
 namespace {
-
-// Logits of one step: 4 KiB in float32, so that a second pass reads the L1 cache.
-constexpr int64_t kStep = 1024;
-// Above a maximum by this much an exponential is below e^40, and a step's sum far below overflow.
-constexpr float kHeadroom = 40.0f;
-// Fewest logits that are worth another thread.
-constexpr int64_t kGrain = 32768;
 
 // The logits of columns [first, first + size): where they lie if nothing is to be done to them, or
 // else in `room`.
 template <typename Logit>
 SFTMIX_INLINE const float* step_logits(const Chunk<Logit>& chunk, const Logit* logits,
                                        int64_t first, int64_t size, float* room) {
-  const LogitTransform transform = chunk.transform;
-  const bool as_is = !chunk.bias && !transform.is_capped() && transform.scale == 1.0f;
-  if constexpr (std::is_same_v<Logit, float>) {
-    if (as_is) return logits + first;
-  }
-  for (int64_t j = 0; j < size; ++j) room[j] = static_cast<float>(logits[first + j]);
-  if (as_is) return room;
+  const float* raw = load_step(logits + first, size, room);
   if (chunk.bias) {
-    for (int64_t j = 0; j < size; ++j) room[j] += static_cast<float>(chunk.bias[first + j]);
+    const Logit* const bias = chunk.bias + first;
+    for (int64_t j = 0; j < size; ++j) room[j] = raw[j] + static_cast<float>(bias[j]);
+    raw = room;
   }
-  if (transform.is_capped()) {
-    for (int64_t j = 0; j < size; ++j) room[j] = transform.capped(room[j]);
-  } else {
-    for (int64_t j = 0; j < size; ++j) room[j] = transform.scaled(room[j]);
-  }
-  return room;
-}
-
-// Folds logits that lie side by side: most often in one pass, that is one read of memory. It takes
-// exponentials relative to the maximum before these logits, while it looks for a higher one; only
-// where that is higher by more than kHeadroom, or the first, are they taken again.
-SFTMIX_INLINE void fold_values(RowState& state, const float* values, int64_t size) {
-  const float base = state.max;
-  float max = -INFINITY;
-  float sum = 0.0f;
-#pragma omp simd reduction(max : max) reduction(+ : sum)
-  for (int64_t j = 0; j < size; ++j) {
-    max = values[j] > max ? values[j] : max;
-    sum += exp_of(values[j] - base);
-  }
-  if (base > -INFINITY && max <= base + kHeadroom) {
-    state.sum += sum;
-    raise_max(state, max);
-    return;
-  }
-  const float new_base = raise_max(state, max);
-  sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < size; ++j) sum += exp_of(values[j] - new_base);
-  state.sum += sum;
+  return transform_step(chunk.transform, raw, size, room);
 }
 
 template <typename Logit>
@@ -84,44 +44,13 @@ SFTMIX_INLINE void fold_row(const Chunk<Logit>& chunk, int64_t row) {
   chunk.states.store(row, state);
 }
 
-template <typename Logit>
-SFTMIX_INLINE void fold_rows(const Chunk<Logit>& chunk, int64_t first, int64_t last) {
-  for (int64_t row = first; row < last; ++row) fold_row(chunk, row);
-}
-
-// The same code, compiled for each instruction set.
-#ifdef SFTMIX_X86
-template <typename Logit>
-SFTMIX_AVX512 void fold_rows_avx512(const Chunk<Logit>& chunk, int64_t first, int64_t last) {
-  fold_rows(chunk, first, last);
-}
-
-template <typename Logit>
-SFTMIX_AVX2 void fold_rows_avx2(const Chunk<Logit>& chunk, int64_t first, int64_t last) {
-  fold_rows(chunk, first, last);
-}
-#endif
-
-template <typename Logit>
-void fold_rows_plain(const Chunk<Logit>& chunk, int64_t first, int64_t last) {
-  fold_rows(chunk, first, last);
-}
-
-template <typename Logit>
-auto pick_fold_rows() {
-#ifdef SFTMIX_X86
-  if (vectors() == Vectors::kAvx512) return fold_rows_avx512<Logit>;
-  if (vectors() == Vectors::kAvx2) return fold_rows_avx2<Logit>;
-#endif
-  return fold_rows_plain<Logit>;
-}
+SFTMIX_EACH_SET(fold_rows, fold_row, Chunk)
 
 template <typename Logit>
 void fold(const Chunk<Logit>& chunk) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, chunk.num_columns));
   const auto fold_rows = pick_fold_rows<Logit>();
-  torch::stable::parallel_for(0, chunk.num_rows, grain,
-                              [&](int64_t first, int64_t last) { fold_rows(chunk, first, last); });
+  for_rows(chunk.num_rows, chunk.num_columns,
+           [&](int64_t first, int64_t last) { fold_rows(chunk, first, last); });
 }
 
 void fold_logits(Tensor logits, std::optional<Tensor> bias, Tensor labels, int64_t start,

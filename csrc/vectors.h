@@ -1,7 +1,8 @@
-// Which instruction set the loops of online_softmax_cpu.cpp use.
+// Which instruction set the loops of online_softmax_cpu.cpp and row_chunks_cpu.cpp use.
 
 #pragma once
 
+#include <cstdint>
 #include <cstdlib>
 #include <string_view>
 
@@ -36,3 +37,32 @@ inline Vectors vectors() {
 }
 
 }  // namespace sftmix
+
+// Defines pick_NAME<Logit>(), which returns the function (args, first, last) that calls
+// ONE(args, i) for each row i of [first, last), in the version for this processor. ARGS is a
+// template of the arguments' type, ONE is inlined always.
+#define SFTMIX_ONE_SET(NAME, ONE, ARGS, TARGET)                            \
+  template <typename Logit>                                                \
+  TARGET void NAME(const ARGS<Logit>& args, int64_t first, int64_t last) { \
+    for (int64_t i = first; i < last; ++i) ONE(args, i);                   \
+  }
+
+#ifdef SFTMIX_X86
+#define SFTMIX_EACH_SET(NAME, ONE, ARGS)                            \
+  SFTMIX_ONE_SET(NAME##_plain, ONE, ARGS, )                         \
+  SFTMIX_ONE_SET(NAME##_avx2, ONE, ARGS, SFTMIX_AVX2)               \
+  SFTMIX_ONE_SET(NAME##_avx512, ONE, ARGS, SFTMIX_AVX512)           \
+  template <typename Logit>                                         \
+  auto pick_##NAME() {                                              \
+    if (vectors() == Vectors::kAvx512) return NAME##_avx512<Logit>; \
+    if (vectors() == Vectors::kAvx2) return NAME##_avx2<Logit>;     \
+    return NAME##_plain<Logit>;                                     \
+  }
+#else
+#define SFTMIX_EACH_SET(NAME, ONE, ARGS)    \
+  SFTMIX_ONE_SET(NAME##_plain, ONE, ARGS, ) \
+  template <typename Logit>                 \
+  auto pick_##NAME() {                      \
+    return NAME##_plain<Logit>;             \
+  }
+#endif

@@ -15,7 +15,7 @@ A schedule is a way to hold no full logits; `schedules.py` chooses one:
 | schedule | kernels | proof | time |
 |---|---|---|---|
 | `row_chunks` | `row_chunks/kernels.py` | `row_chunks/test_row_chunks.py` | `bench_row_chunks.py` |
-| ... on the CPU | `row_chunks/pytorch.py` | `test_sftmix_loss.py` | `bench_loss.py` |
+| ... on the CPU | `row_chunks/cpu.py`, `csrc/row_chunks.h` | `row_chunks/test_rows.py` | `bench_loss.py` |
 | ... of a head shared out over ranks | `vocab_parallel/losses.py` | `vocab_parallel/test_vocab_parallel.py` | |
 | `vocab_tiles` | `vocab_tiles/forward.py`, `vocab_tiles/backward.py` | `vocab_tiles/test_vocab_tiles.py` | `bench_loss.py` |
 """  # noqa: E501

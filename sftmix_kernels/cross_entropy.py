@@ -2,7 +2,7 @@
 
 - Formula: `reference.py`.
 - Kernels: `row_chunks/kernels.py`; `vocab_tiles/forward.py`, `vocab_tiles/backward.py`. On the CPU:
-  `row_chunks/pytorch.py`.
+  `csrc/row_chunks.h`, behind `row_chunks/cpu.py`.
 - Proof: `tests/sftmix_kernels/test_cross_entropy.py`; of the kernels
   `tests/sftmix_kernels/row_chunks/test_row_chunks.py`,
   `tests/sftmix_kernels/vocab_tiles/test_vocab_tiles.py`.

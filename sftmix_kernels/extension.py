@@ -1,6 +1,8 @@
 """The compiled part of the package: loading it, and how it was built."""
 
+import functools
 import importlib
+import warnings
 
 _EXTENSION = "sftmix_kernels._extension"
 
@@ -26,3 +28,14 @@ def build_info() -> dict[str, str] | None:
         return None
     info: dict[str, str] = module.build_info()
     return info
+
+
+@functools.cache
+def warn_of_pytorch_operations() -> None:
+    """Say once that an op runs without its compiled kernel."""
+    reason = "its extension is not built" if build_info() is None else "not built for this device"
+    warnings.warn(
+        f"sftmix_kernels: losses run on PyTorch operations, which is slower: {reason}. "
+        "`pip install --no-build-isolation` builds it; `sftmix doctor` shows what is there",
+        stacklevel=3,
+    )

@@ -6,20 +6,27 @@ Legend: R rows of hidden, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .schedules import FAST_DTYPES, is_fake
+
 Backward = Callable[..., tuple[Tensor | None, ...]]
+
+
+# Bytes of the float32 copy of some tokens' rows of a weight in half precision, or of a gradient's.
+TILE_BYTES = 2**23
 
 
 class Gradients:
     """The gradients of one op call, filled chunk by chunk; what is not needed is not allocated.
 
     ``hidden`` (R, D) in its own dtype, or in float32 where ranks add theirs up; ``weight`` (V, D)
-    and ``bias`` (V,) in float32, since sums over many chunks diverge in bfloat16.
+    and ``bias`` (V,) in float32, since sums over many chunks diverge in bfloat16. ``scale``
+    multiplies all of them, at no cost: a product has a factor of its own.
     """
 
     def __init__(
@@ -30,10 +37,11 @@ class Gradients:
         num_rows: int,
         *,
         partial: bool = False,
+        scale: float = 1.0,
     ) -> None:
         self.needs_hidden, self.needs_weight, self.needs_bias = needs_gradient
         self.needed = any(needs_gradient)
-        self.first = True
+        self.first, self.scale = True, scale
         dtype = torch.float32 if partial else hidden.dtype
         self.hidden = hidden.new_zeros(hidden.shape if self.needs_hidden else 0, dtype=dtype)
         # The first chunk overwrites dW, so that only an op without rows has to clear it.
@@ -46,36 +54,92 @@ class Gradients:
     def add_chunk(self, gradient: Tensor, hidden: Tensor, weight: Tensor, rows: Tensor) -> None:
         """Add ``dH[rows] = G W``, ``dW += G^T H`` and ``db += sum G`` of one chunk's ``G``."""
         if self.needs_hidden:
-            self.hidden.index_copy_(0, rows, product(gradient, weight, self.hidden.dtype))
+            of_rows = product(gradient, weight, self.hidden.dtype, self.scale)
+            self.hidden.index_copy_(0, rows, of_rows)
         if self.needs_weight:
-            add_product_(self.weight, gradient.t(), hidden, overwrite=self.first)
+            add_product_(self.weight, gradient.t(), hidden, self.scale, overwrite=self.first)
         if self.needs_bias:
-            self.bias += gradient.sum(0, dtype=torch.float32)
+            self.bias.add_(gradient.sum(0, dtype=torch.float32), alpha=self.scale)
         self.first = False
 
 
-def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``left @ right`` in ``dtype``: their own, or float32 without rounding to theirs."""
-    if left.dtype == dtype:
-        return left @ right
-    total = left.new_empty(left.shape[0], right.shape[1], dtype=dtype)
-    add_product_(total, left, right, overwrite=True)
-    return total
+def weight_tiles(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield some tokens and their rows of the weight in float32, a few MiB at a time."""
+    step = max(1, TILE_BYTES // (4 * weight.shape[1]))
+    for first in range(0, weight.shape[0], step):
+        tokens = slice(first, min(first + step, weight.shape[0]))
+        yield tokens, weight[tokens].float()
 
 
-def add_product_(total: Tensor, left: Tensor, right: Tensor, *, overwrite: bool) -> None:
-    """Add ``left @ right`` to ``total`` in float32, with no temporary of total's size."""
-    if left.is_cuda and left.dtype != torch.float32:
-        if overwrite:
-            torch.mm(left, right, out_dtype=torch.float32, out=total)
-        else:
-            torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+def product(left: Tensor, right: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Return ``scale * left @ right`` in ``dtype``, without rounding to half precision before."""
+    if left.dtype == right.dtype == dtype:
+        result = left @ right
+        return result if scale == 1.0 else result.mul_(scale)
+    total = left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
+    if left.dtype == right.dtype or left.is_cuda:
+        add_product_(total, left, right, scale, overwrite=True)
     else:
-        torch.addmm(total, left.float(), right.float(), beta=0 if overwrite else 1, out=total)
+        # G in float32, the weight not.
+        total.zero_()
+        for tokens, tile in weight_tiles(right):
+            total.addmm_(left[:, tokens].float(), tile, alpha=scale)
+    return total.to(dtype)
+
+
+def add_product_(
+    total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0, *, overwrite: bool
+) -> None:
+    """Add ``scale * left @ right`` to ``total`` in float32, with no temporary of total's size."""
+    beta = 0 if overwrite else 1
+    if left.dtype == torch.float32:
+        torch.addmm(total, left, right.float(), beta=beta, alpha=scale, out=total)
+    elif not left.is_cuda:
+        # A fast product in half precision is rounded to it, once a chunk.
+        dtype = left.dtype if left.dtype in FAST_DTYPES else torch.float32
+        right, step = right.to(dtype), max(1, TILE_BYTES // (4 * total.shape[1]))
+        for part, some in zip(total.split(step), left.split(step), strict=True):
+            partial = some.to(dtype) @ right
+            if overwrite:
+                part.copy_(partial).mul_(scale)
+            else:
+                part.add_(partial, alpha=scale)
+    elif overwrite:
+        torch.mm(left, right, out_dtype=torch.float32, out=total)
+    else:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+
+
+def divides_early(weight: Tensor) -> bool:
+    """Say whether the forward op divides the gradients by the loss's divisor.
+
+    Backward then has nothing left to do to them where the upstream gradient is 1. The CPU knows
+    the divisor; an accelerator would have to wait for it. In float16 they might vanish before
+    backward multiplies them by a loss scale.
+    """
+    return weight.device.type == "cpu" and weight.dtype != torch.float16
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``factor * gradient``, computed in float32 and rounded once to ``dtype``."""
+    """Return ``factor * gradient``, computed in float32 and rounded once to ``dtype``.
+
+    On the CPU, where looking at the factor is free, a factor of 1 in the same dtype gives the
+    gradient itself: a copy of dW would double what the loss holds.
+    """
+    if factor.device.type == "cpu" and not torch.compiler.is_compiling():
+        # A fake tensor has no values: it stands for the upstream gradient of a training step.
+        is_one = factor.numel() == 1 and (is_fake(factor) or float(factor) == 1.0)
+        if is_one and gradient.dtype == dtype:
+            return gradient
+        if {gradient.dtype, dtype} != {torch.float32} and gradient.dim() == 2:
+            # PyTorch multiplies across dtypes by way of whole float32 tensors.
+            step = max(1, TILE_BYTES // (4 * max(1, gradient.shape[1])))
+            result = torch.empty_like(gradient, dtype=dtype)
+            factors = factor.expand(gradient.shape[0], 1)
+            parts = zip(*(t.split(step) for t in (result, gradient, factors)), strict=True)
+            for part, some, some_factors in parts:
+                part.copy_(some * some_factors)
+            return result
     # With a dimension the factor takes part in type promotion; without, it would be rounded to
     # the gradient's dtype before the product.
     factor = factor if factor.dim() else factor.reshape(1)

@@ -8,7 +8,7 @@ Where only Mixup is wanted, mixing first costs one row of logits for a pair inst
 
 - Formula: `reference.py`.
 - Kernels: `row_chunks/kernels.py`; `vocab_tiles/forward.py`, `vocab_tiles/backward.py`. On the CPU:
-  `row_chunks/pytorch.py`.
+  `csrc/row_chunks.h`, behind `row_chunks/cpu.py`.
 - Proof: `tests/sftmix_kernels/test_mixup_loss.py`; of the kernels
   `tests/sftmix_kernels/row_chunks/test_row_chunks.py`,
   `tests/sftmix_kernels/vocab_tiles/test_vocab_tiles.py`.
@@ -33,9 +33,9 @@ from .checks import (
     check_same,
     checked_lam,
 )
-from .gradients import Gradients, first_order_only, input_gradients, unit_of
+from .gradients import Gradients, divides_early, first_order_only, input_gradients, unit_of
 from .reference import both, label_weight, weighted_loss
-from .row_chunks import pytorch
+from .row_chunks import cpu
 from .row_chunks.chunks import chunk_sizes, counted_rows, logits_workspace, mixed_rows, project
 from .schedules import BLOCK_R, BLOCK_V, Schedule, VocabTiles, resolve_schedule, runs_triton
 from .terms import divided_sum, loss_divisor
@@ -61,6 +61,7 @@ def mixup_rows(
     needs_gradient: list[bool],  # of hidden, weight, bias
     first_token: int = 0,
     group: str | None = None,  # over which the vocabulary is shared out
+    divisor: Tensor | None = None,  # () float32, of the gradients; only where `divides_early`
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return weighted row losses (R,), and the gradients of their sum with respect to the mixed
     rows (R, D), weight (V, D) and bias (V,), the last two in float32; empty where not needed. With
@@ -70,7 +71,12 @@ def mixup_rows(
     with torch.autocast(weight.device.type, enabled=False):
         rows = counted_rows(row_weight)
         gradients = Gradients(
-            hidden_c, weight, needs_gradient, rows.numel(), partial=group is not None
+            hidden_c,
+            weight,
+            needs_gradient,
+            rows.numel(),
+            partial=group is not None,
+            scale=1.0 if divisor is None else 1.0 / float(divisor),
         )
         sizes = chunk_sizes(rows.numel(), chunk_rows)
         workspace = logits_workspace(weight, max(sizes, default=0))
@@ -90,12 +96,14 @@ def mixup_rows(
                 gradients.needed,
             )
             gradients.add_chunk(logits, mixed, weight, chunk)
+            del mixed  # before the next chunk's are made
         add_over_ranks_(gradients.hidden, group)
     return loss, gradients.hidden, gradients.weight, gradients.bias
 
 
 @mixup_rows.register_fake
-def _(hidden, _u, weight, _b, _t, _s, row_weight, _scale, _cap, _rows, needs, _first=0, group=None):  # type: ignore[no-untyped-def]
+def _(hidden, _u, weight, _b, _t, _s, row_weight, _scale, _cap, _rows, needs, _first=0, group=None,  # type: ignore[no-untyped-def]
+      _divisor=None):  # fmt: skip
     gradients = Gradients(hidden, weight, needs, 0, partial=group is not None)
     return torch.empty_like(row_weight), gradients.hidden, gradients.weight, gradients.bias
 
@@ -108,7 +116,7 @@ def losses_of_rows(weight: Tensor, first_token: int, group: str | None) -> Calla
         from .row_chunks.kernels import soft_rows_
 
         return soft_rows_
-    return pytorch.soft_rows_
+    return cpu.soft_rows_
 
 
 @torch.library.custom_op("sftmix_kernels::mixup_tiles", mutates_args=())
@@ -256,8 +264,9 @@ class ReducedRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *tensors, divisor, options = inputs
-        loss, *gradients = mixup_rows(*tensors, *options)
         rows = RowInputs(*tensors)
+        ctx.divided = divides_early(rows.weight)
+        loss, *gradients = mixup_rows(*tensors, *options, divisor if ctx.divided else None)
         ctx.save_for_backward(rows.share, divisor, *gradients)
         ctx.dtype = rows.weight.dtype
         return divided_sum(loss, divisor)
@@ -266,7 +275,7 @@ class ReducedRows(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         share, divisor, *gradients = ctx.saved_tensors
-        scale = upstream / divisor
+        scale = upstream if ctx.divided else upstream / divisor
         return input_gradients(gradients, share, scale, ctx.needs_input_grad, ctx.dtype)
 
 

@@ -6,8 +6,8 @@ there is neither bias nor softcap. In NTP + Mixup every row is in a pair; Mixup 
 N / 2 rows.
 
 Legend: N rows of hidden, R rows of logits (N / 2 for Mixup, N otherwise), K rows of one chunk or
-group, B rows of one cache block, B2 of two that follow each other, C columns of the tiles at hand,
-D hidden size, V vocabulary, w bytes of a number of the inputs, f bytes of numbers a row of hidden.
+group, C columns of the tiles at hand, D hidden size, V vocabulary, w bytes of a number of the
+inputs, f bytes of numbers a row of hidden.
 
 dW in float32, dH and numbers of rows are kept all the time: ``4 V D + w R D + f N`` bytes. The
 largest of these moments comes on top:
@@ -15,17 +15,20 @@ largest of these moments comes on top:
 | schedule | moment | bytes |
 |---|---|---|
 | ``row_chunks``, kernels | a chunk; V padded to 16 | ``w K V + 2 w K D`` |
-| ``row_chunks``, CPU | a chunk: its rows gathered, its dH | ``w K V + 2 w K D`` |
-| | ... Mixup: its rows mixed in float32 | ``w K V + (w + 20) K D`` |
-| | ... a cache block of NTP + Mixup | ``w K V + w K D + 4 B V`` |
-| | ... of half precision: NTP or Mixup | ``w K V + w K D + 4 B2 V`` |
-| | ... of half precision: NTP + Mixup | ``w K V + w K D + 4 (B + 2 B2) V`` |
-| | ... its dW, half precision | ``w K V + w K D + 4 K (V + D)`` |
+| ``row_chunks``, CPU | a chunk: its rows gathered or mixed, its dH | ``l K V + 2 l K D`` |
+| | ... of half precision, slow: a tile of the weight | ``l K V + 2 l K D + t`` |
+| | ... of half precision, fast: a tile of dW | ``l K V + l K D + t w / 4`` |
 | ``vocab_tiles`` | a group; filtered or not | ``w K C + (4 + w) K D`` |
 | | ... its dH rounded, half precision | ``w K C + (4 + 2 w) K D`` |
-| all | gradients handed out | ``w V D + w N D`` |
-| ``row_chunks``, CPU | ... dW, half precision | ``w V D + w N D + 4 V D`` |
-| | ... dH, half precision | ``w N D + 8 R D`` |
+| all, kernels | gradients handed out | ``w V D + w N D`` |
+| ``row_chunks``, CPU | ... | Mixup: ``w N D``; half precision: also ``w V D + t`` |
+| | ... in float16 | also NTP: ``w N D`` |
+
+On the CPU l is the width of logits: 4 where products of half precision are slow
+(`schedules.FAST_DTYPES`), else w; t are the bytes of a tile, ``min(8 MiB, 4 V D)``. There the op
+has divided by the loss's divisor already, and where the upstream gradient is 1, float32 gradients
+are handed out as they are. Rows are worked on by the compiled ops; PyTorch operations in their
+place hold some cache blocks of 2 MiB more.
 
 Forward of ``vocab_tiles`` keeps LSEs of tiles, half of ``max_bytes``, but no gradients: it is less.
 `streaming_perplexity`, forward only: a block of logits, and 12 bytes a token (20 on the CPU).
@@ -38,10 +41,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .gradients import TILE_BYTES
 from .perplexity.streaming import block_rows, round_up
 from .row_chunks.chunks import chunk_sizes
-from .row_chunks.pytorch import cache_blocks
-from .schedules import BLOCK_P, BLOCK_R, BLOCK_V, PADDING, RowChunks, VocabTiles
+from .schedules import BLOCK_P, BLOCK_R, BLOCK_V, PADDING, RowChunks, VocabTiles, logits_dtype
 from .vocab_tiles.groups import groups
 
 NTP, MIXUP, BOTH = "NTP", "Mixup", "NTP + Mixup"
@@ -65,7 +68,7 @@ def peak_bytes(task: str, schedule: RowChunks | VocabTiles, shape: Shape, kernel
     """Return the peak extra bytes of one forward and backward of ``task``: NTP, MIXUP or BOTH.
 
     ``kernels`` says that Triton kernels run, on CUDA or in float32 in the interpreter, and not
-    PyTorch operations on the CPU. `VocabTiles` knows no other way.
+    the compiled ops of the CPU. `VocabTiles` knows no other way.
     """
     if isinstance(schedule, VocabTiles):
         during, kernels = group_bytes(task, schedule, shape), True
@@ -94,11 +97,16 @@ def handed_out_bytes(task: str, shape: Shape, kernels: bool) -> int:
     """Return the bytes of the gradients in the inputs' dtype, beside those kept."""
     num_rows, size, vocab_size, width = shape
     dw, dh = width * vocab_size * size, width * num_rows * size
-    if kernels or width == 4:
+    if kernels:
         return dh + dw
-    # On the CPU PyTorch multiplies across dtypes by way of whole float32 tensors: for dW, which is
-    # float32, one of the result; for dH one of the operand too.
-    return max(dh + dw + 4 * vocab_size * size, dh + 8 * logit_rows(task, shape) * size)
+    if task != MIXUP and dtype_of(shape) != torch.float16:
+        dh = 0
+    return dh if width == 4 else dh + dw + tile_bytes(shape)
+
+
+def tile_bytes(shape: Shape) -> int:
+    """Return the bytes of a tile of the weight, or of its gradient, in float32."""
+    return min(TILE_BYTES, 4 * shape.vocab_size * shape.hidden_size)
 
 
 def chunk_rows(task: str, schedule: RowChunks, shape: Shape, kernels: bool) -> int:
@@ -125,34 +133,16 @@ def chunk_bytes(task: str, schedule: RowChunks, shape: Shape) -> int:
 
 
 def cpu_chunk_bytes(task: str, schedule: RowChunks, shape: Shape) -> int:
-    """Return the bytes of a chunk by PyTorch operations, which need more than logits and rows."""
+    """Return the bytes of a chunk on the CPU by the compiled ops."""
     _, size, vocab_size, width = shape
     num_rows = chunk_rows(task, schedule, shape, kernels=False)
-    hidden = width * num_rows * size
-    # Its dH, as by kernels; then the cache blocks.
-    moments = [hidden, block_bytes(task, num_rows, shape)]
-    if task == MIXUP:
-        # In float32 both rows, both times their shares, and the sum.
-        moments.append(5 * 4 * num_rows * size)
-    if width < 4:
-        # The CPU's GEMM adds to a float32 dW only from float32 operands.
-        moments.append(4 * num_rows * (vocab_size + size))
-    logits = width * num_rows * vocab_size
-    return logits + hidden + max(moments)
-
-
-def block_bytes(task: str, num_rows: int, shape: Shape) -> int:
-    """Return the bytes of float32 logits of a chunk's cache blocks, beside the chunk's own."""
-    count = num_rows // 2 if task == BOTH else num_rows
-    blocks = cache_blocks(0, count, torch.empty(0, shape.vocab_size))
-    rows = [block.stop - block.start for block in blocks]
-    # Of a pair the mixed logits; of other logits than float32 copies, of c and u for a pair. A
-    # block's copies are held until those of the next are made.
-    held = max(rows) if task == BOTH else 0
-    if shape.itemsize < 4:
-        two = max(sum(rows[first : first + 2]) for first in range(len(rows)))
-        held += (2 if task == BOTH else 1) * two
-    return 4 * held * shape.vocab_size
+    of_logits = logits_dtype(torch.empty(0, dtype=dtype_of(shape))).itemsize
+    hidden, tile = of_logits * num_rows * size, 0
+    if width < of_logits:
+        tile = tile_bytes(shape)
+    elif width < 4:
+        tile = max(0, tile_bytes(shape) * width // 4 - hidden)
+    return of_logits * num_rows * vocab_size + 2 * hidden + tile
 
 
 def group_bytes(task: str, schedule: VocabTiles, shape: Shape) -> int:

@@ -16,7 +16,7 @@ a pair was cut, or unpaired.
 
 - Formula: `reference.py`.
 - Kernels: `row_chunks/kernels.py`; `vocab_tiles/forward.py`, `vocab_tiles/backward.py`. On the CPU:
-  `row_chunks/pytorch.py`.
+  `csrc/row_chunks.h`, behind `row_chunks/cpu.py`.
 - Proof: `tests/sftmix_kernels/test_sftmix_loss.py`; of the kernels
   `tests/sftmix_kernels/row_chunks/test_row_chunks.py`,
   `tests/sftmix_kernels/vocab_tiles/test_vocab_tiles.py`.
@@ -42,7 +42,7 @@ from .checks import (
     check_row_out,
     checked_lam,
 )
-from .gradients import Gradients, first_order_only, handed_out
+from .gradients import Gradients, divides_early, first_order_only, handed_out
 from .mixup_loss import Options, RowInputs, TileOptions, TileRows, reduced_loss
 from .reference import SFTMixLoss, label_weight
 from .row_chunks.chunks import chunk_sizes, counted_rows, gather_rows, logits_workspace, project
@@ -80,10 +80,11 @@ def sftmix_rows(
     needs_gradient: list[bool],  # of hidden, weight, bias
     first_token: int = 0,
     group: str | None = None,  # over which the vocabulary is shared out
+    divisor: Tensor | None = None,  # () float32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return NTP losses of rows (R,), Mixup losses of pairs (P,), and the gradients of
     ``sum(ntp) + mix_ratio * sum(mixup)`` with respect to hidden (R, D), weight (V, D) and bias
-    (V,), the last two in float32; empty where not needed. A group means what it does in
+    (V,), the last two in float32; empty where not needed. Group and divisor mean what they do in
     `mixup_rows`."""
     transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
     ntp, mixup = torch.zeros_like(row_weight), torch.zeros_like(pair_weight)
@@ -91,7 +92,14 @@ def sftmix_rows(
         pairs = counted_rows(pair_weight)
         singles = counted_singles(row_weight, pair_c[pairs], pair_u[pairs])
         num_rows = 2 * pairs.numel() + singles.numel()
-        gradients = Gradients(hidden, weight, needs_gradient, num_rows, partial=group is not None)
+        gradients = Gradients(
+            hidden,
+            weight,
+            needs_gradient,
+            num_rows,
+            partial=group is not None,
+            scale=1.0 if divisor is None else 1.0 / float(divisor),
+        )
         sizes = chunk_sizes(num_rows, chunk_rows)
         workspace = logits_workspace(weight, max(sizes, default=0))
         losses_ = chunk_losses_
@@ -112,13 +120,14 @@ def sftmix_rows(
                 gradients.needed,
             )
             gradients.add_chunk(logits, gathered, weight, rows)
+            del gathered  # before the next chunk's are made
         add_over_ranks_(gradients.hidden, group)
     return ntp, mixup, gradients.hidden, gradients.weight, gradients.bias
 
 
 @sftmix_rows.register_fake
 def _(hidden, weight, _b, _y, row_weight, _c, _u, pair_weight, _share, _ratio, _scale, _cap,  # type: ignore[no-untyped-def]
-      _rows, needs, _first=0, group=None):  # fmt: skip
+      _rows, needs, _first=0, group=None, _divisor=None):  # fmt: skip
     gradients = Gradients(hidden, weight, needs, 0, partial=group is not None)
     losses = torch.empty_like(row_weight), torch.empty_like(pair_weight)
     return *losses, gradients.hidden, gradients.weight, gradients.bias
@@ -156,7 +165,7 @@ def chunk_losses_(
     if runs_triton(logits):
         from .row_chunks.kernels import pair_rows_, soft_rows_
     else:
-        from .row_chunks.pytorch import pair_rows_, soft_rows_
+        from .row_chunks.cpu import pair_rows_, soft_rows_
     ntp_of_pairs, mixup = pair_rows_(
         logits, labels, row_weight, share, pair_weight, mix_ratio, transform, needs_gradient
     )
@@ -268,7 +277,10 @@ class NTPAndMixup(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         *tensors, mu, ntp_divisor, mixup_divisor, options = inputs
         mix_ratio = mu * ntp_divisor / mixup_divisor
-        row_ntp, pair_mixup, *gradients = sftmix_rows(*tensors, mix_ratio, *options)
+        ctx.divided = divides_early(tensors[1])
+        row_ntp, pair_mixup, *gradients = sftmix_rows(
+            *tensors, mix_ratio, *options, ntp_divisor if ctx.divided else None
+        )
         ctx.save_for_backward(ntp_divisor, *gradients)
         ctx.dtype = tensors[1].dtype
         ntp, mixup = divided_sum(row_ntp, ntp_divisor), divided_sum(pair_mixup, mixup_divisor)
@@ -279,7 +291,8 @@ class NTPAndMixup(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         divisor, *gradients = ctx.saved_tensors
-        return handed_out(gradients, [upstream / divisor] * 3, ctx.needs_input_grad, ctx.dtype)
+        scale = upstream if ctx.divided else upstream / divisor
+        return handed_out(gradients, [scale] * 3, ctx.needs_input_grad, ctx.dtype)
 
 
 class TilePairs(torch.autograd.Function):

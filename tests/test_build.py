@@ -32,7 +32,8 @@ def test_build_info_reports_the_build_or_none():
     assert int(info["cxx_standard"]) >= 201703
     assert re.fullmatch(r"\d+\.\d+\.\d+", info["torch"])
     assert re.fullmatch(r"(\d+\.\d+)?", info["cuda"])
-    assert info["kernels"] == f"online_softmax ({'CPU, CUDA' if info['cuda'] else 'CPU'})"
+    on_cuda = "online_softmax (CPU, CUDA), row_chunks (CPU)"
+    assert info["kernels"] == (on_cuda if info["cuda"] else "online_softmax, row_chunks (CPU)")
     assert info["vectors"] in ("avx512f", "avx2", "sse2", "")
 
 

@@ -46,7 +46,7 @@ def report() -> dict[str, dict[str, str]]:
     optional = {name: installed(name, package) for name, package in OPTIONAL.items()}
     settings = {name: os.environ[name] for name in SETTINGS if name in os.environ}
     built = build_info()
-    extension = {"": "not built; perplexity runs on PyTorch operations"} if built is None else built
+    extension = {"": "not built; losses run on PyTorch operations"} if built is None else built
     return {
         "versions": versions(),
         "optional": optional,

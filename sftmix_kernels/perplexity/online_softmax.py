@@ -16,14 +16,12 @@ not compiled.
 
 from __future__ import annotations
 
-import functools
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..extension import build_info
+from ..extension import build_info, warn_of_pytorch_operations
 from ..transform import LogitTransform
 
 # Losses are rounded to multiples of 2^-32 nats, less than a hundredth of what float32 logits are
@@ -107,17 +105,6 @@ def add_token_losses(
 
 
 torch.library.impl("sftmix_kernels::add_token_losses", "default", add_token_losses)
-
-
-@functools.cache
-def warn_of_pytorch_operations() -> None:
-    """Say once that an op runs without its compiled kernel."""
-    reason = "its extension is not built" if build_info() is None else "not built for this device"
-    warnings.warn(
-        f"sftmix_kernels: perplexity runs on PyTorch operations, which is slower: {reason}. "
-        "`pip install --no-build-isolation` builds it; `sftmix doctor` shows what is there",
-        stacklevel=3,
-    )
 
 
 def nothing(*_: Any) -> None:

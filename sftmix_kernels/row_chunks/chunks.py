@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..schedules import FEWEST_ROWS, PADDING, runs_triton
+from ..gradients import weight_tiles
+from ..schedules import FEWEST_ROWS, PADDING, logits_dtype, runs_triton
 
 
 def chunk_sizes(num_rows: int, chunk_rows: int) -> list[int]:
@@ -40,8 +41,12 @@ def counted_rows(weight: Tensor) -> Tensor:
 
 
 def gather_rows(hidden: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-    """Return ``hidden[rows]``, 0 where the weight is 0: an ignored NaN must not reach ``dW``."""
-    return hidden.index_select(0, rows).masked_fill_((weight == 0).unsqueeze(-1), 0.0)
+    """Return ``hidden[rows]``, 0 where the weight is 0: an ignored NaN must not reach ``dW``.
+
+    They have the dtype of the logits.
+    """
+    gathered = hidden.index_select(0, rows).to(logits_dtype(hidden))
+    return gathered.masked_fill_((weight == 0).unsqueeze(-1), 0.0)
 
 
 def mixed_rows(
@@ -51,18 +56,20 @@ def mixed_rows(
     rows: Tensor,  # (K,) int64
     row_weight: Tensor,  # (R,) float32
 ) -> Tensor:  # (K, D)
-    """Return ``lam h_c + (1 - lam) h_u`` of some rows, computed in float32 and rounded once."""
+    """Return ``lam h_c + (1 - lam) h_u`` of some rows, computed in float32.
+
+    They are rounded at most once, to the dtype of the logits.
+    """
     if hidden_u is None:
         return gather_rows(hidden_c, rows, row_weight[rows])
     if runs_triton(share):
         from . import kernels
 
         return kernels.mixed_rows(hidden_c, hidden_u, share, rows, row_weight)
-    gathered_c, gathered_u = (
-        gather_rows(hidden, rows, row_weight[rows]).float() for hidden in (hidden_c, hidden_u)
-    )
-    share_c, share_u = share[rows].tensor_split(2, dim=-1)
-    return (gathered_c * share_c + gathered_u * share_u).to(hidden_c.dtype)
+    weight, (share_c, share_u) = row_weight[rows], share[rows].tensor_split(2, dim=-1)
+    mixed = gather_rows(hidden_c, rows, weight).float().mul_(share_c)
+    mixed.addcmul_(gather_rows(hidden_u, rows, weight).float(), share_u)
+    return mixed.to(logits_dtype(hidden_c))
 
 
 def logits_workspace(weight: Tensor, num_rows: int) -> Tensor:
@@ -73,12 +80,24 @@ def logits_workspace(weight: Tensor, num_rows: int) -> Tensor:
     """
     vocab_size = weight.shape[0]
     padding = -vocab_size % PADDING if runs_triton(weight) else 0
-    return weight.new_empty(num_rows, vocab_size + padding)[:, :vocab_size]
+    room = weight.new_empty(num_rows, vocab_size + padding, dtype=logits_dtype(weight))
+    return room[:, :vocab_size]
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, workspace: Tensor) -> Tensor:
     """Return the raw logits of a chunk, (K, V), which are the workspace's first K rows."""
     logits = workspace[: hidden.shape[0]]
+    if weight.dtype == logits.dtype:
+        project_(logits, hidden, weight, bias)
+        return logits
+    for tokens, tile in weight_tiles(weight):
+        project_(logits[:, tokens], hidden, tile, None if bias is None else bias[tokens].float())
+    return logits
+
+
+def project_(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Write ``hidden @ weight.t() + bias``, all of one dtype."""
     if bias is None:
-        return torch.mm(hidden, weight.t(), out=logits)
-    return torch.addmm(bias, hidden, weight.t(), out=logits)
+        torch.mm(hidden, weight.t(), out=logits)
+    else:
+        torch.addmm(bias, hidden, weight.t(), out=logits)

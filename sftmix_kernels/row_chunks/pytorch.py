@@ -1,4 +1,4 @@
-"""The rows of a chunk in PyTorch operations: what the CPU runs in place of `kernels.py`.
+"""The rows of a chunk in PyTorch operations: what the ops of `cpu.py` mean, and run uncompiled.
 
 `soft_rows_` and `pair_rows_` have the arguments of the Triton kernels' launchers. They work block
 by block, while a block sits in cache; `vocab_parallel/` takes parts of them on any device.

@@ -9,7 +9,7 @@ from torch import Tensor
 import sftmix_kernels.mixup_loss
 from sftmix_kernels import RowChunks, gradients
 from sftmix_kernels.budget import added_up, budget
-from sftmix_kernels.row_chunks import pytorch
+from sftmix_kernels.row_chunks import cpu, pytorch
 
 from .budget import head_inputs, some_labels
 from .test_cross_entropy import assert_loss_in_budget
@@ -76,8 +76,10 @@ def test_nothing_is_in_budget_and_another_shape_is_refused() -> None:
 def test_a_weight_gradient_added_up_in_half_precision_is_caught(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rounded(total: Tensor, left: Tensor, right: Tensor, *, overwrite: bool) -> None:
-        product = left.float() @ right.float()
+    def rounded(
+        total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0, *, overwrite: bool
+    ) -> None:
+        product = scale * left.float() @ right.float()
         total.copy_((product if overwrite else total + product).to(dtype))
 
     tensors, labels = head_inputs((4096, 64), 123, dtype), some_labels((4096,), 123)
@@ -93,10 +95,10 @@ def test_logits_added_up_in_half_precision_are_caught(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def rounded(hidden: Tensor, weight: Tensor, bias: Tensor | None, workspace: Tensor) -> Tensor:
-        logits = workspace[: hidden.shape[0]].zero_()
+        logits = hidden.new_zeros(hidden.shape[0], weight.shape[0], dtype=dtype)
         for column in range(hidden.shape[1]):
-            logits.addr_(hidden[:, column], weight[:, column])
-        return logits
+            logits.addr_(hidden[:, column].to(dtype), weight[:, column])
+        return workspace[: hidden.shape[0]].copy_(logits)
 
     tensors, labels = head_inputs((64, 4096), 123, dtype), some_labels((64,), 123)
     assert_loss_in_budget(tensors, labels, reduction="sum")
@@ -121,6 +123,7 @@ def test_a_probability_read_back_from_bfloat16_is_caught(
     labels, weight = torch.arange(20), (17.0 * torch.eye(20)).to(dtype)
     tensors = {"hidden": torch.eye(20).to(dtype), "weight": weight}
     assert_loss_in_budget(tensors, labels, UPSTREAM)
+    monkeypatch.setattr(cpu, "soft_rows_", pytorch.soft_rows_)
     monkeypatch.setattr(pytorch.TargetColumns, "finish", rounded)
     with pytest.raises(AssertionError, match="is over the error budget"):
         assert_loss_in_budget(tensors, labels, UPSTREAM)

@@ -69,13 +69,19 @@ def assert_met(step: Callable[[], object], formula: int) -> None:
     assert 0.85 <= peak_extra_bytes(step) / formula <= 1.05
 
 
+compiled = pytest.mark.skipif(
+    build_info() is None, reason="PyTorch operations hold copies of the logits"
+)
+
+
+@compiled
 @every_task
 @pytest.mark.parametrize("width", [4, 2])
 @pytest.mark.parametrize(
     ("rows", "size", "vocab_size", "schedule", "chunk_is_peak"),
     [
         (400, 64, 6000, RowChunks(rows=128), True),
-        (128, 128, 8000, RowChunks(rows=32), False),
+        (128, 128, 8000, RowChunks(rows=32), None),
         (500, 96, 5003, RowChunks(rows=130), True),
         (2500, 32, 2000, RowChunks(), True),
         (512, 64, 1000, RowChunks(rows=512), True),
@@ -88,11 +94,13 @@ def test_row_chunks_on_the_cpu(
     size: int,
     vocab_size: int,
     schedule: RowChunks,
-    chunk_is_peak: bool,
+    chunk_is_peak: bool | None,
 ) -> None:
+    """In float32 nothing of dW is copied, so that a chunk is the peak of every shape."""
     shape = Shape(rows, size, vocab_size, width)
     chunk = peaks.cpu_chunk_bytes(task, schedule, shape)
-    assert (chunk > peaks.handed_out_bytes(task, shape, kernels=False)) == chunk_is_peak
+    expected = width == 4 if chunk_is_peak is None else chunk_is_peak
+    assert (chunk > peaks.handed_out_bytes(task, shape, kernels=False)) == expected
     step = training_step(task, schedule, shape)
     assert_met(step, peak_bytes(task, schedule, shape, kernels=False))
 
@@ -136,7 +144,7 @@ def test_vocab_tiles(
     assert_met(step, peak_bytes(task, schedule, shape, kernels=True))
 
 
-@pytest.mark.skipif(build_info() is None, reason="PyTorch operations hold copies of the logits")
+@compiled
 @pytest.mark.parametrize("width", [4, 2])
 @pytest.mark.parametrize("vocab_chunk", [8192, 2048])
 def test_streaming_perplexity(width: int, vocab_chunk: int) -> None:

@@ -16,7 +16,7 @@ ANYTHING = torch.empty(1, 1)
 @pytest.mark.parametrize(
     ("schedule", "vocab_size", "rows"),
     [
-        (RowChunks(), 1000, 1024),
+        (RowChunks(), 1000, 512),
         (RowChunks(rows=1), 1000, 16),
         (RowChunks(rows=41), 1000, 40),
         (RowChunks(rows=300), 1000, 256),

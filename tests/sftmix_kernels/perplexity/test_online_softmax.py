@@ -36,7 +36,7 @@ def device(request: pytest.FixtureRequest) -> str:
 def _silent() -> Any:
     """The plain versions warn, once in a process, that they are slow."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "sftmix_kernels: perplexity runs on PyTorch operations")
+        warnings.filterwarnings("ignore", "sftmix_kernels: losses run on PyTorch operations")
         yield
 
 

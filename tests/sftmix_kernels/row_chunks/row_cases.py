@@ -5,13 +5,14 @@ Legend: K rows, P pairs, T targets of a row, V vocabulary.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sftmix_kernels.row_chunks.kernels import pair_rows_, soft_rows_
+from sftmix_kernels.row_chunks import cpu
 from sftmix_kernels.transform import LogitTransform
 
 from ..budget import check
@@ -25,6 +26,8 @@ TRANSFORMS = (
     LogitTransform(1.5, 3.0, has_bias=True),
 )
 INF, NAN = float("inf"), float("nan")
+# In place of a device: the CPU, by the compiled ops.
+COMPILED = "compiled"
 
 
 class Rows(NamedTuple):
@@ -94,27 +97,42 @@ def take(view: Tensor) -> Tensor:
     return found
 
 
+def ops_of(device: str) -> ModuleType:
+    """What has `soft_rows_` and `pair_rows_`: the compiled ops, or the Triton kernels."""
+    if device == COMPILED:
+        return cpu
+    from sftmix_kernels.row_chunks import kernels  # Triton exists only on Linux
+
+    return kernels
+
+
+def place_of(device: str) -> str:
+    return "cpu" if device == COMPILED else device
+
+
 def run_rows(
     rows: Rows, transform: LogitTransform, device: str, *, needs_gradient: bool = True
 ) -> Found:
-    logits = amid_nan(rows.logits, device, columns=5)
-    share = None if rows.share is None else amid_nan(rows.share, device)
-    weight = amid_nan(rows.weight, device)
-    loss = soft_rows_(logits, rows.targets.to(device), share, weight, transform, needs_gradient)
+    place = place_of(device)
+    logits = amid_nan(rows.logits, place, columns=5)
+    share = None if rows.share is None else amid_nan(rows.share, place)
+    targets, weight = rows.targets.to(place), amid_nan(rows.weight, place)
+    loss = ops_of(device).soft_rows_(logits, targets, share, weight, transform, needs_gradient)
     return Found(loss.cpu(), torch.empty(0), take(logits))
 
 
 def run_pairs(
     pairs: Pairs, transform: LogitTransform, device: str, *, needs_gradient: bool = True
 ) -> Found:
-    logits = amid_nan(pairs.logits, device, columns=5)
-    ntp, mixup = pair_rows_(
+    place = place_of(device)
+    logits = amid_nan(pairs.logits, place, columns=5)
+    ntp, mixup = ops_of(device).pair_rows_(
         logits,
-        pairs.labels.to(device),
-        amid_nan(pairs.row_weight, device),
-        amid_nan(pairs.share, device),
-        amid_nan(pairs.pair_weight, device),
-        pairs.mix_ratio.to(device),
+        pairs.labels.to(place),
+        amid_nan(pairs.row_weight, place),
+        amid_nan(pairs.share, place),
+        amid_nan(pairs.pair_weight, place),
+        pairs.mix_ratio.to(place),
         transform,
         needs_gradient,
     )

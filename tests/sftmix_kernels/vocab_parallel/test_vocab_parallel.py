@@ -22,6 +22,7 @@ from sftmix_kernels import (
     fused_sftmix_loss,
     reference,
 )
+from sftmix_kernels.row_chunks import cpu, pytorch
 from sftmix_kernels.vocab_parallel.shard import check_bounds
 from tools.peak_memory import peak_extra_bytes
 
@@ -125,8 +126,11 @@ def one_process(name: str) -> Result:
 
 @pytest.mark.parametrize("name", [name for name in CASES if "empty" in name])
 def test_one_rank_with_all_tokens_gives_the_bits_of_one_process(
-    name: str, ranks: list[dict[str, Any]]
+    name: str, ranks: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Both in PyTorch operations, as a rank's columns are."""
+    for rows_ in ("soft_rows_", "pair_rows_"):
+        monkeypatch.setattr(cpu, rows_, getattr(pytorch, rows_))
     assert_same_bits(whole(CASES[name], name, ranks), one_process(name))
 
 

@@ -1,0 +1,255 @@
+// The rows of a chunk of logits on the CPU: their losses, and their gradients in place.
+//
+// sftmix_kernels/row_chunks/pytorch.py says the same in PyTorch operations. A thread takes a row
+// (or the two rows of a pair) and goes over its columns twice, in steps that stay in the L1 cache:
+// once for the softmax, once for the gradient. Nothing of a row depends on its neighbours or on the
+// number of threads.
+//
+// Legend: K rows, P pairs, T targets of a row, V vocabulary.
+
+#pragma once
+
+#include "row_steps.h"
+#include "soft_cross_entropy.h"
+#include "vectors.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+namespace sftmix {
+
+// The arguments that both ops share.
+template <typename Logit>
+struct Rows {
+  Logit* logits;  // (K, V) raw; gradients afterwards
+  int64_t row_stride;
+  int64_t vocab_size;
+  LogitTransform transform;
+  bool needs_gradient;
+
+  SFTMIX_INLINE Logit* row(int64_t i) const { return logits + i * row_stride; }
+};
+
+template <typename Logit>
+struct SoftRows : Rows<Logit> {
+  const int64_t* targets;   // (K, T)
+  const float* share;       // (K, T) or null where T is 1
+  const float* row_weight;  // (K,)
+  int64_t num_targets;
+  float* loss;  // (K,)
+};
+
+template <typename Logit>
+struct PairRows : Rows<Logit> {
+  const int64_t* labels;     // (2 P,) of rows of c, then of u; as row_weight and ntp
+  const float* row_weight;   // (2 P,)
+  const float* share;        // (P, 2): lam and 1 - lam
+  const float* pair_weight;  // (P,)
+  float mix_ratio;
+  bool has_bias;
+  int64_t num_pairs;
+  float* ntp;    // (2 P,)
+  float* mixup;  // (P,)
+};
+
+// `weight * value`, exactly 0 where the weight is 0 whatever the value.
+SFTMIX_INLINE float weighted(float weight, double value) {
+  return weight == 0.0f ? 0.0f : static_cast<float>(weight * value);
+}
+
+// A step's logits without the columns of held targets, which lie `first` columns before them.
+SFTMIX_INLINE const float* without_held(const Targets& targets, const float* values, int64_t first,
+                                        int64_t size, float* room) {
+  for (int t = 0; t < 2; ++t) {
+    const int64_t column = targets.column[t] - first;
+    if (!targets.is_held(t) || column < 0 || column >= size) continue;
+    if (values != room) std::copy_n(values, size, room);
+    room[column] = -INFINITY;
+    values = room;
+  }
+  return values;
+}
+
+// lam a_c + (1 - lam) a_u of raw logits.
+SFTMIX_INLINE float mixed(float raw_c, float raw_u, const float* share, bool has_bias) {
+  // A bias of -inf masks an entry, and 0 * -inf is NaN: where one share is 0, the mixture is the
+  // other row.
+  if (has_bias && share[1] == 0.0f) return raw_c;
+  if (has_bias && share[0] == 0.0f) return raw_u;
+  return share[0] * raw_c + share[1] * raw_u;
+}
+
+SFTMIX_INLINE void mix_step(const float* raw_c, const float* raw_u, const float* share,
+                            bool has_bias, int64_t size, float* room) {
+  for (int64_t j = 0; j < size; ++j) room[j] = mixed(raw_c[j], raw_u[j], share, has_bias);
+}
+
+// Writes `factor exp(f(raw) - top) f'(raw) / scale`, the gradient at columns that are no targets.
+// A factor of 0 gives 0, whatever the logits.
+SFTMIX_INLINE void gradient_step(LogitTransform transform, const float* raw, int64_t size,
+                                 float top, float factor, float* gradient) {
+  if (factor == 0.0f) {
+    std::fill_n(gradient, size, 0.0f);
+  } else if (transform.is_capped()) {
+    for (int64_t j = 0; j < size; ++j) {
+      const float slope = transform.slope(raw[j]);
+      gradient[j] = factor * exp_of(transform.capped(raw[j]) - top) * slope;
+    }
+  } else {
+    for (int64_t j = 0; j < size; ++j) {
+      gradient[j] = factor * exp_of(transform.scaled(raw[j]) - top);
+    }
+  }
+}
+
+template <typename Logit>
+SFTMIX_INLINE void store_step(const float* values, int64_t size, Logit* logits) {
+  if constexpr (std::is_same_v<Logit, float>) {
+    if (values == logits) return;
+  }
+  for (int64_t j = 0; j < size; ++j) logits[j] = static_cast<Logit>(values[j]);
+}
+
+// What a row's gradient follows from.
+struct RowGradient {
+  float top;
+  float factor;
+  float at_target[2];  // d loss / d raw
+
+  // `weight` times the gradient of a row's loss with respect to its raw logits.
+  SFTMIX_INLINE RowGradient(const RowLoss& row, const Targets& targets, float weight,
+                            LogitTransform transform, const float (&raw)[2])
+      : top(row.top), factor(weighted(weight, transform.scale / row.total)) {
+    for (int t = 0; t < 2; ++t) {
+      // A target without a share is a column like any other, to the bit.
+      at_target[t] = targets.is_held(t)
+                         ? weighted(factor, row.at_target[t] * transform.slope(raw[t]))
+                         : at(transform, raw[t]);
+    }
+  }
+
+  // The gradient at a column that is no target.
+  SFTMIX_INLINE float at(LogitTransform transform, float raw) const {
+    float gradient;
+    gradient_step(transform, &raw, 1, top, factor, &gradient);
+    return gradient;
+  }
+};
+
+// The raw logits of a row at its targets, 0 where it has but one.
+template <typename Logit>
+SFTMIX_INLINE void raw_at(const Logit* logits, const Targets& targets, float (&raw)[2]) {
+  for (int t = 0; t < 2; ++t) {
+    raw[t] = targets.column[t] < 0 ? 0.0f : static_cast<float>(logits[targets.column[t]]);
+  }
+}
+
+SFTMIX_INLINE RowLoss row_loss(const RowState& others, LogitTransform transform,
+                               const float (&raw)[2], const Targets& targets) {
+  const float logit[2] = {transform(raw[0]), transform(raw[1])};
+  return soft_cross_entropy(others, logit, targets);
+}
+
+template <typename Logit>
+SFTMIX_INLINE void soft_row(const SoftRows<Logit>& rows, int64_t i) {
+  Logit* const logits = rows.row(i);
+  const LogitTransform transform = rows.transform;
+  Targets targets = {{rows.targets[i * rows.num_targets], -1}, {1.0f, 0.0f}};
+  if (rows.num_targets == 2) {
+    const float* const share = rows.share + 2 * i;
+    targets = {{rows.targets[2 * i], rows.targets[2 * i + 1]}, {share[0], share[1]}};
+  }
+  float raw[2], room[kStep], other_room[kStep];
+  raw_at(logits, targets, raw);
+  RowState others;
+  for (int64_t first = 0; first < rows.vocab_size; first += kStep) {
+    const int64_t size = std::min(kStep, rows.vocab_size - first);
+    const float* values = load_step(logits + first, size, room);
+    values = transform_step(transform, values, size, room);
+    fold_values(others, without_held(targets, values, first, size, room), size);
+  }
+  const RowLoss loss = row_loss(others, transform, raw, targets);
+  const float weight = rows.row_weight[i];
+  rows.loss[i] = weighted(weight, loss.loss);
+  if (!rows.needs_gradient) return;
+  const RowGradient row(loss, targets, weight, transform, raw);
+  for (int64_t first = 0; first < rows.vocab_size; first += kStep) {
+    const int64_t size = std::min(kStep, rows.vocab_size - first);
+    const float* const values = load_step(logits + first, size, room);
+    gradient_step(transform, values, size, row.top, row.factor, other_room);
+    store_step(other_room, size, logits + first);
+  }
+  for (int t = 0; t < rows.num_targets; ++t) {
+    if (!targets.is_held(t)) continue;
+    logits[targets.column[t]] = static_cast<Logit>(row.at_target[t]);
+  }
+}
+
+template <typename Logit>
+SFTMIX_INLINE void pair_row(const PairRows<Logit>& rows, int64_t i) {
+  const int64_t index[2] = {i, i + rows.num_pairs};  // of c, of u
+  Logit* const logits[2] = {rows.row(index[0]), rows.row(index[1])};
+  const float* const share = rows.share + 2 * i;
+  const LogitTransform transform = rows.transform;
+  const int64_t label[2] = {rows.labels[index[0]], rows.labels[index[1]]};
+  // Of c, of u and of their mixture. All three have logits at both labels.
+  const Targets targets[3] = {{{label[0], label[1]}, {1.0f, 0.0f}},
+                              {{label[1], label[0]}, {1.0f, 0.0f}},
+                              {{label[0], label[1]}, {share[0], share[1]}}};
+  float raw[3][2];
+  raw_at(logits[0], targets[0], raw[0]);
+  raw_at(logits[1], targets[1], raw[1]);
+  for (int t = 0; t < 2; ++t) raw[2][t] = mixed(raw[0][t], raw[1][1 - t], share, rows.has_bias);
+
+  float room[3][kStep], gradient[3][kStep];
+  RowState others[3];
+  for (int64_t first = 0; first < rows.vocab_size; first += kStep) {
+    const int64_t size = std::min(kStep, rows.vocab_size - first);
+    const float* values[3] = {load_step(logits[0] + first, size, room[0]),
+                              load_step(logits[1] + first, size, room[1]), room[2]};
+    mix_step(values[0], values[1], share, rows.has_bias, size, room[2]);
+    for (int k = 0; k < 3; ++k) {
+      values[k] = transform_step(transform, values[k], size, room[k]);
+      fold_values(others[k], without_held(targets[k], values[k], first, size, room[k]), size);
+    }
+  }
+  const RowLoss loss[3] = {row_loss(others[0], transform, raw[0], targets[0]),
+                           row_loss(others[1], transform, raw[1], targets[1]),
+                           row_loss(others[2], transform, raw[2], targets[2])};
+  const float weight[3] = {rows.row_weight[index[0]], rows.row_weight[index[1]],
+                           rows.pair_weight[i] * rows.mix_ratio};
+  for (int k = 0; k < 2; ++k) rows.ntp[index[k]] = weighted(weight[k], loss[k].loss);
+  rows.mixup[i] = weighted(rows.pair_weight[i], loss[2].loss);
+  if (!rows.needs_gradient) return;
+
+  const RowGradient row[3] = {{loss[0], targets[0], weight[0], transform, raw[0]},
+                              {loss[1], targets[1], weight[1], transform, raw[1]},
+                              {loss[2], targets[2], weight[2], transform, raw[2]}};
+  for (int64_t first = 0; first < rows.vocab_size; first += kStep) {
+    const int64_t size = std::min(kStep, rows.vocab_size - first);
+    const float* const values[3] = {load_step(logits[0] + first, size, room[0]),
+                                    load_step(logits[1] + first, size, room[1]), room[2]};
+    mix_step(values[0], values[1], share, rows.has_bias, size, room[2]);
+    for (int k = 0; k < 3; ++k) {
+      gradient_step(transform, values[k], size, row[k].top, row[k].factor, gradient[k]);
+    }
+    for (int k = 0; k < 2; ++k) {
+      for (int64_t j = 0; j < size; ++j) gradient[k][j] += share[k] * gradient[2][j];
+      store_step(gradient[k], size, logits[k] + first);
+    }
+  }
+  for (int k = 0; k < 2; ++k) {
+    const int64_t own = label[k], other = label[1 - k];
+    // Of its own row only the own label is a target.
+    const float at_other = row[k].at_target[1] + share[k] * row[2].at_target[1 - k];
+    const float at_own = row[k].at_target[0] + share[k] * row[2].at_target[k];
+    logits[k][other] = static_cast<Logit>(at_other);
+    logits[k][own] = static_cast<Logit>(at_own);
+  }
+}
+
+SFTMIX_EACH_SET(soft_rows, soft_row, SoftRows)
+SFTMIX_EACH_SET(pair_rows, pair_row, PairRows)
+
+}  // namespace sftmix
