@@ -12,7 +12,10 @@ Legend: P pairs, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -133,6 +136,8 @@ class Provider(NamedTuple):
         """Tell whether it takes part: few do in the grid, and one compilation a task is enough."""
         if case.full:
             return direction == names.STEP or self.who != names.COMPILED
+        if case.busy:
+            return self.task != MIXUP and (self.ours or self.who == names.DENSE)
         tasks = (NTP, BOTH) if self.ours else (NTP,)
         return direction == names.STEP and not self.holds_logits and self.task in tasks
 
@@ -172,7 +177,7 @@ def find_providers(
 class Products:
     """The bare matrix products of NTP, into buffers made beforehand: nobody can be faster.
 
-    Their chunks are as large as ours on the CPU, and as a rule all rows on a GPU. The gradients of
+    Their chunks are 1,024 rows on the CPU, and as a rule all rows on a GPU. The gradients of
     the logits are real ones, since a product of mostly tiny numbers draws less power than one of
     random numbers, and so runs faster.
     """
@@ -180,7 +185,7 @@ class Products:
     def __init__(self, x: Inputs) -> None:
         self.hidden, self.weight = x.hidden.detach(), x.weight.detach()
         rows, vocab_size = self.hidden.shape[0], self.weight.shape[0]
-        chunk = min(rows, 8192 if x.hidden.is_cuda else RowChunks().rows_for(x.hidden, vocab_size))
+        chunk = min(rows, 8192 if x.hidden.is_cuda else 1024)
         padded = self.weight.new_empty(2, chunk, vocab_size + -vocab_size % PADDING)
         self.logits, self.gradient = padded[..., :vocab_size].unbind()
         self.of_hidden = torch.empty_like(self.hidden)
@@ -273,19 +278,20 @@ def time_direction(
         if warm or results.attempt(name, partial(runs, timed), one.ours):
             steps[key] = timed
             own[key] = {n: v for n, v in found.items() if backward or n != "peak_bytes"}
-    samples = interleaved_samples(
-        steps,
-        settings.repeats if case.full else min(settings.repeats, GRID_REPEATS),
-        settings.device,
-        says=f"{case.name}, {direction}",
-        warm=True,
-        stop=lambda: settings.out_of_time,
-    )
+    with busy_process() if case.busy else nullcontext():
+        samples = interleaved_samples(
+            steps,
+            settings.repeats if case.full else min(settings.repeats, GRID_REPEATS),
+            settings.device,
+            says=f"{case.name}, {direction}",
+            warm=True,
+            stop=lambda: settings.out_of_time,
+        )
     shared = {
         "measure": direction,
         "case": case.name,
         "head": case.head,
-        **settings.sizes(case.rows, *case.sizes),
+        **settings.sizes(case.rows, *case.sizes, case.dtype),
         "inputs": case.inputs,
         **peakedness(x),
     }
@@ -294,6 +300,17 @@ def time_direction(
         results.add_times(
             seconds, **shared, task=task, who=who, operations=amount, **own[who, task]
         )
+
+
+@contextmanager
+def busy_process() -> Iterator[None]:
+    """Run a process that computes on one core all the while, as a data loader or a browser does."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def call(one: Provider, x: Inputs, direction: str) -> Callable[[], object]:
@@ -315,7 +332,7 @@ def runs(work: Callable[[], object]) -> bool:
 def case_inputs(case: Case, settings: Settings, most: int | None = None) -> Inputs:
     """Return all rows of a case, or at most as many."""
     rows = case.rows if most is None else min(case.rows, most)
-    like = (settings.dtype, settings.device)
+    like = (getattr(torch, case.dtype) if case.dtype else settings.dtype, settings.device)
     return make_inputs(rows // 2, *case.sizes, *like, trained=case.inputs == TRAINED)
 
 

@@ -33,6 +33,9 @@ class Case(NamedTuple):
     inputs: str = TRAINED
     # Everyone takes part, forward too; else who never holds all logits, on NTP and NTP + Mixup.
     full: bool = True
+    # Another process computes all the while on the same cores; dense PyTorch takes part too.
+    busy: bool = False
+    dtype: str | None = None  # of hidden states and weights, where it is not the device's
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -46,8 +49,19 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Return head, rows and inputs in words."""
-        return f"{self.size}, {self.inputs}"
+        """Return head, rows, inputs, and what else is unusual, in words."""
+        return ", ".join(
+            [self.size, self.inputs]
+            + ["beside a busy process"] * self.busy
+            + [self.dtype] * (self.dtype is not None)
+        )
+
+
+SMALL, SMOLLM2 = Case("small", 2048), Case("SmolLM2-135M", 256, full=False)
+BUSY = SMALL._replace(full=False, busy=True)
+# Few rows: without instructions for it, a product in bfloat16 takes up to 250 times as long.
+HALF = Case("small", 128, full=False, dtype="bfloat16")
+CPU_CASES = (SMALL, SMOLLM2, SMOLLM2._replace(inputs=RANDOM), BUSY, HALF)
 
 
 @dataclass(frozen=True)
@@ -93,18 +107,19 @@ class Settings:
         """Tell whether the time is over; asked before every case, provider and round."""
         return self.left < 0
 
-    def sizes(self, rows: int, hidden_size: int, vocab_size: int) -> dict[str, Any]:
+    def sizes(
+        self, rows: int, hidden_size: int, vocab_size: int, dtype: str | None = None
+    ) -> dict[str, Any]:
         """Return sizes and dtype as records have them."""
         names = {"rows": rows, "hidden_size": hidden_size, "vocab_size": vocab_size}
-        return {**names, "dtype": self.dtype_name}
+        return {**names, "dtype": dtype or self.dtype_name}
 
     def cases(self) -> list[Case]:
         """Return the headline, then the same with other inputs, then other heads."""
         if self.quick:
             return [Case(QUICK, 256)]
         if self.device == "cpu":
-            others = [Case("SmolLM2-135M", 256, inputs, full=False) for inputs in (TRAINED, RANDOM)]
-            return [Case("small", 2048), *others]
+            return list(CPU_CASES)
         first = [Case("Llama-3.1-8B", 8192), Case("Llama-3.1-8B", 8192, RANDOM)]
         heads = [name for name in HEADS if name not in ("small", "SmolLM2-135M")]
         grid = [Case(name, rows, full=False) for rows in (2048, 8192, 32768) for name in heads]

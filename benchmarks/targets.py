@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from . import records as names
 from .records import BOTH, NTP, STEP, Record, Report, figure, find, first, headline, rate, ratio
+from .settings import BUSY, HALF, SMOLLM2, Case
 
 TOO_SMALL = "sizes too small"
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -56,8 +57,14 @@ def largest(found: Mapping[str, float]) -> tuple[float | None, str]:
 Found = Callable[[Report], tuple[float | None, str]]  # a value and a note beside it
 
 
-def by(one: tuple[str, ...], other: tuple[str, ...], name: str = "median", note: str = "") -> Found:
-    """Return what finds a figure of one record by another's, both of the headline case.
+def by(
+    one: tuple[str, ...],
+    other: tuple[str, ...],
+    name: str = "median",
+    note: str = "",
+    at: Case | None = None,
+) -> Found:
+    """Return what finds a figure of one record by another's, both of one case: the headline.
 
     A record is named by measure and provider, one of losses by its task too.
     """
@@ -66,31 +73,31 @@ def by(one: tuple[str, ...], other: tuple[str, ...], name: str = "median", note:
         pair = []
         for measure, who, *task in (one, other):
             fields = {"task": task[0]} if task else {}
-            case = headline(report, measure)
+            case = headline(report, measure) if at is None else at.name
             pair.append(figure(first(report, measure, who=who, case=case, **fields), name))
         return ratio(*pair), note
 
     return found
 
 
-def by_best_peer(task: str) -> Found:
+def by_best_peer(task: str, at: Case | None = None) -> Found:
     """Return what finds our time of a task by that of the fastest peer on NTP.
 
-    It is the fastest of the headline case that is neither ours nor the bare products.
+    It is the fastest of a case, the headline, that is neither ours nor the bare products.
     """
 
     def found(report: Report) -> tuple[float | None, str]:
+        case = headline(report) if at is None else at.name
         seconds = {
             record["who"]: record["median"]
-            for record in find(report, STEP, case=headline(report), task=NTP, ours=False)
+            for record in find(report, STEP, case=case, task=NTP, ours=False)
             if record["who"] != names.BARE and math.isfinite(record["median"])
         }
         peer = min(seconds, key=seconds.__getitem__, default=None)
         if peer is None:
             return None, "no peer measured"
-        return by((STEP, names.ROW_CHUNKS, task), (STEP, peer, task), note=f"best peer: {peer}")(
-            report
-        )
+        ours, note = (STEP, names.ROW_CHUNKS, task), f"best peer: {peer}"
+        return by(ours, (STEP, peer, task), note=note, at=at)(report)
 
     return found
 
@@ -128,6 +135,7 @@ def float32_fold(report: Report) -> tuple[float | None, str]:
 
 
 OURS, OUR_NTP = (STEP, names.ROW_CHUNKS, BOTH), (STEP, names.ROW_CHUNKS, NTP)
+BARE, TORCH = (STEP, names.BARE, NTP), (STEP, names.TORCH, NTP)
 DENSE, TILES = (STEP, names.DENSE, BOTH), (STEP, names.VOCAB_TILES, BOTH)
 PERPLEXITY = ("perplexity", names.STREAMING)
 CHUNKS, DENSE_LOGITS = ("perplexity", names.BARE_CHUNKS), ("perplexity", names.DENSE_PERPLEXITY)
@@ -135,20 +143,34 @@ SCORING = ("scoring", names.SCORE)
 READS = "bytes a second: a fold reads each logit, a copy in HBM reads and writes it"
 PRICE = "SFTMix at the price of NTP"
 SHARE = "share of copy bandwidth"
-HALF = {"measure": "fold", "who": names.FOLD, "dtype": "bfloat16"}
+HALF_FOLD = {"measure": "fold", "who": names.FOLD, "dtype": "bfloat16"}
 PAIR_ROWS = {"measure": "row kernel", "who": names.PAIR_ROWS}
 LEAST = True
 # What is promised of every report of a suite: its words, what finds it, the limit.
 Promise = tuple[str, Found, float] | tuple[str, Found, float, bool]
 PROMISES: dict[tuple[str, str], tuple[Promise, ...]] = {
     ("cpu", "loss"): (
-        (f"{BOTH} / {names.DENSE}", by(OURS, DENSE), 0.80),
-        (f"{BOTH} / {names.DENSE}, extra memory", by(OURS, DENSE, "peak_bytes"), 0.30),
-        (f"{BOTH} / {names.TORCH}, {NTP} alone", by(OURS, (STEP, names.TORCH, NTP)), 0.65),
+        (f"{NTP} / {names.BARE}", by(OUR_NTP, BARE), 1.10),
+        (f"{NTP} / best peer", by_best_peer(NTP), 1.0),
+        (f"{BOTH} / {names.BARE}", by(OURS, BARE), 1.15),
+        (f"{BOTH} / {names.DENSE}", by(OURS, DENSE), 0.50),
         (f"{BOTH} / {NTP} of ours", by(OURS, OUR_NTP), 1.25),
+        (f"{BOTH} / {names.TORCH}, {NTP} alone", by(OURS, TORCH), 0.65),
+        (f"{BOTH} / {names.DENSE}, extra memory", by(OURS, DENSE, "peak_bytes"), 0.30),
+        (
+            f"{BOTH} / {names.TORCH}, {NTP} alone, extra memory",
+            by(OURS, TORCH, "peak_bytes"),
+            1.0,
+        ),
+        (f"{BUSY.name}: {BOTH} / {names.BARE}", by(OURS, BARE, at=BUSY), 1.5),
+        (f"{BUSY.name}: {BOTH} / {names.DENSE}", by(OURS, DENSE, at=BUSY), 0.8),
+        (f"{SMOLLM2.name}: {NTP} / {names.BARE}", by(OUR_NTP, BARE, at=SMOLLM2), 1.25),
+        (f"{SMOLLM2.name}: {NTP} / best peer", by_best_peer(NTP, at=SMOLLM2), 1.0),
+        (f"{SMOLLM2.name}: {BOTH} / {names.BARE}", by(OURS, BARE, at=SMOLLM2), 1.35),
+        (f"{HALF.name}: {BOTH} / {names.BARE}", by(OURS, BARE, at=HALF), 1.25),
     ),
     ("cuda", "loss"): (
-        (f"{BOTH} / {names.BARE}", by(OURS, (STEP, names.BARE, NTP)), 1.05),
+        (f"{BOTH} / {names.BARE}", by(OURS, BARE), 1.05),
         (f"{NTP} / best peer on {NTP}", by_best_peer(NTP), 1.0),
         (f"{BOTH} / {BOTH} of that peer", by_best_peer(BOTH), 0.67),
         (f"{BOTH} / {NTP} of ours", by(OURS, OUR_NTP, note=PRICE), 1.10),
@@ -162,8 +184,7 @@ PROMISES: dict[tuple[str, str], tuple[Promise, ...]] = {
         ),
     ),
     ("cpu", "perplexity"): (
-        (f"{names.STREAMING} / {names.BARE_CHUNKS}", by(PERPLEXITY, CHUNKS), 1.20),
-        (f"{names.STREAMING} / {names.DENSE_PERPLEXITY}", by(PERPLEXITY, DENSE_LOGITS), 0.50),
+        (f"{names.STREAMING} / {names.BARE_CHUNKS}", by(PERPLEXITY, CHUNKS), 1.05),
         (
             f"{names.STREAMING} / {names.DENSE_PERPLEXITY}, extra memory",
             by(PERPLEXITY, DENSE_LOGITS, "peak_bytes"),
@@ -180,7 +201,12 @@ PROMISES: dict[tuple[str, str], tuple[Promise, ...]] = {
     ("cuda", "perplexity"): (
         (f"{names.STREAMING} / {names.BARE_CHUNKS}", by(PERPLEXITY, CHUNKS), 1.05),
         *(
-            (f"{names.FOLD}, {place}, {SHARE}", by_copy(READS, place=place, **HALF), 0.85, LEAST)
+            (
+                f"{names.FOLD}, {place}, {SHARE}",
+                by_copy(READS, place=place, **HALF_FOLD),
+                0.85,
+                LEAST,
+            )
             for place in (names.IN_HBM, names.IN_L2)
         ),
     ),
