@@ -1,8 +1,9 @@
 """Time the row kernels of ``row_chunks``, which turn logits into gradients, and the ceilings.
 
-Timed are `RowKernels.pair_rows` and `soft_rows` beside a copy of the same logits; they need a GPU.
-The ceilings, a large copy and a large product, are of any machine. Figures: "Rows of logits" and
-"Ceilings of the machine" in RESULTS.md.
+Timed are `RowKernels.pair_rows` and `soft_rows` beside a copy of the same logits: Triton kernels on
+a GPU, compiled ops on the CPU, there beside the same in PyTorch operations. The ceilings are a
+large copy and a large product. Figures: "Rows of logits" and "Ceilings of the machine" in
+RESULTS.md.
 
 Legend: N rows, V vocabulary.
 """
@@ -11,24 +12,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sftmix_kernels.row_chunks import cpu, pytorch
+from sftmix_kernels.schedules import runs_triton
 from sftmix_kernels.transform import LogitTransform
 
 from .bench_loss import PEER_LIMIT
 from .measure import SuiteError, interleaved_samples
-from .records import COPY, PAIR_ROWS, PRODUCT, SOFT_ROWS
+from .records import COPY, PAIR_ROWS, PAIR_ROWS_OPERATIONS, PRODUCT, SOFT_ROWS
 from .result_file import Results
 from .settings import HEADS, QUICK_HEAD, Settings
 
 # Rows of logits read or written: a copy reads and writes each once; the kernels read each twice
 # (once for the LSEs, once for the gradients) and write it once. Where L2 still holds some of what
 # is read a second time, a kernel's share of a copy's rate can pass 1.
-PASSES = {COPY: 2, PAIR_ROWS: 3, SOFT_ROWS: 3}
-CHUNK_ROWS, CHECKED_ROWS = 4096, 64
+PASSES = {COPY: 2, PAIR_ROWS: 3, SOFT_ROWS: 3, PAIR_ROWS_OPERATIONS: 3}
+CHUNK_ROWS, CHECKED_ROWS = {"cpu": 512, "cuda": 4096}, 64
 # Bytes copied, and rows of the square product, by device.
 CEILINGS = {"cpu": (2**28, 2048), "cuda": (2**32, 8192)}
 
@@ -47,25 +51,27 @@ class RowKernels:
         self.pair_weight = torch.ones_like(lam)
         self.mix_ratio = torch.full((), 0.4, device=device)
         self.transform = LogitTransform(1.0, None, has_bias=False)
+        self.ops: ModuleType = cpu
+        if runs_triton(self.raw):
+            from sftmix_kernels.row_chunks import kernels
+
+            self.ops = kernels
 
     def restore(self) -> None:
         """Put raw logits in place of the last gradients."""
         self.logits.copy_(self.raw)
 
-    def pair_rows(self) -> tuple[Tensor, Tensor]:
+    def pair_rows(self, ops: ModuleType | None = None) -> tuple[Tensor, Tensor]:
         """Run the kernel of pairs: losses, and gradients in place of the logits."""
-        from sftmix_kernels.row_chunks.kernels import pair_rows_
-
         options = (self.mix_ratio, self.transform, True)
         rows = (self.logits, self.labels, self.row_weight)
-        return pair_rows_(*rows, self.share, self.pair_weight, *options)
+        found = (ops or self.ops).pair_rows_(*rows, self.share, self.pair_weight, *options)
+        return found  # type: ignore[no-any-return]
 
     def soft_rows(self) -> Tensor:
         """Run the kernel of single rows: losses, and gradients in place of the logits."""
-        from sftmix_kernels.row_chunks.kernels import soft_rows_
-
         rows = (self.logits, self.labels.unsqueeze(-1), None, self.row_weight)
-        return soft_rows_(*rows, self.transform, True)
+        return self.ops.soft_rows_(*rows, self.transform, True)  # type: ignore[no-any-return]
 
     def copy(self) -> Tensor:
         """Copy the logits."""
@@ -103,11 +109,8 @@ class RowKernels:
 
 
 def measure(settings: Settings, results: Results) -> None:
-    """Time the row kernels, which need a GPU, and the ceilings."""
-    if settings.device == "cpu":
-        results.miss("left_out", "row kernels", "Triton kernels need a CUDA device")
-    else:
-        results.attempt("row kernels", partial(measure_rows, settings, results), ours=True)
+    """Time the row kernels and the ceilings."""
+    results.attempt("row kernels", partial(measure_rows, settings, results), ours=True)
     measure_ceilings(settings, results)
 
 
@@ -121,10 +124,13 @@ def measure_rows(settings: Settings, results: Results) -> None:
         for who in (PAIR_ROWS, SOFT_ROWS)
         if results.attempt(f"{who}, row kernel", partial(few.check, who), ours=True)
     ]
-    kernels = RowKernels(CHECKED_ROWS if settings.quick else CHUNK_ROWS, *like)
+    num_rows = CHECKED_ROWS if settings.quick else CHUNK_ROWS[settings.device]
+    kernels = RowKernels(num_rows, *like)
     calls = {PAIR_ROWS: kernels.pair_rows, SOFT_ROWS: kernels.soft_rows}
     steps: dict[str, Callable[[], object]] = {COPY: kernels.copy}
     steps |= {who: calls[who] for who in right}
+    if settings.device == "cpu":
+        steps[PAIR_ROWS_OPERATIONS] = partial(kernels.pair_rows, pytorch)
     samples = interleaved_samples(
         steps, settings.repeats, settings.device, kernels.restore, "row kernels"
     )
@@ -133,7 +139,7 @@ def measure_rows(settings: Settings, results: Results) -> None:
             seconds,
             measure="row kernel",
             who=who,
-            ours=who != COPY,
+            ours=who in calls,
             rows=kernels.raw.shape[0],
             vocab_size=vocab_size,
             dtype=settings.dtype_name,

@@ -25,6 +25,7 @@ BARE = "bare matrix products"
 # Row kernels and ceilings.
 COPY, PRODUCT = "copy", "matrix product"
 PAIR_ROWS, SOFT_ROWS = "pair_rows_", "soft_rows_"
+PAIR_ROWS_OPERATIONS = "pair_rows_, PyTorch operations"
 # Perplexity, its fold and scoring.
 STREAMING, DENSE_PERPLEXITY = "streaming_perplexity", "dense cross_entropy"
 BARE_CHUNKS, BARE_CALL = "bare product, same chunks", "bare product, one call"
