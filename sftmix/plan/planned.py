@@ -154,8 +154,12 @@ class Planned:
 
     @property
     def longer(self) -> int:
-        """A second length, from which follows what a token takes."""
-        return self.length + max(GRID, self.length // 4)
+        """A second length, from which follows what a token takes; no longer than a packed row."""
+        longer = self.length + max(GRID, self.length // 4)
+        row: int | None = self.options.row_length
+        if row is None or longer <= row:
+            return longer
+        return row if row > self.length else self.length // 2
 
     def bytes_of_token(self, config: PretrainedConfig) -> float:
         """Return the bytes that one more token of the batch adds to the peak."""
@@ -174,7 +178,9 @@ class Planned:
     def search_end(self, config: PretrainedConfig) -> int:
         """Return the length at which the search for the largest ends."""
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
-        return max(SEARCHED, positions, self.longer)
+        longest: int = max(SEARCHED, positions, self.longer)
+        row: int | None = self.options.row_length
+        return longest if row is None else min(longest, row + 1)
 
     def is_off(self, one: Switch) -> bool:
         """Tell whether a switch would change something."""

@@ -99,6 +99,8 @@ def length_text(planned: Planned, config: PretrainedConfig, largest: int) -> str
     """Return the line that names the largest length."""
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if ends(largest, longest := planned.search_end(config)):
+        if planned.options.row_length is not None:
+            return f"longest that fits: {largest} tokens; a row holds {planned.options.row_length}"
         return f"longest that fits: {largest} tokens or more; the search ends at {longest}"
     beyond = f", beyond the model's {most} positions" if most and largest > most else ""
     return f"longest that fits: {largest} tokens{beyond}" if largest else "no length fits"

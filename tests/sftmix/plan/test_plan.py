@@ -354,6 +354,18 @@ def test_the_command_says_where_its_search_ends(
     assert re.search(r"^switch .* products$", said, re.MULTILINE)  # and no column of lengths
 
 
+def test_no_length_is_tried_that_a_packed_row_does_not_hold(
+    plan: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sftmix.plan.planned.SWITCHES", ())
+    for row in ("512", "600"):
+        packed = ("--layout", "packed", "--row_length", row)
+        code, said = plan("--gpu-memory", "80GiB", *packed)
+        assert code == 0
+        assert f"longest that fits: 512 tokens; a row holds {row}" in said
+        assert re.search(r"^activations +\d+\.\d+ +[1-9]\d*\.\d$", said, re.MULTILINE)
+
+
 def test_the_command_says_what_bfloat16_loses(
     plan: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
