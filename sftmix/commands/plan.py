@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from sftmix.plan.planned import (
-    SWITCHES,
-    Alternative,
-    PlanArguments,
-    PlanConfig,
-    Planned,
-    advised,
-    memory_of,
-    row_of,
-)
-from sftmix.plan.search import ends
-from sftmix.plan.table import plan_text
+if TYPE_CHECKING:
+    from sftmix.plan.planned import Planned
 
 # The exit code, which differs from that of a wrong option.
 DOES_NOT_FIT = 3
 
+# Their imports take longer than the first answer (4 s of 5 on a quiet core): the bar counts them.
+LIBRARIES = ("torch", "transformers", "transformers.trainer", "sftmix.plan.planned")
 
-ARGUMENTS = (PlanArguments, PlanConfig)
+# The dataclasses of the options, once `main` has imported them.
+ARGUMENTS: tuple[type[Any], ...] = ()
 
 
 def main(words: Sequence[str]) -> int:
@@ -33,24 +29,47 @@ def main(words: Sequence[str]) -> int:
         ValueError: what `plan_step` refuses, or a memory that is no number of bytes.
         OSError: there is no such model.
     """
-    planned = Planned(words)
+    global ARGUMENTS
+    quiet = "--disable_tqdm" in words
+    for name in tqdm(LIBRARIES, "libraries", unit="library", leave=False, disable=quiet):
+        importlib.import_module(name)
+    from sftmix.plan.planned import PlanArguments, PlanConfig, Planned
+
+    ARGUMENTS = PlanArguments, PlanConfig
+    return tell(Planned(words))
+
+
+def tell(planned: Planned) -> int:
+    """Print each answer as soon as it is known; return the exit code."""
+    from sftmix.plan.planned import SWITCHES, advised, memory_of, row_of
+    from sftmix.plan.search import ends
+    from sftmix.plan.table import first_text, length_text, switches_text
+
     memory = memory_of(planned)
     config = planned.read_config()
     others = [one for one in SWITCHES if planned.is_off(one)]
-    plan = planned.plan(config, planned.length)
-    rows: list[Alternative] = []
-    with tqdm(
-        total=1 + len(others), unit="plan", leave=False, disable=planned.options.disable_tqdm
-    ) as bar:
-        longer = planned.plan(config, planned.longer)
-        largest = None if memory is None else planned.largest(config, memory, proven=True)
-        bar.update()
-        # Where everything fits that is searched, no switch makes more of it.
-        all_fits = largest is not None and ends(largest, planned.search_end(config))
-        for one in others:
-            rows.append(row_of(planned, one, config, None if all_fits else memory))
+    quiet = planned.options.disable_tqdm
+    with tqdm(total=3 + len(others), unit="answer", leave=False, disable=quiet) as bar:
+
+        def say(text: str = "") -> None:
             bar.update()
-    fits = memory is None or plan.peak <= memory
-    advice = "" if memory is None or fits else advised(planned, config, memory, rows)
-    print(plan_text(planned, config, plan, longer, memory, largest, rows, advice))
+            if text:
+                tqdm.write(text)
+                sys.stdout.flush()
+
+        plan, longer = planned.plan(config, planned.length), planned.plan(config, planned.longer)
+        say(first_text(planned, config, plan, longer, memory))
+        fits, all_fit, advice = memory is None or plan.peak <= memory, False, ""
+        if memory is not None:
+            largest = planned.largest(config, memory, proven=True)
+            say(length_text(planned, config, largest) + "\n")
+            # Where everything fits that is searched, no switch makes more of it.
+            all_fit = ends(largest, planned.search_end(config))
+        rows = []
+        for one in others:
+            rows.append(row_of(planned, one, config, None if all_fit else memory))
+            say()
+        if memory is not None and not fits:
+            advice = advised(planned, config, memory, rows)
+        say(switches_text(planned, rows, advice))
     return 0 if fits else DOES_NOT_FIT

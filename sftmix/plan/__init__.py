@@ -1,6 +1,6 @@
 """`sftmix plan`: plan the memory of a training step before there is a GPU to run it on.
 
-- `trace`: counts the tensors of a piece of code that runs without values
+- `hollow`: tensors without values; `trace`: counts those of a piece of code
 - `step`: the real step under such a trace; `attention`, `tiles` and `optimizer` stand for what is
   not PyTorch's own or would take long, `moments` tells where in the step the peak is
 - `search`: the largest length that fits

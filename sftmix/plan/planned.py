@@ -117,11 +117,19 @@ SWITCHES = (
 class Planned:
     """The plans of one set of words, by length."""
 
-    def __init__(self, words: Sequence[str]) -> None:
+    def __init__(
+        self, words: Sequence[str], plans: dict[tuple[str, int], Plan] | None = None
+    ) -> None:
         self.words = list(words)
         self.arguments, self.options = parse(words, PlanArguments, PlanConfig, "sftmix plan")
         self.length: int = self.arguments.max_length
-        self.plans: dict[int, Plan] = {}
+        self.plans = {} if plans is None else plans
+        # Words that mean the same, such as a switch that `--memory lean` turns on, share plans.
+        self.meaning = f"{self.arguments} {self.options}"
+
+    def with_words(self, words: Sequence[str]) -> Planned:
+        """Return the plans of these words and more."""
+        return Planned([*self.words, *words], self.plans)
 
     def read_config(self) -> PretrainedConfig:
         """Return the model's config."""
@@ -137,16 +145,21 @@ class Planned:
 
     def plan(self, config: PretrainedConfig, length: int) -> Plan:
         """Return the plan of a step at this length."""
-        if length not in self.plans:
-            self.plans[length] = plan_step(
+        key = self.meaning, length
+        if key not in self.plans:
+            self.plans[key] = plan_step(
                 config, self.arguments, self.options, length, on_cpu=self.options.on_cpu
             )
-        return self.plans[length]
+        return self.plans[key]
 
     @property
     def longer(self) -> int:
-        """A second length, from which follows what a token takes."""
-        return self.length + max(GRID, self.length // 4)
+        """A second length, from which follows what a token takes; no longer than a packed row."""
+        longer = self.length + max(GRID, self.length // 4)
+        row: int | None = self.options.row_length
+        if row is None or longer <= row:
+            return longer
+        return row if row > self.length else self.length // 2
 
     def bytes_of_token(self, config: PretrainedConfig) -> float:
         """Return the bytes that one more token of the batch adds to the peak."""
@@ -165,7 +178,9 @@ class Planned:
     def search_end(self, config: PretrainedConfig) -> int:
         """Return the length at which the search for the largest ends."""
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
-        return max(SEARCHED, positions, self.longer)
+        longest: int = max(SEARCHED, positions, self.longer)
+        row: int | None = self.options.row_length
+        return longest if row is None else min(longest, row + 1)
 
     def is_off(self, one: Switch) -> bool:
         """Tell whether a switch would change something."""
@@ -204,7 +219,7 @@ def row_of(
 ) -> Alternative:
     """Return what a switch would change, or why it cannot be turned on."""
     try:
-        other = Planned([*planned.words, *one.words])
+        other = planned.with_words(one.words)
         plan = other.plan(config, planned.length)
     except (ValueError, ImportError) as error:
         return Alternative(one.says, same=one.same, error=str(error).splitlines()[0])
@@ -231,15 +246,15 @@ def advised(
     fitting = [row for row in possible if row.peak <= memory]
     for choice in ([row for row in fitting if row.same], fitting):
         if choice:
-            best = min(choice, key=lambda row: row.peak)
-            return f"it fits best with {best.says} ({best.peak / 2**30:.1f} GiB)"
-    words, says, peak = list(planned.words), [], planned.plan(config, planned.length).peak
+            least = min(choice, key=lambda row: row.peak)
+            return f"it fits best with {least.says} ({least.peak / 2**30:.1f} GiB)"
+    best, says, peak = planned, [], planned.plan(config, planned.length).peak
     for row in sorted(possible, key=lambda row: (not row.same, row.peak)):
-        other = Planned([*words, *row.says.split()])
+        other = best.with_words(row.says.split())
         with_it = other.plan(config, planned.length).peak
         # A switch that hardly helps beside the others is left out.
         if with_it < 0.99 * peak:
-            words, peak = other.words, with_it
+            best, peak = other, with_it
             says.append(row.says)
         if peak <= memory:
             return f"it fits with {', '.join(says)} together ({peak / 2**30:.1f} GiB)"

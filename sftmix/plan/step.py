@@ -19,11 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from sftmix.methods import method_of
@@ -48,8 +43,9 @@ from sftmix.training.trainer import make_collator
 from sftmix_kernels import RowChunks, VocabTiles
 from sftmix_kernels.peaks import op_products, op_workspace
 
-# Layers of the short models; a model that has no more is traced as it is.
-SHORT = (2, 4)
+# Layers of the short models; a model that has no more is traced as it is. From the second layer on
+# each one more adds the same.
+SHORT = (2, 3)
 
 
 @dataclass(frozen=True)
@@ -108,7 +104,7 @@ def plan_step(
     short: Sequence[int | None] = SHORT
     # If only some layers checkpoint, two short models do not tell the peak of a longer one.
     some = "every_n_layers" in (getattr(options, f"{CHECKPOINTING}_kwargs") or {})
-    if layers is None or layers <= max(SHORT) or some or not alike(config, arguments):
+    if layers is None or layers <= max(SHORT) or some or not all_alike(config, arguments):
         short, layers = (None,), 0
     steps = [
         traced_step(with_layers(config, count), arguments, options, length, on_cpu)
@@ -164,6 +160,17 @@ def with_layers(config: PretrainedConfig, count: int | None) -> PretrainedConfig
     return config
 
 
+_alike: dict[tuple[str, str], bool] = {}
+
+
+def all_alike(config: PretrainedConfig, arguments: RunArguments) -> bool:
+    """Return what `alike` says of a config, whose plans at other lengths ask again."""
+    key = type(config).__name__, config.to_json_string()
+    if key not in _alike:
+        _alike[key] = alike(config, arguments)
+    return _alike[key]
+
+
 def alike(config: PretrainedConfig, arguments: RunArguments) -> bool:
     """Tell whether all layers have the same parameters and the same kind of attention."""
     text = config.get_text_config()
@@ -173,7 +180,7 @@ def alike(config: PretrainedConfig, arguments: RunArguments) -> bool:
     return bool(shapes) and same and len(set(getattr(text, "layer_types", None) or [None])) == 1
 
 
-def extended(two: Traced, four: Traced, layers: int) -> Traced:
+def extended(two: Traced, three: Traced, layers: int) -> Traced:
     """Return the step of a model with `layers` layers, extended from the two `SHORT` ones."""
     first, second = SHORT
 
@@ -182,17 +189,17 @@ def extended(two: Traced, four: Traced, layers: int) -> Traced:
 
     peaks = {
         moment: {
-            part: along(parts.get(part, 0), four.peaks[moment].get(part, 0))
-            for part in {*parts, *four.peaks[moment]}
+            part: along(parts.get(part, 0), three.peaks[moment].get(part, 0))
+            for part in {*parts, *three.peaks[moment]}
         }
         for moment, parts in two.peaks.items()
     }
     return Traced(
         peaks,
-        along(two.host, four.host),
-        along(two.matrix_products, four.matrix_products),
-        along(two.parameters, four.parameters),
-        along(two.trained, four.trained),
+        along(two.host, three.host),
+        along(two.matrix_products, three.matrix_products),
+        along(two.parameters, three.parameters),
+        along(two.trained, three.trained),
     )
 
 
@@ -221,13 +228,13 @@ def traced_step(
         )
     )
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), trace:
+        with trace:
             with trace.counting_as(WEIGHTS):
                 fill(model)
             follow(trace, model, options, batch, on_cpu=on_cpu)
             parameters = [p.numel() for p in model.parameters()]
             of_trained = sum(p.numel() for p in trained(model))
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+    except NotImplementedError as error:
         raise ValueError(
             f"model: the shapes in {type(model).__name__} hang on values ({error}), which a plan "
             "does not have"

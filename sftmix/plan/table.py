@@ -20,21 +20,20 @@ ROUNDED = (
 )
 
 
-def plan_text(
-    planned: Planned,
-    config: PretrainedConfig,
-    plan: Plan,
-    longer: Plan,
-    memory: int | None,
-    largest: int | None,
-    rows: list[Alternative],
-    advice: str,
+def first_text(
+    planned: Planned, config: PretrainedConfig, plan: Plan, longer: Plan, memory: int | None
 ) -> str:
-    """Return the whole text, one screen."""
+    """Return the first answer: what is planned, the parts of its peak, and whether it fits."""
     lines = [*heading(planned, config, plan), "", *part_lines(planned, plan, longer), ""]
     if memory is not None:
-        lines += [fit_line(plan, memory, advice), *length_line(planned, config, largest), ""]
-    lines += [*switch_lines(rows), ""]
+        says = "fits" if plan.peak <= memory else "does not fit"
+        lines.append(f"{says}: {plan.peak / GIB:.1f} GiB of {memory / GIB:.1f}")
+    return "\n".join(lines)
+
+
+def switches_text(planned: Planned, rows: list[Alternative], advice: str) -> str:
+    """Return the last answer: what the switches would change, and the advice."""
+    lines = [*switch_lines(rows), "", *([advice, ""] if advice else [])]
     if planned.arguments.lora_rank is None and "bf16_stochastic_round" not in str(
         planned.options.optim_args
     ):
@@ -96,22 +95,15 @@ def part_lines(planned: Planned, plan: Plan, longer: Plan) -> list[str]:
     return lines
 
 
-def fit_line(plan: Plan, memory: int, advice: str) -> str:
-    """Return the line that says whether the step fits."""
-    if plan.peak <= memory:
-        return f"fits: {plan.peak / GIB:.1f} GiB of {memory / GIB:.1f}"
-    return f"does not fit: {plan.peak / GIB:.1f} GiB of {memory / GIB:.1f}; {advice}"
-
-
-def length_line(planned: Planned, config: PretrainedConfig, largest: int | None) -> list[str]:
+def length_text(planned: Planned, config: PretrainedConfig, largest: int) -> str:
     """Return the line that names the largest length."""
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if largest is None:
-        return []
     if ends(largest, longest := planned.search_end(config)):
-        return [f"longest that fits: {largest} tokens or more; the search ends at {longest}"]
+        if planned.options.row_length is not None:
+            return f"longest that fits: {largest} tokens; a row holds {planned.options.row_length}"
+        return f"longest that fits: {largest} tokens or more; the search ends at {longest}"
     beyond = f", beyond the model's {most} positions" if most and largest > most else ""
-    return [f"longest that fits: {largest} tokens{beyond}" if largest else "no length fits"]
+    return f"longest that fits: {largest} tokens{beyond}" if largest else "no length fits"
 
 
 def switch_lines(rows: list[Alternative]) -> list[str]:

@@ -1,8 +1,8 @@
 """Measure what PyTorch code holds at its peak, on tensors that have no values.
 
-Under PyTorch's `FakeTensorMode` an op makes tensors of the right shapes and computes nothing. A
-`MemoryTrace` over it counts their storages, from the op that makes one until nobody holds it. So
-views and in-place ops count nothing, and tensors that autograd saves count until they are freed.
+Under a `MemoryTrace` an op makes tensors of the right shapes and computes nothing. The trace counts
+their memory, from the op that makes one until nobody holds it. So views and in-place ops count
+nothing, and tensors that autograd saves count until they are freed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from sftmix.plan.hollow import Block, run
 
 WEIGHTS, GRADIENTS, OPTIMIZER = "weights", "gradients", "optimizer"
 ACTIVATIONS, LOSS = "activations", "loss workspace"
@@ -42,7 +43,6 @@ class MemoryTrace(TorchDispatchMode):
         self.loss_cost = loss_cost
         self.part, self.moment = ACTIVATIONS, ""
         self.held: Counter[str] = Counter()
-        self.storages: dict[int, tuple[str, int]] = {}
         self.peaks: dict[str, dict[str, int]] = {}
         self.host = self.host_peak = 0
         self.products, self.times = 0, 1.0
@@ -56,15 +56,10 @@ class MemoryTrace(TorchDispatchMode):
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return True
-        if func is torch.ops.prim.device.default:
-            # More than half of all calls, answered here for speed.
-            return args[0].fake_device
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         is_loss = func.name().startswith(LOSS_OPS)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.hold(leaf, LOSS if is_loss else self.part)
+        part = LOSS if is_loss else self.part
+        result = run(func, args, kwargs, lambda size: self.hold(size, part))
         if is_loss:
             inside, products = self.loss_cost(func.name().removeprefix(LOSS_OPS), args)
             self.hold_briefly(inside, LOSS)
@@ -75,30 +70,22 @@ class MemoryTrace(TorchDispatchMode):
             self.products += int(self.times * count(*args, **kwargs, out_val=result)) // share
         return result
 
-    def hold(self, tensor: Tensor, part: str) -> None:
-        """Count a tensor's storage until it is freed, unless it is counted already."""
-        storage = tensor.untyped_storage()
-        key = id(storage)
-        if key in self.storages or tensor.device.type == "meta":
-            return
-        self.storages[key] = (part, storage.nbytes())
-        self.held[part] += storage.nbytes()
-        weakref.finalize(storage, self.release, key)
+    def hold(self, size: int, part: str) -> Block:
+        """Count bytes until the block that is returned is gone."""
+        self.held[part] += size
         self.note_peak()
+        return Block(size, part, self.release)
 
-    def release(self, key: int) -> None:
-        """Forget a storage that was freed."""
-        part, size = self.storages.pop(key)
-        self.held[part] -= size
+    def release(self, block: Block) -> None:
+        """Count a block's bytes no longer."""
+        self.held[block.part] -= block.size
 
-    def recount(self, tensor: Tensor, part: str) -> None:
+    def recount(self, tensor: Any, part: str) -> None:
         """Count a tensor that is held already as another part from now on."""
-        key = id(tensor.untyped_storage())
-        if key in self.storages:
-            before, size = self.storages[key]
-            self.storages[key] = (part, size)
-            self.held[before] -= size
-            self.held[part] += size
+        block = tensor.block
+        self.held[block.part] -= block.size
+        block.part = part
+        self.held[part] += block.size
 
     def hold_briefly(self, size: int, part: str) -> None:
         """Count bytes that an op takes and gives back before it returns."""

@@ -29,6 +29,7 @@ from sftmix.commands.demo import (
     results_table,
     run_demo,
     run_step,
+    run_together,
     write_data,
 )
 from sftmix.demo_data import TRAIN
@@ -120,10 +121,40 @@ def test_a_failing_step_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     assert "what went wrong" in captured.err
 
 
+def test_two_steps_run_side_by_side(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each waits for the other's file; what the first prints comes after what the second does."""
+    wait = (
+        "import pathlib, sys, time\n"
+        "own, other = map(pathlib.Path, sys.argv[1:])\n"
+        "own.touch()\n"
+        "while not other.exists(): time.sleep(0.01)\n"
+        "print('seen', other.name, flush=True)"
+    )
+    names = [str(tmp_path / name) for name in ("one", "two")]
+    first, second = (Step(f"Step {i}", ("-c", wait, *names[:: 1 - 2 * i])) for i in range(2))
+    run_together({"[1/2]": first, "[2/2]": second})
+    printed = capfd.readouterr().out
+    heads = [f"[{i + 1}/2]{beside} Step {i}" for i, beside in enumerate((" beside the next,", ""))]
+    places = [printed.index(text) for text in (*heads, "seen one", "Step 0, done", "seen two")]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_step_that_fails_beside_another_is_named(
+    broken: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    codes = ["import sys; sys.exit('what went wrong')", "pass"]
+    steps = {f"[{i}/2]": Step(f"Step {i}", ("-c", codes[i != broken])) for i in range(2)}
+    with pytest.raises(ChildProcessError, match=f"'step {broken}' failed with exit status 1"):
+        run_together(steps)
+    captured = capfd.readouterr()
+    assert "what went wrong" in captured.out + captured.err
+
+
 def test_a_failing_step_ends_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    broken = [Step("Break", ("-c", "import sys; sys.exit(3)"))]
+    broken = [Step("Break", ("-c", "import sys; sys.exit(3)"))] * 3
     monkeypatch.setattr("sftmix.commands.demo.plan", lambda *_: broken)
     assert cli.main(["demo", "--output", str(tmp_path / "out")]) == 1
     assert "'break' failed with exit status 3" in capsys.readouterr().err
@@ -155,7 +186,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    assert "four to five minutes" in text
+    assert "two to three minutes" in text
     assert "not the paper's" in text
 
 

@@ -309,9 +309,36 @@ def test_the_command_says_what_fits_and_what_helps(plan: Callable[..., tuple[int
     assert "loses small updates" not in said  # LoRA's are float32
     code, said = plan("--gpu-memory", "1KB", "--max-length", "64", *ALL_ON[:-2])
     assert code == DOES_NOT_FIT
-    assert re.search(r"does not fit: .*; it does not fit (even )?with", said)
+    assert re.search(r"^does not fit: 0.0 GiB of 0.0$", said, re.MULTILINE)
+    assert re.search(r"^it does not fit (even )?with", said, re.MULTILINE)
     assert "--optim adamw_torch_8bit *" in said
     assert "no length fits" in said
+
+
+def test_the_command_answers_before_it_tries_switches(
+    plan: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever stops it then knows whether the step fits."""
+
+    def stopped(*_: Any) -> Alternative:
+        raise ValueError("stopped here")
+
+    monkeypatch.setattr("sftmix.plan.planned.row_of", stopped)
+    code, said = plan("--gpu-memory", "40MB", "--max-length", "64", *ALL_ON[:-2])
+    assert code == 2
+    assert re.search(r"fits: 0.0 GiB of 0.0\nlongest that fits: \d+ .*\n\n.*stopped here\n$", said)
+
+
+def test_words_that_mean_the_same_share_plans(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--memory lean` turns on what two of the switches would turn on once more."""
+    monkeypatch.setattr("sftmix.plan.planned.plan_step", lambda *_, **__: object())
+    lean = Planned(["--model", str(model), "--memory", "lean"])
+    config = lean.read_config()
+    found = {lean.plan(config, 64)}
+    for name, value in ("layout", "sequential"), ("activation_checkpointing", "true"):
+        found.add(lean.with_words([f"--{name}", value]).plan(config, 64))
+    assert len(found) == 1
+    assert lean.with_words(["--optim", "sgd"]).plan(config, 64) not in found
 
 
 def test_the_command_says_where_its_search_ends(
@@ -320,17 +347,29 @@ def test_the_command_says_where_its_search_ends(
     """A small model and a large GPU: millions of tokens would fit, and take minutes to plan."""
     monkeypatch.setattr("sftmix.plan.planned.SEARCHED", 4096)
     one = [switch for switch in SWITCHES if switch.name == "lora_rank"]
-    monkeypatch.setattr("sftmix.commands.plan.SWITCHES", one)
+    monkeypatch.setattr("sftmix.plan.planned.SWITCHES", one)
     code, said = plan("--gpu-memory", "80GiB")
     assert code == 0
     assert "longest that fits: 3840 tokens or more; the search ends at 4096" in said
     assert re.search(r"^switch .* products$", said, re.MULTILINE)  # and no column of lengths
 
 
+def test_no_length_is_tried_that_a_packed_row_does_not_hold(
+    plan: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sftmix.plan.planned.SWITCHES", ())
+    for row in ("512", "600"):
+        packed = ("--layout", "packed", "--row_length", row)
+        code, said = plan("--gpu-memory", "80GiB", *packed)
+        assert code == 0
+        assert f"longest that fits: 512 tokens; a row holds {row}" in said
+        assert re.search(r"^activations +\d+\.\d+ +[1-9]\d*\.\d$", said, re.MULTILINE)
+
+
 def test_the_command_says_what_bfloat16_loses(
     plan: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sftmix.commands.plan.SWITCHES", ())
+    monkeypatch.setattr("sftmix.plan.planned.SWITCHES", ())
     without_lora = [*ALL_ON[:-8], "--max-length", "64", "--dtype", "bfloat16"]
     rounding = ["--optim", "adamw_torch_8bit", "--optim_args", "bf16_stochastic_round=True"]
     assert "loses small updates" in plan(*without_lora, "--optim", "sgd")[1]
@@ -340,7 +379,7 @@ def test_the_command_says_what_bfloat16_loses(
 def test_the_command_reads_what_train_reads(
     plan: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sftmix.commands.plan.SWITCHES", ())
+    monkeypatch.setattr("sftmix.plan.planned.SWITCHES", ())
     file = tmp_path / "config.yaml"
     shared = {"data": ["x"], "score": {"output": "y"}}
     own = {"output": "z", "partition": "p", "memory": "lean", "lora_rank": 8, "bf16": True}
