@@ -52,6 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=own.threads, help="of the CPU")
     add("--data", type=Path, metavar="FILE", help="instructions to score (default: the demo's)")
     add("--examples", type=int, default=own.examples, help="how many of them to score")
+    add("--model", type=Path, metavar="DIR", help="a model to score 240 of them with, too")
     add("--commit", default="", help="of the code, where it is no git checkout")
     only = f"only this benchmark, or 'not NAME': all but this; of {', '.join(NAMES)}"
     add("-k", default="", metavar="NAME", help=only)

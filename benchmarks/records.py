@@ -35,6 +35,7 @@ FOLD_SOFTCAP = f"{FOLD} with softcap"
 IN_CACHE, IN_L2 = "chunk in cache", "chunk in L2"
 IN_HBM, IN_HBM_CHUNK = "all logits in HBM", "chunk in HBM"
 SCORE, SCORE_FORWARD = "score_examples", "forward with logits, same batches"
+SCORE_EQUAL = "forward with logits, equal lengths"
 SCORE_BACKBONE = "forward without head, same batches"
 SCORE_LOOP, SCORE_MEANS = "obvious loop, losses of examples", "obvious loop, mean of a batch"
 # Training steps.
@@ -67,7 +68,7 @@ def first(report: Report, measure: str, **fields: object) -> Record | None:
 
 def values(report: Report, measure: str, name: str) -> list[Any]:
     """Return each value of a field once, in the file's order."""
-    return list(dict.fromkeys(record[name] for record in find(report, measure)))
+    return list(dict.fromkeys(record.get(name) for record in find(report, measure)))
 
 
 def same(record: Record, names: Sequence[str]) -> dict[str, Any]:
@@ -95,6 +96,15 @@ def ratio(one: float | None, other: float | None) -> float | None:
 def rate(record: Record | None, amount: str) -> float | None:
     """Return operations or bytes a second."""
     return ratio(figure(record, amount), figure(record))
+
+
+def by_best_forward(report: Report, case: str | None) -> float | None:
+    """Return the time of scoring a case by the faster forward with logits of the same examples."""
+    seconds = [
+        figure(first(report, "scoring", who=who, case=case)) for who in (SCORE_FORWARD, SCORE_EQUAL)
+    ]
+    best = min((value for value in seconds if value is not None), default=None)
+    return ratio(figure(first(report, "scoring", who=SCORE, case=case)), best)
 
 
 def is_ours(record: Record) -> bool:

@@ -32,8 +32,8 @@ RULES: tuple[tuple[str, str | None, str, tuple[str, ...], tuple[str, ...]], ...]
     ("perplexity", names.STREAMING, names.DENSE_PERPLEXITY, ("case",), ()),
     ("fold", None, names.FOLD_OPERATIONS, names.FOLD_SIZE, ()),
     ("fold", None, names.COPY, names.COPY_SIZE, ("kind",)),
-    ("scoring", names.SCORE, names.SCORE_FORWARD, ("data",), ()),
-    ("scoring", names.SCORE, names.SCORE_LOOP, ("data",), ()),
+    ("scoring", names.SCORE, names.SCORE_FORWARD, ("data", "case"), ()),
+    ("scoring", names.SCORE, names.SCORE_LOOP, ("data", "case"), ()),
     ("step", names.OUR_SFTMIX, names.OUR_NTP, names.STEP_SIZE, ()),
     ("step", names.OUR_NTP, names.THEIR_NTP, names.STEP_SIZE, ()),
 )

@@ -62,6 +62,11 @@ def loss_title(record: Record) -> str:
     return f"{title}; p(label) {share} on average"
 
 
+def scoring_title(record: Record) -> str:
+    """Return the title of a model that scores."""
+    return "Scoring a data set" + (f": {cell(record['case'])}" if record.get("case") else "")
+
+
 TIMES: list[Column] = [
     ("median ms", lambda _, r: digits(1e3 * r["median"])),
     ("quartiles", lambda _, r: f"{digits(1e3 * r['q1'])}-{digits(1e3 * r['q3'])}"),
@@ -114,9 +119,11 @@ SCORING: list[Column] = [
     ("", who),
     ("data", text_of("data")),
     ("examples", text_of("examples")),
+    ("batches", text_of("batches")),
+    ("padding", field("padding", ".1%")),
     *TIMES,
     ("tokens/s", per_second("tokens", 1)),
-    ("/ forward with logits", over(names.SCORE_FORWARD, ())),
+    ("/ forward with logits", over(names.SCORE_FORWARD, ("case",))),
 ]
 STEPS: list[Column] = [
     ("model, batch x length", lambda _, record: cell(step_name(record))),
@@ -142,7 +149,7 @@ TABLES = (
     Table(names.STEP, loss_title, LOSS, "case", left=2, sort=True),
     Table(names.FORWARD, loss_title, LOSS, "case", left=2, sort=True),
     Table("perplexity", lambda r: f"Perplexity: {cell(r['case'])}", PERPLEXITY, "case", sort=True),
-    Table("scoring", lambda _: "Scoring a data set", SCORING, sort=True),
+    Table("scoring", scoring_title, SCORING, "case", sort=True),
     Table("step", lambda _: "Training steps", STEPS, left=2),
     Table("memory", lambda r: f"Extra memory against {r['sweep']}", MEMORY, "sweep", left=2),
     Table("row kernel", lambda _: "Rows of logits", of_memory(names.LOGITS_SIZE)),

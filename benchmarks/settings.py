@@ -75,6 +75,7 @@ class Settings:
     seconds: float = 10**6  # no measurement is begun after these
     data: Path | None = None
     examples: int = 250
+    model: Path | None = None
     threads: int = 2
     command: str = ""
     commit: str = ""

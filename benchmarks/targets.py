@@ -134,6 +134,17 @@ def float32_fold(report: Report) -> tuple[float | None, str]:
     return ratio(figure(fold), figure(plain)), ""
 
 
+def scoring_by_forward(report: Report) -> tuple[float | None, str]:
+    """Return the time of scoring by the faster forward, of the model where that is largest."""
+    cases = dict.fromkeys(record.get("case") for record in find(report, "scoring"))
+    found = {
+        case or "": value
+        for case in cases
+        if (value := names.by_best_forward(report, case)) is not None
+    }
+    return largest(found)
+
+
 OURS, OUR_NTP = (STEP, names.ROW_CHUNKS, BOTH), (STEP, names.ROW_CHUNKS, NTP)
 BARE, TORCH = (STEP, names.BARE, NTP), (STEP, names.TORCH, NTP)
 DENSE, TILES = (STEP, names.DENSE, BOTH), (STEP, names.VOCAB_TILES, BOTH)
@@ -191,11 +202,7 @@ PROMISES: dict[tuple[str, str], tuple[Promise, ...]] = {
             0.1,
         ),
         (f"{names.FOLD} / {names.FOLD_OPERATIONS}, float32", float32_fold, 1 / 3),
-        (
-            f"{names.SCORE} / {names.SCORE_FORWARD}",
-            by(SCORING, ("scoring", names.SCORE_FORWARD)),
-            1.10,
-        ),
+        (f"{names.SCORE} / best forward with logits, the worst", scoring_by_forward, 1.05),
         (f"{names.SCORE} / {names.SCORE_LOOP}", by(SCORING, ("scoring", names.SCORE_LOOP)), 1.0),
     ),
     ("cuda", "perplexity"): (

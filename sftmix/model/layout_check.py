@@ -1,4 +1,4 @@
-"""Whether a model keeps apart examples that a layout puts together."""
+"""Whether a model keeps apart examples that a layout puts together, and leaves padding unread."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sftmix.model.head import without_peft
-from sftmix.model.probe import evaluating
+from sftmix.model.head import HeadAdapter, without_peft
+from sftmix.model.probe import evaluating, some_tokens
 from sftmix.pairs.layouts import Integers, Layout
 
 # Three short examples: in packed rows the second and third share one, and a slot is left over.
@@ -84,6 +84,42 @@ def check_one_by_one(model: Any, refusal: str) -> None:
         found = model(tokens, **options).value
     if found.shape != alone.shape or not relative_error(found, alone) <= epsilon(alone) ** 0.5:
         raise ValueError(f"{refusal}: its logits are not those of each example alone")
+
+
+@torch.no_grad()
+def ignores_padding(
+    model: nn.Module, head: HeadAdapter, device: torch.device, longest: int, pad_token_id: int
+) -> bool:
+    """Return whether padding behind an example, without a mask, leaves what the head reads of it.
+
+    ``longest`` is the most tokens of a row. In eval mode, a few tokens' hidden states have to be
+
+    - the same bits with padding behind them and with other tokens there: none of those is read.
+      All products have the same shapes, so that nothing may round differently. (An expert's number
+      of rows differs, and a mixture of experts may fail for it.)
+    - those that the tokens have without padding, when it fills a row of ``longest`` tokens, up to
+      the ``sqrt(eps)`` of `check_layout`: nothing hangs on the length of a row, as it does where
+      rotary embeddings stretch with it.
+    """
+    tokens = some_tokens(head.model, device)[:, : longest // 2]
+    size = tokens.shape[1]
+    padding = torch.full((1, longest), pad_token_id, device=device)
+
+    def read(*parts: Tensor) -> Tensor:  # (size, D)
+        kept: list[Tensor] = []
+
+        def keep(hidden: Tensor) -> Tensor:
+            kept.append(hidden)
+            return hidden
+
+        rows = torch.arange(size, device=device)
+        model(input_ids=torch.cat(parts, 1), use_cache=False, rows=rows, head_input=keep)
+        return kept[0]
+
+    with evaluating(model):
+        alone, filled = read(tokens), read(tokens, padding[:, size:])
+        unread = torch.equal(*(read(tokens, end) for end in (padding[:, :size], tokens.flip(1))))
+    return unread and relative_error(filled, alone) <= epsilon(alone) ** 0.5
 
 
 class Reading(NamedTuple):

@@ -55,7 +55,7 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 # Options that change no result here; who sets one is told so.
 WITHOUT_EFFECT = {
-    "per_device_eval_batch_size": "evaluation batches hold up to 8,192 tokens",
+    "per_device_eval_batch_size": "evaluation batches hold up to 8,192 tokens, on a CPU 1,024",
     "eval_accumulation_steps": NO_LOGITS,
 }
 

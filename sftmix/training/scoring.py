@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import sys
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
@@ -28,6 +31,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sftmix.model.head import HeadAdapter
+from sftmix.model.layout_check import ignores_padding
 from sftmix.model.probe import evaluating
 from sftmix.pairs.collator import PairedCollator
 from sftmix.pairs.sampling import filler
@@ -42,6 +46,10 @@ from sftmix_kernels import StreamingPerplexity
 SAVE_SECONDS = 30.0
 # Batches collated at a time: a few megabytes.
 AHEAD = 32
+# The most that padding takes of a batch's tokens, where it is exact.
+MOST_PADDING = 0.12
+# Seconds between two lines of progress that no terminal overwrites.
+LINE_SECONDS = 60.0
 # Of `StreamingPerplexity.state_dict`: what ranks have parts of.
 OPEN_SUMS = ("open_nll_sum", "open_num_tokens", "open_outside")
 
@@ -54,7 +62,7 @@ def score_examples(
     collator: PairedCollator,
     perplexity: StreamingPerplexity | None = None,
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-    max_tokens: int = 8192,
+    max_tokens: int | None = None,
     description: str = "score",
     disable_progress: bool | None = False,
     save: Callable[[], object] | None = None,
@@ -62,12 +70,20 @@ def score_examples(
 ) -> StreamingPerplexity:
     """Add one scoring of all examples, response tokens only, to ``perplexity`` (or a new one).
 
-    The model is in eval mode meanwhile and no gradient is kept. ``max_tokens`` bounds the tokens of
-    a batch; ``context`` is entered around all of them (autocast, which then casts a weight once).
-    ``save`` is called between two batches, every `SAVE_SECONDS`: where ``perplexity`` comes with a
-    scoring that was broken off, only the examples that it has no token of are scored. ``shared``:
-    all ranks call this and share the batches; each gets the sums of all. A signal ends it after a
-    batch, saved.
+    The model is in eval mode meanwhile and no gradient is kept. Where `ignores_padding` finds that
+    padding is exact, examples of about equal length share a batch, padded on the right and without
+    a mask; elsewhere only those of equal length. An example reads neither padding nor another: it
+    gets what it would get by itself, up to the rounding of products with another number of rows.
+
+    Args:
+        perplexity: sums to add to. Where they hold a scoring that was broken off, only the examples
+            that they have no token of are scored.
+        context: is entered around all batches (autocast, which then casts a weight once).
+        max_tokens: the most tokens of a batch, padding too; `most_tokens` by default.
+        description: what the progress bar says before tokens done, all tokens and the time left.
+        save: is called between two batches, every `SAVE_SECONDS`. A signal ends the scoring after
+            a batch, saved.
+        shared: all ranks call this and share the batches; each gets the sums of all.
 
     Raises:
         ValueError: there is nothing to score, an example has no response token, or ``perplexity``
@@ -88,22 +104,19 @@ def score_examples(
     # A batch holds examples as a whole and each has a response token: the sums say who was scored.
     started = summed(perplexity.started.long()) if shared else perplexity.started
     waiting = (started == 0).nonzero().flatten().tolist()
-    progress = tqdm(
-        total=sum(lengths),
-        initial=sum(lengths) - sum(lengths[row] for row in waiting),
-        desc=description,
-        unit="tok",
-        unit_scale=True,
-        disable=disable_progress or (shared and not is_main()),
-    )
     saved = time.monotonic()
     number, size = (rank(), num_ranks()) if shared else (0, 1)
+    progress = progress_bar(lengths, waiting, description, True if number else disable_progress)
     with torch.no_grad(), evaluating(model), context(), progress:
-        batches = batches_by_length(lengths, max_tokens, waiting)
+        exact = padding_is_exact(model, head, lengths, perplexity.device, collator, shared=shared)
+        padding, most = MOST_PADDING if exact else 0.0, max_tokens or most_tokens(perplexity.device)
+        batches = batches_by_length(lengths, most, waiting, padding=padding)
         # A sharded model has to be called equally often by all ranks.
         batches += [[]] * (-len(batches) % size)
         own = collated(examples, batches[number::size], collator)
         for done, (batch_rows, batch) in enumerate(own, start=1):
+            if exact or batch["attention_mask"].all():
+                del batch["attention_mask"]
             score_batch(model, head, batch, torch.tensor(batch_rows).long(), perplexity)
             dealt = batches[(done - 1) * size : done * size]
             progress.update(sum(lengths[row] for rows in dealt for row in rows))
@@ -115,6 +128,24 @@ def score_examples(
                 raise interrupts.Interrupted(signum, f"in {description}")
     perplexity.end_checkpoint(dist.group.WORLD if size > 1 else None)
     return perplexity
+
+
+def progress_bar(
+    lengths: Sequence[int], waiting: Sequence[int], description: str, disable: bool | None
+) -> tqdm[Any]:
+    """Return a bar of tokens, with the time that those of ``waiting`` examples will take.
+
+    Where no terminal overwrites its line, it writes one every `LINE_SECONDS`.
+    """
+    return tqdm(
+        total=sum(lengths),
+        initial=sum(lengths) - sum(lengths[row] for row in waiting),
+        desc=description,
+        unit="tok",
+        unit_scale=True,
+        mininterval=0.1 if sys.stderr.isatty() else LINE_SECONDS,
+        disable=disable,
+    )
 
 
 def agreed(saved: float, done: int, size: int) -> tuple[bool, int | None]:
@@ -131,6 +162,26 @@ def agreed(saved: float, done: int, size: int) -> tuple[bool, int | None]:
     return told[0][0], next((signum for _, signum in told if signum), None)
 
 
+def padding_is_exact(
+    model: nn.Module,
+    head: HeadAdapter,
+    lengths: Sequence[int],
+    device: torch.device,
+    collator: PairedCollator,
+    *,
+    shared: bool,
+) -> bool:
+    """Return whether examples may be padded, which all ranks have to find; see `ignores_padding`.
+
+    It is not asked where all are of one length.
+    """
+    longest = max(lengths)
+    if longest == min(lengths):
+        return False
+    exact = ignores_padding(model, head, device, longest, collator.pad_token_id)
+    return all(gathered(exact)) if shared else exact
+
+
 def score_batch(
     model: nn.Module,
     head: HeadAdapter,
@@ -140,11 +191,11 @@ def score_batch(
 ) -> None:
     """Add the losses of a `PairedCollator`'s batch; ``examples`` says whose rows they are.
 
-    Without padding the model gets no attention mask: it takes its causal path and need not ask the
-    device whether the mask is full.
+    Without an attention mask the model takes its causal path and need not ask the device whether
+    the mask is full.
     """
     device = perplexity.device
-    names = ["input_ids"] if batch["attention_mask"].all() else ["input_ids", "attention_mask"]
+    names = [name for name in ("input_ids", "attention_mask") if name in batch]
     sample_ids = examples[batch["owner"]].to(device)
     targets = batch["targets"].to(device)
     call = functools.partial(
@@ -197,28 +248,30 @@ def collated(
     batches: Sequence[list[int]],
     collator: PairedCollator,
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Yield rows and tensors of each batch, made `AHEAD` at a time.
+    """Yield rows and tensors of each batch, read and made `AHEAD` at a time.
 
     One at a time, between two forward passes that have taken the caches, takes three times as long.
     """
     for first in range(0, len(batches), AHEAD):
+        some = batches[first : first + AHEAD]
+        read = iter(rows_of(examples, [row for rows in some for row in rows]))
         yield from [
-            (rows, collator(rows_of(examples, rows) or [filler()]))
-            for rows in batches[first : first + AHEAD]
+            (rows, collator(list(itertools.islice(read, len(rows))) or [filler()])) for rows in some
         ]
 
 
 def rows_of(
     examples: Sequence[dict[str, Any]] | datasets.Dataset, rows: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Return examples of one length; from Arrow without making Python numbers."""
+    """Return examples; from Arrow without making Python numbers."""
     if not isinstance(examples, datasets.Dataset) or not rows:
         return [examples[row] for row in rows]
     table = examples[rows]
-    arrays = [
-        table[name].combine_chunks().flatten().to_numpy().reshape(len(rows), -1)
-        for name in ("input_ids", "labels")
-    ]
+    arrays = []
+    for name in ("input_ids", "labels"):
+        column = table[name].combine_chunks()
+        ends = pc.list_value_length(column).to_numpy().cumsum()
+        arrays.append(np.split(column.flatten().to_numpy(), ends[:-1]))
     ids = table["id"].to_pylist() if "id" in table.column_names else rows
     names = ("id", "input_ids", "labels")
     return [dict(zip(names, values, strict=True)) for values in zip(ids, *arrays, strict=True)]
@@ -233,25 +286,36 @@ def sequence_lengths(examples: Sequence[dict[str, Any]] | datasets.Dataset) -> l
     return [len(example["input_ids"]) for example in examples]
 
 
-def batches_by_length(
-    lengths: Sequence[int], max_tokens: int, rows: Iterable[int] | None = None
-) -> list[list[int]]:
-    """Return examples grouped by exactly equal length: the longest first, then in order.
+def most_tokens(device: torch.device) -> int:
+    """Return the tokens of a batch by default: 8,192, and 1,024 on a CPU, for its caches."""
+    return 1024 if device.type == "cpu" else 8192
 
-    Each batch holds at most ``max_tokens`` tokens, and at least one row. No slot is padding, and
-    each example gets what it would get alone, from every architecture: examples one after another
-    in one sequence would need block masks (T x T for SDPA), which state-space models cannot heed.
-    ``rows``: which rows; all by default.
+
+def batches_by_length(
+    lengths: Sequence[int],
+    max_tokens: int,
+    rows: Iterable[int] | None = None,
+    *,
+    padding: float = 0.0,
+) -> list[list[int]]:
+    """Return examples grouped by length: the longest first, then in order.
+
+    Each batch has at least one example and at most ``max_tokens`` tokens, of which padding takes
+    the share ``padding`` at most. ``rows``: which examples; all by default. Examples one after
+    another in one sequence would need block masks (T x T for SDPA), which state-space models cannot
+    heed.
     """
     batches: list[list[int]] = []
     rows = range(len(lengths)) if rows is None else rows
+    slots = tokens = 0
     for row in sorted(rows, key=lambda row: (-lengths[row], row)):
-        last = batches[-1] if batches else []
-        fits = (len(last) + 1) * lengths[row] <= max_tokens
-        if last and lengths[last[0]] == lengths[row] and fits:
-            last.append(row)
+        longest = lengths[batches[-1][0]] if batches else 0
+        slots, tokens = slots + longest, tokens + lengths[row]
+        if batches and slots <= max_tokens and slots - tokens <= padding * slots:
+            batches[-1].append(row)
         else:
             batches.append([row])
+            slots = tokens = lengths[row]
     return batches
 
 

@@ -318,8 +318,8 @@ class SFTMixMixin(WholeCheckpoints):
     ) -> dict[str, float]:
         """Return the NTP loss of a data set, a mean over its response tokens, and its perplexity.
 
-        Batches hold examples of one length, up to 8,192 tokens; ``per_device_eval_batch_size`` is
-        not used. Several data sets, given as a dict, are evaluated one by one, as `Trainer` does.
+        Batches are those of `score_examples`; ``per_device_eval_batch_size`` is not used. Several
+        data sets, given as a dict, are evaluated one by one, as `Trainer` does.
         """
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):

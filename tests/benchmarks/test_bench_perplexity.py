@@ -38,6 +38,7 @@ from benchmarks.records import (
     OPERATIONS,
     SCORE,
     SCORE_BACKBONE,
+    SCORE_EQUAL,
     SCORE_FORWARD,
     SCORE_LOOP,
     SCORE_MEANS,
@@ -46,6 +47,7 @@ from benchmarks.records import (
 )
 from benchmarks.result_file import Results
 from benchmarks.settings import Settings
+from sftmix.training.scoring import MOST_PADDING
 from sftmix_kernels.extension import build_info
 
 QUICK = Settings(device="cpu", quick=True)
@@ -101,6 +103,7 @@ def test_a_run_writes_down_everyone_or_why_not(tmp_path: Path) -> None:
     assert found["scoring"].keys() == {
         SCORE,
         SCORE_FORWARD,
+        SCORE_EQUAL,
         SCORE_BACKBONE,
         SCORE_LOOP,
         SCORE_MEANS,
@@ -109,6 +112,9 @@ def test_a_run_writes_down_everyone_or_why_not(tmp_path: Path) -> None:
     assert (score["examples"], score["distinct_examples"]) == (24, 7)
     assert score["tokens"] > score["response_tokens"] > 0
     assert score["difference"] <= bench_scoring.AGREE
+    assert score["case"] == "toy, 24 examples"
+    assert 0 < score["batches"] < 24
+    assert 0 < score["padding"] <= MOST_PADDING
     assert score["data"] == "data.jsonl"
     assert [name for name, way in found["scoring"].items() if way["ours"]] == [SCORE]
 

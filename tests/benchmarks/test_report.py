@@ -211,6 +211,22 @@ def test_steps_and_memory() -> None:
     assert workspace.reached
 
 
+def test_scoring_is_held_to_the_faster_forward_of_the_model_where_it_is_slower() -> None:
+    found = perplexity("cpu")
+    found["records"] = [
+        timed("scoring", who, seconds, examples=3, tokens=30, data="rows.json", case=case)
+        for case, times in (("toy", (1.0, 1.25, 2.0)), ("large", (9.0, 18.0, 10.0)))
+        for who, seconds in zip(
+            (names.SCORE, names.SCORE_FORWARD, names.SCORE_EQUAL), times, strict=True
+        )
+    ]
+    says = "score_examples / best forward with logits, the worst"
+    [target] = [target for target in targets(found) if target.says == says]
+    assert (target.value, target.note, target.reached) == (pytest.approx(0.9), "large", True)
+    text = markdown([found])
+    assert text.index("### Scoring a data set: toy") < text.index("### Scoring a data set: large")
+
+
 def test_what_was_not_measured_is_neither_reached_nor_missed() -> None:
     for suite in ("loss", "perplexity", "memory"):
         for device in ("cpu", "cuda"):

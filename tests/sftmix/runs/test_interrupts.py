@@ -205,7 +205,7 @@ def test_scoring_goes_on(
     words += ["--output", str(run), "--enable_jit_checkpoint", "true"]
     where, step = {
         "step": ((Trainer, "training_step", 6), 6),
-        "scoring": ((sftmix.training.scoring, "score_batch", 3), 4),
+        "scoring": ((sftmix.training.scoring, "score_batch", 1), 4),
     }[place]
     line = stopped(words, where, signal.SIGTERM, capsys)
     assert line.endswith(

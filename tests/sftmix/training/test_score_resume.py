@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from tests.sftmix.conftest import write_gpt2_with_dropout
 
 ROOT = Path(__file__).parents[3]
 
-# Lengths that the toy data have: so many batches make up one scoring.
-BATCHES = 17
+# Two of the toy data's examples: padded or not, so many batches make up one scoring.
+MOST_TOKENS, BATCHES = 108, 15
 
 # Runs the command line again and again, each time in a process of its own, forked where everything
 # is imported and nothing has run. The plan gives each its words and where it kills itself: at which
@@ -72,6 +73,7 @@ def note_batches(path):
 
 def run(words, notes, place, number):
     sftmix.training.scoring.SAVE_SECONDS = 0
+    sftmix.training.scoring.most_tokens = lambda device: MOST_TOKENS
     note_batches(notes)
     if place is not None:
         kill_at(place, number)
@@ -85,7 +87,15 @@ for words, notes, place, number in json.loads(sys.argv[1]):
     folder = Path(words[words.index("--output") + 1])
     found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     print(json.dumps([status, found]))
-"""
+""".replace("MOST_TOKENS", str(MOST_TOKENS))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_batches() -> Iterator[None]:
+    """Let a scoring have many batches."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sftmix.training.scoring, "most_tokens", lambda device: MOST_TOKENS)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,54 +59,91 @@ def test_sums_are_the_models_own_losses(family: str, max_tokens: int) -> None:
     assert ((scores.nll_sum[:, 0] - expected).abs() <= 1e-5 * expected).all()
 
 
-@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 200))
-def test_batches_hold_every_row_once_and_fit(lengths: list[int], max_tokens: int) -> None:
-    batches = batches_by_length(lengths, max_tokens)
+@given(
+    st.lists(st.integers(1, 50), max_size=40),
+    st.integers(1, 200),
+    st.sampled_from([0.0, 0.12, 0.5]),
+)
+def test_batches_hold_every_row_once_and_fit(
+    lengths: list[int], max_tokens: int, padding: float
+) -> None:
+    def fits(batch: list[int]) -> bool:
+        slots = len(batch) * lengths[batch[0]]
+        empty = slots - sum(lengths[row] for row in batch)
+        return len(batch) == 1 or (slots <= max_tokens and empty <= padding * slots)
+
+    batches = batches_by_length(lengths, max_tokens, padding=padding)
     assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
-    for batch in batches:
-        assert len({lengths[row] for row in batch}) == 1
-        assert len(batch) == 1 or sum(lengths[row] for row in batch) <= max_tokens
+    assert all(map(fits, batches))
     order = [(-lengths[row], row) for batch in batches for row in batch]
     assert order == sorted(order)
     # No batch could have taken the next one's first row as well.
-    for batch, following in itertools.pairwise(batches):
-        if lengths[batch[0]] == lengths[following[0]]:
-            assert (len(batch) + 1) * lengths[batch[0]] > max_tokens
+    assert not any(fits([*batch, other[0]]) for batch, other in itertools.pairwise(batches))
     # What is left after some batches makes the same batches: a resumed scoring adds up alike.
     done = len(batches) // 2
     left = [row for batch in batches[done:] for row in batch]
-    assert batches_by_length(lengths, max_tokens, left[::-1]) == batches[done:]
+    assert batches_by_length(lengths, max_tokens, left[::-1], padding=padding) == batches[done:]
+
+
+def reading_padding(model: Any) -> None:
+    """Let each token know how many of its row are padding."""
+    model.get_input_embeddings().register_forward_hook(
+        lambda _, args, output: output * (1 + (args[0] == 0).float().mean())
+    )
 
 
 @pytest.mark.parametrize("max_tokens", [1, 40, 8192])
-def test_neither_padding_nor_a_mask_reaches_the_model(max_tokens: int) -> None:
+@pytest.mark.parametrize("exact", [True, False])
+def test_padding_reaches_only_a_model_that_does_not_read_it(exact: bool, max_tokens: int) -> None:
     model, data = tiny.build("Llama"), tiny.examples(30)
+    if not exact:
+        reading_padding(model)
     adapter, seen = HeadAdapter(model), []
 
     def spy(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         assert not args
         assert kwargs.get("attention_mask") is None
-        seen.extend(kwargs["input_ids"].tolist())
+        seen.append(kwargs["input_ids"])
 
-    model.model.register_forward_pre_hook(spy, with_kwargs=True)
-    score_examples(
-        model,
-        adapter,
-        data,
-        collator=PairedCollator(0),
-        max_tokens=max_tokens,
-        disable_progress=True,
+    score = functools.partial(
+        score_examples, model, adapter, data, collator=PairedCollator(0), disable_progress=True
     )
-    assert sorted(seen) == sorted(data["input_ids"])
+    alone = score(max_tokens=1)
+    hook = model.model.register_forward_pre_hook(spy, with_kwargs=True)
+    scores = score(max_tokens=max_tokens)
+    hook.remove()
+    # An example is the same beside others as by itself, up to rounding.
+    assert torch.equal(scores.num_tokens, alone.num_tokens)
+    assert torch.allclose(scores.nll_sum, alone.nll_sum, rtol=1e-5)
+    batches = seen[4:]  # behind those of the check
+    rows = [row for batch in batches for row in batch.tolist()]
+    cut = [row[: len(row) - row[::-1].index(next(filter(None, row[::-1])))] for row in rows]
+    assert sorted(cut) == sorted(data["input_ids"])
+    padded = sum(map(len, rows)) - sum(map(len, cut))
+    if exact and max_tokens > 1:
+        lengths = {len(tokens) for tokens in data["input_ids"]}
+        assert 0 < padded <= 0.12 * sum(map(len, rows))
+        assert len(batches) < len(lengths) or max_tokens == 40
+    else:
+        assert padded == 0
 
 
-def test_a_collator_that_pads_to_a_multiple_brings_its_mask() -> None:
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_collator_that_pads_to_a_multiple_brings_its_mask_where_one_is_needed(
+    exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sftmix.training.scoring, "ignores_padding", lambda *_: exact)
     model, data = tiny.build("Llama"), tiny.examples(9)
-    adapter = HeadAdapter(model)
-    plain, padded = (
-        score_examples(model, adapter, data, collator=collator, disable_progress=True)
-        for collator in (PairedCollator(0), PairedCollator(5, pad_to_multiple_of=8))
+    adapter, masks = HeadAdapter(model), []
+    plain = score_examples(
+        model, adapter, data, collator=PairedCollator(0), max_tokens=1, disable_progress=True
     )
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
+    )
+    collator = PairedCollator(5, pad_to_multiple_of=8)
+    padded = score_examples(model, adapter, data, collator=collator, disable_progress=True)
+    assert all(mask is None for mask in masks) == exact
     assert torch.equal(plain.num_tokens, padded.num_tokens)
     assert torch.allclose(plain.nll_sum, padded.nll_sum, rtol=1e-5)
 
@@ -217,6 +256,33 @@ def test_progress_is_saved_at_intervals(monkeypatch: pytest.MonkeyPatch) -> None
     )
     # A batch takes 7 s: every fifth is the first one after 30 s.
     assert saved == [35, 70, 105, 140]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_says_what_is_left_and_writes_few_lines_into_a_log(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    own = sftmix.training.scoring.score_batch
+
+    def slow(*arguments: Any) -> None:
+        own(*arguments)
+        now[0] += 10
+
+    monkeypatch.setattr(sftmix.training.scoring, "score_batch", slow)
+    model, data = tiny.build("Llama"), tiny.examples(24)
+    total = sum(map(len, data["input_ids"]))
+    score_examples(
+        model, HeadAdapter(model), data, collator=PairedCollator(0), max_tokens=1, description="all"
+    )
+    said = [line for line in capsys.readouterr().err.split("\r") if line.strip()]
+    assert len(said) == (26 if terminal else 5)  # at the start, meanwhile, and at the end
+    assert all(re.match(rf"all: +\d+%.*/{total} \[\d+:\d+<", line) for line in said)
+    # After half of the time half of it is left, up to a batch and the lengths.
+    middle = re.search(r"\[02:[0-3]0<0[12]:\d\d", said[12 if terminal else 2])
+    assert middle
 
 
 def test_sums_of_other_examples_are_refused() -> None:
