@@ -67,7 +67,7 @@ def both(folder: Path, commands: list[list[str]]) -> Both:
     """What every rank found, and what one process finds meanwhile."""
     two, one = commands
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "tests.sftmix.ranks_worker", str(folder), json.dumps(two)]
+    words = [sys.executable, "-m", "tests.sftmix.ranks_launcher", str(folder), json.dumps(two)]
     with subprocess.Popen(
         words,
         cwd=ROOT,
