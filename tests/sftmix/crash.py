@@ -20,6 +20,11 @@ def training_step(self: Trainer, *args: Any, **kwargs: Any) -> Any:
     return OWN(self, *args, **kwargs)
 
 
-if __name__ == "__main__":
+def crashing(words: list[str]) -> int:
+    """Run the command, and fail on its way."""
     Trainer.training_step = training_step  # type: ignore[method-assign]
-    sys.exit(main(sys.argv[1:]))
+    return main(words)
+
+
+if __name__ == "__main__":
+    sys.exit(crashing(sys.argv[1:]))

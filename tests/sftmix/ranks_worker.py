@@ -1,8 +1,4 @@
-"""What `test_ranks` runs in two processes and in one.
-
-python -m tests.sftmix.ranks_worker FOLDER forks the ranks where everything is imported; they meet
-at a file.
-"""
+"""What `test_ranks` runs in two processes and in one."""
 
 from __future__ import annotations
 
@@ -10,8 +6,6 @@ import functools
 import os
 import shutil
 import signal
-import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -446,39 +440,3 @@ OF_RANKS: dict[str, Callable[[Path], Found]] = {
     "sharded head": sharded_head,
     "evaluated early": evaluated_early,
 }
-
-
-def run_rank(number: int, folder: Path) -> None:
-    """All cases in one of the ranks; what it found goes into a file."""
-    names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
-    os.environ |= {name: str(value) for name, value in names.items()}
-    store = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=number, world_size=RANKS)
-    found = {name: case(folder / name) for name, case in CASES.items()}
-    found |= {name: case(folder / name) for name, case in OF_RANKS.items()}
-    torch.save(found, folder / f"rank{number}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def main() -> int:
-    """Fork the ranks; whether one of them failed."""
-    folder = Path(sys.argv[1])
-    children = []
-    for number in range(RANKS):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                run_rank(number, folder)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        children.append(child)
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

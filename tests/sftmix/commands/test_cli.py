@@ -113,9 +113,14 @@ def test_a_config_file_that_is_not_there(
     assert "nowhere.yaml" in refused(capsys, train("--config", "nowhere.yaml"))
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
+def test_wrong_flags(
+    train: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for flags, message in (
         (["--mu", "-1"], "mu: expected"),
         (["--alpha", "0"], "alpha: expected"),
         (["--method", "sftmix"], "which --method sftmix needs, got none"),
@@ -125,17 +130,9 @@ def test_a_config_file_that_is_not_there(
         (["--eval_data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--partition", "nowhere.parquet"], "nowhere.parquet"),
         (["--model", "./nowhere"], "nowhere"),
-    ],
-)
-def test_wrong_flags(
-    flags: list[str],
-    message: str,
-    train: Callable[..., int],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert message in refused(capsys, train(*flags))
+    ):
+        assert message in refused(capsys, train(*flags))
+        assert not list(tmp_path.iterdir())
     # The folder can be used once the flag is mended.
     assert train() == 0
 

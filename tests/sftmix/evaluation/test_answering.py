@@ -98,8 +98,9 @@ def test_later_turns_are_asked_with_the_earlier_answers(
 # Drawing tokens
 
 
-@pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma2"])
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize(
+    ("family", "temperature"), [("Llama", 0.0), ("Llama", 0.7), ("GPT2", 0.0), ("Gemma2", 0.7)]
+)
 def test_a_batch_answers_as_each_question_alone(
     family: str,
     temperature: float,

@@ -6,7 +6,6 @@ and `--model` names a tiny model of the same family.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -138,10 +137,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patched.chdir(folder)
         patched.setattr(datasets, "load_dataset", load_dataset)
         patched.setattr("sftmix.data.hub.is_reached", lambda path, revision: True)
-        # Accelerate collects garbage after each training; half a second in a process as large.
-        gc.freeze()
         yield folder
-        gc.unfreeze()
 
 
 def words(command: str, recipe: str, *flags: str) -> list[str]:

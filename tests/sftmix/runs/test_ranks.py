@@ -30,12 +30,44 @@ CLOSE = 1e-6
 LEARNING = ("ddp, learning", "fsdp, learning")
 
 
+Both = tuple[list[dict[str, Any]], dict[str, Any]]
+
+
+def commands_in(folder: Path, model: Path, data: Path, held_out: Path) -> list[list[str]]:
+    """`train` of two ranks, and of one. Sixteen pairs, six in a step: an epoch's last has one."""
+
+    def command(name: str, batch: int, *more: str) -> list[str]:
+        words = ["--model", str(model), "--data", str(data), "--use_cpu", "true"]
+        words += ["--disable_tqdm", "true", "--learning_rate", "0.01", "--logging_steps", "1"]
+        words += ["--output", str(folder / name), *more]
+        return [*words, "--per_device_train_batch_size", str(batch)]
+
+    assert main(["score", *command("score", 6)]) == 0
+    more = ["--partition", str(folder / "score" / "confidence.parquet")]
+    more += ["--eval_data", str(held_out), "--num_train_epochs", "2"]
+    return [["train", *command("two", 6, *more)], ["train", *command("one", 12, *more)]]
+
+
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def commands(
+    tmp_path_factory: pytest.TempPathFactory, toy_model: Path, toy_data: Path, held_out: Path
+) -> list[list[str]]:
+    """Those that `both` runs."""
+    return commands_in(tmp_path_factory.mktemp("commands"), toy_model, toy_data, held_out)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the ranks leave what they found."""
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def both(folder: Path, commands: list[list[str]]) -> Both:
     """What every rank found, and what one process finds meanwhile."""
-    folder = tmp_path_factory.mktemp("ranks")
+    two, one = commands
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "tests.sftmix.ranks_worker", str(folder)]
+    words = [sys.executable, "-m", "tests.sftmix.ranks_launcher", str(folder), json.dumps(two)]
     with subprocess.Popen(
         words,
         cwd=ROOT,
@@ -45,12 +77,10 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]]
         text=True,
     ) as launched:
         alone = {name: case(folder / f"alone, {name}") for name, case in CASES.items()}
+        assert main(one) == 0
         output, _ = launched.communicate(timeout=1800)
     assert launched.returncode == 0, output
     return [torch.load(folder / f"rank{number}.pt") for number in range(RANKS)], alone
-
-
-Both = tuple[list[dict[str, Any]], dict[str, Any]]
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n not in ("scoring", *LEARNING)])
@@ -255,36 +285,47 @@ def launch(launcher: str, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_launched_run_ends_with_a_crashed_rank_and_goes_on(
-    tmp_path: Path, toy_model: Path, toy_data: Path, held_out: Path
-) -> None:
-    """Sixteen pairs, six of them in a step: in an epoch's last the second rank has one."""
+def run_of(words: list[str]) -> Path:
+    return Path(words[words.index("--output") + 1])
 
-    def command(name: str, batch: int, *more: str) -> list[str]:
-        words = ["--model", str(toy_model), "--data", str(toy_data), "--use_cpu", "true"]
-        words += ["--disable_tqdm", "true", "--learning_rate", "0.01", "--logging_steps", "1"]
-        words += ["--output", str(tmp_path / name), *more]
-        return [*words, "--per_device_train_batch_size", str(batch)]
 
-    assert main(["score", *command("score", 6)]) == 0
-    more = ["--partition", str(tmp_path / "score" / "confidence.parquet")]
-    more += ["--eval_data", str(held_out), "--num_train_epochs", "2"]
-    two = ["train", *command("two", 6, *more)]
-    crashed = launch("torchrun", str(Path(__file__).parents[1] / "crash.py"), *two)
-    assert crashed.returncode != 0
-    assert "KeyError: 'the second rank fails'" in crashed.stderr
-    assert [path.name for path in list_checkpoints(tmp_path / "two")] == ["checkpoint-3"]
-    resumed = launch("accelerate", "-m", "sftmix", *two, "--resume", "true")
-    assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stdout.count("wrote the model to") == resumed.stdout.count("eval_loss") == 1
-
-    assert main(["train", *command("one", 12, *more)]) == 0
-    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+def assert_same_runs(two: list[str], one: list[str]) -> None:
+    """The weights and the log of two ranks are those of one process."""
+    found, expected = (load_file(run_of(words) / "model.safetensors") for words in (two, one))
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
         assert tiny.relative_difference(found[name], weight) <= CLOSE, name
-    wanted = [pytest.approx(line, rel=CLOSE) for line in log(tmp_path / "one")]
-    assert log(tmp_path / "two") == wanted
+    assert log(run_of(two)) == [pytest.approx(line, rel=CLOSE) for line in log(run_of(one))]
+
+
+def test_a_command_ends_with_a_crashed_rank_and_goes_on(
+    both: Both, folder: Path, commands: list[list[str]]
+) -> None:
+    crashed = json.loads((folder / "crashed.json").read_text())
+    assert "KeyError: 'the second rank fails'" in crashed["told"]
+    assert crashed["checkpoints"] == ["checkpoint-3"]
+    resumed = [json.loads((folder / f"command{rank}.json").read_text()) for rank in range(RANKS)]
+    assert [found["code"] for found in resumed] == [0, 0]
+    printed = "".join(found["printed"] for found in resumed)
+    assert printed.count("wrote the model to") == printed.count("eval_loss") == 1
+    assert_same_runs(*commands)
+
+
+@pytest.mark.slow
+def test_launchers_end_with_a_crashed_rank_and_go_on(
+    tmp_path: Path, toy_model: Path, toy_data: Path, held_out: Path
+) -> None:
+    """The same by the commands that users type: 50 s, as each process imports torch."""
+    two, one = commands_in(tmp_path, toy_model, toy_data, held_out)
+    crashed = launch("torchrun", str(Path(__file__).parents[1] / "crash.py"), *two)
+    assert crashed.returncode != 0
+    assert "KeyError: 'the second rank fails'" in crashed.stderr
+    assert [path.name for path in list_checkpoints(run_of(two))] == ["checkpoint-3"]
+    resumed = launch("accelerate", "-m", "sftmix", *two, "--resume", "true")
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.count("wrote the model to") == resumed.stdout.count("eval_loss") == 1
+    assert main(one) == 0
+    assert_same_runs(two, one)
 
 
 def log(run: Path) -> list[dict[str, float]]:

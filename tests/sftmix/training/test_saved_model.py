@@ -42,19 +42,18 @@ def failing(error: BaseException) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "lost"),
+    ("owner", "name", "error", "lost"),
     [
-        (SFTMixTrainer, "save_state", "its log could not be written"),
-        (SFTMixTrainer, "evaluate", "the evaluation failed"),
-        (sftmix.commands.train, "model_card", "its card could not be written"),
+        (SFTMixTrainer, "save_state", KeyError("new"), "its log could not be written"),
+        (SFTMixTrainer, "evaluate", RuntimeError("lost"), "the evaluation failed"),
+        (sftmix.commands.train, "model_card", OSError("no room"), "its card could not be written"),
     ],
 )
-@pytest.mark.parametrize("error", [KeyError("new"), OSError("no room"), RuntimeError("lost")])
 def test_whatever_fails_afterwards_leaves_the_model(
     owner: Any,
     name: str,
-    lost: str,
     error: Exception,
+    lost: str,
     train: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
