@@ -144,10 +144,13 @@ clean:
 	find $(wildcard sftmix sftmix_kernels tests benchmarks) -name __pycache__ -prune -exec rm -rf {} +
 
 # torch comes before the package, whose kernels are built beside it: build isolation would have
-# none. A virtual environment without pip was interrupted while it was made.
+# none. A virtual environment without pip was interrupted while it was made. What is imported is
+# compiled when it is: pip would compile all of it, 35 s of a core for torch. The pip of Python 3.11
+# takes 30 s longer to find out what fits together.
+PIP_INSTALL = "$(PYTHON)" -m pip install --no-compile -c constraints.txt
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	"$(PYTHON)" -m pip --version >/dev/null 2>&1 || "$(SYSTEM_PYTHON)" -m venv $(VENV)
-	"$(PYTHON)" -m pip install -c constraints.txt setuptools ninja wheel
-	"$(PYTHON)" -m pip install -c constraints.txt torch
-	"$(PYTHON)" -m pip install --no-build-isolation -c constraints.txt -e ".[dev]"
+	"$(PYTHON)" -m pip install --no-compile "pip>=25.1"
+	$(PIP_INSTALL) setuptools ninja wheel torch
+	$(PIP_INSTALL) --no-build-isolation -e ".[dev]"
 	touch $@

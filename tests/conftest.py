@@ -1,5 +1,6 @@
 """Settings shared by all tests."""
 
+import gc
 import os
 from collections.abc import Iterator
 from importlib import import_module
@@ -8,6 +9,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+
+# Imports make no garbage: searching what they make for it took a fifth of the time of importing.
+# `pytest_collection_finish` turns it on again.
+gc.disable()
 
 # Shared build machines stall; a slow example is no bug. Derandomised: a run says the same twice.
 settings.register_profile("sftmix", deadline=None, derandomize=True)
@@ -42,6 +47,14 @@ def _replaced_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(interpreter, "_patch_lang", replace_once)
         yield
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of every later search for garbage: 0.4 s each, and 0.003 s."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(trylast=True)

@@ -22,13 +22,12 @@ def peak_extra_bytes(step: Callable[[], object], device: str = "cpu") -> int:
     gc.collect()
     if device != "cpu":
         return peak_extra_cuda_bytes(step)
-    # There is one cycle: torch 2.11 warns of events that other cycles would lose.
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
+    # Not `torch.profiler.profile`, which makes Python objects of all events: most of its time.
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
         kept = step()
     del kept
-    results = profile.profiler.kineto_results
+    results = profile.kineto_results
+    assert results is not None
     changes = sorted(
         (event.start_ns(), event.nbytes())
         for event in results.events()
@@ -57,7 +56,7 @@ def tidy_launches() -> Iterator[None]:
     """Make Triton's interpreter hold memory as a GPU does: a launch leaves nothing behind.
 
     The interpreter leaves a launch's tensors in a cycle of references; a GPU holds none. Frozen,
-    all older objects need not be searched for cycles after every launch.
+    all older objects need not be searched for cycles after every launch; they stay frozen.
     """
     from triton.runtime.interpreter import GridExecutor
 
@@ -70,8 +69,5 @@ def tidy_launches() -> Iterator[None]:
     gc.collect()
     gc.freeze()
     # It computes with NumPy, which warns of infinity; a GPU does not.
-    try:
-        with patch.object(GridExecutor, "__call__", launch_and_collect), np.errstate(all="ignore"):
-            yield
-    finally:
-        gc.unfreeze()
+    with patch.object(GridExecutor, "__call__", launch_and_collect), np.errstate(all="ignore"):
+        yield

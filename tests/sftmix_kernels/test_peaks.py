@@ -132,7 +132,7 @@ def test_row_chunks_by_kernels(
 @every_task
 @pytest.mark.parametrize("filter_eps", [0.0, 2.0**-8])
 @pytest.mark.parametrize(
-    ("rows", "size", "vocab_size", "group_is_peak"), [(384, 32, 300, True), (256, 128, 400, False)]
+    ("rows", "size", "vocab_size", "group_is_peak"), [(256, 32, 300, True), (128, 128, 400, False)]
 )
 def test_vocab_tiles(
     task: str, filter_eps: float, rows: int, size: int, vocab_size: int, group_is_peak: bool

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from ..budget import (
     same_class,
     some_labels,
 )
+from ..processes import start_ranks
 
 S = 6
 
@@ -311,10 +311,10 @@ def test_sums_on_another_device_are_refused() -> None:
         state.update(exact(2, 8), exact(123, 8), labels, torch.tensor([0, 1]))
 
 
-def score_part(rank: int, store: str, folder: str) -> None:
+def score_part(rank: int, folder: str) -> None:
     """One of two ranks: every other row of two checkpoints; rank 1 has none of the last rows."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     state, inputs = StreamingPerplexity(S, "cpu"), load_file(f"{folder}/inputs.safetensors")
     for part in ("first", "second"):
         rows = torch.arange(rank, 40 if rank else 61, 2)
@@ -332,7 +332,7 @@ def test_two_ranks_add_up_to_one_process(tmp_path: Path) -> None:
     inputs = {"first": exact(61, 8), "second": exact(61, 8), "weight": exact(123, 8)}
     inputs |= {"labels": some_labels((61,), 123, ignored=0.2), "ids": torch.arange(61) % S}
     save_file(inputs, tmp_path / "inputs.safetensors")
-    mp.spawn(score_part, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    start_ranks(score_part, tmp_path)
     one = StreamingPerplexity(S, "cpu")
     for part in ("first", "second"):
         one.update(inputs[part], inputs["weight"], inputs["labels"], inputs["ids"])

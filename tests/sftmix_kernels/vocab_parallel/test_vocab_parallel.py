@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from sftmix_kernels import (
@@ -37,6 +36,7 @@ from ..budget import (
     same_class,
     some_labels,
 )
+from ..processes import start_ranks
 from .two_ranks import BAD_LABELS, CASES, DENSE, OURS, Case, frozen_of, make_inputs, of, run_rank
 
 IN_BUDGET = [name for name, case in CASES.items() if case.inputs in ("random", "confident")]
@@ -46,7 +46,7 @@ IN_BUDGET = [name for name, case in CASES.items() if case.inputs in ("random", "
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks found."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, (str(folder / "store"), str(folder)), nprocs=2)
+    start_ranks(run_rank, folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -163,12 +163,12 @@ def refused_bounds(rank: int, group: dist.ProcessGroup) -> list[str]:
     return said
 
 
-def run_rank(rank: int, store: str, folder: str) -> None:
+def run_rank(rank: int, folder: str) -> None:
     """All cases on one of two ranks."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{store}",
+        init_method=f"file://{folder}/store",
         rank=rank,
         world_size=2,
         timeout=timedelta(minutes=30),
