@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # The exit code, which differs from that of a wrong option.
 DOES_NOT_FIT = 3
 
-# Their imports take longer than the first answer (4 s of 5 on a quiet core): the bar counts them.
+# Their imports take longer than the first answer (11 s of 12, loaded core): the bar counts them.
 LIBRARIES = ("torch", "transformers", "transformers.trainer", "sftmix.plan.planned")
 
 # The dataclasses of the options, once `main` has imported them.
