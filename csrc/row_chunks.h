@@ -91,14 +91,13 @@ SFTMIX_INLINE void gradient_step(LogitTransform transform, const float* raw, int
                                  float top, float factor, float* gradient) {
   if (factor == 0.0f) {
     std::fill_n(gradient, size, 0.0f);
-  } else if (transform.is_capped()) {
-    for (int64_t j = 0; j < size; ++j) {
-      const float slope = transform.slope(raw[j]);
-      gradient[j] = factor * exp_of(transform.capped(raw[j]) - top) * slope;
-    }
   } else {
-    for (int64_t j = 0; j < size; ++j) {
-      gradient[j] = factor * exp_of(transform.scaled(raw[j]) - top);
+    // By way of memory, so that logits are rounded as they are in the sum: fused with the
+    // subtraction they would not be, and a probability could be above 1.
+    const float* const values = transform_step(transform, raw, size, gradient);
+    for (int64_t j = 0; j < size; ++j) gradient[j] = factor * exp_of(values[j] - top);
+    if (transform.is_capped()) {
+      for (int64_t j = 0; j < size; ++j) gradient[j] *= transform.slope(raw[j]);
     }
   }
 }
@@ -123,17 +122,10 @@ struct RowGradient {
       : top(row.top), factor(weighted(weight, transform.scale / row.total)) {
     for (int t = 0; t < 2; ++t) {
       // A target without a share is a column like any other, to the bit.
-      at_target[t] = targets.is_held(t)
-                         ? weighted(factor, row.at_target[t] * transform.slope(raw[t]))
-                         : at(transform, raw[t]);
+      const float slope = transform.slope(raw[t]);
+      at_target[t] = targets.is_held(t) ? weighted(factor, row.at_target[t] * slope)
+                                        : weighted(factor, exp_of(row.logit[t] - top)) * slope;
     }
-  }
-
-  // The gradient at a column that is no target.
-  SFTMIX_INLINE float at(LogitTransform transform, float raw) const {
-    float gradient;
-    gradient_step(transform, &raw, 1, top, factor, &gradient);
-    return gradient;
   }
 };
 

@@ -33,6 +33,7 @@ struct RowLoss {
   double total;         // sum_j exp(a_j - top)
   double at_target[2];  // total * d loss / d a at each target
   float top;            // max_j a_j
+  float logit[2];       // a at each target
 };
 
 // The loss of a row from the softmax state of the columns that are not held, and the logits at its
@@ -43,6 +44,7 @@ SFTMIX_INLINE RowLoss soft_cross_entropy(const RowState& others, const float (&l
                         targets.is_held(1) && !(targets.same() && targets.is_held(0))};
   RowLoss row;
   row.top = others.max;
+  std::copy_n(logit, 2, row.logit);
   for (int t = 0; t < 2; ++t) {
     if (held[t]) row.top = std::max(row.top, logit[t]);
   }

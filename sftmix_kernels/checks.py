@@ -18,6 +18,8 @@ from .reference import expand_lam
 from .schedules import is_fake
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of the numbers above 0 that float32 holds in full precision.
+SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def check_head(
@@ -55,8 +57,10 @@ def check_head(
     if softcap is None:
         return
     check_real("softcap", softcap)
-    if not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap: expected None or a finite number above 0, got {softcap}")
+    if not (math.isfinite(softcap) and softcap >= SMALLEST):
+        raise ValueError(
+            f"softcap: expected None or a finite number of at least {SMALLEST:.3g}, got {softcap}"
+        )
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:

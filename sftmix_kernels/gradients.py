@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .schedules import FAST_DTYPES, is_fake
+from .schedules import FAST_DTYPES, is_fake, runs_triton
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
@@ -64,11 +64,15 @@ class Gradients:
 
 
 def weight_tiles(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield some tokens and their rows of the weight in float32, a few MiB at a time."""
+    """Yield some tokens and their rows of the weight in float32, a few MiB at a time.
+
+    All of them are written into the same room.
+    """
     step = max(1, TILE_BYTES // (4 * weight.shape[1]))
+    room = weight.new_empty(min(step, weight.shape[0]), weight.shape[1], dtype=torch.float32)
     for first in range(0, weight.shape[0], step):
         tokens = slice(first, min(first + step, weight.shape[0]))
-        yield tokens, weight[tokens].float()
+        yield tokens, room[: tokens.stop - first].copy_(weight[tokens])
 
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -110,6 +114,14 @@ def add_product_(
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
 
 
+def is_traced(tensor: Tensor) -> bool:
+    """Say whether what happens to a tensor is written down, for inputs with other values."""
+    if torch.compiler.is_compiling():
+        return True
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    return mode is not None or not (type(tensor) is Tensor or is_fake(tensor))
+
+
 def divides_early(weight: Tensor) -> bool:
     """Say whether the forward op divides the gradients by the loss's divisor.
 
@@ -117,20 +129,27 @@ def divides_early(weight: Tensor) -> bool:
     the divisor; an accelerator would have to wait for it. In float16 they might vanish before
     backward multiplies them by a loss scale.
     """
-    return weight.device.type == "cpu" and weight.dtype != torch.float16
+    return on_plain_cpu(weight) and weight.dtype != torch.float16
+
+
+def on_plain_cpu(tensor: Tensor) -> bool:
+    """Say whether a tensor is on the CPU for its own sake, and not for an accelerator's."""
+    return tensor.device.type == "cpu" and not runs_triton(tensor)
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``factor * gradient``, computed in float32 and rounded once to ``dtype``.
 
     On the CPU, where looking at the factor is free, a factor of 1 in the same dtype gives the
-    gradient itself: a copy of dW would double what the loss holds.
+    gradient itself: a copy of dW would double what the loss holds. A graph that is kept for another
+    backward needs it once more, whatever its receiver does to it.
     """
-    if factor.device.type == "cpu" and not torch.compiler.is_compiling():
+    if on_plain_cpu(factor) and not is_traced(factor):
         # A fake tensor has no values: it stands for the upstream gradient of a training step.
         is_one = factor.numel() == 1 and (is_fake(factor) or float(factor) == 1.0)
         if is_one and gradient.dtype == dtype:
-            return gradient
+            kept = torch._C._autograd._get_current_graph_task_keep_graph()
+            return gradient.clone() if kept else gradient
         if {gradient.dtype, dtype} != {torch.float32} and gradient.dim() == 2:
             # PyTorch multiplies across dtypes by way of whole float32 tensors.
             step = max(1, TILE_BYTES // (4 * max(1, gradient.shape[1])))

@@ -76,7 +76,7 @@ def mixup_rows(
             needs_gradient,
             rows.numel(),
             partial=group is not None,
-            scale=1.0 if divisor is None else 1.0 / float(divisor),
+            scale=1.0 if divisor is None else float(divisor.reciprocal()),
         )
         sizes = chunk_sizes(rows.numel(), chunk_rows)
         workspace = logits_workspace(weight, max(sizes, default=0))

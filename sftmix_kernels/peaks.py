@@ -17,18 +17,17 @@ largest of these moments comes on top:
 | ``row_chunks``, kernels | a chunk; V padded to 16 | ``w K V + 2 w K D`` |
 | ``row_chunks``, CPU | a chunk: its rows gathered or mixed, its dH | ``l K V + 2 l K D`` |
 | | ... of half precision, slow: a tile of the weight | ``l K V + 2 l K D + t`` |
-| | ... of half precision, fast: a tile of dW | ``l K V + l K D + t w / 4`` |
+| | ... of half precision, fast: a tile of dW | ``l K V + l K D + t w / 4 + t`` |
 | ``vocab_tiles`` | a group; filtered or not | ``w K C + (4 + w) K D`` |
 | | ... its dH rounded, half precision | ``w K C + (4 + 2 w) K D`` |
 | all, kernels | gradients handed out | ``w V D + w N D`` |
 | ``row_chunks``, CPU | ... | Mixup: ``w N D``; half precision: also ``w V D + t`` |
-| | ... in float16 | also NTP: ``w N D`` |
 
 On the CPU l is the width of logits: 4 where products of half precision are slow
 (`schedules.FAST_DTYPES`), else w; t are the bytes of a tile, ``min(8 MiB, 4 V D)``. There the op
 has divided by the loss's divisor already, and where the upstream gradient is 1, float32 gradients
-are handed out as they are. Rows are worked on by the compiled ops; PyTorch operations in their
-place hold some cache blocks of 2 MiB more.
+are handed out as they are (float16 is divided late, and dH copied: ``w N D`` more). Rows are worked
+on by the compiled ops; PyTorch operations in their place hold some cache blocks of 2 MiB more.
 
 Forward of ``vocab_tiles`` keeps LSEs of tiles, half of ``max_bytes``, but no gradients: it is less.
 `streaming_perplexity`, forward only: a block of logits, and 12 bytes a token (20 on the CPU).
@@ -99,7 +98,7 @@ def handed_out_bytes(task: str, shape: Shape, kernels: bool) -> int:
     dw, dh = width * vocab_size * size, width * num_rows * size
     if kernels:
         return dh + dw
-    if task != MIXUP and dtype_of(shape) != torch.float16:
+    if task != MIXUP:
         dh = 0
     return dh if width == 4 else dh + dw + tile_bytes(shape)
 
@@ -141,7 +140,7 @@ def cpu_chunk_bytes(task: str, schedule: RowChunks, shape: Shape) -> int:
     if width < of_logits:
         tile = tile_bytes(shape)
     elif width < 4:
-        tile = max(0, tile_bytes(shape) * width // 4 - hidden)
+        tile = max(0, tile_bytes(shape) * (width + 4) // 4 - hidden)
     return of_logits * num_rows * vocab_size + 2 * hidden + tile
 
 

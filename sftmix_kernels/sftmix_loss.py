@@ -98,7 +98,7 @@ def sftmix_rows(
             needs_gradient,
             num_rows,
             partial=group is not None,
-            scale=1.0 if divisor is None else 1.0 / float(divisor),
+            scale=1.0 if divisor is None else float(divisor.reciprocal()),
         )
         sizes = chunk_sizes(num_rows, chunk_rows)
         workspace = logits_workspace(weight, max(sizes, default=0))

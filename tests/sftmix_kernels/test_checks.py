@@ -32,6 +32,7 @@ HEAD_CASES: list[Case] = [
     ({"bias": [1.0] * 9}, TypeError, "bias: expected a Tensor, got list"),
     ({"logit_scale": NAN}, ValueError, "logit_scale: .*got nan"),
     ({"softcap": 0.0}, ValueError, "softcap: .*got 0.0"),
+    ({"softcap": 1e-42}, ValueError, "softcap: .* at least 1.18e-38, got 1e-42"),
     ({"softcap": "x"}, TypeError, "softcap: expected a number, got str"),
     ({"logit_scale": None}, TypeError, "logit_scale: expected a number, got NoneType"),
     ({"schedule": "vocab_tiles"}, ValueError, "schedule: 'vocab_tiles'"),

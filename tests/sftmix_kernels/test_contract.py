@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from sftmix_kernels import fused_cross_entropy, fused_mixup_loss, fused_sftmix_loss
 from sftmix_kernels.mixup_loss import mixup_rows
@@ -166,3 +167,29 @@ def test_autocast_casts_as_linear_does(loss: Loss) -> None:
     gradients = {k: None if g is None else g.float() for k, g in plain.gradients.items()}
     assert_same_bits(found, plain._replace(gradients=gradients))
     assert all(g is not None and g.dtype == torch.float32 for g in found.gradients.values())
+
+
+@every_loss
+def test_a_kept_graph_gives_its_gradients_again_whatever_became_of_them(loss: Loss) -> None:
+    """A loss hands its gradients out uncopied only where no other backward will need them."""
+    hidden, weight = exact(R, D).requires_grad_(), exact(V, D).requires_grad_()
+    total = loss(hidden, weight).sum()
+    first = [g.clone() for g in torch.autograd.grad(total, (hidden, weight), retain_graph=True)]
+    for keeps in (True, False):
+        found = torch.autograd.grad(total, (hidden, weight), retain_graph=keeps)
+        for one, other in zip(found, first, strict=True):
+            assert torch.equal(one, other)
+            one.zero_()
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_a_traced_backward_heeds_other_upstream_gradients(mode: str) -> None:
+    def gradient(hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor) -> Tensor:
+        leaf = hidden.detach().requires_grad_()
+        loss = fused_cross_entropy(leaf, weight, labels) * upstream
+        return torch.autograd.grad(loss, leaf)[0]
+
+    head = exact(R, D), exact(V, D), LABELS
+    traced = make_fx(gradient, tracing_mode=mode)(*head, torch.tensor(1.0))
+    for upstream in (torch.tensor(1.0), torch.tensor(0.3)):
+        torch.testing.assert_close(traced(*head, upstream), gradient(*head, upstream))

@@ -210,6 +210,17 @@ def test_a_common_offset_changes_no_bit(device: str) -> None:
     )
 
 
+@pytest.mark.parametrize("softcap", [None, 2000.0])
+def test_no_probability_is_above_one(device: str, softcap: float | None) -> None:
+    """The scaled logits of the gradient are rounded as those of the sum, however large."""
+    transform = LogitTransform(1.1, softcap, has_bias=False)
+    rows = some_rows(200 if device == COMPILED else 6, 9, 1, torch.float32)
+    rows.logits[torch.arange(len(rows.logits)), (rows.targets[:, 0] + 1) % 9] = 912.345
+    gradient = run_rows(rows, transform, device).gradient
+    others = rows.weight * transform.scale
+    assert (gradient.amax(-1) <= others * (1 + 4 * torch.finfo(torch.float32).eps)).all()
+
+
 def twins(logits: Tensor, label: int) -> Pairs:
     """Each row paired with itself: its gradient is ``1 + lam mix_ratio`` times the plain one."""
     count = logits.shape[0]
