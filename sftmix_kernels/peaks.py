@@ -50,7 +50,7 @@ NTP, MIXUP, BOTH = "NTP", "Mixup", "NTP + Mixup"
 
 # f: labels, weights, shares, order, losses; for tiles also the state that backward needs. Measured
 # while chunks or groups are at work: when gradients are handed out some are gone.
-CHUNK_NUMBERS = {NTP: 28, MIXUP: 30, BOTH: 60}
+CHUNK_NUMBERS = {NTP: 28, MIXUP: 16, BOTH: 40}
 TILE_NUMBERS = {NTP: 44, MIXUP: 36, BOTH: 64}
 
 

@@ -29,6 +29,18 @@ from tests.sftmix.crash import crashing
 from tests.sftmix.ranks_worker import CASES, OF_RANKS, RANKS
 
 
+def crash(folder: Path, words: list[str]) -> None:
+    """Run the command of which one rank fails; the error goes into a file of the rank's own.
+
+    The launcher tells of one rank, and that may be the other, whose partner is gone.
+    """
+    try:
+        crashing(words)
+    except Exception as error:
+        (folder / f"crashed{os.environ['RANK']}.txt").write_text(repr(error))
+        raise
+
+
 def resuming(folder: Path, words: list[str]) -> None:
     """Resume the command; what it prints goes into a file."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -68,13 +80,13 @@ def main() -> None:
     # Each training begins with a full collection, which would go through (and copy) what all share.
     gc.collect()
     gc.freeze()
-    told = ""
+    ended = False
     try:
-        launch(crashing, words)
-    except ChildFailedError as error:
-        told = str(error)
+        launch(crash, folder, words)
+    except ChildFailedError:
+        ended = True
     checkpoints = list_checkpoints(Path(words[words.index("--output") + 1]))
-    crashed = {"told": told, "checkpoints": [path.name for path in checkpoints]}
+    crashed = {"ended": ended, "checkpoints": [path.name for path in checkpoints]}
     (folder / "crashed.json").write_text(json.dumps(crashed))
     launch(resuming, folder, words)
     launch(run_rank, folder)
