@@ -37,7 +37,7 @@ train a base model on a third of the bundled data, score the rest with a referen
 at the median confidence, and train with NTP and with SFTMix from the same base, on the same
 batches, side by side. The demo ends with a table, DIR/results.json and DIR/report.html.
 
-The demo takes two to three minutes on two cores, without a network or a GPU. The numbers of
+The demo takes four to five minutes on two cores, without a network or a GPU. The numbers of
 the recipe (steps, learning rates, sizes) are the demo's, not the paper's. It needs matplotlib
 and scikit-learn: pip install 'sftmix[plots]'."""
 

@@ -186,7 +186,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    assert "two to three minutes" in text
+    assert "four to five minutes" in text
     assert "not the paper's" in text
 
 
