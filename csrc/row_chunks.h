@@ -104,9 +104,6 @@ SFTMIX_INLINE void gradient_step(LogitTransform transform, const float* raw, int
 
 template <typename Logit>
 SFTMIX_INLINE void store_step(const float* values, int64_t size, Logit* logits) {
-  if constexpr (std::is_same_v<Logit, float>) {
-    if (values == logits) return;
-  }
   for (int64_t j = 0; j < size; ++j) logits[j] = static_cast<Logit>(values[j]);
 }
 

@@ -94,7 +94,10 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype, scale: float = 1.0)
 def add_product_(
     total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0, *, overwrite: bool
 ) -> None:
-    """Add ``scale * left @ right`` to ``total`` in float32, with no temporary of total's size."""
+    """Add ``scale * left @ right`` to ``total`` in float32, with no temporary of total's size.
+
+    On a GPU ``scale`` is 1: there backward divides (`divides_early`).
+    """
     beta = 0 if overwrite else 1
     if left.dtype == torch.float32:
         torch.addmm(total, left, right.float(), beta=beta, alpha=scale, out=total)
