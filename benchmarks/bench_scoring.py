@@ -1,8 +1,8 @@
 """Time scoring a data set as `sftmix score` does, with a toy model and with `--model`.
 
 Timed is `ours` beside bare forward passes, which take their batches from memory: of the same
-batches with logits and without, and of batches of equal length with logits. What is promised is
-ours by the faster one with logits. Beside them, for the toy, stands the obvious loop, for losses of
+batches and of batches of equal length, with logits. What is promised is ours by the faster one.
+Beside them, for the toy, stand the same batches without logits and the obvious loop, for losses of
 examples and for means of batches. Ours and the loop have to agree. Figures: "Scoring a data set" in
 RESULTS.md.
 
@@ -189,10 +189,13 @@ def measure_model(
         SCORE: partial(ours, task),
         SCORE_FORWARD: partial(forward, task.model, task.batches),
         SCORE_EQUAL: partial(forward, task.model, task.equal),
-        SCORE_BACKBONE: partial(forward, task.model.base_model, task.batches),
     }
     if model != settings.model:
-        steps |= {SCORE_LOOP: partial(obvious_loop, task), SCORE_MEANS: partial(mean_loop, task)}
+        steps |= {
+            SCORE_BACKBONE: partial(forward, task.model.base_model, task.batches),
+            SCORE_LOOP: partial(obvious_loop, task),
+            SCORE_MEANS: partial(mean_loop, task),
+        }
     if difference is None:
         del steps[SCORE]
     samples = interleaved_samples(steps, REPEATS, settings.device, says=f"scoring, {model.name}")
