@@ -28,15 +28,26 @@ each term times ``f'`` of its own raw logit. NTP + Mixup costs the matrix produc
 ``[0, V)`` makes its row NaN, and the pair it is mixed in; nothing is read out of bounds. A pair of
 which one token is ignored is not mixed. Where there is nothing to average, loss and gradients are
 0; a divisor of 0 counts as 1.
+
+**Weights.** ``row_weight`` multiplies the loss of a token, and is not differentiated; 0 leaves the
+token out. The mean's divisor stays the count of valid labels, weights of 0 among them: as
+``num_items_in_batch`` of transformers and TRL, it does not depend on weights. For a weighted mean
+pass ``divisor=row_weight.sum()``.
+
+**Objectives.** `token_losses` has those of `gates.py`: a detached gate times the NLL, label
+smoothing, GEM.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .gates import Clipped, Entropy, Gate, Power, Threshold, objective_of
 
 
 class SFTMixLoss(NamedTuple):
@@ -45,6 +56,14 @@ class SFTMixLoss(NamedTuple):
     loss: Tensor
     ntp: Tensor
     mixup: Tensor
+
+
+class TokenStats(NamedTuple):
+    """What people watch of each token, in labels' shape and detached; 0 where left out."""
+
+    nll: Tensor  # float32: of the label, unweighted and ungated
+    entropy: Tensor  # float32, in nats, over the whole vocabulary
+    is_top: Tensor  # bool: no other token has a larger logit than the label
 
 
 def log_probabilities(
@@ -104,6 +123,71 @@ def expand_lam(lam: float | Tensor, labels: Tensor, dtype: torch.dtype) -> Tenso
     return lam.reshape(lam.shape + (1,) * (labels.dim() - lam.dim())).expand(labels.shape)
 
 
+def weighted_labels(label_weight: Tensor, row_weight: Tensor | None) -> Tensor:
+    """Return the weights of labels times those of rows: 0 where either is 0, else NaN where the
+    second is negative or infinite."""
+    if row_weight is None:
+        return label_weight
+    row_weight = row_weight.detach()
+    is_weight = (row_weight >= 0) & (row_weight < torch.inf)
+    return both(label_weight, row_weight.masked_fill(~is_weight, torch.nan))
+
+
+def present(weight: Tensor) -> Tensor:
+    """Return 0 where a weight is 0, NaN where it is NaN, and 1 elsewhere."""
+    return weight / weight.masked_fill(weight == 0, 1.0)
+
+
+def gate_of(gate: Gate, log_probs: Tensor, labels: Tensor) -> Tensor:
+    """Return the gate of each row; NaN where the label's NLL is."""
+    log_p = -nll(log_probs, labels)
+    if isinstance(gate, Power):  # DFT, arXiv 2508.05629; -p^k / k, arXiv 2510.00526
+        factor = log_p.exp() ** gate.k
+    elif isinstance(gate, Threshold):
+        factor = ((log_p.exp() >= gate.tau) == (gate.keep == "above")).to(log_p)
+    elif isinstance(gate, Entropy):  # EAFT; 1 token has no entropy
+        factor = (entropy(log_probs) / math.log(max(2, log_probs.shape[-1]))) ** gate.alpha
+    elif isinstance(gate, Clipped):  # PSFT, arXiv 2508.17784
+        ratio = (log_p - gate.old_log_probs.to(log_p)).exp()
+        factor = ratio * (ratio < 1 + gate.eps)
+    return factor.masked_fill(log_p.isnan(), torch.nan)
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """Return ``-sum_j p_j log p_j``, to which an impossible token adds nothing."""
+    return -(log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(-1)
+
+
+def token_losses(
+    log_probs: Tensor,  # (..., V)
+    labels: Tensor,  # (...)
+    weight: Tensor,  # (...): of labels and of rows
+    *,
+    gate: Gate | None = None,
+    label_smoothing: float = 0.0,
+    gem_beta: float | None = None,
+) -> Tensor:  # (...)
+    """Return the weighted losses of tokens by one of the objectives of `gates.py`."""
+    losses = nll(log_probs, labels)
+    if gate is not None:
+        weight = both(weight, gate_of(gate, log_probs, labels).detach())
+    if label_smoothing:  # transformers' LabelSmoother: the target keeps e / V of its own, too
+        losses = (1 - label_smoothing) * losses - label_smoothing * log_probs.mean(-1)
+    if gem_beta is not None:  # GEM, arXiv 2408.16673, with h linear
+        q = (log_probs / gem_beta).softmax(-1).detach()
+        losses = losses + (q * log_probs.masked_fill(q == 0, 0.0)).sum(-1)
+    return weighted_loss(weight, losses)
+
+
+def token_stats(log_probs: Tensor, labels: Tensor, weight: Tensor) -> TokenStats:
+    """Return what people watch of each token: 0 where its weight is, NaN where that is NaN."""
+    counts = present(weight)
+    own = -nll(log_probs, labels)
+    is_top = (own >= log_probs.amax(-1)) & (counts == 1)
+    found = weighted_loss(counts, -own), weighted_loss(counts, entropy(log_probs))
+    return TokenStats(*(number.detach() for number in found), is_top)
+
+
 def cross_entropy(
     hidden: Tensor,  # (..., D)
     weight: Tensor,  # (V, D)
@@ -115,13 +199,32 @@ def cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     divisor: float | Tensor | None = None,
-) -> Tensor:
-    """Return NTP: ``LSE(a) - a[y]``, reduced over the tokens that count."""
+    row_weight: Tensor | None = None,  # (...)
+    gate: Gate | None = None,
+    label_smoothing: float = 0.0,
+    gem_beta: float | None = None,
+    stats: bool = False,
+) -> Any:
+    """Return NTP: ``LSE(a) - a[y]``, or another objective, reduced over the tokens that count.
+
+    With ``stats`` it is ``(loss, TokenStats)``.
+    """
+    objective_of(gate, label_smoothing, gem_beta)  # refuses what no objective is
     log_probs = log_probabilities(
         hidden, weight, bias=bias, logit_scale=logit_scale, softcap=softcap
     )
     counts = label_weight(labels, weight.shape[0], ignore_index)
-    return reduce(weighted_loss(counts, nll(log_probs, labels)), counts, reduction, divisor)
+    weights = weighted_labels(counts, row_weight)
+    losses = token_losses(
+        log_probs,
+        labels,
+        weights,
+        gate=gate,
+        label_smoothing=label_smoothing,
+        gem_beta=gem_beta,
+    )
+    loss = reduce(losses, counts, reduction, divisor)
+    return (loss, token_stats(log_probs, labels, weights)) if stats else loss
 
 
 def mixup_loss(
@@ -170,8 +273,14 @@ def sftmix_loss(
     ignore_index: int = -100,
     ntp_divisor: float | Tensor | None = None,
     mixup_divisor: float | Tensor | None = None,
-) -> SFTMixLoss:
-    """Return ``NTP(all tokens) + mu * Mixup(pairs)``, composed from the two functions above."""
+    row_weight: Tensor | None = None,  # (...)
+    gate: Gate | None = None,
+    stats: bool = False,
+) -> Any:
+    """Return ``NTP(all tokens) + mu * Mixup(pairs)``, composed from the two functions above.
+
+    Gate and weights are NTP's; a pair with a token of weight 0 is not mixed.
+    """
     head = {
         "bias": bias,
         "logit_scale": logit_scale,
@@ -179,7 +288,14 @@ def sftmix_loss(
         "ignore_index": ignore_index,
     }
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    ntp = cross_entropy(rows, weight, targets, divisor=ntp_divisor, **head)  # type: ignore[arg-type]
+    weights = None if row_weight is None else row_weight.reshape(-1)
+    if isinstance(gate, Clipped):
+        gate = Clipped(gate.old_log_probs.reshape(-1), gate.eps)
+    options = {"row_weight": weights, "gate": gate, "divisor": ntp_divisor, **head}
+    ntp, of_tokens = cross_entropy(rows, weight, targets, stats=True, **options)  # type: ignore[arg-type]
+    if weights is not None:
+        targets = targets.masked_fill(weights == 0, ignore_index)
+        targets = targets.masked_fill(weighted_labels(weights, weights).isnan(), weight.shape[0])
     mixup = mixup_loss(
         rows[pair_c],
         rows[pair_u],
@@ -190,7 +306,9 @@ def sftmix_loss(
         divisor=mixup_divisor,
         **head,  # type: ignore[arg-type]
     )
-    return SFTMixLoss(ntp + mu * mixup, ntp.detach(), mixup.detach())
+    loss = SFTMixLoss(ntp + mu * mixup, ntp.detach(), mixup.detach())
+    of_tokens = TokenStats(*(number.reshape(labels.shape) for number in of_tokens))
+    return (loss, of_tokens) if stats else loss
 
 
 def perplexity(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sftmix_kernels import reference
+from sftmix_kernels import Clipped, Entropy, Power, Threshold, reference
+from sftmix_kernels.gates import Gate
 
 from .budget import some_labels
 
@@ -158,3 +161,80 @@ def test_lam_is_not_rounded_in_float64() -> None:
     expected = -(0.3 * log_p[rows, labels[0]] + 0.7 * log_p[rows, labels[1]]).mean()
     found = reference.mixup_loss(hidden[0], hidden[1], weight, labels[0], labels[1], 0.3)
     torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+
+
+E2 = math.exp(2.0)
+# A gate, and what it is of the softmax and of the label's probability.
+GATES: tuple[tuple[Gate, Callable[[Tensor, Tensor], Tensor]], ...] = (
+    (Power(1.0), lambda p, q: q),
+    (Power(2.5), lambda p, q: q**2.5),
+    (Power(0.0), lambda p, q: torch.ones_like(q)),
+    (Threshold(0.1), lambda p, q: (q >= 0.1).double()),
+    (Threshold(0.1, keep="below"), lambda p, q: (q < 0.1).double()),
+    (Entropy(0.5), lambda p, q: (-(p * p.log()).sum(-1) / math.log(V)).sqrt()),
+    (Clipped(torch.full((9,), -2.0), 0.3), lambda p, q: q * E2 * (q * E2 < 1.3)),
+)
+
+
+@pytest.mark.parametrize(("gate", "expected"), GATES)
+def test_a_gated_gradient_is_the_gate_times_softmax_less_onehot(
+    gate: Gate, expected: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """By autograd, to 1e-15; in which a gate that were differentiated too would be found."""
+    logits, labels, head = doubles(9, V), some_labels((9,), V), torch.eye(V).double()
+    found = reference.cross_entropy(logits, head, labels, reduction="sum", gate=gate)
+    p = logits.detach().softmax(-1)
+    onehot = F.one_hot(labels, V)
+    factor = expected(p, (p * onehot).sum(-1))
+    (gradient,) = torch.autograd.grad(found, logits)
+    torch.testing.assert_close(
+        gradient, factor.unsqueeze(-1) * (p - onehot), rtol=1e-12, atol=1e-15
+    )
+    value = (factor * F.cross_entropy(logits, labels, reduction="none")).sum()
+    torch.testing.assert_close(found, value.detach(), rtol=1e-12, atol=0, check_stride=False)
+
+
+def test_a_gate_that_is_differentiated_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "detach", lambda self: self)
+    with pytest.raises(AssertionError):
+        test_a_gated_gradient_is_the_gate_times_softmax_less_onehot(*GATES[0])
+
+
+def test_label_smoothing_is_pytorchs() -> None:
+    logits, labels, head = doubles(9, V), some_labels((9,), V, ignored=0.3), torch.eye(V).double()
+    found = reference.cross_entropy(logits, head, labels, label_smoothing=0.2)
+    expected = F.cross_entropy(logits, labels, label_smoothing=0.2)
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+
+
+def test_gem_has_the_papers_value_and_gradient() -> None:
+    """As its authors write it, with h linear: ``-sum_j q_j (log p_t - log p_j)``."""
+    logits, labels, head = doubles(9, V), some_labels((9,), V), torch.eye(V).double()
+    found = reference.cross_entropy(logits, head, labels, gem_beta=0.7, reduction="sum")
+    log_p, q = logits.log_softmax(-1), (logits / 0.7).softmax(-1).detach()
+    value = -(q * (log_p.gather(-1, labels[:, None]) - log_p)).sum()
+    torch.testing.assert_close(found, value, rtol=1e-13, atol=0)
+    (gradient,) = torch.autograd.grad(found, logits)
+    torch.testing.assert_close(gradient, q - F.one_hot(labels, V), rtol=1e-12, atol=1e-14)
+
+
+def test_row_weights_do_not_change_the_divisor() -> None:
+    logits, labels, head = doubles(4, V), torch.tensor([1, -100, 2, 3]), torch.eye(V).double()
+    weight = torch.tensor([2.0, 5.0, 0.0, 0.5])
+    found = reference.cross_entropy(logits, head, labels, row_weight=weight)
+    rows = F.cross_entropy(logits, labels.clamp(min=0), reduction="none")
+    expected = (2.0 * rows[0] + 0.5 * rows[3]) / 3
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+
+
+def test_stats_are_those_of_the_plain_softmax() -> None:
+    logits, head = doubles(5, V), torch.eye(V).double()
+    labels = logits.argmax(-1)
+    labels[1], labels[2] = -100, logits[2].argmin()
+    _, stats = reference.cross_entropy(logits, head, labels, gem_beta=0.5, stats=True)
+    p, counts = logits.detach().softmax(-1), torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0])
+    torch.testing.assert_close(stats.entropy, -(p * p.log()).sum(-1) * counts, check_dtype=False)
+    nll = F.cross_entropy(logits.detach(), labels, reduction="none")
+    torch.testing.assert_close(stats.nll, nll, rtol=1e-14, atol=0)
+    assert stats.is_top.tolist() == [True, False, False, True, True]
+    assert not any(number.requires_grad for number in stats)
