@@ -9,6 +9,7 @@
 
 #pragma once
 
+#include "row_objectives.h"
 #include "row_steps.h"
 #include "soft_cross_entropy.h"
 #include "vectors.h"
@@ -27,6 +28,7 @@ struct Rows {
   int64_t vocab_size;
   LogitTransform transform;
   bool needs_gradient;
+  Objective objective;  // of rows with one target; that of pairs is of their NTP
 
   SFTMIX_INLINE Logit* row(int64_t i) const { return logits + i * row_stride; }
 };
@@ -53,11 +55,6 @@ struct PairRows : Rows<Logit> {
   float* mixup;  // (P,)
 };
 
-// `weight * value`, exactly 0 where the weight is 0 whatever the value.
-SFTMIX_INLINE float weighted(float weight, double value) {
-  return weight == 0.0f ? 0.0f : static_cast<float>(weight * value);
-}
-
 // A step's logits without the columns of held targets, which lie `first` columns before them.
 SFTMIX_INLINE const float* without_held(const Targets& targets, const float* values, int64_t first,
                                         int64_t size, float* room) {
@@ -69,6 +66,19 @@ SFTMIX_INLINE const float* without_held(const Targets& targets, const float* val
     values = room;
   }
   return values;
+}
+
+// Folds a step's logits into what the row's objective needs.
+SFTMIX_INLINE void fold_step(RowSums& sums, const Objective& objective, const Targets& targets,
+                             float at_target, const float* values, int64_t first, int64_t size,
+                             float* room) {
+  if (objective.kind == Kind::kSmoothed) sums.gap += sum_of_gaps(values, at_target, size);
+  const float* const others = without_held(targets, values, first, size, room);
+  if (objective.needs_moment()) {
+    fold_moment(sums, others, size);
+  } else {
+    fold_values(sums.others, others, size);
+  }
 }
 
 // lam a_c + (1 - lam) a_u of raw logits.
@@ -86,9 +96,9 @@ SFTMIX_INLINE void mix_step(const float* raw_c, const float* raw_u, const float*
 }
 
 // Writes `factor exp(f(raw) - top) f'(raw) / scale`, the gradient at columns that are no targets.
-// A factor of 0 gives 0, whatever the logits.
+// A factor of 0 gives 0, whatever the logits. `flat` is what every column has besides.
 SFTMIX_INLINE void gradient_step(LogitTransform transform, const float* raw, int64_t size,
-                                 float top, float factor, float* gradient) {
+                                 float top, float factor, float flat, float* gradient) {
   if (factor == 0.0f) {
     std::fill_n(gradient, size, 0.0f);
   } else {
@@ -96,6 +106,9 @@ SFTMIX_INLINE void gradient_step(LogitTransform transform, const float* raw, int
     // subtraction they would not be, and a probability could be above 1.
     const float* const values = transform_step(transform, raw, size, gradient);
     for (int64_t j = 0; j < size; ++j) gradient[j] = factor * exp_of(values[j] - top);
+    if (flat != 0.0f) {
+      for (int64_t j = 0; j < size; ++j) gradient[j] += flat;
+    }
     if (transform.is_capped()) {
       for (int64_t j = 0; j < size; ++j) gradient[j] *= transform.slope(raw[j]);
     }
@@ -143,7 +156,8 @@ SFTMIX_INLINE RowLoss row_loss(const RowState& others, LogitTransform transform,
 template <typename Logit>
 SFTMIX_INLINE void soft_row(const SoftRows<Logit>& rows, int64_t i) {
   Logit* const logits = rows.row(i);
-  const LogitTransform transform = rows.transform;
+  const Objective& objective = rows.objective;
+  const LogitTransform transform = objective.tempered(rows.transform);
   Targets targets = {{rows.targets[i * rows.num_targets], -1}, {1.0f, 0.0f}};
   if (rows.num_targets == 2) {
     const float* const share = rows.share + 2 * i;
@@ -151,22 +165,35 @@ SFTMIX_INLINE void soft_row(const SoftRows<Logit>& rows, int64_t i) {
   }
   float raw[2], room[kStep], other_room[kStep];
   raw_at(logits, targets, raw);
-  RowState others;
+  const float at_target = transform(raw[0]);
+  RowSums sums, untempered;
   for (int64_t first = 0; first < rows.vocab_size; first += kStep) {
     const int64_t size = std::min(kStep, rows.vocab_size - first);
-    const float* values = load_step(logits + first, size, room);
-    values = transform_step(transform, values, size, room);
-    fold_values(others, without_held(targets, values, first, size, room), size);
+    const float* const loaded = load_step(logits + first, size, room);
+    if (objective.is_tempered_with_stats()) {
+      const float* const values = transform_step(rows.transform, loaded, size, other_room);
+      fold_step(untempered, objective, targets, 0.0f, values, first, size, other_room);
+    }
+    const float* const values = transform_step(transform, loaded, size, room);
+    fold_step(sums, objective, targets, at_target, values, first, size, room);
   }
-  const RowLoss loss = row_loss(others, transform, raw, targets);
-  const float weight = rows.row_weight[i];
+  RowLoss loss = row_loss(sums.others, transform, raw, targets);
+  if (objective.is_tempered_with_stats()) {
+    const RowLoss plain = row_loss(untempered.others, rows.transform, raw, targets);
+    write_stats(objective, untempered, plain, i);
+  } else if (objective.stats != nullptr) {
+    write_stats(objective, sums, loss, i);
+  }
+  float weight = rows.row_weight[i];
+  const float flat = apply(objective, sums, rows.vocab_size, i, loss, weight);
   rows.loss[i] = weighted(weight, loss.loss);
   if (!rows.needs_gradient) return;
   const RowGradient row(loss, targets, weight, transform, raw);
+  const float flat_gradient = flat * weight * transform.scale;
   for (int64_t first = 0; first < rows.vocab_size; first += kStep) {
     const int64_t size = std::min(kStep, rows.vocab_size - first);
     const float* const values = load_step(logits + first, size, room);
-    gradient_step(transform, values, size, row.top, row.factor, other_room);
+    gradient_step(transform, values, size, row.top, row.factor, flat_gradient, other_room);
     store_step(other_room, size, logits + first);
   }
   for (int t = 0; t < rows.num_targets; ++t) {
@@ -192,7 +219,9 @@ SFTMIX_INLINE void pair_row(const PairRows<Logit>& rows, int64_t i) {
   for (int t = 0; t < 2; ++t) raw[2][t] = mixed(raw[0][t], raw[1][1 - t], share, rows.has_bias);
 
   float room[3][kStep], gradient[3][kStep];
-  RowState others[3];
+  // What the objective needs, and nothing more for the mixture.
+  RowSums sums[3];
+  const Objective of[3] = {rows.objective, rows.objective, {}};
   for (int64_t first = 0; first < rows.vocab_size; first += kStep) {
     const int64_t size = std::min(kStep, rows.vocab_size - first);
     const float* values[3] = {load_step(logits[0] + first, size, room[0]),
@@ -200,15 +229,19 @@ SFTMIX_INLINE void pair_row(const PairRows<Logit>& rows, int64_t i) {
     mix_step(values[0], values[1], share, rows.has_bias, size, room[2]);
     for (int k = 0; k < 3; ++k) {
       values[k] = transform_step(transform, values[k], size, room[k]);
-      fold_values(others[k], without_held(targets[k], values[k], first, size, room[k]), size);
+      fold_step(sums[k], of[k], targets[k], 0.0f, values[k], first, size, room[k]);
     }
   }
-  const RowLoss loss[3] = {row_loss(others[0], transform, raw[0], targets[0]),
-                           row_loss(others[1], transform, raw[1], targets[1]),
-                           row_loss(others[2], transform, raw[2], targets[2])};
-  const float weight[3] = {rows.row_weight[index[0]], rows.row_weight[index[1]],
-                           rows.pair_weight[i] * rows.mix_ratio};
-  for (int k = 0; k < 2; ++k) rows.ntp[index[k]] = weighted(weight[k], loss[k].loss);
+  RowLoss loss[3] = {row_loss(sums[0].others, transform, raw[0], targets[0]),
+                     row_loss(sums[1].others, transform, raw[1], targets[1]),
+                     row_loss(sums[2].others, transform, raw[2], targets[2])};
+  float weight[3] = {rows.row_weight[index[0]], rows.row_weight[index[1]],
+                     rows.pair_weight[i] * rows.mix_ratio};
+  for (int k = 0; k < 2; ++k) {
+    if (of[k].stats != nullptr) write_stats(of[k], sums[k], loss[k], index[k]);
+    apply(of[k], sums[k], rows.vocab_size, index[k], loss[k], weight[k]);
+    rows.ntp[index[k]] = weighted(weight[k], loss[k].loss);
+  }
   rows.mixup[i] = weighted(rows.pair_weight[i], loss[2].loss);
   if (!rows.needs_gradient) return;
 
@@ -221,7 +254,7 @@ SFTMIX_INLINE void pair_row(const PairRows<Logit>& rows, int64_t i) {
                                     load_step(logits[1] + first, size, room[1]), room[2]};
     mix_step(values[0], values[1], share, rows.has_bias, size, room[2]);
     for (int k = 0; k < 3; ++k) {
-      gradient_step(transform, values[k], size, row[k].top, row[k].factor, gradient[k]);
+      gradient_step(transform, values[k], size, row[k].top, row[k].factor, 0.0f, gradient[k]);
     }
     for (int k = 0; k < 2; ++k) {
       for (int64_t j = 0; j < size; ++j) gradient[k][j] += share[k] * gradient[2][j];

@@ -31,6 +31,7 @@ struct Targets {
 struct RowLoss {
   double loss;
   double total;         // sum_j exp(a_j - top)
+  double log_sum;       // its logarithm
   double at_target[2];  // total * d loss / d a at each target
   float top;            // max_j a_j
   float logit[2];       // a at each target
@@ -59,6 +60,7 @@ SFTMIX_INLINE RowLoss soft_cross_entropy(const RowState& others, const float (&l
   const double held_sum = held_exp[0] + held_exp[1];
   row.total = rest + held_sum;
   const double log_sum = std::log1p(rest + (held_sum - 1.0));
+  row.log_sum = log_sum;
   row.loss = 0.0;
   for (int t = 0; t < 2; ++t) {
     const double column = targets.in_column(t);

@@ -14,6 +14,11 @@ class LogitTransform(NamedTuple):
     softcap: float | None
     has_bias: bool  # whether raw logits may be -inf, a vocabulary entry masked by its bias
 
+    def tempered(self, beta: float) -> LogitTransform:
+        """Return ``f / beta``."""
+        softcap = None if self.softcap is None else self.softcap / beta
+        return self._replace(scale=self.scale / beta, softcap=softcap)
+
     def apply_(self, logits: Tensor, needs_slope: bool) -> Tensor | None:
         """Turn raw logits into ``f(raw)`` in place; return ``f' / scale`` where it is not 1."""
         if self.softcap is None:

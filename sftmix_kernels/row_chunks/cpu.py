@@ -10,23 +10,28 @@ Legend: K rows of one chunk, P pairs, T targets of a row (1 or 2), V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..extension import build_info, warn_of_pytorch_operations
+from ..gates import PLAIN, Objective
 from ..transform import LogitTransform
 from . import pytorch
 
 torch.library.define(
     "sftmix_kernels::soft_rows_",
     "(Tensor(a!) logits, Tensor targets, Tensor? share, Tensor row_weight, float logit_scale, "
-    "float? softcap, bool needs_gradient, Tensor(b!) loss) -> ()",
+    "float? softcap, bool needs_gradient, Tensor(b!) loss, int kind=0, float parameter=0.0, "
+    "Tensor? old_log_probs=None, Tensor(c!)? stats=None) -> ()",
 )
 torch.library.define(
     "sftmix_kernels::pair_rows_",
     "(Tensor(a!) logits, Tensor labels, Tensor row_weight, Tensor share, Tensor pair_weight, "
     "Tensor mix_ratio, float logit_scale, float? softcap, bool has_bias, bool needs_gradient, "
-    "Tensor(b!) ntp, Tensor(c!) mixup) -> ()",
+    "Tensor(b!) ntp, Tensor(c!) mixup, int kind=0, float parameter=0.0, "
+    "Tensor? old_log_probs=None, Tensor(d!)? stats=None) -> ()",
 )
 # Loading the extension registers the compiled ops.
 build_info()
@@ -39,6 +44,7 @@ def soft_rows_(
     row_weight: Tensor,  # (K,) float32
     transform: LogitTransform,
     needs_gradient: bool,
+    objective: Objective = PLAIN,  # of one target
 ) -> Tensor:  # (K,) float32
     """Return weighted row losses; turn the logits into the gradients of their sum in place."""
     loss = torch.empty_like(row_weight)
@@ -51,6 +57,7 @@ def soft_rows_(
         transform.softcap,
         needs_gradient,
         loss,
+        *objective,
     )
     return loss
 
@@ -64,6 +71,7 @@ def pair_rows_(
     mix_ratio: Tensor,  # () float32
     transform: LogitTransform,
     needs_gradient: bool,
+    objective: Objective = PLAIN,  # of NTP: a gate, or none
 ) -> tuple[Tensor, Tensor]:  # NTP (2 P,), Mixup (P,)
     """Return weighted losses; make logits the gradients of ``sum(ntp) + mix_ratio sum(mixup)``."""
     num_rows = 2 * pair_weight.numel()
@@ -81,6 +89,7 @@ def pair_rows_(
         needs_gradient,
         ntp,
         mixup,
+        *objective,
     )
     return ntp, mixup
 
@@ -94,12 +103,16 @@ def soft_rows_of_pytorch(
     softcap: float | None,
     needs_gradient: bool,
     loss: Tensor,
+    *objective: Any,
 ) -> None:
     """Do what the compiled op does."""
     warn_of_pytorch_operations()
     # Whether raw logits may be -inf matters only where two are mixed.
     transform = LogitTransform(logit_scale, softcap, has_bias=False)
-    loss.copy_(pytorch.soft_rows_(logits, targets, share, row_weight, transform, needs_gradient))
+    found = pytorch.soft_rows_(
+        logits, targets, share, row_weight, transform, needs_gradient, Objective(*objective)
+    )
+    loss.copy_(found)
 
 
 def pair_rows_of_pytorch(
@@ -115,12 +128,15 @@ def pair_rows_of_pytorch(
     needs_gradient: bool,
     ntp: Tensor,
     mixup: Tensor,
+    *objective: Any,
 ) -> None:
     """Do what the compiled op does."""
     warn_of_pytorch_operations()
     transform = LogitTransform(logit_scale, softcap, has_bias)
     pairs = (labels, row_weight, share, pair_weight, mix_ratio)
-    found_ntp, found_mixup = pytorch.pair_rows_(logits, *pairs, transform, needs_gradient)
+    found_ntp, found_mixup = pytorch.pair_rows_(
+        logits, *pairs, transform, needs_gradient, Objective(*objective)
+    )
     ntp.copy_(found_ntp)
     mixup.copy_(found_mixup)
 

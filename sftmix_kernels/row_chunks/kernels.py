@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gates import PLAIN, Objective
 from ..primitives import (
     LOWEST,
     cross_entropy,
@@ -317,8 +318,10 @@ def soft_rows_(
     row_weight: Tensor,  # (K,) float32
     transform: LogitTransform,
     needs_gradient: bool,
+    objective: Objective = PLAIN,
 ) -> Tensor:  # (K,) float32
     """Return weighted row losses; turn the logits into the gradients of their sum in place."""
+    assert objective.is_plain
     loss = torch.empty_like(row_weight)
     if loss.numel():
         with torch.cuda.device_of(logits):
@@ -348,8 +351,10 @@ def pair_rows_(
     mix_ratio: Tensor,  # () float32
     transform: LogitTransform,
     needs_gradient: bool,
+    objective: Objective = PLAIN,  # of NTP
 ) -> tuple[Tensor, Tensor]:  # NTP (2 P,), Mixup (P,)
     """Return weighted losses; make logits the gradients of ``sum(ntp) + mix_ratio sum(mixup)``."""
+    assert objective.is_plain
     mixup = torch.empty_like(pair_weight)
     ntp = mixup.new_empty(2 * mixup.numel())
     if mixup.numel():

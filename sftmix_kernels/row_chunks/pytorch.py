@@ -9,12 +9,14 @@ Legend: K rows of one chunk, B rows of one cache block, P pairs, T targets of a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..gates import PLAIN, Kind, Objective
 from ..reference import weighted_loss
 from ..transform import LogitTransform
 
@@ -70,25 +72,95 @@ def soft_cross_entropy_(
     weight: Tensor,  # (B,) float32
     transform: LogitTransform,
     needs_gradient: bool,
+    objective: Objective = PLAIN,  # of one target
 ) -> Tensor:  # (B,) float32
-    """Return ``-sum_t share_t log p[target_t]`` of rows; logits become ``weight d loss / d raw``.
+    """Return ``-sum_t share_t log p[target_t]`` of rows, or what their objective makes of it;
+    logits become ``weight d loss / d raw``.
 
     The exponentials of targets are kept out of the row's sum. What is left is the sum of all
     others, from which ``p - 1`` and ``log p`` of a confident token follow without cancelling.
     """
+    if objective.kind == Kind.GEM:
+        if objective.stats is not None:
+            plain = Objective(stats=objective.stats)
+            soft_cross_entropy_(logits.clone(), targets, share, weight, transform, False, plain)
+            objective = objective._replace(stats=None)
+        transform = transform.tempered(objective.parameter)
     slope = transform.apply_(logits, needs_gradient)
+    sums = row_sums(logits, targets, objective)
     peak = logits.amax(-1, keepdim=True)
     log_p = logits.gather(-1, targets) - peak
     exp_at = logits.sub_(peak).exp_().gather(-1, targets)
     columns = target_columns(targets, share)
     rest = logits.scatter_(-1, targets, exp_at - columns.held(exp_at)).sum(-1, keepdim=True)
     loss, total, at_targets = columns.finish(log_p, exp_at, rest)
+    row = Row(loss, weight, at_targets)
+    if not objective.is_plain:
+        row = row.judged(objective, sums, log_p, total, logits.shape[1])
     if needs_gradient:
-        factor = (weight * transform.scale).unsqueeze(-1) / total
-        logits.mul_(factor).scatter_(-1, targets, factor * at_targets)
+        factor = (row.weight * transform.scale).unsqueeze(-1) / total
+        logits.mul_(factor)
+        if row.flat:
+            logits.add_((row.weight * transform.scale * row.flat).unsqueeze(-1))
+        logits.scatter_(-1, targets, factor * row.at_targets)
         if slope is not None:
             logits.mul_(slope)
-    return loss
+    return row.loss
+
+
+class RowSums(NamedTuple):
+    """The sums of an objective over rows' logits, where it needs them."""
+
+    moment: Tensor | None = None  # (B,): sum_j exp(a_j - top) (a_j - top)
+    gap: Tensor | None = None  # (B,): sum_j (a_j - a_target)
+
+
+def row_sums(logits: Tensor, targets: Tensor, objective: Objective) -> RowSums:
+    """Return what an objective needs of logits (B, V) with one target."""
+    moment = gap = None
+    if objective.needs_moment:
+        # exp is 0 there, and 0 * -inf would be NaN.
+        below = (logits - logits.amax(-1, keepdim=True)).clamp_(min=-104.0)
+        moment = below.exp().mul_(below).sum(-1)
+    if objective.kind == Kind.SMOOTHED:
+        gap = (logits - logits.gather(-1, targets)).sum(-1)
+    return RowSums(moment, gap)
+
+
+class Row(NamedTuple):
+    """What rows' losses and gradients follow from, once the sums over their columns are known."""
+
+    loss: Tensor  # (B,)
+    weight: Tensor  # (B,)
+    at_targets: Tensor  # (B, T)
+    flat: float = 0.0  # what the gradient has in every column, before weight and slope
+
+    def judged(
+        self, objective: Objective, sums: RowSums, log_p: Tensor, total: Tensor, vocab_size: int
+    ) -> Row:
+        """Return the rows of an objective; these are the plain cross-entropy's."""
+        loss, weight, at_targets, _ = self
+        below = log_p.squeeze(-1)  # of the target's logit: the top's
+        entropy = mean = loss
+        if sums.moment is not None:
+            mean = sums.moment / total.squeeze(-1)
+            # Where the label is the top choice, the loss is this logarithm without cancelling.
+            entropy = torch.where(below == 0, loss, total.squeeze(-1).log()) - mean
+        if objective.stats is not None:
+            torch.stack((loss, entropy, (below == 0).to(loss)), out=objective.stats)
+        if objective.kind == Kind.SMOOTHED:
+            assert sums.gap is not None
+            each = objective.parameter / vocab_size
+            at_targets = at_targets + (objective.parameter - each) * total
+            return Row(loss - each * sums.gap, weight, at_targets, -each)
+        if objective.kind == Kind.GEM:
+            beta = objective.parameter
+            return Row(beta * (mean - below), beta * weight, at_targets)
+        if objective.kind != Kind.PLAIN:
+            # One token has no entropy.
+            gate = objective.gate(loss, entropy / math.log(max(2, vocab_size)))
+            return Row(weighted_loss(gate, loss), weighted_loss(weight, gate), at_targets)
+        return self
 
 
 def pair_cross_entropy_(
@@ -100,6 +172,7 @@ def pair_cross_entropy_(
     transform: LogitTransform,
     workspace: Tensor,  # (>= B, V) float32, for the mixed logits
     needs_gradient: bool,
+    objectives: tuple[Objective, Objective] = (PLAIN, PLAIN),  # of NTP: gates, or none
 ) -> tuple[Tensor, Tensor, Tensor]:  # NTP of c, NTP of u, Mixup: (B,) float32 each
     """Return the three losses of pairs; turn both logits into ``G_c`` and ``G_u`` in place."""
     share_c, share_u = share.tensor_split(2, dim=-1)
@@ -108,8 +181,8 @@ def pair_cross_entropy_(
         mixed, torch.stack(labels, dim=-1), share, mix_weight, transform, needs_gradient
     )
     ntp_c, ntp_u = (
-        cross_entropy_(a, y, w, transform, needs_gradient)
-        for a, y, w in zip(logits, labels, ntp_weight, strict=True)
+        cross_entropy_(a, y, w, transform, needs_gradient, o)
+        for a, y, w, o in zip(logits, labels, ntp_weight, objectives, strict=True)
     )
     if needs_gradient:
         logits[0].addcmul_(mixed, share_c)
@@ -140,11 +213,12 @@ def cross_entropy_(
     weight: Tensor,  # (B,) float32
     transform: LogitTransform,
     needs_gradient: bool,
+    objective: Objective = PLAIN,
 ) -> Tensor:  # (B,) float32
     """Do what `soft_cross_entropy_` does, with one target."""
     targets = labels.unsqueeze(-1)
     share = torch.ones_like(targets, dtype=torch.float32)
-    return soft_cross_entropy_(logits, targets, share, weight, transform, needs_gradient)
+    return soft_cross_entropy_(logits, targets, share, weight, transform, needs_gradient, objective)
 
 
 def cache_blocks(
@@ -183,15 +257,18 @@ def soft_rows_(
     row_weight: Tensor,  # (K,) float32
     transform: LogitTransform,
     needs_gradient: bool,
+    objective: Objective = PLAIN,
 ) -> Tensor:  # (K,) float32
     """Return weighted row losses; turn the logits into the gradients of their sum in place."""
     share = torch.ones_like(targets, dtype=torch.float32) if share is None else share
     loss = torch.empty_like(row_weight)
     for rows in cache_blocks(0, loss.numel(), logits):
         raw = load_rows(logits, rows)
+        of_rows = objective.rows(rows)
         loss[rows] = soft_cross_entropy_(
-            raw, targets[rows], share[rows], row_weight[rows], transform, needs_gradient
+            raw, targets[rows], share[rows], row_weight[rows], transform, needs_gradient, of_rows
         )
+        objective.put_stats(rows, of_rows)
         store_rows_(logits, rows, raw)
     return weighted_loss(row_weight, loss)
 
@@ -205,6 +282,7 @@ def pair_rows_(
     mix_ratio: Tensor,  # () float32
     transform: LogitTransform,
     needs_gradient: bool,
+    objective: Objective = PLAIN,  # of NTP: a gate, or none
 ) -> tuple[Tensor, Tensor]:  # NTP (2 P,), Mixup (P,)
     """Return weighted losses; make logits the gradients of ``sum(ntp) + mix_ratio sum(mixup)``."""
     mixup = torch.empty_like(pair_weight)
@@ -217,6 +295,7 @@ def pair_rows_(
         raw_c, raw_u = (load_rows(logits, rows) for rows in both_rows)
         label_c, label_u = (labels[rows] for rows in both_rows)
         weight_c, weight_u = (row_weight[rows] for rows in both_rows)
+        objective_c, objective_u = (objective.rows(rows) for rows in both_rows)
         ntp[both_rows[0]], ntp[both_rows[1]], mixup[pair] = pair_cross_entropy_(
             (raw_c, raw_u),
             (label_c, label_u),
@@ -226,7 +305,10 @@ def pair_rows_(
             transform,
             mixed,
             needs_gradient,
+            (objective_c, objective_u),
         )
+        objective.put_stats(both_rows[0], objective_c)
+        objective.put_stats(both_rows[1], objective_u)
         store_rows_(logits, both_rows[0], raw_c)
         store_rows_(logits, both_rows[1], raw_u)
     return weighted_loss(row_weight[: ntp.numel()], ntp), weighted_loss(pair_weight, mixup)
