@@ -21,17 +21,23 @@ A schedule is a way to hold no full logits; `schedules.py` chooses one:
 """  # noqa: E501
 
 from .cross_entropy import fused_cross_entropy
+from .gates import Clipped, Entropy, Power, Threshold
 from .mixup_loss import fused_mixup_loss
 from .perplexity.streaming import StreamingPerplexity, streaming_perplexity
-from .reference import SFTMixLoss
+from .reference import SFTMixLoss, TokenStats
 from .schedules import RowChunks, VocabTiles
 from .sftmix_loss import fused_sftmix_loss
 from .vocab_parallel.shard import VocabShard
 
 __all__ = [
+    "Clipped",
+    "Entropy",
+    "Power",
     "RowChunks",
     "SFTMixLoss",
     "StreamingPerplexity",
+    "Threshold",
+    "TokenStats",
     "VocabShard",
     "VocabTiles",
     "fused_cross_entropy",

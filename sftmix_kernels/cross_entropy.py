@@ -1,9 +1,12 @@
 """Next-token prediction: the rows of `mixup_loss.py` with one hidden state and one target each.
 
+Its other objectives (`gates.py`) are made in the same two passes over a row's logits.
+
 - Formula: `reference.py`.
 - Kernels: `row_chunks/kernels.py`; `vocab_tiles/forward.py`, `vocab_tiles/backward.py`. On the CPU:
-  `csrc/row_chunks.h`, behind `row_chunks/cpu.py`.
-- Proof: `tests/sftmix_kernels/test_cross_entropy.py`; of the kernels
+  `csrc/row_chunks.h` and `csrc/row_objectives.h`, behind `row_chunks/cpu.py`.
+- Proof: `tests/sftmix_kernels/test_cross_entropy.py`; of objectives
+  `tests/sftmix_kernels/test_objectives.py`; of the kernels
   `tests/sftmix_kernels/row_chunks/test_row_chunks.py`,
   `tests/sftmix_kernels/vocab_tiles/test_vocab_tiles.py`.
 - Time: `benchmarks/bench_loss.py`.
@@ -11,17 +14,50 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal, overload
+
 import torch
 from torch import Tensor
 
-from .checks import autocast, check_divisor, check_ids, check_label_values, check_reduction
+from .checks import (
+    autocast,
+    check_divisor,
+    check_ids,
+    check_label_values,
+    check_reduction,
+    check_row_out,
+    values_are_free,
+)
+from .gates import Gate, Kind, Objective, objective_of
 from .mixup_loss import reduced_loss
-from .reference import label_weight
-from .schedules import Schedule, resolve_schedule
-from .vocab_parallel.shard import VocabShard, checked_head
+from .reference import TokenStats, label_weight, present, weighted_labels, weighted_loss
+from .schedules import Schedule, VocabTiles, resolve_schedule
+from .vocab_parallel.shard import HeadPart, VocabShard, checked_head
 
 
+@overload
 def fused_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    stats: Literal[False] = ...,
+    **options: Any,
+) -> Tensor: ...
+
+
+@overload
+def fused_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    stats: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, TokenStats]: ...
+
+
+def fused_cross_entropy(  # type: ignore[misc]
     hidden: Tensor,  # (..., D)
     weight: Tensor,  # (V, D)
     labels: Tensor,  # (...) int64, already shifted
@@ -32,18 +68,53 @@ def fused_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     divisor: float | Tensor | None = None,
+    row_weight: Tensor | None = None,  # (...) float32
+    gate: Gate | None = None,
+    label_smoothing: float = 0.0,
+    gem_beta: float | None = None,
+    stats: bool = False,
     schedule: Schedule = "auto",
     vocab_parallel: VocabShard | None = None,
     validate: bool = False,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, TokenStats]:
     """Return the cross-entropy of the LM head's logits, without ever holding all of them.
 
     ``a = f(W h + b)`` with ``f(x) = softcap * tanh(logit_scale * x / softcap)``, and
     ``loss = LSE(a) - a[y]`` in nats. Arguments, errors and the empty case are those of
     `fused_mixup_loss`; ``labels[t]`` is the token that ``hidden[t]`` predicts.
 
+    Example:
+        The loss of DFT, with the plain NLL beside it; the last token is ignored.
+
+        >>> hidden = torch.eye(3).requires_grad_()
+        >>> weight = torch.arange(12.0).reshape(4, 3) / 4  # V = 4 tokens
+        >>> labels = torch.tensor([3, 1, -100])
+        >>> loss, stats = fused_cross_entropy(
+        ...     hidden, weight, labels, gate=Power(1.0), stats=True
+        ... )
+        >>> print(f"{loss:.3f}")
+        0.316
+        >>> print(stats.nll, stats.is_top)
+        tensor([0.5872, 2.0872, 0.0000]) tensor([ True, False, False])
+
+    Args:
+        row_weight: multiplies the loss of each token, and is not differentiated: finite and at
+            least 0, where 0 leaves a token out of the products, too. The divisor of ``"mean"``
+            stays the count of valid labels, as ``num_items_in_batch`` of transformers and TRL is;
+            for a weighted mean pass ``divisor=row_weight.sum()``.
+        gate: one of `Power` (DFT), `Threshold`, `Entropy` (EAFT) and `Clipped` (PSFT): the loss of
+            a token is the gate, detached, times its NLL.
+        label_smoothing: in [0, 1), the share of the label that is spread over all V tokens.
+        gem_beta: above 0; GEM-linear of that temperature. It, ``gate`` and ``label_smoothing``
+            exclude each other.
+        stats: return ``(loss, TokenStats)``, made in the same pass: of each token NLL and entropy
+            of the plain softmax, and whether no other token has a larger logit than the label.
+
+    Of vocabulary tiles and a head shared out over ranks (``vocab_parallel``) there are
+    ``row_weight`` and the gates of the label's probability: `Power`, `Threshold`, `Clipped`.
+
     Returns:
-        A float32 scalar, or labels' shape for ``reduction="none"``.
+        A float32 scalar, or labels' shape for ``reduction="none"``; with ``stats`` a pair.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected, and what came.
@@ -55,15 +126,99 @@ def fused_cross_entropy(
     check_ids("labels", labels, hidden)
     if validate:
         check_label_values("labels", labels, head.vocab_size, ignore_index)
+    chosen = resolve_schedule(schedule, hidden, head.widest)
+    objective = checked_objective(gate, label_smoothing, gem_beta, labels, ignore_index)
+    refuse_missing(objective, stats, head, chosen)
     counts = label_weight(labels, head.vocab_size, ignore_index)
-    return reduced_loss(
+    weights = counts
+    if row_weight is not None:
+        weights = checked_weights(row_weight, labels, counts, validate=validate)
+        divisor = (counts != 0).sum() if divisor is None else divisor
+    loss, found = reduced_loss(
         hidden,
         None,
         head,
         labels.unsqueeze(-1),
         torch.ones_like(counts).unsqueeze(-1),
-        counts,
+        weights,
         reduction,
         divisor,
-        resolve_schedule(schedule, hidden, head.widest),
+        chosen,
+        objective,
+        stats,
     )
+    return (loss, token_stats(found, weights)) if stats else loss
+
+
+def checked_weights(
+    row_weight: Tensor,
+    labels: Tensor,
+    counts: Tensor,  # (...): 1, 0 or NaN
+    *,
+    validate: bool,
+) -> Tensor:  # (...)
+    """Return the weights of labels times those of rows.
+
+    Values that are no finite number of at least 0 are refused where they are read, and become NaN
+    where they are not.
+    """
+    check_row_out("row_weight", row_weight, labels)
+    weights = weighted_labels(counts, row_weight)
+    if validate or values_are_free(row_weight):
+        bad = weights.isnan() & ~counts.isnan()
+        if bad.any():
+            raise ValueError(
+                "row_weight: expected finite numbers of at least 0, "
+                f"got {row_weight[bad][0].item()} at position {bad.nonzero()[0].tolist()}"
+            )
+    return weights
+
+
+def checked_objective(
+    gate: Gate | None,
+    label_smoothing: float,
+    gem_beta: float | None,
+    labels: Tensor,
+    ignore_index: int,
+) -> Objective:
+    """Return the objective of a call, of which the values of old log-probabilities are checked
+    where that is free."""
+    objective = objective_of(gate, label_smoothing, gem_beta)
+    old = objective.old_log_probs
+    if old is None:
+        return objective
+    check_row_out("old_log_probs", old, labels)
+    if values_are_free(old):
+        # 1e-3 is more than rounding makes of the logarithm of 1, also in half precision.
+        bad = ~(old <= 1e-3) & (labels != ignore_index)
+        if bad.any():
+            raise ValueError(
+                "old_log_probs: expected logarithms of probabilities, at most 0, "
+                f"got {old[bad][0].item()} at position {bad.nonzero()[0].tolist()}"
+            )
+    return objective
+
+
+def refuse_missing(
+    objective: Objective, stats: bool, head: HeadPart, schedule: int | VocabTiles
+) -> None:
+    """Refuse what a schedule, or a head that is shared out over ranks, does not have."""
+    if head.group is None and not isinstance(schedule, VocabTiles):
+        return
+    has = "VocabTiles" if isinstance(schedule, VocabTiles) else "vocab_parallel"
+    names = {Kind.ENTROPY: "gate", Kind.SMOOTHED: "label_smoothing", Kind.GEM: "gem_beta"}
+    missing = ["stats"] * stats + [name for kind, name in names.items() if kind == objective.kind]
+    if missing:
+        what = "another gate than Entropy" if missing[0] == "gate" else "its default"
+        raise ValueError(
+            f"{missing[0]}: expected {what} with {has}, which does not have it; "
+            "schedule='row_chunks' without vocab_parallel does"
+        )
+
+
+def token_stats(found: Tensor, weights: Tensor) -> TokenStats:
+    """Return stats (3, R) of rows in the shape of their weights: 0 where left out, else NaN where
+    a weight is NaN."""
+    counted = weighted_loss(present(weights.reshape(-1)), found)
+    nll, entropy, is_top = counted.reshape(3, *weights.shape)
+    return TokenStats(nll, entropy, is_top == 1)

@@ -33,8 +33,9 @@ from .checks import (
     check_same,
     checked_lam,
 )
+from .gates import PLAIN, Asked, Kind, Objective
 from .gradients import Gradients, divides_early, first_order_only, input_gradients, unit_of
-from .reference import both, label_weight, weighted_loss
+from .reference import both, label_weight, present, weighted_loss
 from .row_chunks import cpu
 from .row_chunks.chunks import chunk_sizes, counted_rows, logits_workspace, mixed_rows, project
 from .schedules import BLOCK_R, BLOCK_V, Schedule, VocabTiles, resolve_schedule, runs_triton
@@ -62,10 +63,15 @@ def mixup_rows(
     first_token: int = 0,
     group: str | None = None,  # over which the vocabulary is shared out
     divisor: Tensor | None = None,  # () float32, of the gradients; only where `divides_early`
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return weighted row losses (R,), and the gradients of their sum with respect to the mixed
-    rows (R, D), weight (V, D) and bias (V,), the last two in float32; empty where not needed. With
-    a group, weight and bias are this rank's, and the first gradient is float32 too."""
+    old_log_probs: Tensor | None = None,  # (R,) float32, of the objective
+    kind: int = Kind.PLAIN,  # of the objective of rows with one target
+    parameter: float = 0.0,
+    stats: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return weighted row losses (R,), the gradients of their sum with respect to the mixed rows
+    (R, D), weight (V, D) and bias (V,), the last two in float32, empty where not needed, and the
+    rows' stats (3, R), empty where not asked for. With a group, weight and bias are this rank's,
+    and the first gradient is float32 too."""
     transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
     loss = torch.zeros_like(row_weight)
     with torch.autocast(weight.device.type, enabled=False):
@@ -84,9 +90,12 @@ def mixup_rows(
             # Once, and not for every chunk.
             hidden_c, hidden_u = hidden_c.contiguous(), hidden_u.contiguous()
         losses_ = losses_of_rows(weight, first_token, group)
+        room = loss.new_zeros(3, loss.numel() if stats else 0)
+        objective = Objective(kind, parameter, old_log_probs, room if stats else None)
         for chunk in rows.split(sizes):
             mixed = mixed_rows(hidden_c, hidden_u, share, chunk, row_weight)
             logits = project(mixed, weight, bias, workspace)
+            of_rows = objective.rows(chunk)
             loss[chunk] = losses_(
                 logits,
                 targets[chunk],
@@ -94,18 +103,21 @@ def mixup_rows(
                 row_weight[chunk],
                 transform,
                 gradients.needed,
+                of_rows,
             )
+            objective.put_stats(chunk, of_rows)
             gradients.add_chunk(logits, mixed, weight, chunk)
             del mixed  # before the next chunk's are made
         add_over_ranks_(gradients.hidden, group)
-    return loss, gradients.hidden, gradients.weight, gradients.bias
+    return loss, gradients.hidden, gradients.weight, gradients.bias, room
 
 
 @mixup_rows.register_fake
 def _(hidden, _u, weight, _b, _t, _s, row_weight, _scale, _cap, _rows, needs, _first=0, group=None,  # type: ignore[no-untyped-def]
-      _divisor=None):  # fmt: skip
+      _divisor=None, _old=None, _kind=0, _parameter=0.0, stats=False):  # fmt: skip
     gradients = Gradients(hidden, weight, needs, 0, partial=group is not None)
-    return torch.empty_like(row_weight), gradients.hidden, gradients.weight, gradients.bias
+    room = row_weight.new_empty(3, row_weight.shape[0] if stats else 0)
+    return torch.empty_like(row_weight), gradients.hidden, gradients.weight, gradients.bias, room
 
 
 def losses_of_rows(weight: Tensor, first_token: int, group: str | None) -> Callable[..., Tensor]:
@@ -259,42 +271,51 @@ class TileOptions(NamedTuple):
 
 
 class ReducedRows(torch.autograd.Function):
-    """``sum(row losses) / divisor``; gradients are made in forward and scaled in backward."""
+    """``sum(row losses) / divisor``, and stats; gradients are made in forward and scaled in
+    backward."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *tensors, divisor, options = inputs
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        *tensors, old_log_probs, divisor, options, asked = inputs
         rows = RowInputs(*tensors)
         ctx.divided = divides_early(rows.weight)
-        loss, *gradients = mixup_rows(*tensors, *options, divisor if ctx.divided else None)
+        loss, *gradients, stats = mixup_rows(
+            *tensors, *options, divisor if ctx.divided else None, old_log_probs, *asked
+        )
         ctx.save_for_backward(rows.share, divisor, *gradients)
         ctx.dtype = rows.weight.dtype
-        return divided_sum(loss, divisor)
+        ctx.mark_non_differentiable(stats)
+        return divided_sum(loss, divisor), stats
 
     @staticmethod
     @first_order_only
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         share, divisor, *gradients = ctx.saved_tensors
         scale = upstream if ctx.divided else upstream / divisor
         return input_gradients(gradients, share, scale, ctx.needs_input_grad, ctx.dtype)
 
 
 class UnreducedRows(torch.autograd.Function):
-    """The row losses; backward runs the op again, with the upstream gradient as row weight."""
+    """The row losses, and stats; backward runs the op again, with the upstream gradient as row
+    weight."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *tensors, ctx.options = inputs
-        loss, *_ = mixup_rows(*tensors, *ctx.options._replace(needs_gradient=[False] * 3))
-        ctx.save_for_backward(*tensors)
-        return loss  # type: ignore[no-any-return]
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        *tensors, old_log_probs, ctx.options, asked = inputs
+        options = ctx.options._replace(needs_gradient=[False] * 3)
+        loss, *_, stats = mixup_rows(*tensors, *options, None, old_log_probs, *asked)
+        ctx.save_for_backward(*tensors, old_log_probs)
+        ctx.asked = asked._replace(stats=False)
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
 
     @staticmethod
     @first_order_only
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        rows = RowInputs(*ctx.saved_tensors)
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, old_log_probs = ctx.saved_tensors
+        rows = RowInputs(*tensors)
         rows = rows._replace(row_weight=weighted_loss(rows.row_weight, upstream))
-        _, *gradients = mixup_rows(*rows, *ctx.options)
+        _, *gradients, _ = mixup_rows(*rows, *ctx.options, None, old_log_probs, *ctx.asked)
         unit, needs = upstream.new_ones(()), ctx.needs_input_grad
         return input_gradients(gradients, rows.share, unit, needs, rows.weight.dtype)
 
@@ -330,8 +351,10 @@ def reduced_loss(
     reduction: str,
     divisor: float | Tensor | None,
     schedule: int | VocabTiles,
-) -> Tensor:
-    """Flatten, run and reduce, for Mixup as for the plain cross-entropy."""
+    objective: Objective = PLAIN,  # of (...) rows with one target
+    stats: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Flatten, run and reduce, for Mixup as for the plain cross-entropy: the loss, and stats."""
     size, terms = head.weight.shape[1], targets.shape[-1]
     rows = RowInputs(
         hidden_c.reshape(-1, size),
@@ -344,16 +367,31 @@ def reduced_loss(
     )
     total = loss_divisor(1.0 if reduction == "sum" else divisor, row_weight)
     if isinstance(schedule, VocabTiles):
-        losses: Tensor = TileRows.apply(*rows, TileOptions.of(head, schedule))  # type: ignore[no-untyped-call]
-        return (
+        losses = tile_losses(rows, TileOptions.of(head, schedule), objective)
+        loss = (
             losses.reshape(row_weight.shape) if reduction == "none" else divided_sum(losses, total)
         )
+        return loss, loss.new_empty(3, 0)
     # The mixed rows need a gradient where either of the two hidden states does.
     either = hidden_u if hidden_u is not None and hidden_u.requires_grad else hidden_c
     options = Options.of(head, schedule, (either, head.weight, head.bias))
+    old, asked = objective.old_log_probs, Asked(objective.kind, objective.parameter, stats)
+    old = None if old is None else old.reshape(-1)
     if reduction == "none":
-        return UnreducedRows.apply(*rows, options).reshape(row_weight.shape)  # type: ignore[no-any-return, no-untyped-call]
-    return ReducedRows.apply(*rows, total, options)  # type: ignore[no-any-return, no-untyped-call]
+        losses, found = UnreducedRows.apply(*rows, old, options, asked)  # type: ignore[no-untyped-call]
+        return losses.reshape(row_weight.shape), found
+    return ReducedRows.apply(*rows, old, total, options, asked)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def tile_losses(rows: RowInputs, options: TileOptions, objective: Objective) -> Tensor:
+    """Return row losses by tiles. A gate that depends on p is known from the losses without it."""
+    if objective.is_plain:
+        return TileRows.apply(*rows, options)  # type: ignore[no-any-return, no-untyped-call]
+    if objective.old_log_probs is not None:
+        objective = objective._replace(old_log_probs=objective.old_log_probs.reshape(-1))
+    plain = rows._replace(row_weight=present(rows.row_weight))
+    losses: Tensor = TileRows.apply(*plain, options)  # type: ignore[no-untyped-call]
+    return weighted_loss(both(rows.row_weight, objective.gate(losses.detach())), losses)
 
 
 def fused_mixup_loss(
@@ -436,7 +474,7 @@ def fused_mixup_loss(
         label_weight(labels_c, vocab_size, ignore_index),
         label_weight(labels_u, vocab_size, ignore_index),
     )
-    return reduced_loss(
+    loss, _ = reduced_loss(
         hidden_c,
         hidden_u,
         head,
@@ -447,3 +485,4 @@ def fused_mixup_loss(
         divisor,
         resolve_schedule(schedule, hidden_c, head.widest),
     )
+    return loss

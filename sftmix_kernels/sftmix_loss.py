@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -42,9 +42,11 @@ from .checks import (
     check_row_out,
     checked_lam,
 )
+from .cross_entropy import checked_objective, checked_weights, refuse_missing, token_stats
+from .gates import PLAIN, Asked, Gate, Kind, Objective
 from .gradients import Gradients, divides_early, first_order_only, handed_out
 from .mixup_loss import Options, RowInputs, TileOptions, TileRows, reduced_loss
-from .reference import SFTMixLoss, label_weight
+from .reference import SFTMixLoss, TokenStats, label_weight, present
 from .row_chunks.chunks import chunk_sizes, counted_rows, gather_rows, logits_workspace, project
 from .schedules import BLOCK_P, BLOCK_V, Schedule, VocabTiles, resolve_schedule, runs_triton
 from .terms import PairPlan, divided_sum, is_paired, loss_divisor, ordered_pairs, single_rows
@@ -81,11 +83,15 @@ def sftmix_rows(
     first_token: int = 0,
     group: str | None = None,  # over which the vocabulary is shared out
     divisor: Tensor | None = None,  # () float32
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return NTP losses of rows (R,), Mixup losses of pairs (P,), and the gradients of
+    old_log_probs: Tensor | None = None,  # (R,) float32, of the objective
+    kind: int = Kind.PLAIN,  # of the objective of NTP: a gate, or none
+    parameter: float = 0.0,
+    stats: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return NTP losses of rows (R,), Mixup losses of pairs (P,), the gradients of
     ``sum(ntp) + mix_ratio * sum(mixup)`` with respect to hidden (R, D), weight (V, D) and bias
-    (V,), the last two in float32; empty where not needed. Group and divisor mean what they do in
-    `mixup_rows`."""
+    (V,), the last two in float32, empty where not needed, and stats (3, R). Group, divisor and
+    stats mean what they do in `mixup_rows`."""
     transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
     ntp, mixup = torch.zeros_like(row_weight), torch.zeros_like(pair_weight)
     with torch.autocast(weight.device.type, enabled=False):
@@ -105,10 +111,13 @@ def sftmix_rows(
         losses_ = chunk_losses_
         if group is not None:
             losses_ = partial(sharded_pair_losses_, start=first_token, group=group)
+        room = ntp.new_zeros(3, ntp.numel() if stats else 0)
+        objective = Objective(kind, parameter, old_log_probs, room if stats else None)
         for some, single in chunks(pairs, singles, sizes):
             rows = torch.cat((pair_c[some], pair_u[some], single))
             gathered = gather_rows(hidden, rows, row_weight[rows])
             logits = project(gathered, weight, bias, workspace)
+            of_rows = objective.rows(rows)
             ntp[rows], mixup[some] = losses_(
                 logits,
                 labels[rows],
@@ -118,19 +127,23 @@ def sftmix_rows(
                 mix_ratio,
                 transform,
                 gradients.needed,
+                of_rows,
             )
+            objective.put_stats(rows, of_rows)
             gradients.add_chunk(logits, gathered, weight, rows)
             del gathered  # before the next chunk's are made
         add_over_ranks_(gradients.hidden, group)
-    return ntp, mixup, gradients.hidden, gradients.weight, gradients.bias
+    return ntp, mixup, gradients.hidden, gradients.weight, gradients.bias, room
 
 
 @sftmix_rows.register_fake
 def _(hidden, weight, _b, _y, row_weight, _c, _u, pair_weight, _share, _ratio, _scale, _cap,  # type: ignore[no-untyped-def]
-      _rows, needs, _first=0, group=None, _divisor=None):  # fmt: skip
+      _rows, needs, _first=0, group=None, _divisor=None, _old=None, _kind=0, _parameter=0.0,
+      stats=False):  # fmt: skip
     gradients = Gradients(hidden, weight, needs, 0, partial=group is not None)
     losses = torch.empty_like(row_weight), torch.empty_like(pair_weight)
-    return *losses, gradients.hidden, gradients.weight, gradients.bias
+    room = row_weight.new_empty(3, row_weight.shape[0] if stats else 0)
+    return *losses, gradients.hidden, gradients.weight, gradients.bias, room
 
 
 def counted_singles(row_weight: Tensor, pair_c: Tensor, pair_u: Tensor) -> Tensor:  # (S,) int64
@@ -160,18 +173,23 @@ def chunk_losses_(
     mix_ratio: Tensor,  # ()
     transform: LogitTransform,
     needs_gradient: bool,
+    objective: Objective = PLAIN,  # of the K rows' NTP
 ) -> tuple[Tensor, Tensor]:  # NTP losses (K,), Mixup losses (p,)
     """Return the weighted losses of one chunk; turn its logits into gradients in place."""
     if runs_triton(logits):
         from .row_chunks.kernels import pair_rows_, soft_rows_
     else:
         from .row_chunks.cpu import pair_rows_, soft_rows_
-    ntp_of_pairs, mixup = pair_rows_(
-        logits, labels, row_weight, share, pair_weight, mix_ratio, transform, needs_gradient
-    )
-    single = slice(ntp_of_pairs.numel(), None)
+    paired, single = slice(2 * pair_weight.numel()), slice(2 * pair_weight.numel(), None)
+    of_paired, of_single = objective.rows(paired), objective.rows(single)
+    pairs = (labels, row_weight, share, pair_weight, mix_ratio)
+    ntp_of_pairs, mixup = pair_rows_(logits, *pairs, transform, needs_gradient, of_paired)
     targets, weights = labels[single].unsqueeze(-1), row_weight[single]
-    ntp_of_singles = soft_rows_(logits[single], targets, None, weights, transform, needs_gradient)
+    ntp_of_singles = soft_rows_(
+        logits[single], targets, None, weights, transform, needs_gradient, of_single
+    )
+    objective.put_stats(paired, of_paired)
+    objective.put_stats(single, of_single)
     return torch.cat((ntp_of_pairs, ntp_of_singles)), mixup
 
 
@@ -271,21 +289,22 @@ def _(hidden, weight, _bias, _rows, _labels, _weights, _share, _state, _live, ne
 
 
 class NTPAndMixup(torch.autograd.Function):
-    """Loss, its two terms, and the row losses of NTP; only the loss is differentiable."""
+    """Loss, its two terms, row losses of NTP, and stats; only the loss is differentiable."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        *tensors, mu, ntp_divisor, mixup_divisor, options = inputs
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        *tensors, mu, ntp_divisor, mixup_divisor, options, old_log_probs, asked = inputs
         mix_ratio = mu * ntp_divisor / mixup_divisor
         ctx.divided = divides_early(tensors[1])
-        row_ntp, pair_mixup, *gradients = sftmix_rows(
-            *tensors, mix_ratio, *options, ntp_divisor if ctx.divided else None
+        divisor = ntp_divisor if ctx.divided else None
+        row_ntp, pair_mixup, *gradients, stats = sftmix_rows(
+            *tensors, mix_ratio, *options, divisor, old_log_probs, *asked
         )
         ctx.save_for_backward(ntp_divisor, *gradients)
         ctx.dtype = tensors[1].dtype
         ntp, mixup = divided_sum(row_ntp, ntp_divisor), divided_sum(pair_mixup, mixup_divisor)
-        ctx.mark_non_differentiable(ntp, mixup, row_ntp)
-        return ntp + mu * mixup, ntp, mixup, row_ntp
+        ctx.mark_non_differentiable(ntp, mixup, row_ntp, stats)
+        return ntp + mu * mixup, ntp, mixup, row_ntp, stats
 
     @staticmethod
     @first_order_only
@@ -332,22 +351,26 @@ def joint_losses(
     ntp_divisor: Tensor,
     mixup_divisor: Tensor,
     schedule: int | VocabTiles,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return loss, NTP, Mixup, and the row losses of NTP, by the schedule chosen."""
+    objective: Objective = PLAIN,  # of the R rows' NTP
+    stats: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return loss, NTP, Mixup, the row losses of NTP, and stats, by the schedule chosen."""
     tensors, divisors = (hidden, head.weight, head.bias), (ntp_divisor, mixup_divisor)
     if not isinstance(schedule, VocabTiles):
         options = Options.of(head, schedule, tensors)
-        return NTPAndMixup.apply(*tensors, *plan, mu, *divisors, options)  # type: ignore[no-any-return, no-untyped-call]
+        asked = objective.old_log_probs, Asked(objective.kind, objective.parameter, stats)
+        return NTPAndMixup.apply(*tensors, *plan, mu, *divisors, options, *asked)  # type: ignore[no-any-return, no-untyped-call]
+    no_stats = hidden.new_empty(3, 0)
     tiles = TileOptions.of(head, schedule)
     if plan.pair_c.numel():
         pairs = every_row_paired(plan)
-        return TilePairs.apply(*tensors, *pairs, mu, *divisors, tiles)  # type: ignore[no-any-return, no-untyped-call]
+        return *TilePairs.apply(*tensors, *pairs, mu, *divisors, tiles), no_stats  # type: ignore[no-untyped-call]
     # Without pairs the loss is bitwise that of the plain cross-entropy.
     targets, one = plan.labels.unsqueeze(-1), torch.ones_like(plan.row_weight).unsqueeze(-1)
     rows = RowInputs(hidden, None, head.weight, head.bias, targets, one, plan.row_weight)
     row_ntp = TileRows.apply(*rows, tiles)  # type: ignore[no-untyped-call]
     loss = divided_sum(row_ntp, ntp_divisor)
-    return loss, loss.detach(), torch.zeros_like(loss), row_ntp.detach()
+    return loss, loss.detach(), torch.zeros_like(loss), row_ntp.detach(), no_stats
 
 
 def mixup_value(
@@ -359,7 +382,7 @@ def mixup_value(
 ) -> Tensor:
     """Return the Mixup term without gradients, for logging where its weight is 0."""
     with torch.no_grad():
-        return reduced_loss(
+        loss, _ = reduced_loss(
             hidden[plan.pair_c],
             hidden[plan.pair_u],
             head,
@@ -370,9 +393,38 @@ def mixup_value(
             divisor,
             schedule,
         )
+        return loss
 
 
+@overload
 def fused_sftmix_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    pair_c: Tensor,
+    pair_u: Tensor,
+    lam: float | Tensor,
+    *,
+    stats: Literal[False] = ...,
+    **options: Any,
+) -> SFTMixLoss: ...
+
+
+@overload
+def fused_sftmix_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    pair_c: Tensor,
+    pair_u: Tensor,
+    lam: float | Tensor,
+    *,
+    stats: Literal[True],
+    **options: Any,
+) -> tuple[SFTMixLoss, TokenStats]: ...
+
+
+def fused_sftmix_loss(  # type: ignore[misc]
     hidden: Tensor,  # (..., D)
     weight: Tensor,  # (V, D)
     labels: Tensor,  # (...) int64, already shifted: labels[t] is what hidden[t] predicts
@@ -387,11 +439,14 @@ def fused_sftmix_loss(
     ignore_index: int = -100,
     ntp_divisor: float | Tensor | None = None,
     mixup_divisor: float | Tensor | None = None,
+    row_weight: Tensor | None = None,  # (...) float32
+    gate: Gate | None = None,
+    stats: bool = False,
     schedule: Schedule = "auto",
     vocab_parallel: VocabShard | None = None,
     row_ntp_out: Tensor | None = None,  # (...) float32
     validate: bool = False,
-) -> SFTMixLoss:
+) -> SFTMixLoss | tuple[SFTMixLoss, TokenStats]:
     """Return ``NTP(all tokens) + mu * Mixup(pairs)``, for the matrix products of NTP.
 
     The LM head is linear, so the mixed logits are the interpolation of logits that NTP computes
@@ -422,6 +477,9 @@ def fused_sftmix_loss(
         mu: weight of Mixup, at least 0. With 0, loss and gradients are bitwise NTP's.
         ntp_divisor, mixup_divisor: replace the count of valid tokens and of mixed pairs; a tensor
             of 0 counts as 1.
+        row_weight, gate: those of `fused_cross_entropy`, for the NTP term; a pair with a token of
+            weight 0 is not mixed. Vocabulary tiles have no gate.
+        stats: return ``(SFTMixLoss, TokenStats)``, as `fused_cross_entropy` does.
         schedule: ``"auto"``, ``"row_chunks"``, ``"vocab_tiles"``, or `RowChunks` or `VocabTiles`
             with other numbers.
         vocab_parallel: which part of the head this rank holds, as in `fused_mixup_loss`.
@@ -429,7 +487,8 @@ def fused_sftmix_loss(
         validate: also check the values of labels, pairs and lam, which waits for the device.
 
     Returns:
-        ``(loss, ntp, mixup)``, float32 scalars in nats; ``ntp`` and ``mixup`` are detached.
+        ``(loss, ntp, mixup)``, float32 scalars in nats; ``ntp`` and ``mixup`` are detached. With
+        ``stats`` that and the stats.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected, and what came.
@@ -447,19 +506,37 @@ def fused_sftmix_loss(
         check_label_values("labels", labels, vocab_size, ignore_index)
     lam = checked_lam(lam, pair_c, validate=validate)
     flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    row_weight = label_weight(flat_labels, vocab_size, ignore_index)
-    plan = ordered_pairs(flat_labels.clamp(0, vocab_size - 1), row_weight, pair_c, pair_u, lam)
-    divisors = loss_divisor(ntp_divisor, row_weight), loss_divisor(mixup_divisor, plan.pair_weight)
+    counts = label_weight(flat_labels, vocab_size, ignore_index)
+    weights = counts
+    if row_weight is not None:
+        weights = checked_weights(
+            row_weight, labels, counts.view(labels.shape), validate=validate
+        ).reshape(-1)
+    plan = ordered_pairs(
+        flat_labels.clamp(0, vocab_size - 1), present(weights), pair_c, pair_u, lam
+    )._replace(row_weight=weights)
+    divisors = loss_divisor(ntp_divisor, counts), loss_divisor(mixup_divisor, plan.pair_weight)
     chosen = resolve_schedule(schedule, hidden, head.widest)
+    objective = checked_objective(gate, 0.0, None, labels, ignore_index)
+    if isinstance(chosen, VocabTiles) and gate is not None:
+        raise ValueError(
+            f"gate: expected None with VocabTiles, got {gate}; schedule='row_chunks' has gates"
+        )
+    refuse_missing(objective, stats, head, chosen)
+    if objective.old_log_probs is not None:
+        objective = objective._replace(old_log_probs=objective.old_log_probs.reshape(-1))
     if mu == 0:
         # Nothing of Mixup reaches the gradient, so no row is paired and NTP's own chunks run.
         mixup = mixup_value(flat_hidden, head, plan, divisors[1], chosen)
         plan = plan.without_pairs()
-        loss, ntp, _, row_ntp = joint_losses(flat_hidden, head, plan, 0.0, *divisors, chosen)
+        loss, ntp, _, row_ntp, found = joint_losses(
+            flat_hidden, head, plan, 0.0, *divisors, chosen, objective, stats
+        )
     else:
-        loss, ntp, mixup, row_ntp = joint_losses(
-            flat_hidden, head, plan, float(mu), *divisors, chosen
+        loss, ntp, mixup, row_ntp, found = joint_losses(
+            flat_hidden, head, plan, float(mu), *divisors, chosen, objective, stats
         )
     if row_ntp_out is not None:
         row_ntp_out.copy_(row_ntp.reshape(labels.shape))
-    return SFTMixLoss(loss, ntp, mixup)
+    losses = SFTMixLoss(loss, ntp, mixup)
+    return (losses, token_stats(found, weights.view(labels.shape))) if stats else losses

@@ -39,6 +39,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..gates import PLAIN, Objective
 from ..reference import weighted_loss
 from ..row_chunks.pytorch import (
     TargetColumns,
@@ -164,11 +165,18 @@ class SoftRows(NamedTuple):
 
 
 def soft_rows(
-    whole: PartSoftmax, columns: OwnColumns, weight: Tensor, transform: LogitTransform
+    whole: PartSoftmax,
+    columns: OwnColumns,
+    weight: Tensor,
+    transform: LogitTransform,
+    objective: Objective = PLAIN,  # a gate of the label's probability, or none
 ) -> tuple[Tensor, SoftRows]:
     """Return row losses (S,) and what the gradient needs, as `soft_cross_entropy_` ends."""
     log_p = whole.targets - whole.peak
     loss, total, at_targets = columns.shares.finish(log_p, log_p.exp(), whole.rest)
+    if not objective.is_plain:
+        gate = objective.gate(loss)
+        loss, weight = weighted_loss(gate, loss), weighted_loss(weight, gate)
     factor = (weight * transform.scale).unsqueeze(-1) / total
     return loss, SoftRows(columns, whole.peak, factor, factor * at_targets)
 
@@ -238,12 +246,13 @@ def losses_over_ranks_(
     row_weight: Tensor,  # (K,)
     mix_weight: Tensor,  # (P,)
     needs_gradient: bool,
+    objective: Objective,
     group: str,
 ) -> tuple[Tensor, Tensor]:  # (K,), (P,)
     """Return losses of a chunk's rows and mixed pairs; turn its logits into gradients in place."""
     parts = chunk.part_softmaxes(of_rows, of_pairs)
     whole_rows, whole_pairs = whole_softmax(parts, group)
-    row_losses, rows = soft_rows(whole_rows, of_rows, row_weight, chunk.transform)
+    row_losses, rows = soft_rows(whole_rows, of_rows, row_weight, chunk.transform, objective)
     pair_losses, pairs = soft_rows(whole_pairs, of_pairs, mix_weight, chunk.transform)
     if needs_gradient:
         chunk.gradients_(rows, pairs)
@@ -257,6 +266,7 @@ def sharded_losses_(
     row_weight: Tensor,  # (K,)
     transform: LogitTransform,
     needs_gradient: bool,
+    objective: Objective,
     start: int,
     group: str,
 ) -> Tensor:  # (K,)
@@ -268,7 +278,7 @@ def sharded_losses_(
     )
     chunk = Chunk(logits, pairs[1], transform)
     losses, _ = losses_over_ranks_(
-        chunk, of_rows, of_pairs, row_weight, row_weight[:0], needs_gradient, group
+        chunk, of_rows, of_pairs, row_weight, row_weight[:0], needs_gradient, objective, group
     )
     return weighted_loss(row_weight, losses)
 
@@ -282,6 +292,7 @@ def sharded_pair_losses_(
     mix_ratio: Tensor,  # ()
     transform: LogitTransform,
     needs_gradient: bool,
+    objective: Objective,
     start: int,
     group: str,
 ) -> tuple[Tensor, Tensor]:  # NTP losses (K,), Mixup losses (P,)
@@ -294,7 +305,8 @@ def sharded_pair_losses_(
         for some in ((targets, one), (mixed_targets, share))
     )
     chunk = Chunk(logits, share, transform)
+    mix_weight = pair_weight * mix_ratio
     ntp, mixup = losses_over_ranks_(
-        chunk, of_rows, of_pairs, row_weight, pair_weight * mix_ratio, needs_gradient, group
+        chunk, of_rows, of_pairs, row_weight, mix_weight, needs_gradient, objective, group
     )
     return weighted_loss(row_weight, ntp), weighted_loss(pair_weight, mixup)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sftmix_kernels import (
+    Entropy,
     RowChunks,
     VocabShard,
     VocabTiles,
@@ -70,8 +71,9 @@ def dense_rows(case: Case, constants: dict[str, Any], frozen: Tensors) -> Any:
     head = {k: constants[k] for k in ("logit_scale", "softcap") if k in constants}
 
     def ntp(tensors: Tensors) -> Tensor:
+        more = {k: constants[k] for k in ("gate", "row_weight") if k in constants}
         rows = reference.cross_entropy(
-            **tensors, labels=constants["labels"], reduction="none", **head
+            **tensors, labels=constants["labels"], reduction="none", **head, **more
         )
         count = (constants["labels"] != -100).sum()
         return rows / (1.0 if "reduction" in constants else constants.get("ntp_divisor", count))
@@ -255,6 +257,8 @@ def test_shard_refused(
         ({"schedule": VocabTiles()}, ValueError, "schedule: .* with vocab_parallel"),
         ({"schedule": "tiles"}, ValueError, "schedule: .* got 'tiles'"),
         ({"labels": torch.tensor([1, 9, 3]), "validate": True}, ValueError, "labels: .* got 9"),
+        ({"gate": Entropy(1.0)}, ValueError, "gate: .*Entropy with vocab_parallel"),
+        ({"stats": True}, ValueError, "stats: .* with vocab_parallel"),
     ],
 )
 def test_call_refused(

@@ -14,7 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sftmix_kernels import (
+    Clipped,
+    Power,
     RowChunks,
+    Threshold,
     VocabShard,
     fused_cross_entropy,
     fused_mixup_loss,
@@ -213,6 +216,16 @@ def cases() -> dict[str, Case]:
         bounds = ((0, 515), (515, 515))
         found[f"empty shard {number}"] = Case(bounds=bounds, padding=padding)
         found[f"empty shard {number}, mixup"] = Case("mixup", bounds=bounds, padding=padding)
+    # Gates that the label's probability decides; of ignored tokens and of pairs, too.
+    weight = torch.linspace(0.0, 2.0, 205)
+    for name, gate in (
+        ("power", Power(1.5)),
+        ("threshold", Threshold(0.002)),
+        ("clipped", Clipped(torch.linspace(-9.0, -4.0, 205), 0.3)),
+    ):
+        options = {"gate": gate, "row_weight": weight, "softcap": 9.0}
+        found[name] = Case("ntp", options={**options, "reduction": "none"})
+        found[f"{name}, pairs"] = Case(options=options)
     for lam in (0.0, 1.0):
         found[f"lam {lam}"] = Case(options={"lam": lam, "bias": True})
         found[f"masked {lam}"] = Case(options={"lam": lam, "bias": True}, inputs="masked")
