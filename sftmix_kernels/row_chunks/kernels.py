@@ -9,32 +9,33 @@ Legend: K rows of one chunk, P pairs, T targets of a row, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gates import PLAIN, Objective
+from ..gates import PLAIN, Kind, Objective
 from ..primitives import (
-    LOWEST,
     cross_entropy,
     exp_slope,
     held_targets,
     load_float32,
-    merge_lse,
     mixed_hidden,
-    mixed_logits,
-    online_lse_update,
     pair_state,
     row_factor,
     soft_cross_entropy,
     target_gradient,
     transform_logits,
+    transform_slope,
     weighted,
     without_unit,
 )
 from ..schedules import PADDING
 from ..transform import LogitTransform
+from .objectives import SMOOTHED, gated_weight, objective_row
+from .sums import lanes, mixed_row, pair_lses, row_lse
 
 # A 16-byte load a thread, eight logits in half precision. The same for both kernels, so that a
 # row's bits do not depend on which of them sums it. Five programs of pairs in half precision fit
@@ -67,6 +68,19 @@ def launch_options(logits: Tensor) -> dict[str, int | bool]:
     }
 
 
+def objective_options(objective: Objective) -> dict[str, Any]:
+    """Return what both row kernels are told of an objective: nothing of the plain one."""
+    if objective.is_plain:
+        return {}
+    return {
+        "parameter": float(objective.parameter),
+        "old_ptr": objective.old_log_probs,
+        "stats_ptr": objective.stats,
+        "KIND": int(objective.kind),
+        "MOMENT": objective.needs_moment,
+    }
+
+
 def width_of(logits: Tensor) -> int:
     """Return how many columns are read and written.
 
@@ -75,59 +89,6 @@ def width_of(logits: Tensor) -> int:
     stride, vocab_size = logits.stride(0), logits.shape[1]
     padded = vocab_size + -vocab_size % PADDING
     return padded if stride == padded else vocab_size
-
-
-@triton.jit
-def lanes(BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """Return the columns of the first block, (BLOCK / VECTOR, VECTOR).
-
-    A thread's 16-byte loads lie side by side, so that it finds their LSE by itself.
-    """
-    return tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-
-
-@triton.jit
-def needs_mask(start, target_1, target_2, vocab_size, BLOCK: tl.constexpr):
-    """Say whether a block has columns that are left out: a target, or some past the end.
-
-    Two or three of many have. All threads branch alike.
-    """
-    held = (start == target_1 // BLOCK * BLOCK) | (start == target_2 // BLOCK * BLOCK)
-    return held | (start + BLOCK > vocab_size)
-
-
-@triton.jit
-def masked(logit, lane, start, target_1, target_2, vocab_size):
-    """Return the logits of a block, -inf at both targets and past the end."""
-    left_out = (lane == target_1 - start) | (lane == target_2 - start)
-    return tl.where(left_out | (lane >= vocab_size - start), -float("inf"), logit)
-
-
-@triton.jit
-def row_lse(
-    logits_ptr,  # (V,)
-    width,
-    held_1,
-    held_2,
-    vocab_size,
-    logit_scale,
-    softcap,
-    BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Return ``(peak, total)`` of a row without its targets."""
-    FUSED: tl.constexpr = logits_ptr.dtype.element_ty != tl.float32
-    lane = lanes(BLOCK, VECTOR)
-    peak = tl.full((BLOCK // VECTOR,), LOWEST, tl.float32)
-    total = tl.zeros((BLOCK // VECTOR,), tl.float32)
-    for start in tl.range(0, vocab_size, BLOCK, num_stages=STAGES):
-        raw = load_float32(logits_ptr + (start + lane), mask=start + lane < width, other=0.0)
-        logit = transform_logits(raw, logit_scale, softcap)
-        if needs_mask(start, held_1, held_2, vocab_size, BLOCK):
-            logit = masked(logit, lane, start, held_1, held_2, vocab_size)
-        peak, total = online_lse_update(peak, total, logit, FUSED)
-    return merge_lse(peak, total * without_unit(peak, FUSED), 0)
 
 
 @triton.jit
@@ -147,6 +108,12 @@ def soft_rows_kernel(
     VECTOR: tl.constexpr,
     STAGES: tl.constexpr,
     REVERSED: tl.constexpr,
+    # The objective of rows with one target; a plain call has none of it.
+    parameter=None,
+    old_ptr=None,  # (K,) float32
+    stats_ptr=None,  # (3, K) float32
+    KIND: tl.constexpr = 0,
+    MOMENT: tl.constexpr = False,
 ):
     """Find a row's loss, and turn its logits into gradients: one program for each row."""
     FUSED: tl.constexpr = logits_ptr.dtype.element_ty != tl.float32
@@ -165,16 +132,45 @@ def soft_rows_kernel(
     raw_1, raw_2 = load_float32(logits_ptr + target_1), load_float32(logits_ptr + target_2)
     logit_1 = transform_logits(raw_1, logit_scale, softcap)
     logit_2 = transform_logits(raw_2, logit_scale, softcap)
-    peak, total = row_lse(
-        logits_ptr, width, held_1, held_2, vocab_size, logit_scale, softcap, BLOCK, VECTOR, STAGES
-    )
-    if share_ptr is None:
-        loss, top, total, at_1 = cross_entropy(peak, total, logit_1)
-        at_2 = at_1
-    else:
-        loss, top, total, at_1, at_2 = soft_cross_entropy(
-            peak, total, logit_1, logit_2, share_1, share_2, target_1 == target_2
+    if MOMENT or KIND != 0:
+        weight, loss, top, total, at_1, each = objective_row(
+            weight,
+            row,
+            logits_ptr,
+            width,
+            target_1,
+            logit_1,
+            vocab_size,
+            logit_scale,
+            softcap,
+            parameter,
+            old_ptr,
+            stats_ptr,
+            KIND,
+            MOMENT,
+            BLOCK,
+            VECTOR,
+            STAGES,
         )
+    else:
+        peak, total = row_lse(
+            logits_ptr,
+            width,
+            held_1,
+            held_2,
+            vocab_size,
+            logit_scale,
+            softcap,
+            BLOCK,
+            VECTOR,
+            STAGES,
+        )
+        if share_ptr is None:
+            loss, top, total, at_1 = cross_entropy(peak, total, logit_1)
+        else:
+            loss, top, total, at_1, at_2 = soft_cross_entropy(
+                peak, total, logit_1, logit_2, share_1, share_2, target_1 == target_2
+            )
     tl.store(loss_ptr + row, weighted(weight, loss))
 
     if NEEDS_GRADIENT:
@@ -188,6 +184,8 @@ def soft_rows_kernel(
             start = last - at if REVERSED else at
             raw = load_float32(logits_ptr + (start + lane), mask=start + lane < readable, other=0.0)
             gradient = row_scale * exp_slope(raw, top, logit_scale, softcap, FUSED)
+            if KIND == SMOOTHED:
+                gradient -= each * transform_slope(raw, logit_scale, softcap)
             store_gradient(logits_ptr, start, lane, gradient, width)
         # The targets' columns have just been written, by other threads than those that correct
         # them. One without a share is right already.
@@ -219,65 +217,6 @@ def store_gradient(logits_ptr, start, lane, gradient, width):
     """
     gradient = gradient.to(logits_ptr.dtype.element_ty)
     tl.store(logits_ptr + start + lane, gradient, mask=lane < width - start)
-
-
-@triton.jit
-def mixed_row(raw_c, raw_u, share_c, share_u, HAS_BIAS: tl.constexpr):
-    """Return `mixed_logits` of one pair, with a branch where that selects."""
-    raw_m = mixed_logits(raw_c, raw_u, share_c, share_u, False)
-    if HAS_BIAS:
-        selects = (share_c == 0.0) | (share_u == 0.0)
-        if selects:
-            raw_m = mixed_logits(raw_c, raw_u, share_c, share_u, True)
-    return raw_m
-
-
-@triton.jit
-def pair_lses(
-    ptr_c,  # (V,)
-    ptr_u,  # (V,)
-    width,
-    targets,  # of c, of u
-    held,  # those with a share in the mixture
-    share_c,
-    share_u,
-    mixes,
-    vocab_size,
-    logit_scale,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Return the peaks of c, of u and of their mixture, targets left out, and the totals."""
-    FUSED: tl.constexpr = ptr_c.dtype.element_ty != tl.float32
-    lane = lanes(BLOCK, VECTOR)
-    peak_c = tl.full((BLOCK // VECTOR,), LOWEST, tl.float32)
-    peak_u, peak_m = peak_c, peak_c
-    total_c = tl.zeros((BLOCK // VECTOR,), tl.float32)
-    total_u, total_m = total_c, total_c
-    for start in tl.range(0, vocab_size, BLOCK, num_stages=STAGES):
-        raw_c = load_float32(ptr_c + (start + lane), mask=start + lane < width, other=0.0)
-        raw_u = load_float32(ptr_u + (start + lane), mask=start + lane < width, other=0.0)
-        logit_c = transform_logits(raw_c, logit_scale, softcap)
-        logit_u = transform_logits(raw_u, logit_scale, softcap)
-        logit_m = logit_c
-        if mixes:
-            raw_m = mixed_row(raw_c, raw_u, share_c, share_u, HAS_BIAS)
-            logit_m = transform_logits(raw_m, logit_scale, softcap)
-        if needs_mask(start, targets[0], targets[1], vocab_size, BLOCK):
-            logit_c = masked(logit_c, lane, start, targets[0], targets[0], vocab_size)
-            logit_u = masked(logit_u, lane, start, targets[1], targets[1], vocab_size)
-            logit_m = masked(logit_m, lane, start, held[0], held[1], vocab_size)
-        peak_c, total_c = online_lse_update(peak_c, total_c, logit_c, FUSED)
-        peak_u, total_u = online_lse_update(peak_u, total_u, logit_u, FUSED)
-        if mixes:
-            peak_m, total_m = online_lse_update(peak_m, total_m, logit_m, FUSED)
-    peak_c, total_c = merge_lse(peak_c, total_c * without_unit(peak_c, FUSED), 0)
-    peak_u, total_u = merge_lse(peak_u, total_u * without_unit(peak_u, FUSED), 0)
-    peak_m, total_m = merge_lse(peak_m, total_m * without_unit(peak_m, FUSED), 0)
-    return (peak_c, peak_u, peak_m), (total_c, total_u, total_m)
 
 
 @triton.jit
@@ -345,6 +284,12 @@ def pair_rows_kernel(
     VECTOR: tl.constexpr,
     STAGES: tl.constexpr,
     REVERSED: tl.constexpr,
+    # The gate of NTP; a plain call has none of it.
+    parameter=None,
+    old_ptr=None,  # (2 P,) float32
+    stats_ptr=None,  # (3, 2 P) float32
+    KIND: tl.constexpr = 0,
+    MOMENT: tl.constexpr = False,
 ):
     """Find a pair's three losses, and turn both rows into gradients: one program a pair."""
     row_c = tl.program_id(0).to(tl.int64)
@@ -355,7 +300,7 @@ def pair_rows_kernel(
     share_c, share_u = tl.load(share_ptr + 2 * row_c), tl.load(share_ptr + 2 * row_c + 1)
     mix_weight = tl.load(mix_weight_ptr + row_c)
     held_c, held_u = held_targets(target_c, target_u, share_c, share_u)
-    peaks, totals = pair_lses(
+    peaks, totals, moments = pair_lses(
         ptr_c,
         ptr_u,
         width,
@@ -368,6 +313,7 @@ def pair_rows_kernel(
         logit_scale,
         softcap,
         HAS_BIAS,
+        MOMENT,
         BLOCK,
         VECTOR,
         STAGES,
@@ -376,6 +322,17 @@ def pair_rows_kernel(
     raw_uc, raw_uu = load_float32(ptr_u + target_c), load_float32(ptr_u + target_u)
     weight_c, weight_u = tl.load(weight_ptr + row_c), tl.load(weight_ptr + row_u)
     weight_m = weighted(mix_weight, tl.load(mix_ratio_ptr))
+    if KIND != 0 or stats_ptr is not None:
+        logit_c = transform_logits(raw_cc, logit_scale, softcap)
+        logit_u = transform_logits(raw_uu, logit_scale, softcap)
+        weight_c = gated_weight(
+            weight_c, row_c, 2 * num_pairs, (peaks[0], totals[0], moments[0]), logit_c, vocab_size,
+            parameter, old_ptr, stats_ptr, KIND,
+        )  # fmt: skip
+        weight_u = gated_weight(
+            weight_u, row_u, 2 * num_pairs, (peaks[1], totals[1], moments[1]), logit_u, vocab_size,
+            parameter, old_ptr, stats_ptr, KIND,
+        )  # fmt: skip
     state = pair_state(
         peaks,
         totals,
@@ -487,7 +444,8 @@ def soft_rows_(
     objective: Objective = PLAIN,
 ) -> Tensor:  # (K,) float32
     """Return weighted row losses; turn the logits into the gradients of their sum in place."""
-    assert objective.is_plain
+    if objective.kind == Kind.GEM:
+        transform = transform.tempered(objective.parameter)
     loss = torch.empty_like(row_weight)
     if loss.numel():
         with torch.cuda.device_of(logits):
@@ -504,6 +462,7 @@ def soft_rows_(
                 transform.softcap,
                 NEEDS_GRADIENT=needs_gradient,
                 **launch_options(logits),
+                **objective_options(objective),
             )
     return loss
 
@@ -520,7 +479,6 @@ def pair_rows_(
     objective: Objective = PLAIN,  # of NTP
 ) -> tuple[Tensor, Tensor]:  # NTP (2 P,), Mixup (P,)
     """Return weighted losses; make logits the gradients of ``sum(ntp) + mix_ratio sum(mixup)``."""
-    assert objective.is_plain
     mixup = torch.empty_like(pair_weight)
     ntp = mixup.new_empty(2 * mixup.numel())
     if mixup.numel():
@@ -543,5 +501,6 @@ def pair_rows_(
                 HAS_BIAS=transform.has_bias,
                 NEEDS_GRADIENT=needs_gradient,
                 **launch_options(logits),
+                **objective_options(objective),
             )
     return ntp, mixup
