@@ -27,6 +27,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from sftmix_kernels.gates import Kind, Objective
 from sftmix_kernels.row_chunks.chunks import logits_workspace
 from sftmix_kernels.row_chunks.kernels import mixed_rows, pair_rows_, soft_rows_
 from sftmix_kernels.transform import LogitTransform
@@ -159,6 +160,8 @@ def pair_rows(
     needs_gradient: bool = True,
     vocab_size: int = 32000,
     padded: bool = True,
+    kind: Kind = Kind.PLAIN,
+    stats: bool = False,
 ) -> None:
     pair_rows_(
         logits(6, vocab_size, dtype, padded),
@@ -169,7 +172,14 @@ def pair_rows(
         mix_ratio=torch.zeros(()),
         transform=LogitTransform(1.0 if softcap is None else 0.5, softcap, has_bias),
         needs_gradient=needs_gradient,
+        objective=objective(6, kind, stats),
     )
+
+
+def objective(rows: int, kind: Kind, stats: bool) -> Objective:
+    """A kind with what it needs."""
+    old = torch.zeros(rows) if kind == Kind.CLIPPED else None
+    return Objective(kind, 0.5, old, torch.zeros(3, rows) if stats else None)
 
 
 def soft_rows(
@@ -179,6 +189,8 @@ def soft_rows(
     *,
     needs_gradient: bool = True,
     vocab_size: int = 32000,
+    kind: Kind = Kind.PLAIN,
+    stats: bool = False,
 ) -> None:
     share: Tensor | None = None if targets == 1 else torch.zeros(3, targets)
     soft_rows_(
@@ -188,6 +200,7 @@ def soft_rows(
         row_weight=torch.zeros(3),
         transform=LogitTransform(1.0 if softcap is None else 0.5, softcap, has_bias=False),
         needs_gradient=needs_gradient,
+        objective=objective(3, kind, stats),
     )
 
 
@@ -251,6 +264,13 @@ CASES = (
     Case("fp32, two targets, softcap", partial(soft_rows, FP32, 2, 3.0)),
     Case("fp16, no gradient", partial(soft_rows, FP16, 2, needs_gradient=False)),
     Case("bf16, odd V", partial(soft_rows, BF16, 2, vocab_size=50257)),
+    # Each objective, alone or with stats.
+    Case("bf16, DFT", partial(pair_rows, BF16, kind=Kind.POWER)),
+    Case("bf16, EAFT, stats", partial(pair_rows, BF16, kind=Kind.ENTROPY, stats=True)),
+    Case("bf16, PSFT", partial(soft_rows, BF16, 1, kind=Kind.CLIPPED)),
+    Case("bf16, threshold, stats", partial(soft_rows, BF16, 1, kind=Kind.ABOVE, stats=True)),
+    Case("bf16, smoothed", partial(soft_rows, BF16, 1, 3.0, kind=Kind.SMOOTHED)),
+    Case("bf16, GEM, stats", partial(soft_rows, BF16, 1, kind=Kind.GEM, stats=True)),
     Case("bf16", partial(mix_rows, BF16)),
     Case("fp32", partial(mix_rows, FP32)),
     Case("bf16", partial(pair_tiles, BF16)),
