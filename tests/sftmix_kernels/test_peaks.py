@@ -114,17 +114,47 @@ def test_row_chunks_on_the_cpu(
     ("rows", "size", "vocab_size", "schedule", "chunk_is_peak"),
     [
         (72, 16, 1001, RowChunks(rows=24), True),
-        (72, 128, 1001, RowChunks(rows=24), False),
+        (72, 512, 300, RowChunks(rows=24), False),
     ],
 )
 def test_row_chunks_by_kernels(
     task: str, rows: int, size: int, vocab_size: int, schedule: RowChunks, chunk_is_peak: bool
 ) -> None:
+    """In float32 Mixup alone hands out anything beside what is kept."""
     shape = Shape(rows, size, vocab_size, 4)
     chunk = peaks.chunk_bytes(task, schedule, shape)
-    assert (chunk > peaks.handed_out_bytes(task, shape, kernels=True)) == chunk_is_peak
+    expected = chunk_is_peak or task != MIXUP
+    assert (chunk > peaks.handed_out_bytes(task, shape, kernels=True)) == expected
+    assert not peaks.keeps(task, schedule, shape)
     step = training_step(task, schedule, shape)
     assert_met(step, peak_bytes(task, schedule, shape, kernels=True))
+
+
+@pytest.mark.interpret
+@pytest.mark.usefixtures("_tidy_launches")
+@every_task
+@pytest.mark.parametrize(("rows", "size", "vocab_size"), [(72, 16, 1001), (72, 512, 300)])
+def test_one_chunk_by_kernels(task: str, rows: int, size: int, vocab_size: int) -> None:
+    """Where logits or where hidden states and dW are most of it."""
+    shape, schedule = Shape(rows, size, vocab_size, 4), RowChunks(rows=128)
+    assert peaks.keeps(task, schedule, shape)
+    step = training_step(task, schedule, shape)
+    assert_met(step, peak_bytes(task, schedule, shape, kernels=True))
+
+
+@pytest.mark.interpret
+@every_task
+@pytest.mark.parametrize("size", [1024, 2048, 4096])
+def test_one_chunk_takes_no_more_than_two(task: str, size: int) -> None:
+    """At the last number of rows that go at once, beside chunks of them, in bfloat16."""
+    chunk = RowChunks(rows=4096)
+    rows = (4096 + size) * (2 if task == MIXUP else 1)
+    shape = Shape(rows, size, 128256, 2)
+    assert peaks.keeps(task, chunk, shape)
+    assert not peaks.keeps(task, chunk, shape._replace(rows=rows + 2))
+    whole = peak_bytes(task, chunk, shape, kernels=True)
+    in_chunks = peak_bytes(task, chunk, shape._replace(rows=rows + 2), kernels=True)
+    assert whole <= 1.03 * in_chunks
 
 
 @pytest.mark.interpret
