@@ -16,7 +16,7 @@ from torch import Tensor
 
 # Labels, and rows of the one program that lays out pairs: two a thread, which takes at most 54
 # registers; with four ptxas spills 8 bytes (sm_90).
-BLOCK, PAIR_BLOCK, PAIR_WARPS = 512, 2048, 32
+BLOCK, PAIR_BLOCK, PAIR_WARPS = 512, 1024, 16
 
 
 @triton.jit
