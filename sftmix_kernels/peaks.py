@@ -24,10 +24,11 @@ largest of these moments comes on top:
 | all, kernels | gradients handed out | half precision: ``w V D``; Mixup: ``w N D`` |
 | ``row_chunks``, CPU | ... | Mixup: ``w N D``; half precision: also ``w V D + t`` |
 
-Where kernels make all logits at once (`keeps_gradients`), dW has w bytes a number, K is R, and what
-is handed out comes on top of the chunk, which is kept till then. At N = 8192, D = 4096,
-V = 128,256 in bfloat16 that is 1.05 GB of dW, 2.10 of gradient rows and 0.13 of dH and hidden, in
-all 3.29 GB; with two chunks 2.10 + 0.07 + the larger of 1.05 + 0.07 and 1.05: 3.29 GB, too.
+Where kernels make all logits at once (`keeps_gradients`), dW has w bytes a number, K is R, and the
+chunk is kept to the end, so that Mixup's dH comes on top: ``w R V + w V D + 2 w R D``. At N = 8192,
+D = 4096, V = 128,256 in bfloat16 NTP + Mixup has 2.10 GB of gradient rows, 1.05 of dW and 0.13 of
+dH and hidden: 3.29 GB. Two chunks have 2.10 GB of dW, 0.07 of dH, and 1.05 + 0.07 of a chunk or
+1.05 of what is handed out: 3.29 GB, too.
 
 On the CPU l is the width of logits: 4 where products of half precision are slow
 (`schedules.FAST_DTYPES`), else w; t are the bytes of a tile, ``min(8 MiB, 4 V D)``. There the op
@@ -97,8 +98,9 @@ def peak_bytes(task: str, schedule: RowChunks | VocabTiles, shape: Shape, kernel
     kept = kept_bytes(task, schedule, shape, kernels)
     handed_out = handed_out_bytes(task, shape, kernels)
     if kernels and keeps(task, schedule, shape):
-        # dW is made in the dtype in which it is handed out.
-        return kept + during + (handed_out if task == MIXUP else 0)
+        # dW is made in the dtype in which it is handed out; Mixup's dH goes to two inputs.
+        of_both = shape.itemsize * shape.rows * shape.hidden_size
+        return kept + during + (of_both if task == MIXUP else 0)
     return kept + max(during, handed_out)
 
 
@@ -160,16 +162,17 @@ def dtype_of(shape: Shape) -> torch.dtype:
     return torch.float32 if shape.itemsize == 4 else torch.bfloat16
 
 
-def chunk_bytes(task: str, schedule: RowChunks, shape: Shape) -> int:
+def chunk_bytes(task: str, schedule: RowChunks, shape: Shape, *, frozen_head: bool = False) -> int:
     """Return the bytes of a chunk by kernels: logits, replaced by gradients, and rows of hidden."""
     num_rows = chunk_rows(task, schedule, shape, kernels=True)
-    if keeps(task, schedule, shape):
+    whole = keeps(task, schedule, shape) and not frozen_head
+    if whole:
         num_rows = logit_rows(task, shape)
     # Padded so that each row begins where a 16-byte load can.
     logits = shape.itemsize * num_rows * round_up(shape.vocab_size, PADDING)
     # Of NTP + Mixup twice: its dH, too, before that is put in the order of rows. Where G is kept
     # there is no dW yet at that moment, which is more.
-    twice = task == BOTH and not keeps(task, schedule, shape)
+    twice = task == BOTH and not whole
     hidden = (1 + twice) * shape.itemsize * num_rows * shape.hidden_size
     return logits + hidden
 
@@ -209,6 +212,14 @@ def keeps_all(args: Sequence[Any]) -> bool:
     return any(arg is True for arg in args)
 
 
+def needed_gradients(args: Sequence[Any]) -> list[bool]:
+    """Return which gradients a call wants, of hidden, weight and bias; none where it cannot say."""
+    for arg in args:
+        if isinstance(arg, list) and isinstance(arg[0], bool):
+            return arg
+    return [False] * 3
+
+
 def op_call(name: str, args: Sequence[Any]) -> tuple[str, Shape]:
     """Return the task and shape of a call of a loss's op, by its name and positional arguments."""
     if name.startswith("sftmix"):
@@ -235,8 +246,16 @@ def op_workspace(
     if keeps_all(args):
         return shape.itemsize * shape.rows * shape.hidden_size if task == BOTH else 0
     if isinstance(schedule, RowChunks):
-        chunk = chunk_bytes if kernels else cpu_chunk_bytes
-        return chunk(task, schedule, shape)
+        if not kernels:
+            return cpu_chunk_bytes(task, schedule, shape)
+        frozen_head = not needed_gradients(args)[1]
+        chunk = chunk_bytes(task, schedule, shape, frozen_head=frozen_head)
+        if frozen_head or not keeps(task, schedule, shape):
+            return chunk
+        # A plan for a GPU that is not here: the op returns dW in float32. What is kept for backward
+        # and the dW made there are what is held beside the gradients it returns.
+        missing = (4 - shape.itemsize) * shape.vocab_size * shape.hidden_size
+        return max(0, chunk - missing)
     if name.endswith("_backward"):
         return group_bytes(task, schedule, shape)
     # A maximum and a sum in float32 of a row and its mixtures in every tile.
@@ -253,8 +272,7 @@ def op_products(name: str, args: Sequence[Any]) -> int:
     if not name.startswith(LOSS_OPS):
         return 0
     task, shape = op_call(name, args)
-    needs = [sum(arg[:2]) for arg in args if isinstance(arg, list) and isinstance(arg[0], bool)]
-    products: int = 1 + sum(needs) - keeps_all(args)
+    products: int = 1 + sum(needed_gradients(args)[:2]) - keeps_all(args)
     return 2 * logit_rows(task, shape) * shape.hidden_size * shape.vocab_size * products
 
 

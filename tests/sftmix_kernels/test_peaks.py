@@ -152,6 +152,27 @@ def test_one_chunk_takes_no_more_than_two(task: str, size: int) -> None:
     assert whole <= 1.03 * peak_bytes(task, schedule, in_chunks, kernels=True)
 
 
+@pytest.mark.parametrize("frozen_head", [False, True])
+@pytest.mark.parametrize(("rows", "at_once"), [(6000, True), (16384, False)])
+def test_a_plan_holds_what_the_formula_says(rows: int, at_once: bool, frozen_head: bool) -> None:
+    """Of an op that a plan for a GPU calls, gradients returned and workspace together."""
+    shape, schedule = Shape(rows, 2048, 32000, 2), RowChunks(rows=4096)
+    assert peaks.keeps(NTP, schedule, shape) == at_once
+    hidden = torch.empty(rows, shape.hidden_size, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(shape.vocab_size, shape.hidden_size, dtype=torch.bfloat16, device="meta")
+    args = (hidden, None, weight, None, None, None, None, 1.0, None, 512)
+    needs = [True, not frozen_head, False]
+    inside = peaks.op_workspace("mixup_rows", (*args, needs), schedule, kernels=True)
+    dh = 2 * hidden.numel()
+    if frozen_head:
+        # Two chunks or four.
+        assert inside == 2 * (3000 if at_once else 4096) * (32000 + 2048)
+        return
+    held, chunk = inside + dh + 4 * weight.numel(), peaks.chunk_bytes(NTP, schedule, shape)
+    assert held == chunk + dh + (2 if at_once else 4) * weight.numel()
+    assert peaks.op_products("mixup_rows", (*args, needs)) == 3 * 2 * rows * weight.numel()
+
+
 @pytest.mark.interpret
 @pytest.mark.usefixtures("_tidy_launches")
 @every_task
