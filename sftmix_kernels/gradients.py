@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -180,22 +180,18 @@ def on_plain_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not runs_triton(tensor)
 
 
-def scaled(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``factor * gradient``, computed in float32 and rounded once to ``dtype``.
-
-    Without a factor that is a gradient which backward itself has made.
 
     In the same dtype that is the gradient itself where it costs nothing: with any factor where a
     kernel multiplies in place, on the CPU with a factor of 1, which is free to look at. A copy of
     dW would double what the loss holds. A graph that is kept for another backward needs it once
     more, whatever its receiver does to it.
     """
-    if factor is None:
-        return gradient
     if not is_traced(factor):
-        in_place = runs_triton(gradient) and factor.dim() == 0 and gradient.dim() == 2
+        in_place = multiplies_in_place(gradient, factor, dtype)
         # A fake tensor has no values: it stands for the upstream gradient of a training step.
-        if gradient.dtype == dtype and (in_place or is_one(factor)):
+        if in_place or (gradient.dtype == dtype and is_one(factor)):
             kept = torch._C._autograd._get_current_graph_task_keep_graph()
             if not kept:
                 return scale_(gradient, factor) if in_place else gradient
@@ -204,6 +200,12 @@ def scaled(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tenso
     if gradient.dim() == 2:
         return scaled_copy(gradient, factor, dtype)  # type: ignore[no-any-return]
     return multiplied(gradient, factor, dtype)
+
+
+def multiplies_in_place(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> bool:
+    """Say whether a kernel can multiply a matrix by one number where it is."""
+    one_number = factor.dim() == 0 and gradient.dim() == 2
+    return one_number and gradient.dtype == dtype and runs_triton(gradient)
 
 
 def is_one(factor: Tensor) -> bool:
@@ -285,52 +287,69 @@ def unit_of(upstream: Tensor) -> Tensor:
     return unit.masked_fill(unit == 0, 1.0)
 
 
+class KeptRows(NamedTuple):
+    """The gradient rows that backward makes dW of."""
+
+    gradient: Tensor  # (R, V)
+    gathered: Tensor  # (R, D), the rows of hidden
+
+    def weight_gradient(self, factor: Tensor) -> Tensor:  # (V, D)
+        """Return ``factor * G^T H``; the factor is in ``H``, which are fewer numbers than dW."""
+        # Room for dW is there before ``H`` is multiplied in place (`handed_out`).
+        self.gathered.new_empty(self.gradient.shape[1], self.gathered.shape[1])
+        hidden = scaled(self.gathered, factor, self.gathered.dtype)
+        return weight_gradient(self.gradient, hidden)  # type: ignore[no-any-return]
+
+
+def kept_or_made(results: Sequence[Tensor], *, keeps: bool) -> list[Tensor | KeptRows]:
+    """Return dH, dW or what backward makes it of, and db, from `Gradients.results`."""
+    hidden, weight, bias, gathered = results
+    return [hidden, KeptRows(weight, gathered) if keeps else weight, bias]
+
+
 def handed_out(
-    gradients: Sequence[Tensor],  # of the first inputs of a Function
-    factors: Sequence[Tensor | None],  # one for each
+    gradients: Sequence[Tensor | KeptRows],  # of the first inputs of a Function
+    factors: Sequence[Tensor],  # one for each
     needs: Sequence[bool],  # whether each input of the Function needs a gradient
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
-    """Return what a Function's backward returns: the gradients, scaled, and None for all others."""
-    some = (
-        scaled(gradient, factor, dtype) if needed else None
-        for gradient, factor, needed in zip(gradients, factors, needs, strict=False)
-    )
-    return *some, *(None for _ in needs[len(gradients) :])
+    """Return what a Function's backward returns: the gradients, scaled, and None for all others.
 
-
-def with_weight_gradient(
-    results: Sequence[Tensor],  # dH, dW or G, db, gathered: `Gradients.results`
-    scale: Tensor,  # ()
-    *,
-    keeps: bool,
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return dH, dW and db, and the factor of each that is still to come.
-
-    Where ``G`` is kept, dW is made here by one product. The factor is then in the rows of hidden,
-    which are fewer numbers than dW.
+    Those that need room come first, and those that are multiplied in place last: backward may be
+    called again after an out of memory.
     """
-    hidden, weight, bias, gathered = results
-    if not keeps:
-        return [hidden, weight, bias], [scale] * 3
-    weight = weight_gradient(weight, scaled(gathered, scale, gathered.dtype))
-    return [hidden, weight, bias], [scale, None, scale]
+
+    def needs_no_room(i: int) -> int:
+        gradient = gradients[i]
+        if isinstance(gradient, KeptRows):
+            return 1
+        return 2 * multiplies_in_place(gradient, factors[i], dtype)
+
+    found: list[Tensor | None] = [None] * len(needs)
+    for i in sorted(range(len(gradients)), key=needs_no_room):
+        gradient, factor = gradients[i], factors[i]
+        if not needs[i]:
+            continue
+        if isinstance(gradient, KeptRows):
+            found[i] = gradient.weight_gradient(factor)
+        else:
+            found[i] = scaled(gradient, factor, dtype)
+    return tuple(found)
 
 
 def input_gradients(
-    gradients: Sequence[Tensor],  # of the mixed rows, weight and bias
-    factors: Sequence[Tensor | None],  # one for each
+    gradients: Sequence[Tensor | KeptRows],  # of the mixed rows, weight and bias
     share: Tensor,  # (R, T)
+    scale: Tensor,
     needs: Sequence[bool],
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
     """Hand out the gradients of hidden_c, hidden_u, weight, bias: the mixed rows' to both."""
-    (mixed, *others), (scale, *other_factors) = gradients, factors
+    mixed, weight, bias = gradients
     of_both = [scale, scale]
     if share.shape[1] == 2:
-        assert scale is not None
         of_both = [share_t * scale for share_t in share.tensor_split(2, dim=-1)]
-    return handed_out((mixed, mixed, *others), (*of_both, *other_factors), needs, dtype)
+    return handed_out((mixed, mixed, weight, bias), (*of_both, scale, scale), needs, dtype)
 
 
 def first_order_only(backward: Backward) -> Backward:

@@ -39,10 +39,10 @@ from .gradients import (
     divided_by,
     first_order_only,
     input_gradients,
+    kept_or_made,
     on_plain_cpu,
     unit_of,
     unwritten,
-    with_weight_gradient,
 )
 from .reference import weighted_loss
 from .row_chunks import cpu
@@ -316,8 +316,8 @@ class ReducedRows(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         share, divisor, *results = ctx.saved_tensors
         scale = upstream / divisor if ctx.divided_by is DividedBy.BACKWARD else upstream
-        found = with_weight_gradient(results, scale, keeps=ctx.options.keeps)
-        return input_gradients(*found, share, ctx.needs_input_grad, ctx.dtype)
+        gradients = kept_or_made(results, keeps=ctx.options.keeps)
+        return input_gradients(gradients, share, scale, ctx.needs_input_grad, ctx.dtype)
 
 
 class UnreducedRows(torch.autograd.Function):
@@ -336,8 +336,9 @@ class UnreducedRows(torch.autograd.Function):
         rows = RowInputs(*ctx.saved_tensors)
         rows = rows._replace(row_weight=weighted_loss(rows.row_weight, upstream))
         _, *results = mixup_rows(*rows, *ctx.options)
-        found = with_weight_gradient(results, upstream.new_ones(()), keeps=ctx.options.keeps)
-        return input_gradients(*found, rows.share, ctx.needs_input_grad, rows.weight.dtype)
+        gradients = kept_or_made(results, keeps=ctx.options.keeps)
+        unit, needs = upstream.new_ones(()), ctx.needs_input_grad
+        return input_gradients(gradients, rows.share, unit, needs, rows.weight.dtype)
 
 
 class TileRows(torch.autograd.Function):
@@ -358,7 +359,7 @@ class TileRows(torch.autograd.Function):
         rows = rows._replace(row_weight=weighted_loss(rows.row_weight, upstream / unit))
         wanted = [needs[0] or needs[1], needs[2], needs[3]]
         gradients = mixup_tiles_backward(*rows, state, live, wanted, *ctx.options.backward)
-        return input_gradients(gradients, [unit] * 3, rows.share, needs, rows.weight.dtype)
+        return input_gradients(gradients, rows.share, unit, needs, rows.weight.dtype)
 
 
 def reduced_loss(

@@ -47,8 +47,8 @@ from .gradients import (
     divided_by,
     first_order_only,
     handed_out,
+    kept_or_made,
     unwritten,
-    with_weight_gradient,
 )
 from .mixup_loss import Options, RowInputs, TileOptions, TileRows, reduced_loss
 from .reference import SFTMixLoss
@@ -304,8 +304,8 @@ class NTPAndMixup(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         divisor, *results = ctx.saved_tensors
         scale = upstream / divisor if ctx.divided_by is DividedBy.BACKWARD else upstream
-        found = with_weight_gradient(results, scale, keeps=ctx.options.keeps)
-        return handed_out(*found, ctx.needs_input_grad, ctx.dtype)
+        gradients = kept_or_made(results, keeps=ctx.options.keeps)
+        return handed_out(gradients, [scale] * 3, ctx.needs_input_grad, ctx.dtype)
 
 
 def divided_rows(

@@ -106,6 +106,26 @@ def test_a_kept_graph_gives_equal_bits_whatever_became_of_the_first(
         assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
 
 
+@every_loss
+def test_backward_may_be_called_again_after_an_out_of_memory(
+    device: str, loss: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is multiplied in place while anything is still to be given room."""
+    tensors = moved(head_inputs((7, 24), 123, torch.float32, bias=True), device)
+    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
+    value = loss(*leaves)
+    upstream = torch.full_like(value, 0.3)
+    expected = torch.autograd.grad(loss(*leaves), leaves, upstream)
+    # The bias' gradient, and then those of hidden states and of the head.
+    for owner, room in ((made, "multiplied"), (Tensor, "new_empty")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, room, mock.Mock(side_effect=torch.OutOfMemoryError))
+            with pytest.raises(torch.OutOfMemoryError):
+                torch.autograd.grad(value, leaves, upstream)
+    found = torch.autograd.grad(value, leaves, upstream)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 # PyTorch's own tracing of an autograd.Function uses what PyTorch deprecates.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @every_loss
