@@ -30,8 +30,9 @@ from .checks import (
 )
 from .gates import Gate, Kind, Objective, objective_of
 from .mixup_loss import reduced_loss
-from .reference import TokenStats, label_weight, present, weighted_labels, weighted_loss
+from .reference import TokenStats, present, weighted_labels, weighted_loss
 from .schedules import Schedule, VocabTiles, resolve_schedule
+from .terms import label_terms
 from .vocab_parallel.shard import HeadPart, VocabShard, checked_head
 
 
@@ -129,7 +130,7 @@ def fused_cross_entropy(  # type: ignore[misc]
     chosen = resolve_schedule(schedule, hidden, head.widest)
     objective = checked_objective(gate, label_smoothing, gem_beta, labels, ignore_index)
     refuse_missing(objective, stats, head, chosen)
-    counts = label_weight(labels, head.vocab_size, ignore_index)
+    targets, counts = label_terms(labels, None, head.vocab_size, ignore_index)
     weights = counts
     if row_weight is not None:
         weights = checked_weights(row_weight, labels, counts, validate=validate)
@@ -138,8 +139,8 @@ def fused_cross_entropy(  # type: ignore[misc]
         hidden,
         None,
         head,
-        labels.unsqueeze(-1),
-        torch.ones_like(counts).unsqueeze(-1),
+        targets,
+        torch.empty_like(counts).unsqueeze(-1),  # one target has all: it is not read
         weights,
         reduction,
         divisor,

@@ -34,12 +34,37 @@ from .checks import (
     checked_lam,
 )
 from .gates import PLAIN, Asked, Kind, Objective
-from .gradients import Gradients, divides_early, first_order_only, input_gradients, unit_of
-from .reference import both, label_weight, present, weighted_loss
+from .gradients import (
+    DividedBy,
+    Gradients,
+    divided_by,
+    first_order_only,
+    input_gradients,
+    kept_or_made,
+    on_plain_cpu,
+    unit_of,
+    unwritten,
+)
+from .reference import both, present, weighted_loss
 from .row_chunks import cpu
-from .row_chunks.chunks import chunk_sizes, counted_rows, logits_workspace, mixed_rows, project
-from .schedules import BLOCK_R, BLOCK_V, Schedule, VocabTiles, resolve_schedule, runs_triton
-from .terms import divided_sum, loss_divisor
+from .row_chunks.chunks import (
+    count_of,
+    counted_chunks,
+    fake_results,
+    logits_workspace,
+    mixed_rows,
+    project,
+)
+from .schedules import (
+    BLOCK_R,
+    BLOCK_V,
+    Schedule,
+    VocabTiles,
+    keeps_gradients,
+    resolve_schedule,
+    runs_triton,
+)
+from .terms import divided_sum, label_terms, loss_divisor
 from .transform import LogitTransform
 from .vocab_parallel.losses import add_over_ranks_, sharded_losses_
 from .vocab_parallel.shard import HeadPart, VocabShard, checked_head
@@ -62,37 +87,39 @@ def mixup_rows(
     needs_gradient: list[bool],  # of hidden, weight, bias
     first_token: int = 0,
     group: str | None = None,  # over which the vocabulary is shared out
-    divisor: Tensor | None = None,  # () float32, of the gradients; only where `divides_early`
+    keeps: bool = False,  # G of all rows, from which backward makes dW: `keeps_gradients`
+    divisor: Tensor | None = None,  # () float32, of the gradients; `DividedBy.PRODUCTS`
     old_log_probs: Tensor | None = None,  # (R,) float32, of the objective
     kind: int = Kind.PLAIN,  # of the objective of rows with one target
     parameter: float = 0.0,
     stats: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return weighted row losses (R,), the gradients of their sum with respect to the mixed rows
-    (R, D), weight (V, D) and bias (V,), the last two in float32, empty where not needed, and the
-    rows' stats (3, R), empty where not asked for. With a group, weight and bias are this rank's,
-    and the first gradient is float32 too."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return weighted row losses (R,), and the gradients of their sum with respect to the mixed
+    rows (R, D), weight (V, D) and bias (V,), the last two in float32; empty where not needed. With
+    a group, weight and bias are this rank's, and the first gradient is float32 too. With ``keeps``
+    G (R, V) takes dW's place, and the mixed rows (R, D) follow, which are else empty. The rows'
+    stats (3, R) come last, empty where not asked for."""
     transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
-    loss = torch.zeros_like(row_weight)
+    loss = unwritten(row_weight, row_weight.shape, row_weight.dtype)
     with torch.autocast(weight.device.type, enabled=False):
-        rows = counted_rows(row_weight)
+        chunks = counted_chunks(row_weight, chunk_rows)
         gradients = Gradients(
             hidden_c,
             weight,
             needs_gradient,
-            rows.numel(),
+            len(chunks),
             partial=group is not None,
             scale=1.0 if divisor is None else float(divisor.reciprocal()),
+            keeps=keeps,
         )
-        sizes = chunk_sizes(rows.numel(), chunk_rows)
-        workspace = logits_workspace(weight, max(sizes, default=0))
-        if hidden_u is not None and runs_triton(weight):
+        workspace = logits_workspace(weight, max(map(count_of, chunks), default=0))
+        if runs_triton(weight):
             # Once, and not for every chunk.
-            hidden_c, hidden_u = hidden_c.contiguous(), hidden_u.contiguous()
+            hidden_c, hidden_u = both_dense(hidden_c, hidden_u)
         losses_ = losses_of_rows(weight, first_token, group)
-        room = loss.new_zeros(3, loss.numel() if stats else 0)
+        room = row_weight.new_zeros(3, row_weight.numel() if stats else 0)
         objective = Objective(kind, parameter, old_log_probs, room if stats else None)
-        for chunk in rows.split(sizes):
+        for chunk in chunks:
             mixed = mixed_rows(hidden_c, hidden_u, share, chunk, row_weight)
             logits = project(mixed, weight, bias, workspace)
             of_rows = objective.rows(chunk)
@@ -109,15 +136,15 @@ def mixup_rows(
             gradients.add_chunk(logits, mixed, weight, chunk)
             del mixed  # before the next chunk's are made
         add_over_ranks_(gradients.hidden, group)
-    return loss, gradients.hidden, gradients.weight, gradients.bias, room
+    return loss, *gradients.results, room
 
 
 @mixup_rows.register_fake
 def _(hidden, _u, weight, _b, _t, _s, row_weight, _scale, _cap, _rows, needs, _first=0, group=None,  # type: ignore[no-untyped-def]
-      _divisor=None, _old=None, _kind=0, _parameter=0.0, stats=False):  # fmt: skip
-    gradients = Gradients(hidden, weight, needs, 0, partial=group is not None)
+      keeps=False, _divisor=None, _old=None, _kind=0, _parameter=0.0, stats=False):  # fmt: skip
+    results = fake_results(hidden, weight, needs, partial=group is not None, keeps=keeps)
     room = row_weight.new_empty(3, row_weight.shape[0] if stats else 0)
-    return torch.empty_like(row_weight), gradients.hidden, gradients.weight, gradients.bias, room
+    return torch.empty_like(row_weight), *results, room
 
 
 def losses_of_rows(weight: Tensor, first_token: int, group: str | None) -> Callable[..., Tensor]:
@@ -243,12 +270,23 @@ class Options(NamedTuple):
     needs_gradient: list[bool]
     first_token: int
     group: str | None
+    keeps: bool
 
     @classmethod
-    def of(cls, head: HeadPart, chunk_rows: int, inputs: tuple[Tensor | None, ...]) -> Options:
+    def of(
+        cls, head: HeadPart, chunk_rows: int, num_rows: int, inputs: tuple[Tensor | None, ...]
+    ) -> Options:
         """Return the options of a call with these hidden, weight and bias."""
         needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
-        return cls(head.logit_scale, head.softcap, chunk_rows, needs, head.start, head.group)
+        whole = head.group is None and not on_plain_cpu(head.weight)
+        keeps = whole and needs[1] and keeps_gradients(num_rows, chunk_rows, head.weight)
+        chunk_rows = num_rows if keeps else chunk_rows
+        return cls(head.logit_scale, head.softcap, chunk_rows, needs, head.start, head.group, keeps)
+
+    @property
+    def without_gradients(self) -> Options:
+        """The same where no input needs a gradient."""
+        return self._replace(needs_gradient=[False] * 3, keeps=False)
 
 
 class TileOptions(NamedTuple):
@@ -276,22 +314,23 @@ class ReducedRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        *tensors, old_log_probs, divisor, options, asked = inputs
-        rows = RowInputs(*tensors)
-        ctx.divided = divides_early(rows.weight)
-        loss, *gradients, stats = mixup_rows(
-            *tensors, *options, divisor if ctx.divided else None, old_log_probs, *asked
-        )
-        ctx.save_for_backward(rows.share, divisor, *gradients)
+        *tensors, old_log_probs, divisor, ctx.options, asked = inputs
+        ctx.divided_by, rows = divided_by(tensors[2]), RowInputs(*tensors)
+        if ctx.divided_by is DividedBy.ROWS:
+            rows = rows._replace(row_weight=rows.row_weight / divisor)
+        early = divisor if ctx.divided_by is DividedBy.PRODUCTS else None
+        loss, *results, stats = mixup_rows(*rows, *ctx.options, early, old_log_probs, *asked)
+        ctx.save_for_backward(rows.share, divisor, *results)
         ctx.dtype = rows.weight.dtype
         ctx.mark_non_differentiable(stats)
-        return divided_sum(loss, divisor), stats
+        return divided_sum(loss, None if ctx.divided_by is DividedBy.ROWS else divisor), stats
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        share, divisor, *gradients = ctx.saved_tensors
-        scale = upstream if ctx.divided else upstream / divisor
+        share, divisor, *results = ctx.saved_tensors
+        scale = upstream / divisor if ctx.divided_by is DividedBy.BACKWARD else upstream
+        gradients = kept_or_made(results, keeps=ctx.options.keeps)
         return input_gradients(gradients, share, scale, ctx.needs_input_grad, ctx.dtype)
 
 
@@ -302,7 +341,7 @@ class UnreducedRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         *tensors, old_log_probs, ctx.options, asked = inputs
-        options = ctx.options._replace(needs_gradient=[False] * 3)
+        options = ctx.options.without_gradients
         loss, *_, stats = mixup_rows(*tensors, *options, None, old_log_probs, *asked)
         ctx.save_for_backward(*tensors, old_log_probs)
         ctx.asked = asked._replace(stats=False)
@@ -315,7 +354,8 @@ class UnreducedRows(torch.autograd.Function):
         *tensors, old_log_probs = ctx.saved_tensors
         rows = RowInputs(*tensors)
         rows = rows._replace(row_weight=weighted_loss(rows.row_weight, upstream))
-        _, *gradients, _ = mixup_rows(*rows, *ctx.options, None, old_log_probs, *ctx.asked)
+        _, *results, _ = mixup_rows(*rows, *ctx.options, None, old_log_probs, *ctx.asked)
+        gradients = kept_or_made(results, keeps=ctx.options.keeps)
         unit, needs = upstream.new_ones(()), ctx.needs_input_grad
         return input_gradients(gradients, rows.share, unit, needs, rows.weight.dtype)
 
@@ -345,7 +385,7 @@ def reduced_loss(
     hidden_c: Tensor,  # (..., D)
     hidden_u: Tensor | None,
     head: HeadPart,
-    targets: Tensor,  # (..., T)
+    targets: Tensor,  # (..., T) in [0, V)
     share: Tensor,  # (..., T)
     row_weight: Tensor,  # (...)
     reduction: str,
@@ -361,11 +401,13 @@ def reduced_loss(
         None if hidden_u is None else hidden_u.reshape(-1, size),
         head.weight,
         head.bias,
-        targets.reshape(-1, terms).clamp(0, head.vocab_size - 1),
+        targets.reshape(-1, terms),
         share.reshape(-1, terms),
         row_weight.reshape(-1),
     )
     total = loss_divisor(1.0 if reduction == "sum" else divisor, row_weight)
+    if objective.old_log_probs is not None:
+        objective = objective._replace(old_log_probs=objective.old_log_probs.reshape(-1))
     if isinstance(schedule, VocabTiles):
         losses = tile_losses(rows, TileOptions.of(head, schedule), objective)
         loss = (
@@ -374,9 +416,9 @@ def reduced_loss(
         return loss, loss.new_empty(3, 0)
     # The mixed rows need a gradient where either of the two hidden states does.
     either = hidden_u if hidden_u is not None and hidden_u.requires_grad else hidden_c
-    options = Options.of(head, schedule, (either, head.weight, head.bias))
+    inputs = (either, head.weight, head.bias)
+    options = Options.of(head, schedule, rows.row_weight.numel(), inputs)
     old, asked = objective.old_log_probs, Asked(objective.kind, objective.parameter, stats)
-    old = None if old is None else old.reshape(-1)
     if reduction == "none":
         losses, found = UnreducedRows.apply(*rows, old, options, asked)  # type: ignore[no-untyped-call]
         return losses.reshape(row_weight.shape), found
@@ -387,8 +429,6 @@ def tile_losses(rows: RowInputs, options: TileOptions, objective: Objective) -> 
     """Return row losses by tiles. A gate that depends on p is known from the losses without it."""
     if objective.is_plain:
         return TileRows.apply(*rows, options)  # type: ignore[no-any-return, no-untyped-call]
-    if objective.old_log_probs is not None:
-        objective = objective._replace(old_log_probs=objective.old_log_probs.reshape(-1))
     plain = rows._replace(row_weight=present(rows.row_weight))
     losses: Tensor = TileRows.apply(*plain, options)  # type: ignore[no-untyped-call]
     return weighted_loss(both(rows.row_weight, objective.gate(losses.detach())), losses)
@@ -470,15 +510,12 @@ def fused_mixup_loss(
         if validate:
             check_label_values(name, labels, vocab_size, ignore_index)
     share_c = checked_lam(lam, labels_c, validate=validate)
-    counts = both(
-        label_weight(labels_c, vocab_size, ignore_index),
-        label_weight(labels_u, vocab_size, ignore_index),
-    )
+    targets, counts = label_terms(labels_c, labels_u, vocab_size, ignore_index)
     loss, _ = reduced_loss(
         hidden_c,
         hidden_u,
         head,
-        torch.stack((labels_c, labels_u), dim=-1),
+        targets,
         torch.stack((share_c, 1.0 - share_c), dim=-1),
         counts,
         reduction,

@@ -290,7 +290,7 @@ def test_opcheck() -> None:
     rows = (hidden, None, weight, bias, targets, share, ones, *head)
     torch.library.opcheck(mixup_rows, rows, asked)
     pairs = (torch.arange(4), torch.arange(4, 8), torch.tensor([1.0, 0, 1, 1]), torch.rand(4, 2))
-    joint = (hidden, weight, bias, labels, ones, *pairs, torch.tensor(0.2), *head)
+    joint = (hidden, weight, bias, labels, ones, *pairs, None, torch.tensor(0.2), *head)
     torch.library.opcheck(sftmix_rows, joint, asked)
 
 
