@@ -52,6 +52,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="tiny sizes: shows that all of it works")
     add("--no-peers", action="store_false", dest="peers", help="only ours and bare products")
     add("--no-grid", action="store_false", dest="grid", help="only the first sizes")
+    add("--short", action="store_true", help="on a GPU only what decides: few minutes in all")
+    add("--keep", action="store_true", help="add to a result file that is there")
     add("--seconds", type=int, default=own.seconds, help="begin nothing of a suite after these")
     add("--threads", type=int, default=own.threads, help="of the CPU")
     add("--data", type=Path, metavar="FILE", help="instructions to score (default: the demo's)")

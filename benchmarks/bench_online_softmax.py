@@ -148,6 +148,8 @@ CHUNKS = {
 def measure(settings: Settings, results: Results) -> None:
     """Time the folds of every chunk of logits."""
     for chunk in CHUNKS[settings.device]:
+        if settings.short and chunk.dtype != settings.dtype_name:
+            continue
         work = partial(measure_folds, chunk, settings, results)
         results.attempt(f"{chunk.place}, {chunk.kind}", work, ours=True)
         if settings.device != "cpu":

@@ -137,7 +137,8 @@ def test_nothing_is_begun_when_the_time_is_over(tmp_path: Path) -> None:
     assert ended.value.code == 0
     report = json.loads((tmp_path / "cpu-loss-quick.json").read_text())
     assert report["records"] == []
-    assert report["left_out"] == {"row_chunks": "out of time", "loss": "out of time"}
+    late = dict.fromkeys(("ceilings", "row_chunks", "loss"), "out of time")
+    assert report["left_out"] == late
 
 
 def test_a_suite_that_needs_what_is_missing_is_left_out(
@@ -164,6 +165,43 @@ def test_results_are_saved_as_they_come_and_whole(tmp_path: Path) -> None:
     assert json.loads(file.read_text())["records"] == [{"who": "a", "median": 1.0}]
     results.miss("left_out", "b", "two\n  lines")
     assert json.loads(file.read_text())["left_out"] == {"b": "two lines"}
+
+
+def test_a_run_adds_to_a_file_that_is_there_if_it_is_told_to(tmp_path: Path) -> None:
+    first = Results("loss", Settings(), tmp_path)
+    first.add(who="a", median=1.0)
+    first.miss("failed", "b", "no kernel")
+    more = Results("loss", Settings(keep=True), tmp_path)
+    more.add(who="c", median=2.0)
+    report = json.loads((tmp_path / "cpu-loss.json").read_text())
+    assert [record["who"] for record in report["records"]] == ["a", "c"]
+    assert report["failed"] == {"b": "no kernel"}
+    Results("loss", Settings(), tmp_path).save()
+    assert json.loads((tmp_path / "cpu-loss.json").read_text())["records"] == []
+    assert Results("memory", Settings(keep=True), tmp_path).report["records"] == []
+
+
+def test_a_failure_of_an_earlier_run_is_not_this_ones(tmp_path: Path) -> None:
+    Results("loss", Settings(quick=True), tmp_path).miss("failed", "b", "no kernel")
+    settings = Settings(quick=True, keep=True, threads=1, seconds=-1)
+    with pytest.raises(SystemExit) as ended:
+        suites.run_suite("loss", settings, tmp_path, "")
+    assert ended.value.code == 0
+
+
+def test_a_short_run_has_the_headline_ours_and_the_fastest_peer(tmp_path: Path) -> None:
+    short = Settings(device="cuda", short=True)
+    assert [case.name for case in short.cases()] == ["Llama-3.1-8B, N = 8192, trained-like"]
+    options = ("--device", "cpu", "--quick", "--short", "--threads", "1", "-k", "loss")
+    assert main(["run", "loss", *options, "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "cpu-loss-quick.json").read_text())
+    assert {record["task"] for record in report["records"]} == {"NTP", "NTP + Mixup"}
+    assert {record["who"] for record in report["records"]} == {
+        "sftmix, row_chunks",
+        "dense PyTorch",
+        "bare matrix products",
+    }
+    assert report["left_out"].keys() == {"sftmix, vocab_tiles", "Liger-Kernel, 4096 rows"}
 
 
 @pytest.fixture
