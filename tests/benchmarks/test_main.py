@@ -1,11 +1,8 @@
-"""`python -m benchmarks`: result files, tables, pictures, comparison, and the GPU kit."""
+"""`python -m benchmarks`: result files, tables, pictures and comparison."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,6 @@ from benchmarks.settings import Settings
 from benchmarks.suites import SUITES
 
 ROOT = Path(__file__).parent.parent.parent
-SCRIPT = ROOT / "benchmarks/gpu.sh"
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 
 
@@ -202,84 +198,6 @@ def test_a_short_run_has_the_headline_ours_and_the_fastest_peer(tmp_path: Path) 
         "bare matrix products",
     }
     assert report["left_out"].keys() == {"sftmix, vocab_tiles", "Liger-Kernel, 4096 rows"}
-
-
-@pytest.fixture
-def failing_python(tmp_path: Path) -> Path:
-    """An interpreter under which every part fails."""
-    script = tmp_path / "python"
-    script.write_text('#!/bin/sh\necho "ran: $*"\nexit 3\n')
-    script.chmod(0o755)
-    return script
-
-
-def kit(python: Path | str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", str(SCRIPT), *arguments],
-        env={**os.environ, "PYTHON": str(python)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-@pytest.mark.parametrize(
-    ("options", "parts"),
-    [
-        ("", "facts build tests perplexity loss step memory plot"),
-        ("--only tests", "facts build tests"),
-        ("--only loss", "facts build loss plot"),
-        ("--only tune --dry-run", "facts build tune plot"),
-        ("--only long --dry-run", "facts build long plot"),
-        ("--dry-run", "facts build tests perplexity loss step memory plot"),
-    ],
-)
-def test_a_part_that_fails_does_not_stop_the_next(
-    failing_python: Path, tmp_path: Path, options: str, parts: str
-) -> None:
-    out = tmp_path / "out"
-    done = kit(failing_python, str(out), *options.split(), "--no-grid")
-    assert done.returncode == 1, done.stderr
-    table = (out / "RESULTS.md").read_text()
-    ends = re.findall(r"^\| (\w+) \| FAILED: exit status 3 \|$", table, flags=re.MULTILINE)
-    assert ends == parts.split()
-    log = (out / "log.txt").read_text()
-    assert ("--no-grid" in log) == ("plot" in parts)
-    device = "cpu" if "--dry-run" in options else "cuda"
-    assert (f"--device {device}" in log) == ("plot" in parts)
-    assert ("--quick" in log) == ("plot" in parts and device == "cpu")
-    assert len(list(out.iterdir())) <= 8
-
-
-def test_the_tests_of_the_script_are_there() -> None:
-    (rooms,) = re.findall(r"tests/sftmix/\{(.*)\}\.py", SCRIPT.read_text())
-    for name in rooms.split(","):
-        file = ROOT / f"tests/sftmix/{name}.py"
-        assert "pytest.mark.gpu" in file.read_text(), name
-
-
-def test_carried_wheels_are_installed_aside(failing_python: Path, tmp_path: Path) -> None:
-    wheels = tmp_path / "wheels"
-    wheels.mkdir()
-    (wheels / "a.whl").touch()
-    kit(failing_python, str(tmp_path / "out"), "--only", "tests", "--wheels", str(wheels))
-    log = (tmp_path / "out/log.txt").read_text()
-    installs = next(line for line in log.splitlines() if line.startswith("ran: -m pip install"))
-    assert "--no-index" in installs
-    assert "--target" in installs
-    assert installs.endswith("/wheels/a.whl")
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [[], ["--only", "tests"], ["out", "--only", "else"], ["out", "--wheels", "not there"]],
-)
-def test_the_script_says_how_it_is_called(arguments: list[str], tmp_path: Path) -> None:
-    script = ["bash", str(SCRIPT), *arguments]
-    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "bash benchmarks/gpu.sh OUT" in done.stderr
-    assert not list(tmp_path.iterdir())
 
 
 def result_files() -> list[Any]:
