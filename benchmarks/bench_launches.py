@@ -65,12 +65,13 @@ SHORT = tuple(
 
 
 def launches() -> list[Launch]:
-    """Return all of four or eight columns a thread."""
-    found = set()
+    """Return all of four or eight columns a thread, in both directions."""
+    found = set[Launch]()
     for block, warps, stages, programs in itertools.product(BLOCKS, WARPS, STAGES, PROGRAMS):
         registers = min(255, 65536 // (32 * warps * programs) // 8 * 8)
         if block // (32 * warps) in (4, 8) and registers >= 64:
-            found.add(Launch(block, warps, stages, registers))
+            one = Launch(block, warps, stages, registers)
+            found |= {one._replace(backwards=backwards) for backwards in (False, True)}
     return sorted(found)
 
 

@@ -20,7 +20,7 @@ from sftmix_kernels.perplexity.streaming import (
     wave_columns,
     wave_rows,
 )
-from sftmix_kernels.schedules import BLOCK_R, BLOCK_V, RowChunks, VocabTiles
+from sftmix_kernels.schedules import BLOCK_R, BLOCK_V, RowChunks
 from sftmix_kernels.vocab_tiles.groups import groups
 
 from . import records as names
@@ -86,13 +86,15 @@ class Code(NamedTuple):
     one_chunk: bool  # all logits are kept where they take no more than float32 dW and a chunk
     scale: tuple[float, float]  # time of scaling float32 dW, by that of a copy of its bytes
     hidden_passes: int  # times that hidden states are read or written beside products
-    launches: int  # small kernels of a call
+    launches: dict[str, int]  # of small kernels, by task
+    forward_columns: int  # of a tile of vocab_tiles' forward
+    max_bytes: int  # vocab_tiles' workspace
 
 
 # The code when its SASS was first counted, and PyTorch scaled dW one number at a time.
-COUNTED = Code(330 + 261, 260 + 196, False, (1.65, 2.2), 10, 40)
-# `pair_rows` and `soft_rows` are what the table of the compiled kernels holds.
-TODAY = Code(425, 330, True, (1.0, 1.15), 4, 20)
+COUNTED = Code(330 + 261, 260 + 196, False, (1.65, 2.2), 10, {NTP: 40, BOTH: 40}, 128, 2**26)
+# Of single rows nothing was counted since: they are taken to have become as much less as pairs.
+TODAY = Code(202 + 171, 288, True, (1.0, 1.15), 6, {NTP: 18, BOTH: 44}, 256, 2**28)
 
 
 class Step(NamedTuple):
@@ -170,14 +172,15 @@ def row_kernel(gpu: Gpu, shape: Shape, task: str, code: Code) -> Step:
     return Step(f"kernel of {name}", moved, 0, *seconds)
 
 
-def small_kernels(gpu: Gpu, shape: Shape, code: Code) -> list[Step]:
+def small_kernels(gpu: Gpu, shape: Shape, task: str, code: Code) -> list[Step]:
     """Return what else is done to hidden states, and the many small kernels."""
     moved = code.hidden_passes * shape.rows * shape.hidden_size * shape.itemsize
     hidden = copying(gpu, moved, 1 / SMALL_SHARE, 1 / SMALL_SHARE)
-    launches = [code.launches * seconds for seconds in LAUNCH]
+    number = code.launches[task]
+    launches = [number * seconds for seconds in LAUNCH]
     return [
         Step("hidden states gathered, dH scattered and scaled", moved, 0, *hidden),
-        Step(f"{code.launches} small kernels", 0, 0, *launches),
+        Step(f"{number} small kernels", 0, 0, *launches),
     ]
 
 
@@ -203,13 +206,13 @@ def row_chunks(gpu: Gpu, shape: Shape, task: str, code: Code, one_chunk: bool) -
         scaled = numbers * (4.0 + shape.itemsize)
         steps.append(Step("dW scaled", scaled, 0, *copying(gpu, scaled, *code.scale)))
     name = f"row_chunks, {'one chunk' if one_chunk else 'chunks'}"
-    return Plan(name, task, [*steps, *small_kernels(gpu, shape, code)])
+    return Plan(name, task, [*steps, *small_kernels(gpu, shape, task, code)])
 
 
-def tile_products(gpu: Gpu, shape: Shape) -> tuple[float, tuple[float, float]]:
-    """Return what all tiles of logits read through L2, and the seconds that they take."""
-    tiles = -(-shape.rows // BLOCK_R) * -(-shape.vocab_size // BLOCK_V)
-    through = tiles * (BLOCK_R + BLOCK_V) * shape.hidden_size * shape.itemsize
+def tile_products(gpu: Gpu, shape: Shape, columns: int) -> tuple[float, tuple[float, float]]:
+    """Return what tiles of logits of some columns read through L2, and the seconds they take."""
+    tiles = -(-shape.rows // BLOCK_R) * -(-shape.vocab_size // columns)
+    through = tiles * (BLOCK_R + columns) * shape.hidden_size * shape.itemsize
     low, high = (through / (gpu.copy_rate * rate) for rate in CACHE_RATE)
     product = multiplying(gpu, 2.0 * shape.rows * shape.hidden_size * shape.vocab_size)
     return through, (max(low, product), max(high, product))
@@ -218,14 +221,15 @@ def tile_products(gpu: Gpu, shape: Shape) -> tuple[float, tuple[float, float]]:
 def vocab_tiles(gpu: Gpu, shape: Shape, task: str, code: Code) -> Plan:
     """Return the steps of ``vocab_tiles``, exact, forward and backward."""
     rows, size, vocab_size, width = shape
-    schedule, pairs = VocabTiles(), 2 if task == BOTH else 1
+    pairs = 2 if task == BOTH else 1
     row_bytes = pairs * size * (4 + 2 * width)
-    found = list(groups(rows // pairs, BLOCK_R // pairs, row_bytes, schedule.max_bytes * 3 // 4))
+    found = list(groups(rows // pairs, BLOCK_R // pairs, row_bytes, code.max_bytes * 3 // 4))
     group = pairs * found[0].stop
-    fitting = schedule.max_bytes // 4 // (group * width) // BLOCK_V * BLOCK_V
+    fitting = code.max_bytes // 4 // (group * width) // BLOCK_V * BLOCK_V
     columns = min(max(BLOCK_V, fitting), vocab_size)
     steps = len(found) * -(-vocab_size // columns)
-    through, tiles = tile_products(gpu, shape)
+    forward, forward_tiles = tile_products(gpu, shape, code.forward_columns)
+    through, tiles = tile_products(gpu, shape, BLOCK_V)
     product = 2.0 * rows * size * vocab_size
     gradients = 2.0 * rows * vocab_size * width
     numbers = float(size * vocab_size)
@@ -239,7 +243,7 @@ def vocab_tiles(gpu: Gpu, shape: Shape, task: str, code: Code) -> Plan:
         "vocab_tiles",
         task,
         [
-            Step("forward: tiles of logits", through, product, *tiles),
+            Step("forward: tiles of logits", forward, product, *forward_tiles),
             Step("backward: tiles of logits again", through, product, *tiles),
             Step("gradients of logits", gradients, 0, 0.0, copying(gpu, gradients)[1]),
             Step("dH", 0, product, dh, dh),
@@ -247,7 +251,7 @@ def vocab_tiles(gpu: Gpu, shape: Shape, task: str, code: Code) -> Plan:
             Step("sums of dW in float32", sums, 0, *copying(gpu, sums, *DW_SHARE)),
             Step("dW scaled", scaled, 0, *copying(gpu, scaled, *code.scale)),
             Step(f"{3 * steps} launches", 0, 0, 0.0, 3 * steps * LAUNCH[0]),
-            *small_kernels(gpu, shape, code),
+            *small_kernels(gpu, shape, task, code),
         ],
     )
 
@@ -318,7 +322,7 @@ def predictions(gpu: Gpu, shape: Shape, code: Code = TODAY) -> dict[tuple[str, s
     ours, alone = (first_plan(found, "row_chunks", task) for task in (BOTH, NTP))
     tiles, stream = first_plan(found, "vocab_tiles", BOTH), found[-1]
     kernel, rate = row_kernel(gpu, shape, BOTH, code), gpu.copy_rate
-    forward, product = tile_products(gpu, shape)[1], bare.low / 3
+    forward, product = tile_products(gpu, shape, code.forward_columns)[1], bare.low / 3
     logits, width = shape.rows * shape.vocab_size, shape.itemsize
     folds = {
         place: [logits * width / rate / seconds for seconds in fold(gpu, logits, width, rates)]

@@ -100,6 +100,9 @@ def built(python: Path, folder: Path) -> Path:
     path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
     # One chip is enough where torch has CUDA and nvcc is here: 6 s in place of 60.
     environment = {"TORCH_CUDA_ARCH_LIST": "9.0", **os.environ, "PATH": path}
+    # torch takes the folder over an nvcc on PATH for the toolkit, also of one that calls it.
+    for nvcc in sorted(Path("/usr/local").glob("cuda*/bin/nvcc")):
+        environment.setdefault("CUDA_HOME", str(nvcc.parents[1]))
     build = [python, "setup.py", "-q", "build_ext", "--inplace"]
     subprocess.run(build, cwd=copy, env=environment, check=True)
     return copy

@@ -198,8 +198,11 @@ def build_extension(environment: Path, folder: Path) -> None:
         command = [environment / "bin/python", "setup.py", "-q", "build_ext"]
         places = ["--build-lib", f"{scratch}/lib", "--build-temp", f"{scratch}/temp"]
         path = f"{environment / 'bin'}:{os.environ['PATH']}"
-        own = {"TORCH_CUDA_ARCH_LIST": CAPABILITY, "PATH": path}
-        subprocess.run([*command, *places], cwd=ROOT, env={**os.environ, **own}, check=True)
+        environ = {**os.environ, "TORCH_CUDA_ARCH_LIST": CAPABILITY, "PATH": path}
+        # torch takes the folder over an nvcc on PATH for the toolkit, also of one that calls it.
+        for nvcc in sorted(Path("/usr/local").glob("cuda*/bin/nvcc")):
+            environ.setdefault("CUDA_HOME", str(nvcc.parents[1]))
+        subprocess.run([*command, *places], cwd=ROOT, env=environ, check=True)
         for file in Path(scratch, "lib/sftmix_kernels").glob(EXTENSION):
             shutil.copy(file, folder)
 

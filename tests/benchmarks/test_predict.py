@@ -41,6 +41,9 @@ def test_the_code_as_it_was_counted_takes_what_was_reckoned_by_hand() -> None:
     assert kernel.bytes / 1e9 == pytest.approx(6.3, abs=0.01)
     assert (1e3 * kernel.low, 1e3 * kernel.high) == pytest.approx((1.8, 2.1), abs=0.15)
     sums, scaled = steps["sums of dW in float32"], steps["dW scaled"]
+    tiles = first_plan(found, "vocab_tiles", BOTH)
+    assert tiles.steps[0].bytes / 1e9 == pytest.approx(134, abs=1)
+    assert 70 < 1e3 * tiles.low < 1e3 * tiles.high < 90
     assert sums.bytes / 1e9 == scaled.bytes / 1e9 == pytest.approx(3.15, abs=0.01)
 
 
