@@ -7,6 +7,7 @@ bash benchmarks/gpu.sh OUT --dry-run     # the same on the CPU, at tiny sizes
 OUT gets cuda-SUITE.json as soon as there is a figure, profile.txt, log.txt and parts.md, six files;
 `python -m benchmarks plot OUT` makes tables and pictures of them anywhere. Each part is interrupted
 at a limit of its own, so that none takes its time from the next; what is left goes to the tests.
+A dry run waits ten times as long.
 KIT holds the extension for sm_90, Triton's compiled kernels and wheels of peers; without it they
 are made or left out there. A part that fails stops no other; the exit status then is 1.
 """
@@ -33,6 +34,8 @@ from .parts import SECONDS, Part, Run, chosen_parts, names
 ROOT = Path(__file__).resolve().parents[2]
 # Seconds from an interrupt, after which pytest and suites say what they have, to the end.
 GRACE = 4
+# A dry run has a CPU, of which others may take most: all limits are so many times as long.
+PATIENCE = 10
 SANITIZER = "/usr/local/cuda/bin"
 
 
@@ -100,12 +103,12 @@ def run_all(options: argparse.Namespace, out: Path, scratch: Path) -> int:
         found = "" if options.dry_run else sanitizer or ""
         run = Run(out, device, commit, found, scratch / "out")
         ends, parts = dict[str, str](), chosen_parts(run, options.only)
-        begin = time.monotonic()
+        begin, times = time.monotonic(), PATIENCE if options.dry_run else 1
         for number, part in enumerate(parts):
-            limit = part.seconds
+            limit = times * part.seconds
             if part.name == "tests" or options.only == part.name:
-                after = sum(later.seconds for later in parts[number + 1 :])
-                limit = max(limit, int(SECONDS - after - (time.monotonic() - begin)))
+                end = times * (SECONDS - sum(later.seconds for later in parts[number + 1 :]))
+                limit = max(limit, int(end - (time.monotonic() - begin)))
             ends[part.name] = run_part(part, limit, environment, log)
             (out / "parts.md").write_text(table_of(ends), encoding="utf-8")
     return int(any(end.startswith("FAILED") for end in ends.values()))
