@@ -134,7 +134,7 @@ SFTMIX_INLINE void raw_at(const Logit* logits, const Targets& targets, float (&r
   }
 }
 
-SFTMIX_INLINE RowLoss row_loss(const RowState& others, LogitTransform transform,
+SFTMIX_INLINE RowLoss row_loss(const WideState& others, LogitTransform transform,
                                const float (&raw)[2], const Targets& targets) {
   const float logit[2] = {transform(raw[0]), transform(raw[1])};
   return soft_cross_entropy(others, logit, targets);
@@ -151,7 +151,7 @@ SFTMIX_INLINE void soft_row(const SoftRows<Logit>& rows, int64_t i) {
   }
   float raw[2], room[kStep], other_room[kStep];
   raw_at(logits, targets, raw);
-  RowState others;
+  WideState others;
   for (int64_t first = 0; first < rows.vocab_size; first += kStep) {
     const int64_t size = std::min(kStep, rows.vocab_size - first);
     const float* values = load_step(logits + first, size, room);
@@ -192,7 +192,7 @@ SFTMIX_INLINE void pair_row(const PairRows<Logit>& rows, int64_t i) {
   for (int t = 0; t < 2; ++t) raw[2][t] = mixed(raw[0][t], raw[1][1 - t], share, rows.has_bias);
 
   float room[3][kStep], gradient[3][kStep];
-  RowState others[3];
+  WideState others[3];
   for (int64_t first = 0; first < rows.vocab_size; first += kStep) {
     const int64_t size = std::min(kStep, rows.vocab_size - first);
     const float* values[3] = {load_step(logits[0] + first, size, room[0]),

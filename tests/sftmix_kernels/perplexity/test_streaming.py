@@ -18,6 +18,7 @@ from sftmix_kernels.perplexity import streaming
 
 from ..budget import (
     DTYPES,
+    FAR,
     HEADS,
     Tensors,
     assert_refused,
@@ -84,7 +85,7 @@ def test_a_mean_loss_over_88_does_not_overflow() -> None:
     assert found[1] == torch.inf
 
 
-@pytest.mark.parametrize("label", [123, -1, 2**31])
+@pytest.mark.parametrize("label", [123, *FAR])
 def test_label_out_of_range_makes_its_example_nan_alone(label: int) -> None:
     hidden, weight, labels = exact(50, 8), exact(123, 8), some_labels((50,), 123)
     ids = torch.arange(50) % S
