@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .checks import autocast, check_divisor, check_ids, check_label_values, check_reduction
 from .mixup_loss import reduced_loss
-from .reference import label_weight
 from .schedules import Schedule, resolve_schedule
+from .terms import label_terms
 from .vocab_parallel.shard import VocabShard, checked_head
 
 
@@ -55,13 +55,13 @@ def fused_cross_entropy(
     check_ids("labels", labels, hidden)
     if validate:
         check_label_values("labels", labels, head.vocab_size, ignore_index)
-    counts = label_weight(labels, head.vocab_size, ignore_index)
+    targets, counts = label_terms(labels, None, head.vocab_size, ignore_index)
     return reduced_loss(
         hidden,
         None,
         head,
-        labels.unsqueeze(-1),
-        torch.ones_like(counts).unsqueeze(-1),
+        targets,
+        torch.empty_like(counts).unsqueeze(-1),  # one target has all: it is not read
         counts,
         reduction,
         divisor,

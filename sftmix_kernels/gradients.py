@@ -1,13 +1,14 @@
 """Gradients of an op call: products added up in float32, and what backward hands out.
 
-Legend: R rows of hidden, D hidden size, V vocabulary.
+Legend: R rows of hidden, K rows of one chunk, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from enum import Enum
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ class Gradients:
     ``hidden`` (R, D) in its own dtype, or in float32 where ranks add theirs up; ``weight`` (V, D)
     and ``bias`` (V,) in float32, since sums over many chunks diverge in bfloat16. ``scale``
     multiplies all of them, at no cost: a product has a factor of its own.
+
+    With ``keeps`` one chunk has all rows, and ``weight`` is its ``G`` (R, V). Backward multiplies
+    it with ``gathered``, the rows of hidden (R, D): `weight_gradient`.
     """
 
     def __init__(
@@ -38,29 +42,51 @@ class Gradients:
         *,
         partial: bool = False,
         scale: float = 1.0,
+        keeps: bool = False,
     ) -> None:
         self.needs_hidden, self.needs_weight, self.needs_bias = needs_gradient
         self.needed = any(needs_gradient)
-        self.first, self.scale = True, scale
-        dtype = torch.float32 if partial else hidden.dtype
-        self.hidden = hidden.new_zeros(hidden.shape if self.needs_hidden else 0, dtype=dtype)
+        self.first, self.scale, self.keeps = True, scale, keeps
+        shape = hidden.shape if self.needs_hidden else torch.Size((0,))
+        self.hidden = unwritten(hidden, shape, torch.float32 if partial else hidden.dtype)
         # The first chunk overwrites dW, so that only an op without rows has to clear it.
-        shape = weight.shape if self.needs_weight else (0,)
+        shape = weight.shape if self.needs_weight and not keeps else torch.Size((0,))
         self.weight = weight.new_empty(shape, dtype=torch.float32)
         if num_rows == 0:
             self.weight.zero_()
         self.bias = weight.new_zeros(weight.shape[0] if self.needs_bias else 0, dtype=torch.float32)
+        self.gathered = hidden.new_empty(0)
 
-    def add_chunk(self, gradient: Tensor, hidden: Tensor, weight: Tensor, rows: Tensor) -> None:
+    def add_chunk(
+        self, gradient: Tensor, hidden: Tensor, weight: Tensor, rows: Tensor | slice
+    ) -> None:
         """Add ``dH[rows] = G W``, ``dW += G^T H`` and ``db += sum G`` of one chunk's ``G``."""
         if self.needs_hidden:
-            of_rows = product(gradient, weight, self.hidden.dtype, self.scale)
-            self.hidden.index_copy_(0, rows, of_rows)
-        if self.needs_weight:
+            place = self.hidden[rows] if isinstance(rows, slice) else None
+            of_rows = product(gradient, weight, self.hidden.dtype, self.scale, out=place)
+            if isinstance(rows, Tensor):
+                self.hidden.index_copy_(0, rows, of_rows)
+        if self.keeps:
+            self.weight, self.gathered = gradient, hidden
+        elif self.needs_weight:
             add_product_(self.weight, gradient.t(), hidden, self.scale, overwrite=self.first)
         if self.needs_bias:
             self.bias.add_(gradient.sum(0, dtype=torch.float32), alpha=self.scale)
         self.first = False
+
+    @property
+    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What an op of rows returns: ``dH``, ``dW`` or ``G``, ``db``, and ``gathered``."""
+        return self.hidden, self.weight, self.bias, self.gathered
+
+
+def unwritten(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return room for a number of each row, or for several, all of which are still to be written.
+
+    The CPU leaves out rows that do not count: they are 0. Elsewhere every row is written once, and
+    one that is not, since another was paired twice, stays NaN.
+    """
+    return like.new_full(shape, 0.0 if on_plain_cpu(like) else torch.nan, dtype=dtype)
 
 
 def weight_tiles(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -75,10 +101,19 @@ def weight_tiles(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield tokens, room[: tokens.stop - first].copy_(weight[tokens])
 
 
-def product(left: Tensor, right: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    """Return ``scale * left @ right`` in ``dtype``, without rounding to half precision before."""
+def product(
+    left: Tensor,
+    right: Tensor,
+    dtype: torch.dtype,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return ``scale * left @ right`` in ``dtype``, without rounding to half precision before.
+
+    It is written into ``out``, where that is given.
+    """
     if left.dtype == right.dtype == dtype:
-        result = left @ right
+        result = torch.mm(left, right, out=out)
         return result if scale == 1.0 else result.mul_(scale)
     total = left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
     if left.dtype == right.dtype or left.is_cuda:
@@ -88,7 +123,7 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype, scale: float = 1.0)
         total.zero_()
         for tokens, tile in weight_tiles(right):
             total.addmm_(left[:, tokens].float(), tile, alpha=scale)
-    return total.to(dtype)
+    return total.to(dtype) if out is None else out.copy_(total)
 
 
 def add_product_(
@@ -96,7 +131,7 @@ def add_product_(
 ) -> None:
     """Add ``scale * left @ right`` to ``total`` in float32, with no temporary of total's size.
 
-    On a GPU ``scale`` is 1: there backward divides (`divides_early`).
+    On a GPU ``scale`` is 1 (`DividedBy`).
     """
     beta = 0 if overwrite else 1
     if left.dtype == torch.float32:
@@ -125,14 +160,19 @@ def is_traced(tensor: Tensor) -> bool:
     return mode is not None or not (type(tensor) is Tensor or is_fake(tensor))
 
 
-def divides_early(weight: Tensor) -> bool:
-    """Say whether the forward op divides the gradients by the loss's divisor.
+class DividedBy(Enum):
+    """Who divides the gradients by a loss's divisor, so that backward has little left to do."""
 
-    Backward then has nothing left to do to them where the upstream gradient is 1. The CPU knows
-    the divisor; an accelerator would have to wait for it. In float16 they might vanish before
-    backward multiplies them by a loss scale.
-    """
-    return on_plain_cpu(weight) and weight.dtype != torch.float16
+    PRODUCTS = "on the CPU, which knows the divisor, the factors of products"
+    ROWS = "elsewhere the row weights, so that neither the host waits nor a rounding is added"
+    BACKWARD = "in float16, where they might vanish before the loss scale multiplies them, backward"
+
+
+def divided_by(weight: Tensor) -> DividedBy:
+    """Return who divides the gradients of a call with this head."""
+    if weight.dtype == torch.float16:
+        return DividedBy.BACKWARD
+    return DividedBy.PRODUCTS if on_plain_cpu(weight) else DividedBy.ROWS
 
 
 def on_plain_cpu(tensor: Tensor) -> bool:
@@ -143,29 +183,96 @@ def on_plain_cpu(tensor: Tensor) -> bool:
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``factor * gradient``, computed in float32 and rounded once to ``dtype``.
 
-    On the CPU, where looking at the factor is free, a factor of 1 in the same dtype gives the
-    gradient itself: a copy of dW would double what the loss holds. A graph that is kept for another
-    backward needs it once more, whatever its receiver does to it.
+    In the same dtype that is the gradient itself where it costs nothing: with any factor where a
+    kernel multiplies in place, on the CPU with a factor of 1, which is free to look at. A copy of
+    dW would double what the loss holds. A graph that is kept for another backward needs it once
+    more, whatever its receiver does to it.
     """
-    if on_plain_cpu(factor) and not is_traced(factor):
+    if not is_traced(factor):
+        in_place = multiplies_in_place(gradient, factor, dtype)
         # A fake tensor has no values: it stands for the upstream gradient of a training step.
-        is_one = factor.numel() == 1 and (is_fake(factor) or float(factor) == 1.0)
-        if is_one and gradient.dtype == dtype:
+        if in_place or (gradient.dtype == dtype and is_one(factor)):
             kept = torch._C._autograd._get_current_graph_task_keep_graph()
-            return gradient.clone() if kept else gradient
-        if {gradient.dtype, dtype} != {torch.float32} and gradient.dim() == 2:
-            # PyTorch multiplies across dtypes by way of whole float32 tensors.
-            step = max(1, TILE_BYTES // (4 * max(1, gradient.shape[1])))
-            result = torch.empty_like(gradient, dtype=dtype)
-            factors = factor.expand(gradient.shape[0], 1)
-            parts = zip(*(t.split(step) for t in (result, gradient, factors)), strict=True)
-            for part, some, some_factors in parts:
-                part.copy_(some * some_factors)
-            return result
+            if not kept:
+                return scale_(gradient, factor) if in_place else gradient
+            if not in_place:
+                return gradient.clone()
+    if gradient.dim() == 2:
+        return scaled_copy(gradient, factor, dtype)  # type: ignore[no-any-return]
+    return multiplied(gradient, factor, dtype)
+
+
+def multiplies_in_place(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> bool:
+    """Say whether a kernel can multiply a matrix by one number where it is."""
+    one_number = factor.dim() == 0 and gradient.dim() == 2
+    return one_number and gradient.dtype == dtype and runs_triton(gradient)
+
+
+def is_one(factor: Tensor) -> bool:
+    """Say whether a factor is 1, where looking at it is free."""
+    if is_fake(factor):
+        return factor.numel() == 1
+    return on_plain_cpu(factor) and factor.numel() == 1 and float(factor) == 1.0
+
+
+def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Multiply a gradient in place; the kernel looks at the factor and does nothing if it is 1."""
+    if not is_fake(gradient):
+        from .scaling import scaled_rows
+
+        scaled_rows(gradient, factor, out=gradient)
+    return gradient
+
+
+@torch.library.custom_op("sftmix_kernels::scaled_copy", mutates_args=())
+def scaled_copy(
+    gradient: Tensor,  # (R, D)
+    factor: Tensor,  # () or (R, 1) float32
+    dtype: torch.dtype,
+) -> Tensor:  # (R, D)
+    """Return ``factor * gradient`` in ``dtype``, and never the gradient itself."""
+    if runs_triton(gradient):
+        from .scaling import scaled_rows
+
+        return scaled_rows(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))
+    if gradient.device.type != "cpu" or gradient.dtype == dtype == torch.float32:
+        return multiplied(gradient, factor, dtype)
+    # PyTorch multiplies across dtypes by way of whole float32 tensors.
+    step = max(1, TILE_BYTES // (4 * max(1, gradient.shape[1])))
+    result = torch.empty_like(gradient, dtype=dtype)
+    factors = factor.expand(gradient.shape[0], 1)
+    parts = zip(*(t.split(step) for t in (result, gradient, factors)), strict=True)
+    for part, some, some_factors in parts:
+        part.copy_(some * some_factors)
+    return result
+
+
+@scaled_copy.register_fake
+def _(gradient: Tensor, _factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return gradient.new_empty(gradient.shape, dtype=dtype)
+
+
+def multiplied(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``factor * gradient`` by PyTorch, in ``dtype``."""
     # With a dimension the factor takes part in type promotion; without, it would be rounded to
     # the gradient's dtype before the product.
     factor = factor if factor.dim() else factor.reshape(1)
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+
+
+@torch.library.custom_op("sftmix_kernels::weight_gradient", mutates_args=())
+def weight_gradient(
+    gradient: Tensor,  # (K, V)
+    hidden: Tensor,  # (K, D)
+) -> Tensor:  # (V, D)
+    """Return ``dW = G^T H`` of all rows, by one product."""
+    with torch.autocast(gradient.device.type, enabled=False):
+        return gradient.t() @ hidden
+
+
+@weight_gradient.register_fake
+def _(gradient: Tensor, hidden: Tensor) -> Tensor:
+    return hidden.new_empty(gradient.shape[1], hidden.shape[1])
 
 
 def unit_of(upstream: Tensor) -> Tensor:
@@ -180,22 +287,58 @@ def unit_of(upstream: Tensor) -> Tensor:
     return unit.masked_fill(unit == 0, 1.0)
 
 
+class KeptRows(NamedTuple):
+    """The gradient rows that backward makes dW of."""
+
+    gradient: Tensor  # (R, V)
+    gathered: Tensor  # (R, D), the rows of hidden
+
+    def weight_gradient(self, factor: Tensor) -> Tensor:  # (V, D)
+        """Return ``factor * G^T H``; the factor is in ``H``, which are fewer numbers than dW."""
+        # Room for dW is there before ``H`` is multiplied in place (`handed_out`).
+        self.gathered.new_empty(self.gradient.shape[1], self.gathered.shape[1])
+        hidden = scaled(self.gathered, factor, self.gathered.dtype)
+        return weight_gradient(self.gradient, hidden)  # type: ignore[no-any-return]
+
+
+def kept_or_made(results: Sequence[Tensor], *, keeps: bool) -> list[Tensor | KeptRows]:
+    """Return dH, dW or what backward makes it of, and db, from `Gradients.results`."""
+    hidden, weight, bias, gathered = results
+    return [hidden, KeptRows(weight, gathered) if keeps else weight, bias]
+
+
 def handed_out(
-    gradients: Sequence[Tensor],  # of the first inputs of a Function
+    gradients: Sequence[Tensor | KeptRows],  # of the first inputs of a Function
     factors: Sequence[Tensor],  # one for each
     needs: Sequence[bool],  # whether each input of the Function needs a gradient
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
-    """Return what a Function's backward returns: the gradients, scaled, and None for all others."""
-    some = (
-        scaled(gradient, factor, dtype) if needed else None
-        for gradient, factor, needed in zip(gradients, factors, needs, strict=False)
-    )
-    return *some, *(None for _ in needs[len(gradients) :])
+    """Return what a Function's backward returns: the gradients, scaled, and None for all others.
+
+    Those that need room come first, and those that are multiplied in place last: backward may be
+    called again after an out of memory.
+    """
+
+    def needs_no_room(i: int) -> int:
+        gradient = gradients[i]
+        if isinstance(gradient, KeptRows):
+            return 1
+        return 2 * multiplies_in_place(gradient, factors[i], dtype)
+
+    found: list[Tensor | None] = [None] * len(needs)
+    for i in sorted(range(len(gradients)), key=needs_no_room):
+        gradient, factor = gradients[i], factors[i]
+        if not needs[i]:
+            continue
+        if isinstance(gradient, KeptRows):
+            found[i] = gradient.weight_gradient(factor)
+        else:
+            found[i] = scaled(gradient, factor, dtype)
+    return tuple(found)
 
 
 def input_gradients(
-    gradients: Sequence[Tensor],  # of the mixed rows, weight and bias
+    gradients: Sequence[Tensor | KeptRows],  # of the mixed rows, weight and bias
     share: Tensor,  # (R, T)
     scale: Tensor,
     needs: Sequence[bool],

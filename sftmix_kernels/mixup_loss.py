@@ -33,12 +33,37 @@ from .checks import (
     check_same,
     checked_lam,
 )
-from .gradients import Gradients, divides_early, first_order_only, input_gradients, unit_of
-from .reference import both, label_weight, weighted_loss
+from .gradients import (
+    DividedBy,
+    Gradients,
+    divided_by,
+    first_order_only,
+    input_gradients,
+    kept_or_made,
+    on_plain_cpu,
+    unit_of,
+    unwritten,
+)
+from .reference import weighted_loss
 from .row_chunks import cpu
-from .row_chunks.chunks import chunk_sizes, counted_rows, logits_workspace, mixed_rows, project
-from .schedules import BLOCK_R, BLOCK_V, Schedule, VocabTiles, resolve_schedule, runs_triton
-from .terms import divided_sum, loss_divisor
+from .row_chunks.chunks import (
+    count_of,
+    counted_chunks,
+    fake_results,
+    logits_workspace,
+    mixed_rows,
+    project,
+)
+from .schedules import (
+    BLOCK_R,
+    BLOCK_V,
+    Schedule,
+    VocabTiles,
+    keeps_gradients,
+    resolve_schedule,
+    runs_triton,
+)
+from .terms import divided_sum, label_terms, loss_divisor
 from .transform import LogitTransform
 from .vocab_parallel.losses import add_over_ranks_, sharded_losses_
 from .vocab_parallel.shard import HeadPart, VocabShard, checked_head
@@ -61,30 +86,32 @@ def mixup_rows(
     needs_gradient: list[bool],  # of hidden, weight, bias
     first_token: int = 0,
     group: str | None = None,  # over which the vocabulary is shared out
-    divisor: Tensor | None = None,  # () float32, of the gradients; only where `divides_early`
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keeps: bool = False,  # G of all rows, from which backward makes dW: `keeps_gradients`
+    divisor: Tensor | None = None,  # () float32, of the gradients; `DividedBy.PRODUCTS`
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return weighted row losses (R,), and the gradients of their sum with respect to the mixed
     rows (R, D), weight (V, D) and bias (V,), the last two in float32; empty where not needed. With
-    a group, weight and bias are this rank's, and the first gradient is float32 too."""
+    a group, weight and bias are this rank's, and the first gradient is float32 too. With ``keeps``
+    G (R, V) takes dW's place, and the mixed rows (R, D) come last, which are else empty."""
     transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
-    loss = torch.zeros_like(row_weight)
+    loss = unwritten(row_weight, row_weight.shape, row_weight.dtype)
     with torch.autocast(weight.device.type, enabled=False):
-        rows = counted_rows(row_weight)
+        chunks = counted_chunks(row_weight, chunk_rows)
         gradients = Gradients(
             hidden_c,
             weight,
             needs_gradient,
-            rows.numel(),
+            len(chunks),
             partial=group is not None,
             scale=1.0 if divisor is None else float(divisor.reciprocal()),
+            keeps=keeps,
         )
-        sizes = chunk_sizes(rows.numel(), chunk_rows)
-        workspace = logits_workspace(weight, max(sizes, default=0))
-        if hidden_u is not None and runs_triton(weight):
+        workspace = logits_workspace(weight, max(map(count_of, chunks), default=0))
+        if runs_triton(weight):
             # Once, and not for every chunk.
-            hidden_c, hidden_u = hidden_c.contiguous(), hidden_u.contiguous()
+            hidden_c, hidden_u = both_dense(hidden_c, hidden_u)
         losses_ = losses_of_rows(weight, first_token, group)
-        for chunk in rows.split(sizes):
+        for chunk in chunks:
             mixed = mixed_rows(hidden_c, hidden_u, share, chunk, row_weight)
             logits = project(mixed, weight, bias, workspace)
             loss[chunk] = losses_(
@@ -98,14 +125,14 @@ def mixup_rows(
             gradients.add_chunk(logits, mixed, weight, chunk)
             del mixed  # before the next chunk's are made
         add_over_ranks_(gradients.hidden, group)
-    return loss, gradients.hidden, gradients.weight, gradients.bias
+    return loss, *gradients.results
 
 
 @mixup_rows.register_fake
 def _(hidden, _u, weight, _b, _t, _s, row_weight, _scale, _cap, _rows, needs, _first=0, group=None,  # type: ignore[no-untyped-def]
-      _divisor=None):  # fmt: skip
-    gradients = Gradients(hidden, weight, needs, 0, partial=group is not None)
-    return torch.empty_like(row_weight), gradients.hidden, gradients.weight, gradients.bias
+      keeps=False, _divisor=None):  # fmt: skip
+    results = fake_results(hidden, weight, needs, partial=group is not None, keeps=keeps)
+    return torch.empty_like(row_weight), *results
 
 
 def losses_of_rows(weight: Tensor, first_token: int, group: str | None) -> Callable[..., Tensor]:
@@ -231,12 +258,23 @@ class Options(NamedTuple):
     needs_gradient: list[bool]
     first_token: int
     group: str | None
+    keeps: bool
 
     @classmethod
-    def of(cls, head: HeadPart, chunk_rows: int, inputs: tuple[Tensor | None, ...]) -> Options:
+    def of(
+        cls, head: HeadPart, chunk_rows: int, num_rows: int, inputs: tuple[Tensor | None, ...]
+    ) -> Options:
         """Return the options of a call with these hidden, weight and bias."""
         needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
-        return cls(head.logit_scale, head.softcap, chunk_rows, needs, head.start, head.group)
+        whole = head.group is None and not on_plain_cpu(head.weight)
+        keeps = whole and needs[1] and keeps_gradients(num_rows, chunk_rows, head.weight)
+        chunk_rows = num_rows if keeps else chunk_rows
+        return cls(head.logit_scale, head.softcap, chunk_rows, needs, head.start, head.group, keeps)
+
+    @property
+    def without_gradients(self) -> Options:
+        """The same where no input needs a gradient."""
+        return self._replace(needs_gradient=[False] * 3, keeps=False)
 
 
 class TileOptions(NamedTuple):
@@ -263,19 +301,22 @@ class ReducedRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *tensors, divisor, options = inputs
-        rows = RowInputs(*tensors)
-        ctx.divided = divides_early(rows.weight)
-        loss, *gradients = mixup_rows(*tensors, *options, divisor if ctx.divided else None)
-        ctx.save_for_backward(rows.share, divisor, *gradients)
+        *tensors, divisor, ctx.options = inputs
+        ctx.divided_by, rows = divided_by(tensors[2]), RowInputs(*tensors)
+        if ctx.divided_by is DividedBy.ROWS:
+            rows = rows._replace(row_weight=rows.row_weight / divisor)
+        early = divisor if ctx.divided_by is DividedBy.PRODUCTS else None
+        loss, *results = mixup_rows(*rows, *ctx.options, early)
+        ctx.save_for_backward(rows.share, divisor, *results)
         ctx.dtype = rows.weight.dtype
-        return divided_sum(loss, divisor)
+        return divided_sum(loss, None if ctx.divided_by is DividedBy.ROWS else divisor)
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        share, divisor, *gradients = ctx.saved_tensors
-        scale = upstream if ctx.divided else upstream / divisor
+        share, divisor, *results = ctx.saved_tensors
+        scale = upstream / divisor if ctx.divided_by is DividedBy.BACKWARD else upstream
+        gradients = kept_or_made(results, keeps=ctx.options.keeps)
         return input_gradients(gradients, share, scale, ctx.needs_input_grad, ctx.dtype)
 
 
@@ -285,7 +326,7 @@ class UnreducedRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *tensors, ctx.options = inputs
-        loss, *_ = mixup_rows(*tensors, *ctx.options._replace(needs_gradient=[False] * 3))
+        loss, *_ = mixup_rows(*tensors, *ctx.options.without_gradients)
         ctx.save_for_backward(*tensors)
         return loss  # type: ignore[no-any-return]
 
@@ -294,7 +335,8 @@ class UnreducedRows(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         rows = RowInputs(*ctx.saved_tensors)
         rows = rows._replace(row_weight=weighted_loss(rows.row_weight, upstream))
-        _, *gradients = mixup_rows(*rows, *ctx.options)
+        _, *results = mixup_rows(*rows, *ctx.options)
+        gradients = kept_or_made(results, keeps=ctx.options.keeps)
         unit, needs = upstream.new_ones(()), ctx.needs_input_grad
         return input_gradients(gradients, rows.share, unit, needs, rows.weight.dtype)
 
@@ -324,7 +366,7 @@ def reduced_loss(
     hidden_c: Tensor,  # (..., D)
     hidden_u: Tensor | None,
     head: HeadPart,
-    targets: Tensor,  # (..., T)
+    targets: Tensor,  # (..., T) in [0, V)
     share: Tensor,  # (..., T)
     row_weight: Tensor,  # (...)
     reduction: str,
@@ -338,7 +380,7 @@ def reduced_loss(
         None if hidden_u is None else hidden_u.reshape(-1, size),
         head.weight,
         head.bias,
-        targets.reshape(-1, terms).clamp(0, head.vocab_size - 1),
+        targets.reshape(-1, terms),
         share.reshape(-1, terms),
         row_weight.reshape(-1),
     )
@@ -350,7 +392,8 @@ def reduced_loss(
         )
     # The mixed rows need a gradient where either of the two hidden states does.
     either = hidden_u if hidden_u is not None and hidden_u.requires_grad else hidden_c
-    options = Options.of(head, schedule, (either, head.weight, head.bias))
+    inputs = (either, head.weight, head.bias)
+    options = Options.of(head, schedule, rows.row_weight.numel(), inputs)
     if reduction == "none":
         return UnreducedRows.apply(*rows, options).reshape(row_weight.shape)  # type: ignore[no-any-return, no-untyped-call]
     return ReducedRows.apply(*rows, total, options)  # type: ignore[no-any-return, no-untyped-call]
@@ -433,15 +476,12 @@ def fused_mixup_loss(
         if validate:
             check_label_values(name, labels, vocab_size, ignore_index)
     share_c = checked_lam(lam, labels_c, validate=validate)
-    counts = both(
-        label_weight(labels_c, vocab_size, ignore_index),
-        label_weight(labels_u, vocab_size, ignore_index),
-    )
+    targets, counts = label_terms(labels_c, labels_u, vocab_size, ignore_index)
     return reduced_loss(
         hidden_c,
         hidden_u,
         head,
-        torch.stack((labels_c, labels_u), dim=-1),
+        targets,
         torch.stack((share_c, 1.0 - share_c), dim=-1),
         counts,
         reduction,

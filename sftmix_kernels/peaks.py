@@ -14,14 +14,21 @@ largest of these moments comes on top:
 
 | schedule | moment | bytes |
 |---|---|---|
-| ``row_chunks``, kernels | a chunk; V padded to 16 | ``w K V + 2 w K D`` |
+| ``row_chunks``, kernels | a chunk; V padded to 16 | ``w K V + w K D`` |
+| | ... of NTP + Mixup: its dH is put in order | ``w K V + 2 w K D`` |
 | ``row_chunks``, CPU | a chunk: its rows gathered or mixed, its dH | ``l K V + 2 l K D`` |
 | | ... of half precision, slow: a tile of the weight | ``l K V + 2 l K D + t`` |
 | | ... of half precision, fast: a tile of dW | ``l K V + l K D + t w / 4 + t`` |
 | ``vocab_tiles`` | a group; filtered or not | ``w K C + (4 + w) K D`` |
 | | ... its dH rounded, half precision | ``w K C + (4 + 2 w) K D`` |
-| all, kernels | gradients handed out | ``w V D + w N D`` |
+| all, kernels | gradients handed out | half precision: ``w V D``; Mixup: ``w N D`` |
 | ``row_chunks``, CPU | ... | Mixup: ``w N D``; half precision: also ``w V D + t`` |
+
+Where kernels make all logits at once (`keeps_gradients`), dW has w bytes a number, K is R, and the
+chunk is kept to the end, so that Mixup's dH comes on top: ``w R V + w V D + 2 w R D``. At N = 8192,
+D = 4096, V = 128,256 in bfloat16 NTP + Mixup has 2.10 GB of gradient rows, 1.05 of dW and 0.13 of
+dH and hidden: 3.29 GB. Two chunks have 2.10 GB of dW, 0.07 of dH, and 1.05 + 0.07 of a chunk or
+1.05 of what is handed out: 3.29 GB, too.
 
 On the CPU l is the width of logits: 4 where products of half precision are slow
 (`schedules.FAST_DTYPES`), else w; t are the bytes of a tile, ``min(8 MiB, 4 V D)``. There the op
@@ -43,7 +50,16 @@ import torch
 from .gradients import TILE_BYTES
 from .perplexity.streaming import block_rows, chunk_columns, round_up
 from .row_chunks.chunks import chunk_sizes
-from .schedules import BLOCK_P, BLOCK_R, BLOCK_V, PADDING, RowChunks, VocabTiles, logits_dtype
+from .schedules import (
+    BLOCK_P,
+    BLOCK_R,
+    BLOCK_V,
+    PADDING,
+    RowChunks,
+    VocabTiles,
+    keeps_gradients,
+    logits_dtype,
+)
 from .vocab_tiles.groups import groups
 
 NTP, MIXUP, BOTH = "NTP", "Mixup", "NTP + Mixup"
@@ -52,6 +68,10 @@ NTP, MIXUP, BOTH = "NTP", "Mixup", "NTP + Mixup"
 # while chunks or groups are at work: when gradients are handed out some are gone.
 CHUNK_NUMBERS = {NTP: 28, MIXUP: 16, BOTH: 40}
 TILE_NUMBERS = {NTP: 44, MIXUP: 36, BOTH: 64}
+
+
+# The names of ops that multiply with the head, or begin with these.
+LOSS_OPS = ("sftmix_", "mixup_")
 
 
 class Shape(NamedTuple):
@@ -75,7 +95,22 @@ def peak_bytes(task: str, schedule: RowChunks | VocabTiles, shape: Shape, kernel
         during = chunk_bytes(task, schedule, shape)
     else:
         during = cpu_chunk_bytes(task, schedule, shape)
-    return kept_bytes(task, schedule, shape) + max(during, handed_out_bytes(task, shape, kernels))
+    kept = kept_bytes(task, schedule, shape, kernels)
+    handed_out = handed_out_bytes(task, shape, kernels)
+    if kernels and keeps(task, schedule, shape):
+        # dW is made in the dtype in which it is handed out; Mixup's dH goes to two inputs.
+        of_both = shape.itemsize * shape.rows * shape.hidden_size
+        return kept + during + (of_both if task == MIXUP else 0)
+    return kept + max(during, handed_out)
+
+
+def keeps(task: str, schedule: RowChunks | VocabTiles, shape: Shape) -> bool:
+    """Say whether kernels make all logits at once and keep their gradients for backward."""
+    if isinstance(schedule, VocabTiles):
+        return False
+    weight = torch.empty(0, shape.hidden_size, dtype=dtype_of(shape), device="meta")
+    most = schedule.rows_for(weight, shape.vocab_size)
+    return keeps_gradients(logit_rows(task, shape), most, weight)
 
 
 def logit_rows(task: str, shape: Shape) -> int:
@@ -83,24 +118,30 @@ def logit_rows(task: str, shape: Shape) -> int:
     return shape.rows // 2 if task == MIXUP else shape.rows
 
 
-def kept_bytes(task: str, schedule: RowChunks | VocabTiles, shape: Shape) -> int:
+def kept_bytes(
+    task: str, schedule: RowChunks | VocabTiles, shape: Shape, kernels: bool = False
+) -> int:
     """Return the bytes of dW and dH before they are scaled, and of the numbers of rows."""
     numbers = TILE_NUMBERS if isinstance(schedule, VocabTiles) else CHUNK_NUMBERS
     # float32, since sums over many chunks diverge in half precision. A row of dH is one sum.
-    dw = 4 * shape.vocab_size * shape.hidden_size
+    width = shape.itemsize if kernels and keeps(task, schedule, shape) else 4
+    dw = width * shape.vocab_size * shape.hidden_size
     dh = shape.itemsize * logit_rows(task, shape) * shape.hidden_size
     return dw + dh + numbers[task] * shape.rows
 
 
 def handed_out_bytes(task: str, shape: Shape, kernels: bool) -> int:
-    """Return the bytes of the gradients in the inputs' dtype, beside those kept."""
+    """Return the bytes of the gradients in the inputs' dtype, beside those kept.
+
+    A gradient that is kept in its dtype is multiplied in place; Mixup's dH goes to two inputs.
+    """
     num_rows, size, vocab_size, width = shape
     dw, dh = width * vocab_size * size, width * num_rows * size
-    if kernels:
-        return dh + dw
     if task != MIXUP:
         dh = 0
-    return dh if width == 4 else dh + dw + tile_bytes(shape)
+    if width == 4:
+        return dh
+    return dh + dw if kernels else dh + dw + tile_bytes(shape)
 
 
 def tile_bytes(shape: Shape) -> int:
@@ -121,13 +162,18 @@ def dtype_of(shape: Shape) -> torch.dtype:
     return torch.float32 if shape.itemsize == 4 else torch.bfloat16
 
 
-def chunk_bytes(task: str, schedule: RowChunks, shape: Shape) -> int:
+def chunk_bytes(task: str, schedule: RowChunks, shape: Shape, *, frozen_head: bool = False) -> int:
     """Return the bytes of a chunk by kernels: logits, replaced by gradients, and rows of hidden."""
     num_rows = chunk_rows(task, schedule, shape, kernels=True)
+    whole = keeps(task, schedule, shape) and not frozen_head
+    if whole:
+        num_rows = logit_rows(task, shape)
     # Padded so that each row begins where a 16-byte load can.
     logits = shape.itemsize * num_rows * round_up(shape.vocab_size, PADDING)
-    # Twice: beside this chunk's first those of the chunk before, then its dH.
-    hidden = 2 * shape.itemsize * num_rows * shape.hidden_size
+    # Of NTP + Mixup twice: its dH, too, before that is put in the order of rows. Where G is kept
+    # there is no dW yet at that moment, which is more.
+    twice = task == BOTH and not whole
+    hidden = (1 + twice) * shape.itemsize * num_rows * shape.hidden_size
     return logits + hidden
 
 
@@ -161,6 +207,19 @@ def group_bytes(task: str, schedule: VocabTiles, shape: Shape) -> int:
     return total
 
 
+def keeps_all(args: Sequence[Any]) -> bool:
+    """Say whether an op of rows is called with ``keeps``, the one argument that may be True."""
+    return any(arg is True for arg in args)
+
+
+def needed_gradients(args: Sequence[Any]) -> list[bool]:
+    """Return which gradients a call wants, of hidden, weight and bias; none where it cannot say."""
+    for arg in args:
+        if isinstance(arg, list) and isinstance(arg[0], bool):
+            return arg
+    return [False] * 3
+
+
 def op_call(name: str, args: Sequence[Any]) -> tuple[str, Shape]:
     """Return the task and shape of a call of a loss's op, by its name and positional arguments."""
     if name.startswith("sftmix"):
@@ -179,12 +238,24 @@ def op_workspace(
     name: str, args: Sequence[Any], schedule: RowChunks | VocabTiles, kernels: bool
 ) -> int:
     """Return the bytes that a call of a loss's op holds beside the tensors that it returns."""
+    if not name.startswith(LOSS_OPS):
+        return 0
     task, shape = op_call(name, args)
     if shape.rows == 0:
         return 0
+    if keeps_all(args):
+        return shape.itemsize * shape.rows * shape.hidden_size if task == BOTH else 0
     if isinstance(schedule, RowChunks):
-        chunk = chunk_bytes if kernels else cpu_chunk_bytes
-        return chunk(task, schedule, shape)
+        if not kernels:
+            return cpu_chunk_bytes(task, schedule, shape)
+        frozen_head = not needed_gradients(args)[1]
+        chunk = chunk_bytes(task, schedule, shape, frozen_head=frozen_head)
+        if frozen_head or not keeps(task, schedule, shape):
+            return chunk
+        # A plan for a GPU that is not here: the op returns dW in float32. What is kept for backward
+        # and the dW made there are what is held beside the gradients it returns.
+        missing = (4 - shape.itemsize) * shape.vocab_size * shape.hidden_size
+        return max(0, chunk - missing)
     if name.endswith("_backward"):
         return group_bytes(task, schedule, shape)
     # A maximum and a sum in float32 of a row and its mixtures in every tile.
@@ -195,9 +266,13 @@ def op_workspace(
 
 def op_products(name: str, args: Sequence[Any]) -> int:
     """Return the operations of a call's products: ``2 R D V`` for logits and for each gradient."""
+    if name.startswith("weight_gradient"):
+        (num_rows, vocab_size), (_, size) = (tensor.shape for tensor in args)
+        return 2 * int(num_rows) * int(vocab_size) * int(size)
+    if not name.startswith(LOSS_OPS):
+        return 0
     task, shape = op_call(name, args)
-    needs = [sum(arg[:2]) for arg in args if isinstance(arg, list) and isinstance(arg[0], bool)]
-    products: int = 1 + sum(needs)
+    products: int = 1 + sum(needed_gradients(args)[:2]) - keeps_all(args)
     return 2 * logit_rows(task, shape) * shape.hidden_size * shape.vocab_size * products
 
 

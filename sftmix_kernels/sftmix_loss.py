@@ -25,7 +25,6 @@ a pair was cut, or unpaired.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -42,12 +41,30 @@ from .checks import (
     check_row_out,
     checked_lam,
 )
-from .gradients import Gradients, divides_early, first_order_only, handed_out
+from .gradients import (
+    DividedBy,
+    Gradients,
+    divided_by,
+    first_order_only,
+    handed_out,
+    kept_or_made,
+    unwritten,
+)
 from .mixup_loss import Options, RowInputs, TileOptions, TileRows, reduced_loss
-from .reference import SFTMixLoss, label_weight
-from .row_chunks.chunks import chunk_sizes, counted_rows, gather_rows, logits_workspace, project
+from .reference import SFTMixLoss
+from .row_chunks.chunks import (
+    chunk_sizes,
+    counted_pairs,
+    counted_singles,
+    fake_results,
+    gather_rows,
+    joined,
+    logits_workspace,
+    pair_chunks,
+    project,
+)
 from .schedules import BLOCK_P, BLOCK_V, Schedule, VocabTiles, resolve_schedule, runs_triton
-from .terms import PairPlan, divided_sum, is_paired, loss_divisor, ordered_pairs, single_rows
+from .terms import PairPlan, divided_sum, label_terms, loss_divisor, ordered_pairs
 from .transform import LogitTransform
 from .vocab_parallel.losses import add_over_ranks_, sharded_pair_losses_
 from .vocab_parallel.shard import HeadPart, VocabShard, checked_head
@@ -73,6 +90,7 @@ def sftmix_rows(
     pair_u: Tensor,  # (P,) int64
     pair_weight: Tensor,  # (P,) float32: 1, 0 or NaN; a pair of weight 0 is not mixed
     share: Tensor,  # (P, 2) float32: lam and 1 - lam
+    single: Tensor | None,  # (S,) int64, the rows outside of pairs, where they are known
     mix_ratio: Tensor,  # () float32
     logit_scale: float,
     softcap: float | None,
@@ -80,18 +98,21 @@ def sftmix_rows(
     needs_gradient: list[bool],  # of hidden, weight, bias
     first_token: int = 0,
     group: str | None = None,  # over which the vocabulary is shared out
+    keeps: bool = False,
     divisor: Tensor | None = None,  # () float32
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return NTP losses of rows (R,), Mixup losses of pairs (P,), and the gradients of
     ``sum(ntp) + mix_ratio * sum(mixup)`` with respect to hidden (R, D), weight (V, D) and bias
-    (V,), the last two in float32; empty where not needed. Group and divisor mean what they do in
-    `mixup_rows`."""
+    (V,), the last two in float32; empty where not needed. Group, ``keeps`` with what comes last,
+    and divisor mean what they do in `mixup_rows`."""
     transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
-    ntp, mixup = torch.zeros_like(row_weight), torch.zeros_like(pair_weight)
+    ntp = unwritten(row_weight, row_weight.shape, row_weight.dtype)
     with torch.autocast(weight.device.type, enabled=False):
-        pairs = counted_rows(pair_weight)
-        singles = counted_singles(row_weight, pair_c[pairs], pair_u[pairs])
-        num_rows = 2 * pairs.numel() + singles.numel()
+        pairs = counted_pairs(pair_weight)
+        if single is None:
+            single = counted_singles(row_weight, pair_c[pairs], pair_u[pairs])
+        of_pairs = (pair_c[pairs], pair_u[pairs], pair_weight[pairs], share[pairs])
+        num_rows = 2 * of_pairs[0].numel() + single.numel()
         gradients = Gradients(
             hidden,
             weight,
@@ -99,56 +120,48 @@ def sftmix_rows(
             num_rows,
             partial=group is not None,
             scale=1.0 if divisor is None else float(divisor.reciprocal()),
+            keeps=keeps,
         )
         sizes = chunk_sizes(num_rows, chunk_rows)
         workspace = logits_workspace(weight, max(sizes, default=0))
         losses_ = chunk_losses_
         if group is not None:
             losses_ = partial(sharded_pair_losses_, start=first_token, group=group)
-        for some, single in chunks(pairs, singles, sizes):
-            rows = torch.cat((pair_c[some], pair_u[some], single))
-            gathered = gather_rows(hidden, rows, row_weight[rows])
+        if runs_triton(hidden):
+            # Once, and not for every chunk.
+            hidden = dense_rows(hidden)
+        found = []
+        for some, rest in pair_chunks(of_pairs[0].numel(), sizes):
+            of_c, of_u, weight_of_pairs, share_of_pairs = (numbers[some] for numbers in of_pairs)
+            rows = joined(of_c, of_u, single[rest])
+            weights = row_weight[rows]
+            gathered = gather_rows(hidden, rows, weights)
             logits = project(gathered, weight, bias, workspace)
-            ntp[rows], mixup[some] = losses_(
+            ntp[rows], of_chunk = losses_(
                 logits,
                 labels[rows],
-                row_weight[rows],
-                pair_weight[some],
-                share[some],
+                weights,
+                weight_of_pairs,
+                share_of_pairs,
                 mix_ratio,
                 transform,
                 gradients.needed,
             )
+            found.append(of_chunk)
             gradients.add_chunk(logits, gathered, weight, rows)
             del gathered  # before the next chunk's are made
+        mixup = joined(pair_weight.new_empty(0), *found)
+        if isinstance(pairs, Tensor):
+            mixup = torch.zeros_like(pair_weight).index_copy_(0, pairs, mixup)
         add_over_ranks_(gradients.hidden, group)
-    return ntp, mixup, gradients.hidden, gradients.weight, gradients.bias
+    return ntp, mixup, *gradients.results
 
 
 @sftmix_rows.register_fake
-def _(hidden, weight, _b, _y, row_weight, _c, _u, pair_weight, _share, _ratio, _scale, _cap,  # type: ignore[no-untyped-def]
-      _rows, needs, _first=0, group=None, _divisor=None):  # fmt: skip
-    gradients = Gradients(hidden, weight, needs, 0, partial=group is not None)
-    losses = torch.empty_like(row_weight), torch.empty_like(pair_weight)
-    return *losses, gradients.hidden, gradients.weight, gradients.bias
-
-
-def counted_singles(row_weight: Tensor, pair_c: Tensor, pair_u: Tensor) -> Tensor:  # (S,) int64
-    """Return the rows outside of pairs, of which the CPU leaves out those of weight 0."""
-    if row_weight.device.type == "cpu":
-        return ((row_weight != 0) & ~is_paired(row_weight, pair_c, pair_u)).nonzero().squeeze(-1)
-    return single_rows(row_weight, pair_c, pair_u)
-
-
-def chunks(pairs: Tensor, singles: Tensor, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the pairs and single rows of each chunk: pairs first, until there are no more."""
-    pair = single = 0
-    for size in sizes:
-        some = pairs[pair : pair + size // 2]
-        pair += some.numel()
-        rest = singles[single : single + size - 2 * some.numel()]
-        single += rest.numel()
-        yield some, rest
+def _(hidden, weight, _b, _y, row_weight, _c, _u, pair_weight, _share, _single, _ratio, _scale,  # type: ignore[no-untyped-def]
+      _cap, _rows, needs, _first=0, group=None, keeps=False, _divisor=None):  # fmt: skip
+    results = fake_results(hidden, weight, needs, partial=group is not None, keeps=keeps)
+    return torch.empty_like(row_weight), torch.empty_like(pair_weight), *results
 
 
 def chunk_losses_(
@@ -172,7 +185,7 @@ def chunk_losses_(
     single = slice(ntp_of_pairs.numel(), None)
     targets, weights = labels[single].unsqueeze(-1), row_weight[single]
     ntp_of_singles = soft_rows_(logits[single], targets, None, weights, transform, needs_gradient)
-    return torch.cat((ntp_of_pairs, ntp_of_singles)), mixup
+    return joined(ntp_of_pairs, ntp_of_singles), mixup
 
 
 @torch.library.custom_op("sftmix_kernels::sftmix_tiles", mutates_args=())
@@ -275,24 +288,44 @@ class NTPAndMixup(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        *tensors, mu, ntp_divisor, mixup_divisor, options = inputs
-        mix_ratio = mu * ntp_divisor / mixup_divisor
-        ctx.divided = divides_early(tensors[1])
-        row_ntp, pair_mixup, *gradients = sftmix_rows(
-            *tensors, mix_ratio, *options, ntp_divisor if ctx.divided else None
+        *tensors, mu, ntp_divisor, mixup_divisor, ctx.options = inputs
+        ctx.divided_by = divided_by(tensors[1])
+        ntp, row_ntp, pair_mixup, *results = divided_rows(
+            tensors, mu, ntp_divisor, mixup_divisor, ctx.options, ctx.divided_by
         )
-        ctx.save_for_backward(ntp_divisor, *gradients)
+        ctx.save_for_backward(ntp_divisor, *results)
         ctx.dtype = tensors[1].dtype
-        ntp, mixup = divided_sum(row_ntp, ntp_divisor), divided_sum(pair_mixup, mixup_divisor)
+        mixup = divided_sum(pair_mixup, mixup_divisor)
         ctx.mark_non_differentiable(ntp, mixup, row_ntp)
         return ntp + mu * mixup, ntp, mixup, row_ntp
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        divisor, *gradients = ctx.saved_tensors
-        scale = upstream if ctx.divided else upstream / divisor
+        divisor, *results = ctx.saved_tensors
+        scale = upstream / divisor if ctx.divided_by is DividedBy.BACKWARD else upstream
+        gradients = kept_or_made(results, keeps=ctx.options.keeps)
         return handed_out(gradients, [scale] * 3, ctx.needs_input_grad, ctx.dtype)
+
+
+def divided_rows(
+    tensors: list[Tensor],
+    mu: float,
+    ntp_divisor: Tensor,
+    mixup_divisor: Tensor,
+    options: Options,
+    divides: DividedBy,
+) -> tuple[Tensor, ...]:
+    """Return the NTP term and what `sftmix_rows` does, divided here unless backward does it."""
+    if divides is not DividedBy.ROWS:
+        early = ntp_divisor if divides is DividedBy.PRODUCTS else None
+        mix_ratio = mu * ntp_divisor / mixup_divisor
+        ntp, *others = sftmix_rows(*tensors, mix_ratio, *options, early)
+        return divided_sum(ntp, ntp_divisor), ntp, *others
+    hidden, weight, bias, labels, row_weight, *of_pairs = tensors
+    rows = (hidden, weight, bias, labels, row_weight / ntp_divisor, *of_pairs)
+    ntp, *others = sftmix_rows(*rows, mu / mixup_divisor, *options)
+    return divided_sum(ntp, None), ntp * ntp_divisor, *others
 
 
 class TilePairs(torch.autograd.Function):
@@ -319,7 +352,7 @@ class TilePairs(torch.autograd.Function):
 
 def in_row_order(losses: Tensor, rows: Tensor, num_rows: int) -> Tensor:  # (R,)
     """Return losses (2, Q) of pairs of rows (2, Q) in the rows' order."""
-    in_order = losses.new_zeros(rows.numel())
+    in_order = unwritten(losses, (rows.numel(),), losses.dtype)
     in_order[rows.reshape(-1)] = losses.reshape(-1)
     return in_order[:num_rows].clone()
 
@@ -336,7 +369,7 @@ def joint_losses(
     """Return loss, NTP, Mixup, and the row losses of NTP, by the schedule chosen."""
     tensors, divisors = (hidden, head.weight, head.bias), (ntp_divisor, mixup_divisor)
     if not isinstance(schedule, VocabTiles):
-        options = Options.of(head, schedule, tensors)
+        options = Options.of(head, schedule, hidden.shape[0], tensors)
         return NTPAndMixup.apply(*tensors, *plan, mu, *divisors, options)  # type: ignore[no-any-return, no-untyped-call]
     tiles = TileOptions.of(head, schedule)
     if plan.pair_c.numel():
@@ -416,8 +449,9 @@ def fused_sftmix_loss(
         weight, bias: the LM head, in hidden's dtype.
         labels: ``ignore_index`` leaves a token out; a label outside ``[0, V)`` makes the row NaN,
             and the partner it is mixed with.
-        pair_c, pair_u: rows mixed with each other, each row at most once. A pair of which one token
-            is ignored is not mixed.
+        pair_c, pair_u: rows mixed with each other, each row at most once: one that is there twice
+            makes loss and gradients NaN, where values are not read. A pair of which one token is
+            ignored is not mixed.
         lam: share of ``c``, in ``[0, 1]``. Not differentiated: one that requires a gradient is
             refused, as such a divisor is.
         mu: weight of Mixup, at least 0. With 0, loss and gradients are bitwise NTP's.
@@ -448,8 +482,8 @@ def fused_sftmix_loss(
         check_label_values("labels", labels, vocab_size, ignore_index)
     lam = checked_lam(lam, pair_c, validate=validate)
     flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    row_weight = label_weight(flat_labels, vocab_size, ignore_index)
-    plan = ordered_pairs(flat_labels.clamp(0, vocab_size - 1), row_weight, pair_c, pair_u, lam)
+    targets, row_weight = label_terms(flat_labels, None, vocab_size, ignore_index)
+    plan = ordered_pairs(targets.squeeze(-1), row_weight, pair_c, pair_u, lam)
     divisors = loss_divisor(ntp_divisor, row_weight), loss_divisor(mixup_divisor, plan.pair_weight)
     chosen = resolve_schedule(schedule, hidden, head.widest)
     if mu == 0:

@@ -48,10 +48,11 @@ def loss_workspace(task: Task, rows: int, schedule: RowChunks) -> dict[str, Any]
 
     shape = Shape(rows, size.hidden_size, size.vocab_size, dtype.itemsize)
     peak = peak_extra_bytes(forward, task.device)
-    formula = cpu_chunk_bytes if task.device == "cpu" else chunk_bytes
+    kernels = task.device != "cpu"
+    formula = chunk_bytes if kernels else cpu_chunk_bytes
     return {
         "rows": rows,
         "loss_peak_bytes": peak,
-        "workspace_bytes": peak - kept_bytes(BOTH, schedule, shape),
+        "workspace_bytes": peak - kept_bytes(BOTH, schedule, shape, kernels),
         "formula_bytes": formula(BOTH, schedule, shape),
     }

@@ -1,15 +1,18 @@
 """The rows of a chunk: how many, which, and the products that make logits of them.
 
-Legend: R rows, K rows of one chunk, D hidden size, V vocabulary.
+Legend: R rows, K rows of one chunk, P pairs, S rows outside of pairs, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from ..gradients import weight_tiles
+from ..gradients import Gradients, on_plain_cpu, weight_tiles
 from ..schedules import FEWEST_ROWS, PADDING, logits_dtype, runs_triton
+from ..terms import is_paired, single_rows
 
 
 def chunk_sizes(num_rows: int, chunk_rows: int) -> list[int]:
@@ -28,32 +31,89 @@ def chunk_sizes(num_rows: int, chunk_rows: int) -> list[int]:
     return sizes
 
 
-def counted_rows(weight: Tensor) -> Tensor:
-    """Return the rows that enter the matrix products: (K,) int64.
+def counted_chunks(row_weight: Tensor, chunk_rows: int) -> list[Tensor | slice]:
+    """Return the rows of each chunk that enter the matrix products.
 
-    On the CPU these are the rows whose weight is not 0. On an accelerator they are all rows, since
-    the host would have to wait to learn how many count; callers that know gather first, as the
-    trainer does.
+    On the CPU these are the rows whose weight is not 0, each chunk (K,) int64. On an accelerator
+    they are all rows, since the host would have to wait to learn how many count; callers that know
+    gather first, as the trainer does.
     """
-    if weight.device.type == "cpu":
-        return weight.nonzero().squeeze(-1)
-    return torch.arange(weight.shape[0], device=weight.device)
+    if on_plain_cpu(row_weight):
+        counted = row_weight.nonzero().squeeze(-1)
+        return list(counted.split(chunk_sizes(counted.numel(), chunk_rows)))
+    return list(consecutive(chunk_sizes(row_weight.numel(), chunk_rows)))
 
 
-def gather_rows(hidden: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+def consecutive(sizes: list[int]) -> Iterator[slice]:
+    """Yield slices of these sizes, one after the other."""
+    start = 0
+    for size in sizes:
+        yield slice(start, start + size)
+        start += size
+
+
+def counted_pairs(pair_weight: Tensor) -> Tensor | slice:  # (p,) int64
+    """Return the pairs that are mixed on the CPU, elsewhere all: the host does not wait."""
+    return pair_weight.nonzero().squeeze(-1) if on_plain_cpu(pair_weight) else slice(None)
+
+
+def counted_singles(row_weight: Tensor, pair_c: Tensor, pair_u: Tensor) -> Tensor:  # (S,) int64
+    """Return the rows outside of pairs, of which the CPU leaves out those of weight 0."""
+    if on_plain_cpu(row_weight):
+        return ((row_weight != 0) & ~is_paired(row_weight, pair_c, pair_u)).nonzero().squeeze(-1)
+    return single_rows(row_weight, pair_c, pair_u)
+
+
+def pair_chunks(num_pairs: int, sizes: list[int]) -> Iterator[tuple[slice, slice]]:
+    """Yield the pairs and single rows of each chunk: pairs first, until there are no more."""
+    pair = single = 0
+    for size in sizes:
+        some = slice(pair, min(pair + size // 2, num_pairs))
+        pair = some.stop
+        rest = slice(single, single + size - 2 * (some.stop - some.start))
+        single = rest.stop
+        yield some, rest
+
+
+def joined(*parts: Tensor) -> Tensor:
+    """Return the parts one after the other; one that is all there is as it is."""
+    some = [part for part in parts if part.numel()]
+    return torch.cat(some) if len(some) > 1 else (some or parts)[0]
+
+
+def count_of(rows: Tensor | slice) -> int:
+    """Return how many rows these are."""
+    return rows.numel() if isinstance(rows, Tensor) else rows.stop - rows.start
+
+
+def gather_rows(
+    hidden: Tensor,  # (R, D)
+    rows: Tensor | slice,  # (K,) int64
+    weight: Tensor,  # (K,) float32
+) -> Tensor:  # (K, D)
     """Return ``hidden[rows]``, 0 where the weight is 0: an ignored NaN must not reach ``dW``.
 
     They have the dtype of the logits.
     """
+    if runs_triton(hidden):
+        from ..scaling import scaled_rows
+
+        out = hidden.new_empty(weight.numel(), hidden.shape[1])
+        if isinstance(rows, slice):
+            return scaled_rows(hidden[rows], out=out, weight=weight)
+        return scaled_rows(hidden, out=out, rows=rows, weight=weight)
+    counts = (weight != 0).unsqueeze(-1)
+    if isinstance(rows, slice):
+        return torch.where(counts, hidden[rows], 0.0).to(logits_dtype(hidden))
     gathered = hidden.index_select(0, rows).to(logits_dtype(hidden))
-    return gathered.masked_fill_((weight == 0).unsqueeze(-1), 0.0)
+    return gathered.masked_fill_(~counts, 0.0)
 
 
 def mixed_rows(
     hidden_c: Tensor,  # (R, D)
     hidden_u: Tensor | None,  # (R, D)
     share: Tensor,  # (R, 2) float32; not read where nothing is mixed
-    rows: Tensor,  # (K,) int64
+    rows: Tensor | slice,  # (K,) int64
     row_weight: Tensor,  # (R,) float32
 ) -> Tensor:  # (K, D)
     """Return ``lam h_c + (1 - lam) h_u`` of some rows, computed in float32.
@@ -65,11 +125,29 @@ def mixed_rows(
     if runs_triton(share):
         from . import kernels
 
+        if isinstance(rows, slice):
+            rows = torch.arange(rows.start, rows.stop, device=share.device)
         return kernels.mixed_rows(hidden_c, hidden_u, share, rows, row_weight)
     weight, (share_c, share_u) = row_weight[rows], share[rows].tensor_split(2, dim=-1)
     mixed = gather_rows(hidden_c, rows, weight).float().mul_(share_c)
     mixed.addcmul_(gather_rows(hidden_u, rows, weight).float(), share_u)
     return mixed.to(logits_dtype(hidden_c))
+
+
+def fake_results(
+    hidden: Tensor,
+    weight: Tensor,
+    needs_gradient: list[bool],
+    *,
+    partial: bool,
+    keeps: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `Gradients.results` look like, for the fake kernels of ops of rows."""
+    gradients = Gradients(hidden, weight, needs_gradient, 0, partial=partial, keeps=keeps)
+    if keeps:
+        gradients.weight = logits_workspace(weight, hidden.shape[0])
+        gradients.gathered = hidden.new_empty(hidden.shape)
+    return gradients.results
 
 
 def logits_workspace(weight: Tensor, num_rows: int) -> Tensor:

@@ -63,7 +63,9 @@ def every_row_paired(plan: PairPlan) -> PairGroup:  # of Q pairs
     An odd one is paired with row R, which does not exist and counts for nothing.
     """
     num_rows, num_pairs = plan.labels.numel(), plan.pair_c.numel()
-    single = single_rows(plan.row_weight, plan.pair_c, plan.pair_u)
+    single = plan.single
+    if single is None:
+        single = single_rows(plan.row_weight, plan.pair_c, plan.pair_u)
     if num_rows % 2:
         single = torch.cat((single, single.new_full((1,), num_rows)))
     rows = torch.cat((torch.stack((plan.pair_c, plan.pair_u)), single.view(2, -1)), dim=1)

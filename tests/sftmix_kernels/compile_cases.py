@@ -27,8 +27,10 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from sftmix_kernels.plan_kernels import label_terms, pair_terms
 from sftmix_kernels.row_chunks.chunks import logits_workspace
 from sftmix_kernels.row_chunks.kernels import mixed_rows, pair_rows_, soft_rows_
+from sftmix_kernels.scaling import scaled_rows
 from sftmix_kernels.transform import LogitTransform
 from sftmix_kernels.vocab_tiles.backward import (
     add_live_product_,
@@ -196,6 +198,22 @@ def mix_rows(dtype: torch.dtype) -> None:
     mixed_rows(hidden, hidden, share=torch.zeros(3, 2), rows=rows, row_weight=torch.zeros(3))
 
 
+def scale_rows(dtype: torch.dtype, out: torch.dtype) -> None:
+    """As for what is handed out, in place where the dtypes are one, and as for what is gathered."""
+    source, ones = torch.zeros(3, 2048, dtype=dtype), torch.zeros(2)
+    target = source if dtype == out else torch.zeros(3, 2048, dtype=out)
+    scaled_rows(source, torch.zeros(()), out=target)
+    gathered = torch.zeros(2, 2048, dtype=dtype)
+    scaled_rows(source, out=gathered, rows=torch.zeros(2, dtype=torch.int64), weight=ones)
+
+
+def lay_out_rows() -> None:
+    labels, pairs = torch.zeros(3000, dtype=torch.int64), torch.zeros(2, 70, dtype=torch.int64)
+    label_terms(labels, None, 32000, -100)
+    label_terms(labels, labels, 32000, -100)
+    pair_terms(torch.zeros(3000), *pairs, torch.zeros(70))
+
+
 def head(dtype: torch.dtype, has_bias: bool) -> tuple[Tensor, Tensor | None]:
     weight = torch.zeros(32000, 512, dtype=dtype)
     return weight, weight[:, 0].contiguous() if has_bias else None
@@ -253,6 +271,9 @@ CASES = (
     Case("bf16, odd V", partial(soft_rows, BF16, 2, vocab_size=50257)),
     Case("bf16", partial(mix_rows, BF16)),
     Case("fp32", partial(mix_rows, FP32)),
+    Case("fp32 to bf16", partial(scale_rows, FP32, BF16)),
+    Case("bf16", partial(scale_rows, BF16, BF16)),
+    Case("labels and pairs", partial(lay_out_rows)),
     Case("bf16", partial(pair_tiles, BF16)),
     Case("bf16, softcap, bias", partial(pair_tiles, BF16, 3.0, has_bias=True)),
     Case("fp32", partial(pair_tiles, FP32)),

@@ -17,6 +17,7 @@ from torch import Tensor
 from sftmix_kernels import (
     RowChunks,
     VocabTiles,
+    checks,
     fused_cross_entropy,
     fused_mixup_loss,
     fused_sftmix_loss,
@@ -26,7 +27,7 @@ from sftmix_kernels import reference as dense_torch
 from .budget import FAR, Loss, assert_same_bits, exact, head_inputs, run, same_class, some_labels
 from .kernel_cases import LAST_HEAD, bits, moved
 from .test_mixup_loss import NAMES, pair_labels
-from .test_sftmix_loss import random_pairs
+from .test_sftmix_loss import PAIRED_TWICE, random_pairs
 
 
 @pytest.mark.parametrize("head", [{}, LAST_HEAD])
@@ -104,6 +105,29 @@ def test_bad_labels_make_their_rows_nan_alone(device: str, schedule: Any) -> Non
     assert torch.equal(found[others], good[others])
 
 
+@pytest.mark.parametrize("other_rows", [0, 60])
+@pytest.mark.parametrize(("pair_c", "pair_u"), PAIRED_TWICE)
+def test_rows_paired_twice_make_all_nan(
+    device: str,
+    pair_c: list[int],
+    pair_u: list[int],
+    other_rows: int,
+    schedule: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In each other's place no row is lost in silence; in one chunk and in several."""
+    monkeypatch.setattr(checks, "values_are_free", lambda tensor: False)
+    count = 6 + other_rows
+    tensors = moved(head_inputs((count, 8), 123, torch.float32, bias=True), device)
+    labels, rows = some_labels((count,), 123, ignored=0.2), torch.empty(count, device=device)
+    options = moved({"labels": labels, "pair_c": torch.tensor(pair_c)}, device)
+    options |= {"pair_u": torch.tensor(pair_u, device=device), "row_ntp_out": rows, "lam": 0.3}
+    found = bits(lambda **t: fused_sftmix_loss(**t, **options, schedule=schedule).loss, tensors)
+    assert found.loss.isnan()
+    assert rows.isnan().all()
+    assert all(g is not None and g.isnan().all() for g in found.gradients.values())
+
+
 @pytest.mark.parametrize("shape", [(4, 3), (0,), (2, 0)])
 def test_nothing_to_average_is_zero(device: str, shape: tuple[int, ...], schedule: Any) -> None:
     tensors = moved(head_inputs((*shape, 8), 123, torch.float32, bias=True), device)
@@ -124,20 +148,20 @@ def test_nothing_to_average_is_zero(device: str, shape: tuple[int, ...], schedul
 
 
 def test_one_valid_token_of_many_is_the_one_token_result(device: str, schedule: Any) -> None:
-    hidden, weight = exact(4096, 8).to(device), exact(123, 8).to(device)
-    labels = torch.full((4096,), -100, device=device)
-    labels[900] = 5
+    hidden, weight = exact(300, 8).to(device), exact(123, 8).to(device)
+    labels = torch.full((300,), -100, device=device)
+    labels[90] = 5
     many, one = (
         bits(
             lambda y=labels[rows], **t: fused_cross_entropy(**t, labels=y, schedule=schedule),
             {"hidden": hidden[rows], "weight": weight},
         )
-        for rows in (slice(None), slice(900, 901))
+        for rows in (slice(None), slice(90, 91))
     )
     assert torch.equal(many.loss, one.loss)
     assert torch.equal(many.gradients["weight"], one.gradients["weight"])
     assert many.gradients["hidden"] is not None
-    assert many.gradients["hidden"].any(-1).nonzero().tolist() == [[900]]
+    assert many.gradients["hidden"].any(-1).nonzero().tolist() == [[90]]
 
 
 def test_a_nan_hidden_row_leaves_other_rows_alone(device: str, schedule: Any) -> None:

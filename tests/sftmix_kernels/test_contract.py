@@ -144,7 +144,7 @@ def test_opcheck() -> None:
     )
     pairs = (PAIRS["pair_c"], PAIRS["pair_u"], torch.tensor([1.0, 0, 1, 1]), torch.rand(4, 2))
     torch.library.opcheck(
-        sftmix_rows, (hidden, weight, bias, labels, ones, *pairs, torch.tensor(0.2), *rest)
+        sftmix_rows, (hidden, weight, bias, labels, ones, *pairs, None, torch.tensor(0.2), *rest)
     )
     sums, counts = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
     torch.library.opcheck(

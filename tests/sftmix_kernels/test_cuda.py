@@ -31,7 +31,10 @@ from .conftest import DTYPES, SCHEDULES
 from .test_sftmix_loss import assert_sftmix_in_budget, random_pairs
 
 pytestmark = pytest.mark.gpu
-every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
+# Rows of one chunk and of several, and tiles.
+every_schedule = pytest.mark.parametrize(
+    "schedule", [*SCHEDULES, pytest.param(RowChunks(), id="one_chunk")]
+)
 
 
 def on_cuda(tensors: Tensors) -> Tensors:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sftmix_kernels import RowChunks, fused_cross_entropy, fused_sftmix_loss, reference
+from sftmix_kernels import RowChunks, checks, fused_cross_entropy, fused_sftmix_loss, reference
 from sftmix_kernels.sftmix_loss import sftmix_rows
 from sftmix_kernels.terms import ordered_pairs
 from tools.peak_memory import peak_extra_bytes
@@ -36,6 +36,10 @@ def random_pairs(num_rows: int, num_pairs: int) -> dict[str, Tensor]:
     """A pair plan: each row at most once, some rows left over."""
     rows = torch.randperm(num_rows)[: 2 * num_pairs]
     return {"pair_c": rows[::2].clone(), "pair_u": rows[1::2].clone()}
+
+
+# Pairs of six rows: a row in two of them, on the same side or not, or paired with itself.
+PAIRED_TWICE = [([0, 0], [1, 2]), ([0, 3], [1, 0]), ([4, 2], [4, 3])]
 
 
 def sftmix(tensors: Tensors, upstream: float = 1.0, **options: Any) -> Result:
@@ -258,9 +262,9 @@ def test_frozen_tensors_get_no_gradient_and_no_memory() -> None:
     for needs in ([True, False, False], [False, True, False], [False] * 3):
         _, _, *gradients = sftmix_rows(
             hidden, weight, None, labels, torch.ones(6), plan["pair_c"], plan["pair_u"],
-            torch.ones(2), torch.rand(2, 2), torch.tensor(0.2), 1.0, None, 4, needs,
+            torch.ones(2), torch.rand(2, 2), None, torch.tensor(0.2), 1.0, None, 4, needs,
         )  # fmt: skip
-        assert [g.numel() > 0 for g in gradients] == needs
+        assert [g.numel() > 0 for g in gradients] == [*needs, False]
 
 
 def test_divisors_of_zero_count_as_one() -> None:
@@ -276,12 +280,31 @@ def test_divisors_of_zero_count_as_one() -> None:
 
 
 def test_a_row_that_does_not_exist_poisons_its_pair_where_values_are_not_read() -> None:
-    lam, ones = torch.tensor([0.25, 0.75]), torch.ones(3)
-    plan = ordered_pairs(torch.arange(3), ones, torch.tensor([2, 0]), torch.tensor([1, 7]), lam)
-    assert (plan.pair_c.tolist(), plan.pair_u.tolist()) == ([1, 0], [2, 2])
+    lam, ones = torch.tensor([0.25, 0.75]), torch.ones(4)
+    plan = ordered_pairs(torch.arange(4), ones, torch.tensor([2, 0]), torch.tensor([1, 7]), lam)
+    assert (plan.pair_c.tolist(), plan.pair_u.tolist()) == ([1, 0], [2, 3])
     assert plan.share.tolist() == [[0.75, 0.25], [0.75, 0.25]]
     assert plan.pair_weight[0] == 1
     assert plan.pair_weight[1].isnan()
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.2])
+@pytest.mark.parametrize(("pair_c", "pair_u"), PAIRED_TWICE)
+def test_rows_paired_twice_make_all_nan_where_values_are_not_read(
+    pair_c: list[int], pair_u: list[int], mu: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would be read here, and refused with their number; in a compiled graph they are not."""
+    monkeypatch.setattr(checks, "values_are_free", lambda tensor: False)
+    tensors = head_inputs((6, 8), 123, torch.float32, bias=True)
+    pairs = {"pair_c": torch.tensor(pair_c), "pair_u": torch.tensor(pair_u), "mu": mu}
+    rows = torch.empty(6)
+    labels = torch.tensor([3, 5, 7, -100, 0, 122])
+    found = sftmix(tensors, labels=labels, lam=0.3, row_ntp_out=rows, **pairs)
+    assert found.loss.isnan()
+    assert rows.isnan().all()
+    assert all(g is not None and g.isnan().all() for g in found.gradients.values())
+    with pytest.raises(ValueError, match="pair_c, pair_u: expected each row at most once, got row"):
+        sftmix(tensors, labels=labels, lam=0.3, validate=True, **pairs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

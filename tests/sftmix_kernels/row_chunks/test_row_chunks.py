@@ -160,7 +160,8 @@ def test_opcheck(device: str) -> None:
         (hidden, hidden + 1, weight, bias, targets, share, ones, *rest),
         test_utils=utils,
     )
-    pairs = (labels[:2], labels[2:4], 1.0 - ones[2:4], share[:2], torch.tensor(0.2, device=device))
+    pairs = (labels[:2], labels[2:4], 1.0 - ones[2:4], share[:2], labels[4:])
+    rest = (torch.tensor(0.2, device=device), *rest)
     torch.library.opcheck(
         sftmix_rows, (hidden, weight, bias, labels, ones, *pairs, *rest), test_utils=utils
     )

@@ -17,6 +17,7 @@ from sftmix_kernels import (
     RowChunks,
     VocabShard,
     VocabTiles,
+    checks,
     fused_cross_entropy,
     fused_sftmix_loss,
     reference,
@@ -37,6 +38,7 @@ from ..budget import (
     some_labels,
 )
 from ..processes import start_ranks
+from ..test_sftmix_loss import PAIRED_TWICE
 from .two_ranks import BAD_LABELS, CASES, DENSE, OURS, Case, frozen_of, make_inputs, of, run_rank
 
 IN_BUDGET = [name for name, case in CASES.items() if case.inputs in ("random", "confident")]
@@ -281,6 +283,22 @@ def test_compiled_equals_eager(group: dist.ProcessGroup) -> None:
     call = of(fused_sftmix_loss, constants, {}, vocab_parallel=VocabShard(0, 515, group))
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert_same_bits(run(compiled, tensors), run(call, tensors))
+
+
+@pytest.mark.parametrize(("pair_c", "pair_u"), PAIRED_TWICE)
+def test_rows_paired_twice_make_all_nan_where_values_are_not_read(
+    pair_c: list[int],
+    pair_u: list[int],
+    group: dist.ProcessGroup,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checks, "values_are_free", lambda tensor: False)
+    pairs = {"pair_c": torch.tensor(pair_c), "pair_u": torch.tensor(pair_u), "lam": 0.3}
+    constants = {"labels": some_labels((6,), 123), **pairs}
+    call = of(fused_sftmix_loss, constants, {}, vocab_parallel=VocabShard(0, 123, group))
+    found = run(call, head_inputs((6, 8), 123, torch.float32, bias=True))
+    assert found.loss.isnan()
+    assert all(g is not None and g.isnan().all() for g in found.gradients.values())
 
 
 def test_double_backward_is_a_clear_error(group: dist.ProcessGroup) -> None:
