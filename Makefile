@@ -11,6 +11,9 @@ READY :=
 else
 PYTHON := $(VENV)/bin/python
 READY := $(STAMP)
+# What pip leaves uncompiled is compiled when it is imported, and kept. Without that each process
+# that imports torch and transformers takes 28 s of a core, not 10.
+unexport PYTHONDONTWRITEBYTECODE
 endif
 
 NOW := $(shell date +%Y%m%d-%H%M%S)
@@ -44,9 +47,12 @@ demo: $(READY)
 # left. Each holds torch and a toy model or two, so that there are eight at most.
 PYTEST = OMP_NUM_THREADS=1 "$(PYTHON)" -m pytest -n logical --maxprocesses 8 --dist worksteal
 
+# Few of the benchmarks' files have such tests, and to collect the others is to import transformers.
+INTERPRETED = tests/sftmix_kernels $(shell grep -l 'mark[.]interpret' tests/benchmarks/*.py)
+
 test: $(READY)
 	if "$(PYTHON)" -c "import triton" 2>/dev/null; then \
-		TRITON_INTERPRET=1 $(PYTEST) -m interpret tests/sftmix_kernels tests/benchmarks; fi
+		TRITON_INTERPRET=1 $(PYTEST) -m interpret $(INTERPRETED); fi
 	$(MAKE) --no-print-directory test-isa-default ISA_TESTS="$(ISA_FEW)"
 	$(PYTEST) $(NOT_SLOW) --durations 25 --durations-min 4
 
