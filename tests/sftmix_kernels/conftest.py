@@ -14,6 +14,7 @@ from sftmix_kernels import RowChunks, VocabTiles
 
 # Triton exists only on Linux; the package works without it.
 NEEDS_TRITON = [
+    "ptx",
     "row_chunks/test_row_chunks.py",
     "vocab_tiles",
     "test_both_schedules.py",
