@@ -54,6 +54,9 @@ inline Half to_half(float x) {
   return {uint16_t(result | (bits > 0x7f800000 ? 0 : sign))};
 }
 
+inline Bfloat rounded(float x, Bfloat) { return to_bfloat(x); }
+inline Half rounded(float x, Half) { return to_half(x); }
+
 inline uint32_t packed(uint16_t high, uint16_t low) { return uint32_t(high) << 16 | low; }
 
 // Flush numbers below the smallest normal one to zero.
@@ -61,12 +64,13 @@ inline float flushed(float x) {
   return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
 }
 
-// The table of maths.h allows a relative error of 2^-22: it is always made, one way or the other.
+// A relative error of 2^-22 is allowed. Half of it is made, one way or the other, and at most the
+// other half is what this function and the product round.
 inline float exp2_approx(float x) {
   float exact = std::exp2(flushed(x));
   uint32_t bits = std::bit_cast<uint32_t>(exact);
   if ((bits & 0x7fffff) == 0) return exact;  // a power of two, 0, infinity
-  return flushed(exact * (bits >> 3 & 1 ? 1.0f + 0x1p-22f : 1.0f - 0x1p-22f));
+  return flushed(exact * (bits >> 3 & 1 ? 1.0f + 0x1p-23f : 1.0f - 0x1p-23f));
 }
 
 // What a predicate's register holds, read by lane.
@@ -237,16 +241,14 @@ void add_integers(Table& table, const std::string& type) {
     table["mad.wide" + type] =
         entry<Wide, T, T, Wide>([](T a, T b, Wide c) { return Wide(Wide(a) * b + c); });
   }
-  if constexpr (size > 16) {
-    // Bits of `a` from `from`, `count` of them, the last one repeated where it is a sign.
-    table["bfe" + type] = entry<T, T, uint32_t, uint32_t>([](T a, uint32_t from, uint32_t count) {
-      from &= 255, count &= 255;
-      U bits = from < size ? U(a) >> from : 0;
-      U sign = std::is_signed_v<T> && count ? U(a) >> std::min(from + count - 1, size - 1u) & 1 : 0;
-      U kept = count < size ? (U(1) << count) - 1 : ~U(0);
-      return T((bits & kept) | (sign ? ~kept : 0));
-    });
-  }
+  // Bits of `a` from `from`, `count` of them, the last one repeated where it is a sign.
+  table["bfe" + type] = entry<T, T, uint32_t, uint32_t>([](T a, uint32_t from, uint32_t count) {
+    from &= 255, count &= 255;
+    U bits = from < size ? U(a) >> from : 0;
+    U sign = std::is_signed_v<T> && count ? U(a) >> std::min(from + count - 1, size - 1u) & 1 : 0;
+    U kept = count < size ? (U(1) << count) - 1 : ~U(0);
+    return T((bits & kept) | (sign ? ~kept : 0));
+  });
 }
 
 template <class T>
@@ -271,28 +273,6 @@ void add_bits(Table& table, const std::string& type) {
         entry<T, T, uint32_t>([](T a, uint32_t n) { return n < size ? T(a >> n) : T(0); });
     table["selp" + type] = {&select<T>, {size / 8, size / 8, size / 8, 0}};
   }
-}
-
-// Types of less than 16 bits are held in registers of 16.
-template <class To, class From>
-void add_conversion(Table& table, const std::string& name) {
-  using Out = std::conditional_t<sizeof(To) == 1, int16_t, To>;
-  using In = std::conditional_t<sizeof(From) == 1, int16_t, From>;
-  table[name] = entry<Out, In>([](In a) { return Out(To(From(a))); });
-}
-
-template <class From>
-void add_conversions(Table& table, const std::string& from) {
-  add_conversion<int8_t, From>(table, "cvt.s8" + from);
-  add_conversion<uint8_t, From>(table, "cvt.u8" + from);
-  add_conversion<int16_t, From>(table, "cvt.s16" + from);
-  add_conversion<uint16_t, From>(table, "cvt.u16" + from);
-  add_conversion<int32_t, From>(table, "cvt.s32" + from);
-  add_conversion<uint32_t, From>(table, "cvt.u32" + from);
-  add_conversion<int64_t, From>(table, "cvt.s64" + from);
-  add_conversion<uint64_t, From>(table, "cvt.u64" + from);
-  using In = std::conditional_t<sizeof(From) == 1, int16_t, From>;
-  table["cvt.rn.f32" + from] = entry<float, In>([](In a) { return float(From(a)); });
 }
 
 template <class T>
@@ -320,6 +300,8 @@ inline void add_float_conversions(Table& table) {
   table["cvt.f32.f16"] = entry<F, Half>([](Half a) { return to_float(a); });
   table["cvt.rn.bf16.f32"] = entry<Bfloat, F>([](F a) { return to_bfloat(a); });
   table["cvt.rn.f16.f32"] = entry<Half, F>([](F a) { return to_half(a); });
+  table["cvt.rn.f32.s32"] = entry<F, int32_t>([](int32_t a) { return float(a); });
+  table["cvt.rn.f32.u32"] = entry<F, uint32_t>([](uint32_t a) { return float(a); });
   table["cvt.rn.bf16x2.f32"] = entry<uint32_t, F, F>(
       [](F high, F low) { return packed(to_bfloat(high).bits, to_bfloat(low).bits); });
   table["cvt.rn.f16x2.f32"] = entry<uint32_t, F, F>(
@@ -329,6 +311,28 @@ inline void add_float_conversions(Table& table) {
   table["cvt.rmi.f32.f32"] = entry<F, F>([](F a) { return std::floor(a); });
   table["cvt.rni.f32.f32"] = entry<F, F>([](F a) { return std::nearbyint(a); });
   table["cvt.rzi.f32.f32"] = entry<F, F>([](F a) { return std::trunc(a); });
+}
+
+// One number of 16 bits, or two of them in 32, computed in float32 and rounded.
+template <class T, class F>
+void add_half(Table& table, const std::string& name, const std::string& type, F) {
+  static constexpr auto one = [](T a, T b) { return rounded(F()(to_float(a), to_float(b)), T()); };
+  table[name + type] = entry<T, T, T>([](T a, T b) { return one(a, b); });
+  table[name + type + "x2"] = entry<uint32_t, uint32_t, uint32_t>([](uint32_t a, uint32_t b) {
+    auto part = [&](int shift) {
+      return one(T{uint16_t(a >> shift)}, T{uint16_t(b >> shift)}).bits;
+    };
+    return packed(part(16), part(0));
+  });
+}
+
+template <class T>
+void add_halves(Table& table, const std::string& type) {
+  for (const std::string& way : {std::string(), std::string(".rn")}) {
+    add_half<T>(table, "add" + way, type, [](float a, float b) { return a + b; });
+    add_half<T>(table, "sub" + way, type, [](float a, float b) { return a - b; });
+    add_half<T>(table, "mul" + way, type, [](float a, float b) { return a * b; });
+  }
 }
 
 inline void add_bytes(Table& table) {
@@ -368,8 +372,6 @@ inline Table arithmetic() {
   add_floats(table);
   add_comparisons<float>(table, ".f32");
   table["selp.f32"] = {&select<float>, {4, 4, 4, 0}};
-  add_integers<int16_t, int32_t>(table, ".s16");
-  add_integers<uint16_t, uint32_t>(table, ".u16");
   add_integers<int32_t, int64_t>(table, ".s32");
   add_integers<uint32_t, uint64_t>(table, ".u32");
   add_integers<int64_t, __int128>(table, ".s64");
@@ -378,15 +380,9 @@ inline Table arithmetic() {
   add_bits<uint16_t>(table, ".b16");
   add_bits<uint32_t>(table, ".b32");
   add_bits<uint64_t>(table, ".b64");
-  add_conversions<int8_t>(table, ".s8");
-  add_conversions<uint8_t>(table, ".u8");
-  add_conversions<int16_t>(table, ".s16");
-  add_conversions<uint16_t>(table, ".u16");
-  add_conversions<int32_t>(table, ".s32");
-  add_conversions<uint32_t>(table, ".u32");
-  add_conversions<int64_t>(table, ".s64");
-  add_conversions<uint64_t>(table, ".u64");
   add_float_conversions(table);
+  add_halves<Bfloat>(table, ".bf16");
+  add_halves<Half>(table, ".f16");
   add_bytes(table);
   return table;
 }

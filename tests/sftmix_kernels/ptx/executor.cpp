@@ -39,6 +39,8 @@ using Operands = std::vector<std::string>;
 
 bool starts(const std::string& text, const std::string& with) { return text.rfind(with, 0) == 0; }
 
+bool is_integer(const std::string& type) { return type[0] == 's' || type[0] == 'u'; }
+
 // What comes once: opcode, handler, whether all lanes must be there.
 struct Plain {
   Handler run;
@@ -192,13 +194,18 @@ bool decode_collective(Parser& parser, Instruction& at, const std::string& opcod
       throw Unsupported("a vote of some lanes");
   } else if (starts(opcode, "shfl.sync.") && parts.back() == "b32") {
     decode_shuffle(parser, at, parts.at(2), operands);
-  } else if (starts(opcode, "ldmatrix.sync.aligned.m8n8.x") && parts.back() == "b16") {
-    Operands to = Parser::list(operands.at(0));
-    at.count = int(to.size());
-    for (const std::string& one : to) at.registers.push_back(parser.operand(one, 4));
-    at.registers.push_back(parser.address(operands.at(1), at.offset[0]));
+  } else if ((starts(opcode, "ldmatrix.sync.aligned.m8n8.x") ||
+              starts(opcode, "stmatrix.sync.aligned.m8n8.x")) &&
+             parts.back() == "b16") {
+    bool loads = parts[0] == "ldmatrix";
+    Operands list = Parser::list(operands.at(loads ? 0 : 1));
+    at.count = int(list.size());
+    int address = parser.address(operands.at(loads ? 1 : 0), at.offset[0]);
+    if (!loads) at.registers.push_back(address);
+    for (const std::string& one : list) at.registers.push_back(parser.operand(one, 4));
+    if (loads) at.registers.push_back(address);
     at.number = opcode.find(".trans.") != std::string::npos;
-    at.run = load_matrix;
+    at.run = loads ? move_matrix<true> : move_matrix<false>;
   } else if (starts(opcode, "wgmma.mma_async.sync.aligned.")) {
     decode_product(parser, at, parts, operands);
   } else if (opcode == "wgmma.wait_group.sync.aligned") {
@@ -238,6 +245,14 @@ void decode(Parser& parser, Instruction& at, const std::string& opcode, const Op
     decode_memory(parser, at, parts, operands);
   } else if (parts[0] == "mov") {
     decode_move(parser, at, parts.back(), operands);
+  } else if (parts[0] == "cvt" && parts.size() == 3 && is_integer(parts[1]) &&
+             is_integer(parts[2])) {
+    at.to = bytes_of(parts[1]);
+    at.number = parts[1][0] == 's';
+    at.size = bytes_of(parts[2]);
+    at.is_signed = parts[2][0] == 's';
+    for (const std::string& one : operands) at.registers.push_back(parser.operand(one, -1));
+    at.run = convert;
   } else if (starts(opcode, "cp.async.ca.shared.global") ||
              starts(opcode, "cp.async.cg.shared.global")) {
     if (parts.size() != 5) throw Unsupported("." + parts.back());

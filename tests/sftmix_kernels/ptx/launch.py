@@ -75,9 +75,7 @@ def on_executor(folder: Path, mutate: Mutation | None = None, seed: int = 0) -> 
     run, compile_kernel = Run(), JITFunction.run
 
     def launch(kernel: Any, *args: Any, warmup: bool, grid: Any, **options: Any) -> None:
-        with mock.patch.dict(os.environ):
-            os.environ.pop("TRITON_INTERPRET", None)
-            compiled = compile_kernel(kernel, *args, grid=grid, warmup=True, **options)
+        compiled = compile_kernel(kernel, *args, grid=grid, warmup=True, **options)
         name, ptx = compiled.metadata.name, compiled.asm["ptx"]
         values = dict(zip(kernel.arg_names, args, strict=False)) | options
         arguments = list(flat((values[n], t) for n, t in compiled.src.signature.items()))
@@ -90,8 +88,9 @@ def on_executor(folder: Path, mutate: Mutation | None = None, seed: int = 0) -> 
         run.instructions += count
 
     with (
-        # The package takes Triton's path as in the interpreter; kernels are compiled all the same.
+        # The package takes Triton's path on the CPU, as it does where kernels are interpreted.
         mock.patch.dict(os.environ, TRITON_INTERPRET="1", TRITON_CACHE_DIR=str(folder / "triton")),
+        mock.patch.object(type(triton.knobs.runtime), "interpret", False),
         mock.patch.object(type(triton.runtime.driver), "active", Chip()),
         mock.patch.object(CUDABackend, "make_cubin", without_machine_code),
         mock.patch.object(JITFunction, "run", launch),

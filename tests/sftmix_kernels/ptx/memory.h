@@ -108,6 +108,15 @@ inline void load_parameter(Warp& warp, const Instruction& at) {
   put(warp, at.registers[0], values, 0);
 }
 
+// Between integers: a number is cut to the smaller type, or continued by the source's sign.
+inline void convert(Warp& warp, const Instruction& at) {
+  uint64_t values[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane)
+    values[lane] = extended(extended(get(warp, at.registers[1], lane), at.size, at.is_signed),
+                            at.to, at.number);
+  put(warp, at.registers[0], values, warp.undefined[at.registers[1]]);
+}
+
 // Until it has landed nobody knows what is at the target.
 inline void copy(Warp& warp, const Instruction& at) {
   int bytes = at.number;
@@ -179,31 +188,40 @@ inline void repack(Warp& warp, const Instruction& at) {
   for (int k = 0; k < at.count; ++k) put(warp, to[k], values[k], unknown);
 }
 
-// Eight rows of 16 bytes for each of one, two or four matrices; a lane gets two numbers of each.
-inline void load_matrix(Warp& warp, const Instruction& at) {
-  int address = at.registers.back();
+// Eight rows of 16 bytes for each of one, two or four matrices, of which a lane holds two numbers.
+template <bool loads>
+void move_matrix(Warp& warp, const Instruction& at) {
+  int address = loads ? at.registers.back() : at.registers[0];
+  const int* slots = at.registers.data() + !loads;
   warp.require_known(address, at, "an address");
   Block& block = warp.block;
   for (int k = 0; k < at.count; ++k) {
-    uint32_t values[kLanes], unknown = 0;
+    uint32_t values[kLanes] = {}, unknown = 0;
     for (int lane = 0; lane < kLanes; ++lane) {
-      values[lane] = 0;
       for (int half = 0; half < 2; ++half) {
         int row = at.number ? lane % 4 * 2 + half : lane / 4;
         int column = at.number ? lane / 4 : lane % 4 * 2 + half;
         int64_t start = int64_t(get(warp, address, 8 * k + row)) + at.offset[0];
-        Block::check_alignment(uint64_t(start), 16, at);
+        Block::check_alignment(start, 16, at);
         block.check_shared(start, 16, at);
         start += 2 * column;
-        block.read(block.shared, start, 2, warp.thread(8 * k + row), at);
-        uint16_t value;
-        std::memcpy(&value, block.shared.data + start, 2);
-        values[lane] |= uint32_t(value) << 16 * half;
-        if (block.shared.undefined[start] || block.shared.undefined[start + 1])
-          unknown |= 1u << lane;
+        uint16_t value = uint16_t(warp.as<uint32_t>(slots[k])[lane] >> 16 * half);
+        if (loads) {
+          block.read(block.shared, start, 2, warp.thread(8 * k + row), at);
+          std::memcpy(&value, block.shared.data + start, 2);
+          values[lane] |= uint32_t(value) << 16 * half;
+          if (block.shared.undefined[start] || block.shared.undefined[start + 1])
+            unknown |= 1u << lane;
+        } else {
+          unsigned char bytes[2];
+          std::memcpy(bytes, &value, 2);
+          block.write(block.shared, start, 2, warp.thread(lane), bytes, at);
+          if (warp.undefined[slots[k]] >> lane & 1)
+            std::memset(&block.shared.undefined[start], 1, 2);
+        }
       }
     }
-    warp.write(at.registers[k], values, unknown);
+    if (loads) warp.write(slots[k], values, unknown);
   }
 }
 
