@@ -191,25 +191,33 @@ inline void add_floats(Table& table) {
   add_float(table, "min", ".NaN", [](F a, F b) { return a != a || a < b ? a : b; });
 }
 
+template <class T, class F>
+void add_comparison(Table& table, const std::string& name, const std::string& type, F f) {
+  table["setp." + name + type] = entry<bool, T, T>(f);
+  if constexpr (std::is_same_v<T, float>)
+    table["setp." + name + ".ftz" + type] =
+        entry<bool, T, T>([](T a, T b) { return F()(flushed(a), flushed(b)); });
+}
+
 template <class T>
 void add_comparisons(Table& table, const std::string& type) {
-  table["setp.eq" + type] = entry<bool, T, T>([](T a, T b) { return a == b; });
-  table["setp.ne" + type] = entry<bool, T, T>([](T a, T b) { return a < b || a > b; });
-  table["setp.lt" + type] = entry<bool, T, T>([](T a, T b) { return a < b; });
-  table["setp.le" + type] = entry<bool, T, T>([](T a, T b) { return a <= b; });
-  table["setp.gt" + type] = entry<bool, T, T>([](T a, T b) { return a > b; });
-  table["setp.ge" + type] = entry<bool, T, T>([](T a, T b) { return a >= b; });
-  if constexpr (std::is_same_v<T, float>) {
+  add_comparison<T>(table, "eq", type, [](T a, T b) { return a == b; });
+  add_comparison<T>(table, "ne", type, [](T a, T b) { return a < b || a > b; });
+  add_comparison<T>(table, "lt", type, [](T a, T b) { return a < b; });
+  add_comparison<T>(table, "le", type, [](T a, T b) { return a <= b; });
+  add_comparison<T>(table, "gt", type, [](T a, T b) { return a > b; });
+  add_comparison<T>(table, "ge", type, [](T a, T b) { return a >= b; });
+  if constexpr (std::is_floating_point_v<T>) {
     // True also where one of them is NaN.
-    table["setp.equ.f32"] = entry<bool, T, T>([](T a, T b) { return !(a < b || a > b); });
-    table["setp.neu.f32"] = entry<bool, T, T>([](T a, T b) { return a != b; });
-    table["setp.ltu.f32"] = entry<bool, T, T>([](T a, T b) { return !(a >= b); });
-    table["setp.leu.f32"] = entry<bool, T, T>([](T a, T b) { return !(a > b); });
-    table["setp.gtu.f32"] = entry<bool, T, T>([](T a, T b) { return !(a <= b); });
-    table["setp.geu.f32"] = entry<bool, T, T>([](T a, T b) { return !(a < b); });
-    table["setp.num.f32"] = entry<bool, T, T>([](T a, T b) { return a == a && b == b; });
-    table["setp.nan.f32"] = entry<bool, T, T>([](T a, T b) { return a != a || b != b; });
-  } else {
+    add_comparison<T>(table, "equ", type, [](T a, T b) { return !(a < b || a > b); });
+    add_comparison<T>(table, "neu", type, [](T a, T b) { return a != b; });
+    add_comparison<T>(table, "ltu", type, [](T a, T b) { return !(a >= b); });
+    add_comparison<T>(table, "leu", type, [](T a, T b) { return !(a > b); });
+    add_comparison<T>(table, "gtu", type, [](T a, T b) { return !(a <= b); });
+    add_comparison<T>(table, "geu", type, [](T a, T b) { return !(a < b); });
+    add_comparison<T>(table, "num", type, [](T a, T b) { return a == a && b == b; });
+    add_comparison<T>(table, "nan", type, [](T a, T b) { return a != a || b != b; });
+  } else if constexpr (std::is_unsigned_v<T>) {
     table["setp.lo" + type] = table["setp.lt" + type];
     table["setp.ls" + type] = table["setp.le" + type];
     table["setp.hi" + type] = table["setp.gt" + type];
@@ -335,6 +343,29 @@ void add_halves(Table& table, const std::string& type) {
   }
 }
 
+inline void add_doubles(Table& table) {
+  using D = double;
+  add_comparisons<D>(table, ".f64");
+  for (const std::string& way : {std::string(), std::string(".rn")}) {
+    table["add" + way + ".f64"] = entry<D, D, D>([](D a, D b) { return a + b; });
+    table["sub" + way + ".f64"] = entry<D, D, D>([](D a, D b) { return a - b; });
+    table["mul" + way + ".f64"] = entry<D, D, D>([](D a, D b) { return a * b; });
+  }
+  table["fma.rn.f64"] = entry<D, D, D, D>([](D a, D b, D c) { return std::fma(a, b, c); });
+  table["div.rn.f64"] = entry<D, D, D>([](D a, D b) { return a / b; });
+  table["neg.f64"] = entry<D, D>([](D a) { return -a; });
+  table["abs.f64"] = entry<D, D>([](D a) { return std::fabs(a); });
+  table["selp.f64"] = {&select<D>, {8, 8, 8, 0}};
+  table["cvt.f64.f32"] = entry<D, float>([](float a) { return D(a); });
+  table["cvt.ftz.f64.f32"] = entry<D, float>([](float a) { return D(flushed(a)); });
+  table["cvt.rn.f32.f64"] = entry<float, D>([](D a) { return float(a); });
+  table["cvt.rn.f64.s32"] = entry<D, int32_t>([](int32_t a) { return D(a); });
+  table["cvt.rni.f64.f64"] = entry<D, D>([](D a) { return std::nearbyint(a); });
+  // Of the result's bits only the upper half.
+  table["rcp.approx.ftz.f64"] = entry<D, D>(
+      [](D a) { return std::bit_cast<D>(std::bit_cast<uint64_t>(1.0 / a) >> 32 << 32); });
+}
+
 inline void add_bytes(Table& table) {
   using U = uint32_t;
   // Each byte of the result is one of the eight of `b` above `a`, or its sign eight times.
@@ -383,6 +414,7 @@ inline Table arithmetic() {
   add_float_conversions(table);
   add_halves<Bfloat>(table, ".bf16");
   add_halves<Half>(table, ".f16");
+  add_doubles(table);
   add_bytes(table);
   return table;
 }

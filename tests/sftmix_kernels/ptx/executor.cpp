@@ -91,14 +91,18 @@ void decode_memory(Parser& parser, Instruction& at, const std::vector<std::strin
 void decode_parameter(Parser& parser, Instruction& at, const std::string& type,
                       const Operands& operands) {
   std::string name = trim(operands.at(1).substr(1, operands[1].size() - 2));
+  size_t plus = name.find('+');
+  int offset = plus == std::string::npos ? 0 : std::atoi(name.c_str() + plus + 1);
   at.size = bytes_of(type);
   at.is_signed = type[0] == 's';
-  at.registers = {parser.operand(operands[0], -1)};
+  for (const std::string& one : Parser::list(operands[0]))
+    at.registers.push_back(parser.operand(one, -1));
+  at.count = int(at.registers.size());
   at.run = load_parameter;
   for (const Parameter& one : parser.program.parameters)
-    if (one.name == name) {
-      if (one.size != at.size) throw Unsupported("a parameter of another size");
-      at.number = one.offset;
+    if (one.name == name.substr(0, plus)) {
+      if (offset + at.count * at.size > one.size) throw Unsupported("behind the parameter's end");
+      at.number = one.offset + offset;
       return;
     }
   throw Unsupported("no parameter " + name);
@@ -261,6 +265,9 @@ void decode(Parser& parser, Instruction& at, const std::string& opcode, const Op
     at.number = std::stoi(operands.at(2), nullptr, 0);
     if (operands.size() > 3) at.registers.push_back(parser.operand(operands[3], 4));
     at.run = copy;
+  } else if (opcode == "cvta.to.global.u64") {
+    at.registers = {parser.operand(operands.at(0), 8), parser.operand(operands.at(1), 8)};
+    at.run = entry<uint64_t, uint64_t>([](uint64_t a) { return a; }).run;
   } else if (opcode == "bra" || opcode == "bra.uni") {
     at.target = parser.label(operands.at(0));
     at.run = branch;
@@ -305,18 +312,22 @@ void ptx_free(void* program) { delete static_cast<ptx::Program*>(program); }
 
 // Runs all blocks, one after the other, and returns the number of warp instructions. What is wrong
 // is in `answer`, a line of kind, tab and message for each.
-uint64_t ptx_launch(void* loaded, const int* blocks, const uint64_t* parameters, int num_parameters,
+uint64_t ptx_launch(void* loaded, const int* blocks, const uint64_t* words, int num_words,
                     const Buffer* buffers, int num_buffers, int shared_bytes, unsigned seed,
                     char* answer, int64_t size) {
   const ptx::Program& program = *static_cast<ptx::Program*>(loaded);
   ptx::Launch launch{program, {}, {}, {blocks[0], blocks[1], blocks[2]}, 0, {}};
   try {
-    if (num_parameters != int(program.parameters.size()) || program.num_threads % ptx::kLanes)
-      throw ptx::Unsupported("the launch does not fit the kernel");
+    if (program.num_threads % ptx::kLanes) throw ptx::Unsupported("half a warp");
     launch.parameters.resize(program.parameter_bytes);
-    for (int k = 0; k < num_parameters; ++k)
-      std::memcpy(&launch.parameters[program.parameters[k].offset], &parameters[k],
-                  program.parameters[k].size);
+    // Each parameter takes as many whole words as it has bytes for.
+    int word = 0;
+    for (const ptx::Parameter& one : program.parameters) {
+      if (word + (one.size + 7) / 8 > num_words) throw ptx::Unsupported("too few parameters");
+      std::memcpy(&launch.parameters[one.offset], &words[word], one.size);
+      word += (one.size + 7) / 8;
+    }
+    if (word != num_words) throw ptx::Unsupported("too many parameters");
     for (int k = 0; k < num_buffers; ++k) {
       ptx::Space space{static_cast<unsigned char*>(buffers[k].data),
                        buffers[k].size,

@@ -8,6 +8,8 @@ What a launch is accused of is a finding, of one of these kinds:
 - undefined: an address, a branch or a stored number comes of memory or a register not yet written.
 - fence: ``wgmma.fence`` or ``fence.proxy.async`` is missing.
 - flight: registers or memory of an asynchronous instruction change before it is waited for.
+- overwritten: a register of wgmma's left operand is written before that is waited for. The ISA leaves
+  open what happens; ptxas waits by itself, which costs speed.
 - divergence: lanes or warps do not meet at an instruction that needs all of them.
 - unsupported: an instruction that the executor does not know.
 """

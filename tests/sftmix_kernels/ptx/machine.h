@@ -63,12 +63,13 @@ struct Copy {
   Time issued;
 };
 
-// `wgmma` on its way: it reads its operands when it is waited for.
+// `wgmma` on its way: it reads shared memory when it is waited for.
 struct Product {
   const Instruction* at;
   uint64_t left, right;  // descriptors; `left` is not used where it is in registers
   bool accumulates;
   Time issued;
+  std::vector<uint32_t> fragment;  // the left operand's registers, where it is in registers
 };
 
 // What was issued, by groups of which each is waited for as a whole.

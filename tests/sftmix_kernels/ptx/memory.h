@@ -102,10 +102,12 @@ void store(Warp& warp, const Instruction& at) {
 }
 
 inline void load_parameter(Warp& warp, const Instruction& at) {
-  uint64_t value = 0, values[kLanes];
-  std::memcpy(&value, &warp.block.launch.parameters[at.number], at.size);
-  std::fill_n(values, kLanes, extended(value, at.size, at.is_signed));
-  put(warp, at.registers[0], values, 0);
+  for (int k = 0; k < at.count; ++k) {
+    uint64_t value = 0, values[kLanes];
+    std::memcpy(&value, &warp.block.launch.parameters[at.number + k * at.size], at.size);
+    std::fill_n(values, kLanes, extended(value, at.size, at.is_signed));
+    put(warp, at.registers[k], values, 0);
+  }
 }
 
 // Between integers: a number is cut to the smaller type, or continued by the source's sign.

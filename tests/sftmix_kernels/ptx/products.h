@@ -1,8 +1,9 @@
 // `wgmma`: products of tiles of 64 x N, of which each warp of a group makes 16 rows.
 //
-// A product reads its operands and writes its registers when it is waited for, the latest moment
-// that the ISA allows. Sums of 16 products are exact, then rounded once: what hardware does to them
-// is not documented.
+// A product reads shared memory and writes its registers when it is waited for, the latest moment
+// that the ISA allows. A left operand in registers is read at once: where they are written too
+// early, ptxas waits for the product first (seen in SASS), which costs time and is reported. Sums
+// of 16 products are exact, then rounded once: what hardware does to them is not documented.
 
 #pragma once
 
@@ -107,14 +108,14 @@ inline Tile tile_of_registers(Warp& warp, const Product& product) {
   for (int k = 0; k < 4; ++k) {
     int slot = product.at->registers[product.at->count + k];
     if (warp.written[slot] > product.issued)
-      warp.block.launch.findings.add("flight", *product.at, "an operand's register is written");
+      warp.block.launch.findings.add(
+          "overwritten", *product.at,
+          warp.block.program.names[slot] + " is written before this is waited for");
     for (int lane = 0; lane < kLanes; ++lane)
       for (int half = 0; half < 2; ++half) {
         int at = (lane / 4 + k % 2 * 8) * kDepth + lane % 4 * 2 + k / 2 * 8 + half;
-        result.values[at] =
-            number(uint16_t(warp.as<uint32_t>(slot)[lane] >> 16 * half), product.at->is_signed);
-        result.unknown[at] = warp.undefined[slot] >> lane & 1;
-        result.any_unknown |= result.unknown[at];
+        uint32_t bits = product.fragment[k * kLanes + lane];
+        result.values[at] = number(uint16_t(bits >> 16 * half), product.at->is_signed);
       }
   }
   return result;
@@ -126,7 +127,7 @@ inline void issue_product(Warp& warp, const Instruction& at) {
   int columns = at.count * 2;
   const int* slots = at.registers.data() + at.count;
   Findings& findings = warp.block.launch.findings;
-  Product product{&at, 0, 0, false, warp.block.launch.now};
+  Product product{&at, 0, 0, false, warp.block.launch.now, {}};
   auto descriptor = [&](int slot) {
     warp.require_known(slot, at, "a descriptor");
     uint64_t value = warp.as<uint64_t>(slot)[0];
@@ -138,6 +139,11 @@ inline void issue_product(Warp& warp, const Instruction& at) {
   if (at.to == 1) {
     product.left = descriptor(slots[0]);
     announce(warp, at, Operand(product.left, at.number & 1), warp.index % 4 * 16, 16);
+  }
+  for (int k = 0; at.to == 4 && k < 4; ++k) {
+    warp.require_known(slots[k], at, "an operand");
+    const uint32_t* bits = warp.as<uint32_t>(slots[k]);
+    product.fragment.insert(product.fragment.end(), bits, bits + kLanes);
   }
   product.right = descriptor(slots[at.to]);
   announce(warp, at, Operand(product.right, at.number & 2), 0, columns);

@@ -276,11 +276,14 @@ inline void Parser::parse_head(const std::string& head) {
   for (const std::string& one : split(inside, ',')) {
     std::vector<std::string> words = split(trim(one), ' ');
     if (words[0] != ".param") continue;
-    if (words.size() < 3 || words.back().find('[') != std::string::npos)
-      throw Unsupported("parameter " + trim(one));
-    int size = bytes_of(words[1].substr(1));
-    int offset = (program.parameter_bytes + size - 1) / size * size;
-    program.parameters.push_back({words.back(), offset, size});
+    // .param .u64 name, or .param .align 8 .b8 name[80]
+    size_t bracket = words.back().find('[');
+    bool is_struct = bracket != std::string::npos;
+    int size =
+        is_struct ? std::atoi(words.back().c_str() + bracket + 1) : bytes_of(words.at(1).substr(1));
+    int align = is_struct ? 8 : size;
+    int offset = (program.parameter_bytes + align - 1) / align * align;
+    program.parameters.push_back({words.back().substr(0, bracket), offset, size});
     program.parameter_bytes = offset + size;
   }
   size_t threads = head.find(".reqntid ");
@@ -304,9 +307,9 @@ inline void Parser::parse_body(const std::string& body, int line) {
     }
     if (c == '\n') {
       ++line;
-      // Directives such as .loc end with their line.
+      // A directive that ends with its line.
       std::string so_far = trim(current);
-      if (so_far.rfind(".loc", 0) == 0 || so_far.rfind(".pragma", 0) == 0) current.clear();
+      if (so_far.rfind(".loc", 0) == 0) current.clear();
       current += ' ';
     } else if (c == '{' && trim(current).empty()) {
       open_scope();
@@ -355,7 +358,7 @@ inline void Parser::declare(const std::string& text) {
     shared_[text.substr(name, bracket - name)] = program.static_shared;
     int size = bytes_of(split(text.substr(0, name - 1), ' ').back().substr(1));
     program.static_shared += size * std::atoi(text.c_str() + bracket + 1);
-  } else {
+  } else if (words[0] != ".pragma") {
     throw Unsupported(text);
   }
 }

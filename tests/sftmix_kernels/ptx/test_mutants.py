@@ -123,7 +123,9 @@ MUTANTS = {
         soft_rows, changed(r"setp\.lt\.s32", "setp.le.s32"), WRONG,
     ),
     "a mask of rows that lets one more in": (
-        pair_tiles, changed(r"setp\.lt\.s32", "setp.le.s32", kernel="pair_combine_kernel"), "bounds",
+        pair_tiles,
+        changed(r"setp\.lt\.s32", "setp.le.s32", kernel="pair_combine_kernel"),
+        "bounds",
     ),
     "a store one number further": (
         soft_rows, changed(r"(st\.global\.b16 \[ %rd\d+) \+ 0", r"\g<1> + 2"), "bounds",
