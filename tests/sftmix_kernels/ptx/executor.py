@@ -1,4 +1,4 @@
-"""Run Triton's compiled kernels on the CPU: `executor.cpp` executes their PTX for sm_90a.
+"""Run compiled GPU kernels on the CPU: `executor.cpp` executes their PTX for sm_90a.
 
 What a launch is accused of is a finding, of one of these kinds:
 
@@ -8,8 +8,8 @@ What a launch is accused of is a finding, of one of these kinds:
 - undefined: an address, a branch or a stored number comes of memory or a register not yet written.
 - fence: ``wgmma.fence`` or ``fence.proxy.async`` is missing.
 - flight: registers or memory of an asynchronous instruction change before it is waited for.
-- overwritten: a register of wgmma's left operand is written before that is waited for. The ISA leaves
-  open what happens; ptxas waits by itself, which costs speed.
+- overwritten: a register of wgmma's left operand is written before that is waited for. The ISA
+  leaves open what happens; ptxas waits by itself, which costs speed.
 - divergence: lanes or warps do not meet at an instruction that needs all of them.
 - unsupported: an instruction that the executor does not know.
 """
