@@ -22,7 +22,7 @@ bench: OUT ?= runs/bench-$(NOW)
 bench-quick: OUT ?= runs/bench-quick-$(NOW)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-all test-isa test-versions lint format types docs bench \
+.PHONY: help demo test test-quick test-all test-isa test-ptx test-versions lint format types docs bench \
 	bench-quick results clean
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make test    the tests that this machine can run; make test-all   the slow ones, too"
 	@echo "make test-quick   the losses, partition, collator, methods and config: under a minute"
 	@echo "make test-isa   what computes, capped to plain x86-64, to AVX2, and on the machine's own"
+	@echo "make test-ptx   the compiled GPU kernels, executed on the CPU"
 	@echo "make test-versions   beside the oldest and newest torch, and the newest of Hugging Face"
 	@echo "make lint    ruff and clang-format; make format mends what they can"
 	@echo "make types   mypy --strict"
@@ -93,11 +94,14 @@ test-isa: test-isa-default $(if $(shell grep -m1 -o avx2 /proc/cpuinfo),test-isa
 test-isa-%: $(READY)
 	$(CAP_$*) $(PYTEST) $(ISA_TESTS)
 
+test-ptx: $(READY)
+	$(PYTEST) -m ptx tests/sftmix_kernels/ptx
+
 test-versions: $(READY)
 	"$(PYTHON)" tests/versions.py
 
 CLANG_FORMAT = "$(PYTHON)" -c "import clang_format; clang_format.clang_format()"
-CPP := $(foreach e,cpp cu cuh h,$(wildcard csrc/*.$e tests/csrc/*.$e))
+CPP := $(foreach e,cpp cu cuh h,$(wildcard csrc/*.$e tests/csrc/*.$e tests/sftmix_kernels/ptx/*.$e))
 
 lint: $(READY)
 	"$(PYTHON)" -m ruff check .

@@ -17,6 +17,7 @@ from .bounds import checked_bounds
 
 # Triton exists only on Linux; the package works without it.
 NEEDS_TRITON = [
+    "ptx",
     "row_chunks/test_row_chunks.py",
     "vocab_tiles",
     "test_both_schedules.py",
