@@ -39,7 +39,7 @@ class Op(NamedTuple):
 
     func: Any  # held, so that its id stays its own
     loss: str  # the name of a fused loss, "" for any other op
-    count: Callable[..., int] | None  # of its matrix products' operations
+    operations: Callable[..., int] | None  # counts those of its matrix products
     share: int  # a causal attention multiplies half of what its shapes say
 
 
@@ -98,8 +98,8 @@ class MemoryTrace(TorchDispatchMode):
             self.products += products
             return result
         result = run(func, args, kwargs, self.hold)
-        if op.count is not None:
-            operations = op.count(*args, **kwargs, out_val=result)
+        if op.operations is not None:
+            operations = op.operations(*args, **kwargs, out_val=result)
             self.products += int(self.times * operations) // op.share
         return result
 
