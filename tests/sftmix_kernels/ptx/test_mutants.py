@@ -71,6 +71,7 @@ def live_product() -> None:
 
 BARRIER = r"bar\.sync\s+0;"
 FIRST, LAST = slice(0, 1), slice(-1, None)
+UNSWIZZLED = rf"\g<1>, {0x0000004000010000};"  # rows of eight 1,024 bytes apart
 PAST_THE_BARRIER = """
 { .reg .pred %skips; .reg .b32 %thread; mov.u32 %thread, %tid.x;
 setp.eq.b32 %skips, %thread, 3; @%skips bra $past; }
@@ -114,8 +115,10 @@ MUTANTS = {
     "reads an operand of which a copy is on its way": (
         live_product, changed(r"(wgmma\.wait_group\S+) \d", r"\g<1> 7", slice(0, 1)), "flight",
     ),
-    "a descriptor of another swizzle": (
-        pair_tiles, changed("4611686293305294848", "-9223371761976803328", kernel="pair_lse_kernel"), WRONG,
+    "a descriptor without its swizzle": (
+        pair_tiles,
+        changed(r"(or\.b64\s+%rd\d+, %rd\d+), -?\d{19};", UNSWIZZLED, kernel="pair_lse_kernel"),
+        WRONG,
     ),
     "a product that does not add": (
         live_product, changed(r"mov\.pred(\s+%p\d+), -1;", r"mov.pred\g<1>, 0;"), WRONG,
