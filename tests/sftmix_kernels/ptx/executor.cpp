@@ -162,7 +162,7 @@ void decode_product(Parser& parser, Instruction& at, const std::vector<std::stri
   size_t transposed = at.to == 4 ? 6 : 7;
   at.number =
       (operands.at(transposed) == "1" ? 2 : 0) | (at.to == 1 && operands.at(6) == "1" ? 1 : 0);
-  at.is_signed = type == "f16";
+  at.other = type == "f16";
   at.run = issue_product;
 }
 

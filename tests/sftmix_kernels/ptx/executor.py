@@ -11,6 +11,7 @@ What a launch is accused of is a finding, of one of these kinds:
 - overwritten: a register of wgmma's left operand is written before that is waited for. The ISA
   leaves open what happens; ptxas waits by itself, which costs speed.
 - divergence: lanes or warps do not meet at an instruction that needs all of them.
+- endless: a block has run for too many instructions.
 - unsupported: an instruction that the executor does not know.
 """
 
@@ -140,5 +141,5 @@ class Program:
             answer,
             ctypes.c_int64(ANSWER_BYTES),
         )
-        lines = answer.value.decode().splitlines()
-        return int(count or 0), [Finding(*line.split("\t", 1)) for line in lines]
+        lines = [line.partition("\t") for line in answer.value.decode().splitlines()]
+        return int(count or 0), [Finding(kind, message) for kind, _, message in lines]

@@ -48,9 +48,7 @@ struct Findings {
   std::set<std::pair<std::string, int>> seen;
 
   void add(const std::string& kind, const Instruction& at, const std::string& message) {
-    if (seen.emplace(kind, at.line).second)
-      all.emplace_back(kind, "line " + std::to_string(at.line) + ": `" + at.text.substr(0, 90) +
-                                 "`: " + message);
+    if (seen.emplace(kind, at.line).second) all.emplace_back(kind, where(at) + message);
   }
 };
 
@@ -242,9 +240,8 @@ inline void Warp::settle() {
     if (!one->waits && (next == elsewhere.end() || one->pc < next->pc)) next = one;
   if (next == elsewhere.end()) {
     const Instruction& at = block.program.code[elsewhere[0].pc];
-    throw Fault("divergence", "line " + std::to_string(at.line) + ": `" + at.text.substr(0, 90) +
-                                  "`: some lanes of warp " + std::to_string(index) +
-                                  " do not come here");
+    throw Fault("divergence",
+                where(at) + "some lanes of warp " + std::to_string(index) + " do not come here");
   }
   pc = next->pc;
   active = next->lanes;
@@ -305,6 +302,8 @@ inline Block::Block(Launch& launch_, std::array<int, 3> id, unsigned seed)
 
 // Warps take turns of random length between barriers.
 inline void Block::run() {
+  constexpr uint64_t kMost = 100'000'000;  // instructions of a block
+  const uint64_t first = launch.num_instructions;
   std::vector<Warp*> ready;
   for (;;) {
     ready.clear();
@@ -315,6 +314,7 @@ inline void Block::run() {
       complete_barrier();
       continue;
     }
+    if (launch.num_instructions - first > kMost) throw Fault("endless", "a block does not end");
     Warp& warp = *ready[random() % ready.size()];
     for (unsigned left = 1 + random() % 200; left > 0; --left) {
       warp.step();
@@ -345,23 +345,20 @@ inline Space& Block::global(uint64_t address, int bytes, const Instruction& at, 
     offset = int64_t(address & ((uint64_t(1) << kBufferShift) - 1));
     if (offset + bytes <= space.size) return space;
   }
-  throw Fault("bounds", "line " + std::to_string(at.line) + ": `" + at.text.substr(0, 90) +
-                            "`: outside of every tensor, at byte " +
+  throw Fault("bounds", where(at) + "outside of every tensor, at byte " +
                             std::to_string(int64_t(address << 24) >> 24) + " of buffer " +
                             std::to_string(buffer));
 }
 
 inline void Block::check_shared(int64_t address, int bytes, const Instruction& at) {
   if (address < 0 || address + bytes > shared.size)
-    throw Fault("bounds", "line " + std::to_string(at.line) + ": `" + at.text.substr(0, 90) +
-                              "`: byte " + std::to_string(address) + " of " +
+    throw Fault("bounds", where(at) + "byte " + std::to_string(address) + " of " +
                               std::to_string(shared.size) + " of shared memory");
 }
 
 inline void Block::check_alignment(uint64_t address, int bytes, const Instruction& at) {
   if (address % uint64_t(bytes))
-    throw Fault("alignment", "line " + std::to_string(at.line) + ": `" + at.text.substr(0, 90) +
-                                 "`: the address is no multiple of " + std::to_string(bytes));
+    throw Fault("alignment", where(at) + "the address is no multiple of " + std::to_string(bytes));
 }
 
 inline void Block::race(Space& space, int64_t at, const char* what, int thread, int other,

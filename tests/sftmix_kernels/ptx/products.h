@@ -95,7 +95,7 @@ inline Tile tile(Warp& warp, const Product& product, const Operand& operand, int
       block.launch.findings.add("flight", *product.at, "its operand is written while it reads it");
     uint16_t bits;
     std::memcpy(&bits, block.shared.data + start, 2);
-    result.values[at] = number(bits, product.at->is_signed);
+    result.values[at] = number(bits, product.at->other);
     result.unknown[at] = block.shared.undefined[start] | block.shared.undefined[start + 1];
     result.any_unknown |= result.unknown[at];
   });
@@ -115,14 +115,14 @@ inline Tile tile_of_registers(Warp& warp, const Product& product) {
       for (int half = 0; half < 2; ++half) {
         int at = (lane / 4 + k % 2 * 8) * kDepth + lane % 4 * 2 + k / 2 * 8 + half;
         uint32_t bits = product.fragment[k * kLanes + lane];
-        result.values[at] = number(uint16_t(bits >> 16 * half), product.at->is_signed);
+        result.values[at] = number(uint16_t(bits >> 16 * half), product.at->other);
       }
   }
   return result;
 }
 
 // Instruction: `count` accumulators; `to` 4 where the left operand is in registers, else 1;
-// `number` whether left (1) or right (2) is transposed; `is_signed` says float16.
+// `number` whether left (1) or right (2) is transposed; `other` says float16.
 inline void issue_product(Warp& warp, const Instruction& at) {
   int columns = at.count * 2;
   const int* slots = at.registers.data() + at.count;
@@ -133,7 +133,7 @@ inline void issue_product(Warp& warp, const Instruction& at) {
     uint64_t value = warp.as<uint64_t>(slot)[0];
     for (int lane = 1; lane < kLanes; ++lane)
       if (warp.as<uint64_t>(slot)[lane] != value)
-        throw Fault("divergence", at.text.substr(0, 90) + ": lanes have different descriptors");
+        throw Fault("divergence", where(at) + "lanes have different descriptors");
     return value;
   };
   if (at.to == 1) {

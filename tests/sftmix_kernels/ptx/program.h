@@ -55,6 +55,11 @@ struct Instruction {
   std::string text;
 };
 
+// Where it is, for messages.
+inline std::string where(const Instruction& at) {
+  return "line " + std::to_string(at.line) + ": `" + at.text.substr(0, 90) + "`: ";
+}
+
 enum class Special { kThread, kThreads, kBlockX, kBlockY, kBlockZ, kBlocksX, kBlocksY, kBlocksZ };
 
 // A register that has its value from the start.

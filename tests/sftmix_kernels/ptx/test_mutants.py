@@ -34,7 +34,8 @@ def changed(pattern: str, by: str, which: slice = slice(None), kernel: str = "")
         if f".entry {kernel}" not in ptx:
             return ptx
         found = list(re.finditer(pattern, ptx))[which]
-        assert found, f"{pattern} is not in {kernel or 'the kernel'}"
+        if not found:
+            raise LookupError(f"{pattern} is not in {kernel or 'the kernel'}")
         for match in reversed(found):
             ptx = ptx[: match.start()] + match.expand(by) + ptx[match.end() :]
         return ptx
@@ -69,7 +70,8 @@ def live_product() -> None:
 
 
 BARRIER = r"bar\.sync\s+0;"
-LAST = slice(-1, None)
+FIRST, LAST = slice(0, 1), slice(-1, None)
+UNSWIZZLED = rf"\g<1>, {0x0000004000010000};"  # rows of eight 1,024 bytes apart
 PAST_THE_BARRIER = """
 { .reg .pred %skips; .reg .b32 %thread; mov.u32 %thread, %tid.x;
 setp.eq.b32 %skips, %thread, 3; @%skips bra $past; }
@@ -88,11 +90,11 @@ MUTANTS = {
         pair_tiles, changed(BARRIER, "", slice(1, 4), "pair_lse_kernel"), "race",
     ),
     "waits for too few copies": (
-        pair_rows, changed(r"(cp\.async\.wait_group\s+)[1-9]\d*;", r"\g<1>8;"), "undefined",
+        pair_rows, changed(r"(cp\.async\.wait_group\s+)\d+;", r"\g<1>8;", FIRST), "undefined",
     ),
     "waits for too few copies of a tile": (
         pair_tiles,
-        changed(r"(cp\.async\.wait_group\s+)[1-9]\d*;", r"\g<1>6;", kernel="pair_lse_kernel"),
+        changed(r"(cp\.async\.wait_group\s+)\d+;", r"\g<1>8;", FIRST, "pair_lse_kernel"),
         "undefined",
     ),
     "a copy is left out": (
@@ -113,8 +115,10 @@ MUTANTS = {
     "reads an operand of which a copy is on its way": (
         live_product, changed(r"(wgmma\.wait_group\S+) \d", r"\g<1> 7", slice(0, 1)), "flight",
     ),
-    "a descriptor of another swizzle": (
-        pair_tiles, changed(r"4611686293305294848", "-4611685743549480960"), WRONG,
+    "a descriptor without its swizzle": (
+        pair_tiles,
+        changed(r"(or\.b64\s+%rd\d+, %rd\d+), -?\d{19};", UNSWIZZLED, kernel="pair_lse_kernel"),
+        WRONG,
     ),
     "a product that does not add": (
         live_product, changed(r"mov\.pred(\s+%p\d+), -1;", r"mov.pred\g<1>, 0;"), WRONG,
