@@ -65,7 +65,7 @@ COMPILED = Path(__file__).parents[1] / "sftmix_kernels/compiled.json"
 def test_instructions_are_those_of_the_compiled_kernels(
     kernel: str, blocks: int, counted: int
 ) -> None:
-    (program,) = json.loads(COMPILED.read_text("utf-8"))[kernel]
+    (program,) = json.loads(COMPILED.read_text("utf-8"))["programs"][kernel]
     ordinary = sum(few for _, few in program["loops"])
     assert counted == pytest.approx(blocks * ordinary, rel=0.03)
 
