@@ -201,9 +201,7 @@ def op_products(name: str, args: Sequence[Any]) -> int:
     return 2 * logit_rows(task, shape) * shape.hidden_size * shape.vocab_size * products
 
 
-def perplexity_peak_bytes(
-    shape: Shape, vocab_chunk: int | None = None, device: str = "cpu"
-) -> int:
+def perplexity_peak_bytes(shape: Shape, vocab_chunk: int | None = None, device: str = "cpu") -> int:
     """Return the peak extra bytes of `streaming_perplexity` with its compiled ops."""
     # A workspace depends on the size of the device's cache.
     hidden = torch.empty(shape.rows, 0, dtype=dtype_of(shape), device=device)
