@@ -126,11 +126,12 @@ def make_kit(folder: Path) -> int:
             lambda: build_extension(environment, folder),
             lambda: fill_cache(environment, folder / CACHE),
         ]
-    try:
-        for step in steps:
+    for step in steps:
+        # What one lacks stops no other.
+        try:
             step()
-    except subprocess.CalledProcessError as error:
-        lacking.append(f"exit status {error.returncode}: {' '.join(map(str, error.cmd))}")
+        except (subprocess.CalledProcessError, OSError) as error:
+            lacking.append(str(error))
     return report(folder, lacking)
 
 

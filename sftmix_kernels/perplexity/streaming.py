@@ -387,8 +387,8 @@ def streaming_perplexity(
 
     No gradient. ``vocab_chunk`` is how many vocabulary entries are projected at a time, rounded up
     to a multiple of 16; by default 8,192 on the CPU, and on CUDA 64 for each SM, so that products
-    keep all SMs busy (`block_rows`). An example without a token that counts gets NaN, and so does one
-    with a label outside ``[0, V)``. A sample id outside ``[0, S)`` of a token that counts is
+    keep all SMs busy (`block_rows`). An example without a token that counts gets NaN, and so does
+    one with a label outside ``[0, V)``. A sample id outside ``[0, S)`` of a token that counts is
     refused, or makes every perplexity NaN where the host would have to wait to see it (on an
     accelerator, without ``validate``).
 

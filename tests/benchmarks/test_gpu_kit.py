@@ -300,6 +300,21 @@ def test_the_kit_holds_extension_cache_wheels_and_facts(
     assert "expected at most 10" in capsys.readouterr().err
 
 
+def test_a_step_that_fails_stops_no_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: Any) -> None:
+        raise subprocess.CalledProcessError(3, "pip")
+
+    monkeypatch.setattr(kit.shutil, "which", lambda name: f"/usr/bin/{name}")
+    for step in ("fetch_wheels", "make_environment", "build_extension"):
+        monkeypatch.setattr(kit, step, fails)
+    monkeypatch.setattr(kit, "fill_cache", lambda _, to: to.write_bytes(b"cache"))
+    assert kit.make_kit(tmp_path / "kit") == 1
+    assert (tmp_path / "kit/triton.tar.xz").exists()
+    assert capsys.readouterr().err.count("returned non-zero exit status 3") == 3
+
+
 def test_without_that_python_the_kit_has_wheels_and_says_what_it_lacks(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from benchmarks import records as names
@@ -11,6 +14,7 @@ from benchmarks.predict import (
     BEST_PEER_SHAPE,
     COUNTED,
     GPUS,
+    TODAY,
     bare_products,
     first_plan,
     goals,
@@ -45,6 +49,25 @@ def test_the_code_as_it_was_counted_takes_what_was_reckoned_by_hand() -> None:
     assert tiles.steps[0].bytes / 1e9 == pytest.approx(134, abs=1)
     assert 70 < 1e3 * tiles.low < 1e3 * tiles.high < 90
     assert sums.bytes / 1e9 == scaled.bytes / 1e9 == pytest.approx(3.15, abs=0.01)
+
+
+COMPILED = Path(__file__).parents[1] / "sftmix_kernels/compiled.json"
+
+
+@pytest.mark.skipif(not COMPILED.exists(), reason="no table of compiled kernels")
+@pytest.mark.parametrize(
+    ("kernel", "blocks", "counted"),
+    [
+        ("pair_rows_kernel, bf16, sm_90", 1, TODAY.pair_rows),
+        ("soft_rows_kernel, bf16, one target, sm_90", 2, TODAY.soft_rows),
+    ],
+)
+def test_instructions_are_those_of_the_compiled_kernels(
+    kernel: str, blocks: int, counted: int
+) -> None:
+    (program,) = json.loads(COMPILED.read_text("utf-8"))["programs"][kernel]
+    ordinary = sum(few for _, few in program["loops"])
+    assert counted == pytest.approx(blocks * ordinary, rel=0.03)
 
 
 def test_one_chunk_is_taken_as_long_as_it_holds_no_more() -> None:
