@@ -39,7 +39,7 @@ class Op(NamedTuple):
 
     func: Any  # held, so that its id stays its own
     loss: str  # the name of a fused loss, "" for any other op
-    operations: Callable[..., int] | None  # counts those of its matrix products
+    operations: Callable[..., int] | None  # of its matrix products
     share: int  # a causal attention multiplies half of what its shapes say
 
 
@@ -52,8 +52,8 @@ def op_of(func: Any) -> Op:
     if op is None:
         name = func.name()
         loss = name.removeprefix(LOSS_OPS) if name.startswith(LOSS_OPS) else ""
-        count = flop_registry.get(func.overloadpacket)
-        op = _ops[id(func)] = Op(func, loss, count, 2 if "attention" in name else 1)
+        operations = flop_registry.get(func.overloadpacket)
+        op = _ops[id(func)] = Op(func, loss, operations, 2 if "attention" in name else 1)
     return op
 
 
@@ -99,8 +99,8 @@ class MemoryTrace(TorchDispatchMode):
             return result
         result = run(func, args, kwargs, self.hold)
         if op.operations is not None:
-            operations = op.operations(*args, **kwargs, out_val=result)
-            self.products += int(self.times * operations) // op.share
+            count = op.operations(*args, **kwargs, out_val=result)
+            self.products += int(self.times * count) // op.share
         return result
 
     def hold(self, size: int, part: str | None = None) -> Block:
