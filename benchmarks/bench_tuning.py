@@ -27,8 +27,8 @@ from .settings import HEADS, QUICK_HEAD, Settings
 
 # Columns, warps, blocks on their way, programs that fit on an SM at once.
 BLOCKS, WARPS, STAGES, PROGRAMS = (1024, 2048, 4096), (4, 8, 16), (3, 4, 5, 6), range(1, 6)
-# As the options of the kernel name the first four.
-LAUNCH = ("BLOCK", "num_warps", "STAGES", "maxnreg")
+# As the options of the kernel name the first four, and whether its second pass runs backwards.
+LAUNCH = ("BLOCK", "num_warps", "STAGES", "maxnreg", "REVERSED")
 # Each has to be compiled: a quick run takes no more.
 QUICK_LAUNCHES = 3
 # MiB of the workspace, and vocabulary entries of a chunk.
@@ -43,12 +43,12 @@ Launch = tuple[int, ...]  # in the order of `LAUNCH`
 
 
 def launches() -> list[Launch]:
-    """Return columns, warps, stages and registers a thread, of four or eight columns a thread."""
-    found = set()
+    """Return launches of four or eight columns a thread, each in both directions."""
+    found: set[Launch] = set()
     for block, warps, stages, programs in itertools.product(BLOCKS, WARPS, STAGES, PROGRAMS):
         registers = min(255, 65536 // (32 * warps * programs) // 8 * 8)
         if block // (32 * warps) in (4, 8) and registers >= 64:
-            found.add((block, warps, stages, registers))
+            found |= {(block, warps, stages, registers, backwards) for backwards in (False, True)}
     return sorted(found)
 
 

@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(1.4426950216293335)  # log2(e) in float32
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 # Where a running maximum starts. Finite: a lane that has seen nothing but -inf holds (LOWEST, 0)
-# and adds 0 to its row, where (-inf, 0) would add NaN.
-LOWEST = tl.constexpr(-3.4028234663852886e38)
+# and adds 0 to its row, where (-inf, 0) would add NaN. A power of two, so that `unit` of it is 1.
+LOWEST = tl.constexpr(-(2.0**127))
 
 
 @triton.jit
@@ -30,15 +30,52 @@ def load_float32(pointers, mask=None, other=None):
 
 
 @triton.jit
-def exp(x):
-    """Return ``e^x``, and 0 where that is below 1e-38.
+def exp2(x):
+    """Return ``2^x``, and 0 where that is below 1e-38.
 
-    ``tl.exp`` rescales around such numbers, with three instructions more for each (SASS, sm_90).
+    ``tl.exp2`` rescales around such numbers, with three instructions more for each (SASS, sm_90).
     """
+    if INTERPRETED:
+        return tl.exp2(x)
+    else:
+        return libdevice.exp2(x)
+
+
+@triton.jit
+def exp(x):
+    """Return ``e^x``, and 0 where that is below 1e-38."""
     if INTERPRETED:
         return tl.exp(x)
     else:
-        return libdevice.exp2(x * LOG2E)
+        return exp2(x * LOG2E)
+
+
+@triton.jit
+def exp_above(x, top, FUSED: tl.constexpr):
+    """Return ``e^(x - top)``, or with FUSED ``unit(top) e^(x - top)``.
+
+    One instruction less for each x: ``x log2(e) - base`` is rounded once, and that ``base`` is
+    itself ``top log2(e)`` rounded is the same factor for all x of one top. `without_unit` has it.
+    It is near 1; a top beyond 1e9 would make it infinite.
+    """
+    if not FUSED:
+        return exp(x - top)
+    elif INTERPRETED:  # whose fma rounds twice
+        return tl.exp2((x.to(tl.float64) * LOG2E - top * LOG2E).to(tl.float32))
+    else:
+        return exp2(tl.fma(x, LOG2E, -(top * LOG2E)))
+
+
+@triton.jit
+def without_unit(top, FUSED: tl.constexpr):
+    """Return ``1 / unit(top)``, by which a sum of `exp_above` is one of ``e^(x - top)``."""
+    return exp_above(-top, -top, FUSED) if FUSED else 1.0
+
+
+@triton.jit
+def rescale(old, top, FUSED: tl.constexpr):
+    """Return what makes a sum of `exp_above` an old top one above another."""
+    return exp2(old * LOG2E - top * LOG2E) if FUSED else exp(old - top)
 
 
 @triton.jit
@@ -123,12 +160,12 @@ def mixed_logits(raw_c, raw_u, share_c, share_u, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
-def online_lse_update(peak, total, x):
+def online_lse_update(peak, total, x, FUSED: tl.constexpr = False):
     """Take the columns of ``x`` into each row's ``(peak, total)``, which stands for
-    ``peak + log(total)``."""
+    ``peak + log(total)``; with FUSED, ``total`` has the factor ``unit(peak)`` of `exp_above`."""
     top = tl.maximum(peak, tl.max(x, 1))
-    total = tl.fma(total, exp(peak - top), tl.sum(exp(x - top[:, None]), 1))
-    return top, total
+    new = tl.sum(exp_above(x, top[:, None], FUSED), 1)
+    return top, tl.fma(total, rescale(peak, top, FUSED), new)
 
 
 @triton.jit
@@ -209,6 +246,13 @@ def row_factor(weight, logit_scale, total):
 
 
 @triton.jit
+def exp_slope(raw, top, logit_scale, softcap, FUSED: tl.constexpr):
+    """Return `exp_above` of ``f(raw)``, times ``f'(raw) / logit_scale``."""
+    logit = transform_logits(raw, logit_scale, softcap)
+    return exp_above(logit, top, FUSED) * transform_slope(raw, logit_scale, softcap)
+
+
+@triton.jit
 def row_gradient(raw, top, factor, logit_scale, softcap):
     """Return ``d loss / d raw`` of a column that is no target: ``factor exp(f(raw) - top) f'``."""
     logit = transform_logits(raw, logit_scale, softcap)
@@ -220,7 +264,7 @@ def row_gradient(raw, top, factor, logit_scale, softcap):
 def target_gradient(raw, at, factor, logit_scale, softcap):
     """Return ``d loss / d raw`` of a target's column, from `soft_cross_entropy`'s gradient."""
     slope = transform_slope(raw, logit_scale, softcap)
-    return tl.where(factor == 0.0, 0.0, factor * at * slope)
+    return tl.where(factor == 0.0, 0.0, factor * (at * slope))
 
 
 class PairState(NamedTuple):
@@ -281,17 +325,3 @@ def pair_state(
         factor=(factor_c, factor_u, factor_m),
         at_targets=(of_cc, of_cu, of_uc, of_uu),
     )
-
-
-@triton.jit
-def pair_gradients(raw_c, raw_u, state, share_c, share_u, mixes, logit_scale, softcap,
-                   HAS_BIAS: tl.constexpr):  # fmt: skip
-    """Return ``d loss / d raw`` of both rows of a pair at columns that are no targets."""
-    gradient_c = row_gradient(raw_c, state.top[0], state.factor[0], logit_scale, softcap)
-    gradient_u = row_gradient(raw_u, state.top[1], state.factor[1], logit_scale, softcap)
-    if mixes:
-        raw_m = mixed_logits(raw_c, raw_u, share_c, share_u, HAS_BIAS)
-        gradient_m = row_gradient(raw_m, state.top[2], state.factor[2], logit_scale, softcap)
-        gradient_c += share_c * gradient_m
-        gradient_u += share_u * gradient_m
-    return gradient_c, gradient_u

@@ -1,7 +1,8 @@
 """Row kernels of the ``row_chunks`` schedule: logits of a chunk become gradients in place.
 
 A program reads its rows twice: once for the LSEs, once for the gradients, which overwrite them.
-Bytes moved for a pair: 2 rows read, 2 read, 2 written.
+Bytes moved for a pair: 2 rows read, 2 read, 2 written. In half precision exponentials are FUSED
+(`primitives.exp_above`); in float32 a logit's own rounding is not larger than what that takes away.
 
 Legend: K rows of one chunk, P pairs, T targets of a row, V vocabulary.
 """
@@ -16,32 +17,35 @@ from torch import Tensor
 from ..primitives import (
     LOWEST,
     cross_entropy,
+    exp_slope,
     held_targets,
     load_float32,
     merge_lse,
     mixed_hidden,
     mixed_logits,
     online_lse_update,
-    pair_gradients,
     pair_state,
     row_factor,
-    row_gradient,
     soft_cross_entropy,
     target_gradient,
     transform_logits,
     weighted,
+    without_unit,
 )
 from ..schedules import PADDING
 from ..transform import LogitTransform
 
 # A 16-byte load a thread, eight logits in half precision. The same for both kernels, so that a
-# row's bits do not depend on which of them sums it. Four programs fit on an SM and have 64 KiB of
-# logits on their way, twice what bandwidth times latency is there; five would with 96 registers,
-# but float32 then spills (ptxas). By instructions (SASS, sm_90) issuing them takes about as long
-# as moving the bytes. Not measured on a GPU yet.
+# row's bits do not depend on which of them sums it. Five programs of pairs in half precision fit
+# on an SM (95 registers, ptxas) and have 80 KiB of logits on their way, over twice what bandwidth
+# times latency is there. By instructions (203 and 171 in an ordinary block of pairs, SASS, sm_90)
+# issuing takes 0.41 ms for 4,096 rows of V = 128,256 on an H200, moving bytes 0.73: predicted.
 BLOCK = 1024
 NUM_WARPS = 4
 MAX_REGISTERS = 128
+# The second pass begins with what the first has read last, which may still be in L2: a fifth of it
+# is, by the bytes of all programs at work. Predicted too.
+REVERSED = True
 
 
 def num_stages(logits: Tensor) -> int:
@@ -55,6 +59,7 @@ def launch_options(logits: Tensor) -> dict[str, int | bool]:
         "BLOCK": BLOCK,
         "VECTOR": 16 // logits.element_size(),
         "STAGES": num_stages(logits),
+        "REVERSED": REVERSED,
         "num_warps": NUM_WARPS,
         "maxnreg": MAX_REGISTERS,
         "enable_fp_fusion": False,
@@ -72,13 +77,56 @@ def width_of(logits: Tensor) -> int:
 
 
 @triton.jit
-def columns(start, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """Return the columns of a block, (BLOCK / VECTOR, VECTOR).
+def lanes(BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """Return the columns of the first block, (BLOCK / VECTOR, VECTOR).
 
     A thread's 16-byte loads lie side by side, so that it finds their LSE by itself.
     """
-    lane = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR
-    return start + lane + tl.arange(0, VECTOR)[None, :]
+    return tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+
+
+@triton.jit
+def needs_mask(start, target_1, target_2, vocab_size, BLOCK: tl.constexpr):
+    """Say whether a block has columns that are left out: a target, or some past the end.
+
+    Two or three of many have. All threads branch alike.
+    """
+    held = (start == target_1 // BLOCK * BLOCK) | (start == target_2 // BLOCK * BLOCK)
+    return held | (start + BLOCK > vocab_size)
+
+
+@triton.jit
+def masked(logit, lane, start, target_1, target_2, vocab_size):
+    """Return the logits of a block, -inf at both targets and past the end."""
+    left_out = (lane == target_1 - start) | (lane == target_2 - start)
+    return tl.where(left_out | (lane >= vocab_size - start), -float("inf"), logit)
+
+
+@triton.jit
+def row_lse(
+    logits_ptr,  # (V,)
+    width,
+    held_1,
+    held_2,
+    vocab_size,
+    logit_scale,
+    softcap,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Return ``(peak, total)`` of a row without its targets."""
+    FUSED: tl.constexpr = logits_ptr.dtype.element_ty != tl.float32
+    lane = lanes(BLOCK, VECTOR)
+    peak = tl.full((BLOCK // VECTOR,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK // VECTOR,), tl.float32)
+    for start in tl.range(0, vocab_size, BLOCK, num_stages=STAGES):
+        raw = load_float32(logits_ptr + (start + lane), mask=start + lane < width, other=0.0)
+        logit = transform_logits(raw, logit_scale, softcap)
+        if needs_mask(start, held_1, held_2, vocab_size, BLOCK):
+            logit = masked(logit, lane, start, held_1, held_2, vocab_size)
+        peak, total = online_lse_update(peak, total, logit, FUSED)
+    return merge_lse(peak, total * without_unit(peak, FUSED), 0)
 
 
 @triton.jit
@@ -97,8 +145,10 @@ def soft_rows_kernel(
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
     STAGES: tl.constexpr,
+    REVERSED: tl.constexpr,
 ):
     """Find a row's loss, and turn its logits into gradients: one program for each row."""
+    FUSED: tl.constexpr = logits_ptr.dtype.element_ty != tl.float32
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     weight = tl.load(weight_ptr + row)
@@ -114,17 +164,9 @@ def soft_rows_kernel(
     raw_1, raw_2 = load_float32(logits_ptr + target_1), load_float32(logits_ptr + target_2)
     logit_1 = transform_logits(raw_1, logit_scale, softcap)
     logit_2 = transform_logits(raw_2, logit_scale, softcap)
-
-    peak = tl.full((BLOCK // VECTOR,), LOWEST, tl.float32)
-    total = tl.zeros((BLOCK // VECTOR,), tl.float32)
-    for start in tl.range(0, vocab_size, BLOCK, num_stages=STAGES):
-        column = columns(start, BLOCK, VECTOR)
-        raw = load_float32(logits_ptr + column, mask=column < width, other=0.0)
-        logit = transform_logits(raw, logit_scale, softcap)
-        left_out = (column >= vocab_size) | (column == held_1) | (column == held_2)
-        peak, total = online_lse_update(peak, total, tl.where(left_out, -float("inf"), logit))
-    peak, total = merge_lse(peak, total, 0)
-
+    peak, total = row_lse(
+        logits_ptr, width, held_1, held_2, vocab_size, logit_scale, softcap, BLOCK, VECTOR, STAGES
+    )
     if share_ptr is None:
         loss, top, total, at_1 = cross_entropy(peak, total, logit_1)
         at_2 = at_1
@@ -136,14 +178,16 @@ def soft_rows_kernel(
 
     if NEEDS_GRADIENT:
         factor = row_factor(weight, logit_scale, total)
+        lane = lanes(BLOCK, VECTOR)
+        top, row_scale, readable = gradient_terms(top, factor, factor != 0.0, width, FUSED)
+        last = (vocab_size - 1) // BLOCK * BLOCK
         # Every thread has read the targets' logits before one of them overwrites these.
         tl.debug_barrier()
-        for start in tl.range(0, vocab_size, BLOCK, num_stages=STAGES):
-            column = columns(start, BLOCK, VECTOR)
-            raw = load_float32(logits_ptr + column, mask=column < width, other=0.0)
-            gradient = row_gradient(raw, top, factor, logit_scale, softcap)
-            gradient = gradient.to(logits_ptr.dtype.element_ty)
-            tl.store(logits_ptr + column, gradient, mask=column < width)
+        for at in tl.range(0, vocab_size, BLOCK, num_stages=STAGES):
+            start = last - at if REVERSED else at
+            raw = load_float32(logits_ptr + (start + lane), mask=start + lane < readable, other=0.0)
+            gradient = row_scale * exp_slope(raw, top, logit_scale, softcap, FUSED)
+            store_gradient(logits_ptr, start, lane, gradient, width)
         # The targets' columns have just been written, by other threads than those that correct
         # them. One without a share is right already.
         tl.debug_barrier()
@@ -154,6 +198,128 @@ def soft_rows_kernel(
             gradient = target_gradient(raw_2, at_2, factor, logit_scale, softcap)
             gradient = gradient.to(logits_ptr.dtype.element_ty)
             tl.store(logits_ptr + target_2, gradient, mask=held_2 >= 0)
+
+
+@triton.jit
+def gradient_terms(top, factor, reads, width, FUSED: tl.constexpr):
+    """Return top, factor of `exp_slope` and width of a row's second pass.
+
+    What makes no gradient is not read, so that it is 0 whatever the row holds.
+    """
+    top = tl.where(reads, top, 0.0)
+    return top, factor * without_unit(top, FUSED), tl.where(reads, width, 0)
+
+
+@triton.jit
+def store_gradient(logits_ptr, start, lane, gradient, width):
+    """Overwrite a block of logits.
+
+    The address is not that of the load, which goes some blocks ahead: it would be kept until here.
+    """
+    gradient = gradient.to(logits_ptr.dtype.element_ty)
+    tl.store(logits_ptr + start + lane, gradient, mask=lane < width - start)
+
+
+@triton.jit
+def mixed_row(raw_c, raw_u, share_c, share_u, HAS_BIAS: tl.constexpr):
+    """Return `mixed_logits` of one pair, with a branch where that selects."""
+    raw_m = mixed_logits(raw_c, raw_u, share_c, share_u, False)
+    if HAS_BIAS:
+        selects = (share_c == 0.0) | (share_u == 0.0)
+        if selects:
+            raw_m = mixed_logits(raw_c, raw_u, share_c, share_u, True)
+    return raw_m
+
+
+@triton.jit
+def pair_lses(
+    ptr_c,  # (V,)
+    ptr_u,  # (V,)
+    width,
+    targets,  # of c, of u
+    held,  # those with a share in the mixture
+    share_c,
+    share_u,
+    mixes,
+    vocab_size,
+    logit_scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Return the peaks of c, of u and of their mixture, targets left out, and the totals."""
+    FUSED: tl.constexpr = ptr_c.dtype.element_ty != tl.float32
+    lane = lanes(BLOCK, VECTOR)
+    peak_c = tl.full((BLOCK // VECTOR,), LOWEST, tl.float32)
+    peak_u, peak_m = peak_c, peak_c
+    total_c = tl.zeros((BLOCK // VECTOR,), tl.float32)
+    total_u, total_m = total_c, total_c
+    for start in tl.range(0, vocab_size, BLOCK, num_stages=STAGES):
+        raw_c = load_float32(ptr_c + (start + lane), mask=start + lane < width, other=0.0)
+        raw_u = load_float32(ptr_u + (start + lane), mask=start + lane < width, other=0.0)
+        logit_c = transform_logits(raw_c, logit_scale, softcap)
+        logit_u = transform_logits(raw_u, logit_scale, softcap)
+        logit_m = logit_c
+        if mixes:
+            raw_m = mixed_row(raw_c, raw_u, share_c, share_u, HAS_BIAS)
+            logit_m = transform_logits(raw_m, logit_scale, softcap)
+        if needs_mask(start, targets[0], targets[1], vocab_size, BLOCK):
+            logit_c = masked(logit_c, lane, start, targets[0], targets[0], vocab_size)
+            logit_u = masked(logit_u, lane, start, targets[1], targets[1], vocab_size)
+            logit_m = masked(logit_m, lane, start, held[0], held[1], vocab_size)
+        peak_c, total_c = online_lse_update(peak_c, total_c, logit_c, FUSED)
+        peak_u, total_u = online_lse_update(peak_u, total_u, logit_u, FUSED)
+        if mixes:
+            peak_m, total_m = online_lse_update(peak_m, total_m, logit_m, FUSED)
+    peak_c, total_c = merge_lse(peak_c, total_c * without_unit(peak_c, FUSED), 0)
+    peak_u, total_u = merge_lse(peak_u, total_u * without_unit(peak_u, FUSED), 0)
+    peak_m, total_m = merge_lse(peak_m, total_m * without_unit(peak_m, FUSED), 0)
+    return (peak_c, peak_u, peak_m), (total_c, total_u, total_m)
+
+
+@triton.jit
+def pair_gradients_(
+    ptr_c,  # (V,) raw logits; gradients afterwards
+    ptr_u,  # (V,)
+    width,
+    state,  # a PairState
+    share_c,
+    share_u,
+    vocab_size,
+    logit_scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    STAGES: tl.constexpr,
+    REVERSED: tl.constexpr,
+):
+    """Overwrite the logits of a pair by the gradients of columns that are no targets."""
+    FUSED: tl.constexpr = ptr_c.dtype.element_ty != tl.float32
+    lane = lanes(BLOCK, VECTOR)
+    factor_c, factor_u, factor_m = state.factor
+    mixes = factor_m != 0.0
+    reads_c, reads_u = (factor_c != 0.0) | mixes, (factor_u != 0.0) | mixes
+    top_c, factor_c, width_c = gradient_terms(state.top[0], factor_c, reads_c, width, FUSED)
+    top_u, factor_u, width_u = gradient_terms(state.top[1], factor_u, reads_u, width, FUSED)
+    top_m, factor_m, _ = gradient_terms(state.top[2], factor_m, mixes, width, FUSED)
+    factor_mc, factor_mu = share_c * factor_m, share_u * factor_m
+    last = (vocab_size - 1) // BLOCK * BLOCK
+    for at in tl.range(0, vocab_size, BLOCK, num_stages=STAGES):
+        start = last - at if REVERSED else at
+        raw_c = load_float32(ptr_c + (start + lane), mask=start + lane < width_c, other=0.0)
+        raw_u = load_float32(ptr_u + (start + lane), mask=start + lane < width_u, other=0.0)
+        gradient_c = factor_c * exp_slope(raw_c, top_c, logit_scale, softcap, FUSED)
+        gradient_u = factor_u * exp_slope(raw_u, top_u, logit_scale, softcap, FUSED)
+        if mixes:
+            raw_m = mixed_row(raw_c, raw_u, share_c, share_u, HAS_BIAS)
+            exp_m = exp_slope(raw_m, top_m, logit_scale, softcap, FUSED)
+            gradient_c = tl.fma(exp_m, factor_mc, gradient_c)
+            gradient_u = tl.fma(exp_m, factor_mu, gradient_u)
+        store_gradient(ptr_c, start, lane, gradient_c, width)
+        store_gradient(ptr_u, start, lane, gradient_u, width)
 
 
 @triton.jit
@@ -177,6 +343,7 @@ def pair_rows_kernel(
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
     STAGES: tl.constexpr,
+    REVERSED: tl.constexpr,
 ):
     """Find a pair's three losses, and turn both rows into gradients: one program a pair."""
     row_c = tl.program_id(0).to(tl.int64)
@@ -185,42 +352,32 @@ def pair_rows_kernel(
     target_c = tl.load(labels_ptr + row_c).to(tl.int32)
     target_u = tl.load(labels_ptr + row_u).to(tl.int32)
     share_c, share_u = tl.load(share_ptr + 2 * row_c), tl.load(share_ptr + 2 * row_c + 1)
-    held_c, held_u = held_targets(target_c, target_u, share_c, share_u)
     mix_weight = tl.load(mix_weight_ptr + row_c)
-    mixes = mix_weight != 0.0
-
-    peak_c = tl.full((BLOCK // VECTOR,), LOWEST, tl.float32)
-    peak_u, peak_m = peak_c, peak_c
-    total_c = tl.zeros((BLOCK // VECTOR,), tl.float32)
-    total_u, total_m = total_c, total_c
-    for start in tl.range(0, vocab_size, BLOCK, num_stages=STAGES):
-        column = columns(start, BLOCK, VECTOR)
-        outside = column >= vocab_size
-        raw_c = load_float32(ptr_c + column, mask=column < width, other=0.0)
-        raw_u = load_float32(ptr_u + column, mask=column < width, other=0.0)
-        logit = transform_logits(raw_c, logit_scale, softcap)
-        logit = tl.where(outside | (column == target_c), -float("inf"), logit)
-        peak_c, total_c = online_lse_update(peak_c, total_c, logit)
-        logit = transform_logits(raw_u, logit_scale, softcap)
-        logit = tl.where(outside | (column == target_u), -float("inf"), logit)
-        peak_u, total_u = online_lse_update(peak_u, total_u, logit)
-        if mixes:
-            raw_m = mixed_logits(raw_c, raw_u, share_c, share_u, HAS_BIAS)
-            logit = transform_logits(raw_m, logit_scale, softcap)
-            left_out = outside | (column == held_c) | (column == held_u)
-            logit = tl.where(left_out, -float("inf"), logit)
-            peak_m, total_m = online_lse_update(peak_m, total_m, logit)
-    peak_c, total_c = merge_lse(peak_c, total_c, 0)
-    peak_u, total_u = merge_lse(peak_u, total_u, 0)
-    peak_m, total_m = merge_lse(peak_m, total_m, 0)
-
+    held_c, held_u = held_targets(target_c, target_u, share_c, share_u)
+    peaks, totals = pair_lses(
+        ptr_c,
+        ptr_u,
+        width,
+        (target_c, target_u),
+        (held_c, held_u),
+        share_c,
+        share_u,
+        mix_weight != 0.0,
+        vocab_size,
+        logit_scale,
+        softcap,
+        HAS_BIAS,
+        BLOCK,
+        VECTOR,
+        STAGES,
+    )
     raw_cc, raw_cu = load_float32(ptr_c + target_c), load_float32(ptr_c + target_u)
     raw_uc, raw_uu = load_float32(ptr_u + target_c), load_float32(ptr_u + target_u)
     weight_c, weight_u = tl.load(weight_ptr + row_c), tl.load(weight_ptr + row_u)
     weight_m = weighted(mix_weight, tl.load(mix_ratio_ptr))
     state = pair_state(
-        (peak_c, peak_u, peak_m),
-        (total_c, total_u, total_m),
+        peaks,
+        totals,
         raw_cc,
         raw_cu,
         raw_uc,
@@ -240,22 +397,31 @@ def pair_rows_kernel(
     if NEEDS_GRADIENT:
         # Every thread has read the targets' logits before one of them overwrites these.
         tl.debug_barrier()
-        for start in tl.range(0, vocab_size, BLOCK, num_stages=STAGES):
-            column = columns(start, BLOCK, VECTOR)
-            inside = column < width
-            raw_c = load_float32(ptr_c + column, mask=inside, other=0.0)
-            raw_u = load_float32(ptr_u + column, mask=inside, other=0.0)
-            gradient_c, gradient_u = pair_gradients(
-                raw_c, raw_u, state, share_c, share_u, mixes, logit_scale, softcap, HAS_BIAS
-            )
-            tl.store(ptr_c + column, gradient_c.to(logits_ptr.dtype.element_ty), mask=inside)
-            tl.store(ptr_u + column, gradient_u.to(logits_ptr.dtype.element_ty), mask=inside)
+        pair_gradients_(
+            ptr_c,
+            ptr_u,
+            width,
+            state,
+            share_c,
+            share_u,
+            vocab_size,
+            logit_scale,
+            softcap,
+            HAS_BIAS,
+            BLOCK,
+            VECTOR,
+            STAGES,
+            REVERSED,
+        )
         # The targets' columns have just been written, by other threads than those that correct
-        # them.
+        # them. The partner's target is right already where the mixture has no share of it.
         tl.debug_barrier()
+        mixes = state.factor[2] != 0.0
         tl.store(ptr_c + target_c, state.at_targets[0].to(logits_ptr.dtype.element_ty))
-        tl.store(ptr_c + target_u, state.at_targets[1].to(logits_ptr.dtype.element_ty))
-        tl.store(ptr_u + target_c, state.at_targets[2].to(logits_ptr.dtype.element_ty))
+        at_target = state.at_targets[1].to(logits_ptr.dtype.element_ty)
+        tl.store(ptr_c + target_u, at_target, mask=mixes & (held_u >= 0))
+        at_target = state.at_targets[2].to(logits_ptr.dtype.element_ty)
+        tl.store(ptr_u + target_c, at_target, mask=mixes & (held_c >= 0))
         tl.store(ptr_u + target_u, state.at_targets[3].to(logits_ptr.dtype.element_ty))
 
 

@@ -39,7 +39,7 @@ def test_the_search_holds_what_is_shipped_and_nothing_that_cannot_launch() -> No
     for dtype in (torch.bfloat16, torch.float32):
         shipped = row_chunks.launch_options(torch.empty(0, dtype=dtype))
         assert tuple(shipped[name] for name in LAUNCH) in launches()
-    assert all(32 * warps * registers <= 65536 for _, warps, _, registers in launches())
+    assert all(32 * warps * registers <= 65536 for _, warps, _, registers, _ in launches())
 
 
 @pytest.mark.interpret
@@ -47,7 +47,7 @@ def test_a_wrong_launch_fails_and_a_right_one_is_timed(
     monkeypatch: pytest.MonkeyPatch, results: Results
 ) -> None:
     rows = RowKernels(8, 300, torch.float32, "cpu")
-    right, wrong = (1024, 4, 3, 64), (4096, 16, 6, 128)
+    right, wrong = (1024, 4, 3, 64, False), (4096, 16, 6, 128, True)
 
     def launch(values: tuple[int, ...], rows: RowKernels) -> list[Tensor]:
         found = bench_tuning_launch(values, rows)

@@ -60,6 +60,10 @@ def device_and_dtype(request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
     return request.param  # type: ignore[no-any-return]
 
 
+# Exponentials of half precision are computed otherwise, and what is promised must hold there too.
+EITHER = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+
+
 def enough(device: str) -> int:
     """The interpreter takes 50 ms a pair."""
     return 6 if device == "cpu" else 300
@@ -99,12 +103,13 @@ def test_nothing_is_launched_for_nothing(device: str) -> None:
     assert run_rows(some_rows(0, 123, 1, torch.float32), PLAIN, device).ntp.shape == (0,)
 
 
+@EITHER
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_lam_zero_or_one_is_bitwise_the_plain_cross_entropy(
-    device: str, transform: LogitTransform
+    device: str, transform: LogitTransform, dtype: torch.dtype
 ) -> None:
     """With a masked entry where there is a bias; the other row of the pair gets exactly 0."""
-    pairs = some_pairs(2, 123)
+    pairs = some_pairs(2, 123, dtype)
     if transform.has_bias:
         pairs.logits[:, pairs.labels.max() // 2 + 1] = -INF
     ones = torch.ones(2)
@@ -120,9 +125,12 @@ def test_lam_zero_or_one_is_bitwise_the_plain_cross_entropy(
     assert_same_bits(run_rows(two, transform, device), expected)
 
 
+@EITHER
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_a_pair_of_weight_zero_is_bitwise_two_rows(device: str, transform: LogitTransform) -> None:
-    pairs = some_pairs(3, 4200)
+def test_a_pair_of_weight_zero_is_bitwise_two_rows(
+    device: str, transform: LogitTransform, dtype: torch.dtype
+) -> None:
+    pairs = some_pairs(3, 4200, dtype)
     pairs = pairs._replace(pair_weight=torch.zeros(3))
     found = run_pairs(pairs, transform, device)
     assert not found.mixup.any()
@@ -130,9 +138,35 @@ def test_a_pair_of_weight_zero_is_bitwise_two_rows(device: str, transform: Logit
     assert_same_bits(found._replace(mixup=torch.empty(0)), expected)
 
 
-def test_rows_of_weight_zero_are_exactly_zero_whatever_they_hold(device: str) -> None:
+@EITHER
+def test_a_row_of_weight_zero_may_be_mixed(device: str, dtype: torch.dtype) -> None:
+    """Its exponentials times 0 are 0, though those of its logits are past the largest float32."""
+    pairs = some_pairs(3, 123, dtype)._replace(share=shares(torch.full((3,), 0.5)))
+    pairs.row_weight[[0, 4]] = 0.0
+    pairs.logits[0, 7], pairs.logits[4, 9] = 200.0, 100.0
+    assert_in_budget(run_pairs(pairs, PLAIN, device), pairs, PLAIN)
+
+
+def test_half_precision_takes_its_largest_logits(device: str) -> None:
+    """log2(e) times 6e4, rounded, is off by up to a 256th: by the same factor for all of a row."""
+    pairs = some_pairs(3, 123, torch.float16)._replace(share=shares(torch.full((3,), 0.5)))
+    pairs.logits[:, 5] = torch.tensor([6e4, -6e4, 6e4, 5e4, 6e4, 5.9e4]).half()
+    rows = as_rows(pairs)
+    for found, inputs in (
+        (run_pairs(pairs, PLAIN, device), pairs),
+        (run_rows(rows, PLAIN, device), rows),
+    ):
+        truth = dense(inputs, PLAIN, double=True)
+        torch.testing.assert_close(found.ntp.double(), truth.ntp, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found.gradient, truth.gradient.half(), rtol=1e-3, atol=1e-7)
+
+
+@EITHER
+def test_rows_of_weight_zero_are_exactly_zero_whatever_they_hold(
+    device: str, dtype: torch.dtype
+) -> None:
     """Row c of the first pair and both of the second; the partner in the first is as alone."""
-    pairs, nothing = some_pairs(3, 123), torch.tensor([0, 1, 4])
+    pairs, nothing = some_pairs(3, 123, dtype), torch.tensor([0, 1, 4])
     pairs.row_weight[nothing] = 0.0
     pairs.pair_weight[:2] = 0.0
     clean = run_pairs(pairs, PLAIN, device)
@@ -147,11 +181,14 @@ def test_rows_of_weight_zero_are_exactly_zero_whatever_they_hold(device: str) ->
     assert not rows.gradient[nothing].any()
 
 
+@EITHER
 @pytest.mark.parametrize("poison", ["row_weight", "logits", "share"])
 @pytest.mark.parametrize("transform", [PLAIN, TRANSFORMS[-1]])
-def test_nan_stays_in_its_pair(device: str, transform: LogitTransform, poison: str) -> None:
+def test_nan_stays_in_its_pair(
+    device: str, transform: LogitTransform, poison: str, dtype: torch.dtype
+) -> None:
     """A NaN row weight is a label out of range; the pair's weight is then NaN too."""
-    pairs = some_pairs(3, 123)
+    pairs = some_pairs(3, 123, dtype)
     good = run_pairs(pairs, transform, device)
     getattr(pairs, poison)[1] = NAN
     if poison == "row_weight":
@@ -172,9 +209,12 @@ def test_nan_stays_in_its_pair(device: str, transform: LogitTransform, poison: s
         assert alone.gradient.isnan().any(-1).sum() == 1
 
 
+@EITHER
 @pytest.mark.parametrize("transform", [PLAIN, TRANSFORMS[-1]])
-def test_infinite_logits_are_of_dense_torchs_class(device: str, transform: LogitTransform) -> None:
-    pairs = some_pairs(7, 123)._replace(share=shares(torch.full((7,), 0.25)))
+def test_infinite_logits_are_of_dense_torchs_class(
+    device: str, transform: LogitTransform, dtype: torch.dtype
+) -> None:
+    pairs = some_pairs(7, 123, dtype)._replace(share=shares(torch.full((7,), 0.25)))
     label = pairs.labels[:7]
     other = (label + 1) % 123
     pairs.logits[0, other[0]] = INF
@@ -182,7 +222,7 @@ def test_infinite_logits_are_of_dense_torchs_class(device: str, transform: Logit
     pairs.logits[2, other[2]] = -INF
     pairs.logits[3, label[3]] = -INF
     pairs.logits[4] = -INF
-    pairs.logits[[5, 12], other[5]] = torch.tensor([INF, -INF])
+    pairs.logits[[5, 12], other[5]] = torch.tensor([INF, -INF], dtype=dtype)
     rows = Rows(
         pairs.logits, torch.stack((pairs.labels, pairs.labels.roll(7)), -1), None, torch.ones(14)
     )
