@@ -119,7 +119,7 @@ class SFTMixOptions(ConfigBase):
     )
     loss_max_bytes: int | None = option(
         None,
-        "Most bytes of logits at a time in the loss, by default 1 GiB (64 MiB of workspace with "
+        "Most bytes of logits at a time in the loss, by default 1 GiB (256 MiB of workspace with "
         "vocab_tiles); chunks below 4096 tokens cost time",
         "ours",
     )
