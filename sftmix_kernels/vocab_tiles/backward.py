@@ -244,7 +244,7 @@ def soft_gradient_(
             group, group.hidden_c.stride(0), weight, weight.stride(0), bias, state, live, gradient,
             num_rows, weight.shape[1], weight.shape[0], first_tile, num_tiles, transform.scale,
             transform.softcap, BLOCK_R=BLOCK_R, BLOCK_V=BLOCK_V,
-            **tile_options(weight, fuses=True, interpolates=group.hidden_u is not None),
+            **tile_options(weight, BLOCK_V, fuses=True, interpolates=group.hidden_u is not None),
         )  # fmt: skip
 
 
@@ -266,7 +266,7 @@ def pair_gradient_(
             hidden, hidden.stride(0), group, weight, weight.stride(0), bias, state, live, gradient,
             num_pairs, weight.shape[1], weight.shape[0], first_tile, num_tiles, transform.scale,
             transform.softcap, BLOCK_P=BLOCK_P, BLOCK_V=BLOCK_V,
-            **tile_options(weight, fuses=True),
+            **tile_options(weight, BLOCK_V, fuses=True),
         )  # fmt: skip
 
 
@@ -281,6 +281,8 @@ def add_live_product_(
     overwrite: bool,
 ) -> None:
     """Add ``left @ right`` to ``total``, over the blocks of ``left`` that are live."""
+    if not total.numel():
+        return
     blocks = live.argsort(dim=1, descending=True, stable=True).int().contiguous()
     with torch.cuda.device_of(total):
         live_product_kernel[(live.shape[0] * triton.cdiv(total.shape[1], BLOCK_N),)](
@@ -293,5 +295,5 @@ def add_live_product_(
 
 def product_options(left: Tensor) -> dict[str, int | bool]:
     """Return the options of `live_product_kernel`: 64 KiB of operands in flight."""
-    options = tile_options(left, fuses=True)
+    options = tile_options(left, BLOCK_N, fuses=True)
     return {"DEPTH": options.pop("BLOCK_D"), **options}

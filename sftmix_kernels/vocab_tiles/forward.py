@@ -1,10 +1,11 @@
 """Forward kernels of the ``vocab_tiles`` schedule: logits of a tile, their LSEs, and losses.
 
-`soft_lse_kernel` and `pair_lse_kernel` interpolate and project, one program for each tile. They
-leave each row's ``(peak, total)`` of the tile, without its targets, and the raw logits at the
-targets. `soft_combine_kernel` and `pair_combine_kernel`, one program for each block of rows, make
-of these the row's loss and what backward needs to know of the row (its state), and one flag for
-each tile, which says whether any probability of the block in it can be above the filter.
+`soft_lse_kernel` and `pair_lse_kernel` interpolate and project, one program for each tile of 128
+or 256 columns. They leave each row's ``(peak, total)`` of 128 columns, without its targets, and
+the raw logits at the targets. `soft_combine_kernel` and `pair_combine_kernel`, one program for each
+block of rows, make of these the row's loss and what backward needs to know of the row (its state),
+and one flag for every 128 columns, which says whether any probability of the block in them can be
+above the filter.
 
 Legend: K rows of one group, P pairs of one group, T targets of a row (1 or 2), D hidden size,
 V vocabulary, B tiles of the vocabulary.
@@ -23,10 +24,10 @@ from ..primitives import (
     LOWEST,
     add_lse,
     cross_entropy,
+    exp,
     held_targets,
     merge_lse,
     mixed_logits,
-    online_lse_update,
     pair_state,
     row_factor,
     soft_cross_entropy,
@@ -37,27 +38,37 @@ from ..primitives import (
 from ..schedules import BLOCK_P, BLOCK_R, BLOCK_V
 from ..transform import LogitTransform
 from .groups import PairGroup, RowGroup
-from .logits import grouped_tile, load_targets, pair_tile, soft_tile, tile_options
+from .logits import (
+    grouped_tile,
+    load_targets,
+    pair_tile,
+    soft_tile,
+    tile_columns,
+    tile_options,
+)
 
 # Tiles that a combining kernel takes at a time.
 BLOCK_B = 16
 
 
 @triton.jit
-def tile_lse(logits, left_out):
-    """Return ``(peak, total)`` of each row of a tile, with some columns left out."""
-    peak = tl.full((logits.shape[0],), LOWEST, tl.float32)
-    total = tl.zeros((logits.shape[0],), tl.float32)
-    return online_lse_update(peak, total, tl.where(left_out, -float("inf"), logits))
+def store_lse(lse_ptr, term: tl.constexpr, logits, left_out, tile, num_tiles, row, num_rows,
+              BLOCK_V: tl.constexpr):  # fmt: skip
+    """Keep ``(peak, total)`` of each row and `BLOCK_V` columns, with some columns left out.
 
-
-@triton.jit
-def store_lse(lse_ptr, term: tl.constexpr, peak, total, tile, num_tiles, row, num_rows):
-    """Keep a tile's ``(peak, total)`` of one term: peaks of all tiles, then totals of all."""
+    Of each term peaks of all tiles, then totals of all.
+    """
+    PARTS: tl.constexpr = logits.shape[1] // BLOCK_V
+    x = tl.where(left_out, -float("inf"), logits)
+    x = tl.reshape(x, (logits.shape[0], PARTS, BLOCK_V))
+    peak = tl.maximum(tl.max(x, 2), LOWEST)
+    total = tl.sum(exp(x - peak[:, :, None]), 2)
+    tile = (tile * PARTS + tl.arange(0, PARTS))[None, :]
+    inside = (row < num_rows)[:, None] & (tile < num_tiles)
     size = tl.cast(num_tiles, tl.int64) * num_rows
-    lse = lse_ptr + 2 * term * size + tile.to(tl.int64) * num_rows + row
-    tl.store(lse, peak, mask=row < num_rows)
-    tl.store(lse + size, total, mask=row < num_rows)
+    lse = lse_ptr + 2 * term * size + tile.to(tl.int64) * num_rows + row[:, None]
+    tl.store(lse, peak, mask=inside)
+    tl.store(lse + size, total, mask=inside)
 
 
 @triton.jit
@@ -84,14 +95,14 @@ def soft_lse_kernel(
     softcap,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """Find the LSEs of rows in one tile, and the raw logits at their targets."""
-    num_tiles = tl.cdiv(vocab_size, BLOCK_V)
-    row_block, tile = grouped_tile(tl.cdiv(num_rows, BLOCK_R), num_tiles, GROUP)
+    row_block, tile = grouped_tile(tl.cdiv(num_rows, BLOCK_R), tl.cdiv(vocab_size, COLUMNS), GROUP)
     row = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
     inside = row < num_rows
     target_1, target_2, share_1, share_2 = load_targets(
         group.targets, group.share, row, num_rows, inside
@@ -107,8 +118,9 @@ def soft_lse_kernel(
     held_1, held_2 = held_targets(target_1, target_2, share_1, share_2)
     left_out = (column >= vocab_size)[None, :] | (column[None, :] == held_1[:, None])
     left_out = left_out | (column[None, :] == held_2[:, None])
-    peak, total = tile_lse(transform_logits(raw, logit_scale, softcap), left_out)
-    store_lse(lse_ptr, 0, peak, total, tile, num_tiles, row, num_rows)
+    logit = transform_logits(raw, logit_scale, softcap)
+    num_tiles = tl.cdiv(vocab_size, BLOCK_V)
+    store_lse(lse_ptr, 0, logit, left_out, tile, num_tiles, row, num_rows, BLOCK_V)
 
 
 @triton.jit
@@ -128,14 +140,16 @@ def pair_lse_kernel(
     softcap,
     BLOCK_P: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """Find the three LSEs of pairs in one tile, and the raw logits at both targets."""
-    num_tiles = tl.cdiv(vocab_size, BLOCK_V)
-    pair_block, tile = grouped_tile(tl.cdiv(num_pairs, BLOCK_P), num_tiles, GROUP)
+    pair_block, tile = grouped_tile(
+        tl.cdiv(num_pairs, BLOCK_P), tl.cdiv(vocab_size, COLUMNS), GROUP
+    )
     pair = pair_block * BLOCK_P + tl.arange(0, BLOCK_P)
-    column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
     inside = pair < num_pairs
     raw_c, raw_u = pair_tile(
         hidden_ptr, stride, group, pair, num_pairs, head_ptr, head_stride, bias_ptr, column,
@@ -153,14 +167,15 @@ def pair_lse_kernel(
     held_c, held_u = held_targets(target_c, target_u, share_c, share_u)
     left_out = outside | (column[None, :] == held_c[:, None]) | (column[None, :] == held_u[:, None])
     raw_m = mixed_logits(raw_c, raw_u, share_c[:, None], share_u[:, None], bias_ptr is not None)
-    peak, total = tile_lse(transform_logits(raw_m, logit_scale, softcap), left_out)
-    store_lse(lse_ptr, 2, peak, total, tile, num_tiles, pair, num_pairs)
+    logit = transform_logits(raw_m, logit_scale, softcap)
+    num_tiles = tl.cdiv(vocab_size, BLOCK_V)
+    store_lse(lse_ptr, 2, logit, left_out, tile, num_tiles, pair, num_pairs, BLOCK_V)
     left_out = outside | (column[None, :] == target_c[:, None])
-    peak, total = tile_lse(transform_logits(raw_c, logit_scale, softcap), left_out)
-    store_lse(lse_ptr, 0, peak, total, tile, num_tiles, pair, num_pairs)
+    logit = transform_logits(raw_c, logit_scale, softcap)
+    store_lse(lse_ptr, 0, logit, left_out, tile, num_tiles, pair, num_pairs, BLOCK_V)
     left_out = outside | (column[None, :] == target_u[:, None])
-    peak, total = tile_lse(transform_logits(raw_u, logit_scale, softcap), left_out)
-    store_lse(lse_ptr, 1, peak, total, tile, num_tiles, pair, num_pairs)
+    logit = transform_logits(raw_u, logit_scale, softcap)
+    store_lse(lse_ptr, 1, logit, left_out, tile, num_tiles, pair, num_pairs, BLOCK_V)
 
 
 @triton.jit
@@ -358,15 +373,16 @@ def soft_forward(
     hidden_c, hidden_u, targets, share, row_weight = group
     num_rows, num_tiles = row_weight.numel(), triton.cdiv(weight.shape[0], BLOCK_V)
     blocks = triton.cdiv(num_rows, BLOCK_R)
+    columns = tile_columns(weight.dtype, transform.softcap)
     lse = row_weight.new_empty(2, num_tiles, num_rows)
     raw = row_weight.new_empty(targets.shape)
     loss, state = torch.empty_like(row_weight), row_weight.new_empty(4, num_rows)
     with torch.cuda.device_of(weight):
-        soft_lse_kernel[(blocks * num_tiles,)](
+        soft_lse_kernel[(blocks * triton.cdiv(weight.shape[0], columns),)](
             group, hidden_c.stride(0), weight, weight.stride(0), bias, lse, raw, num_rows,
             weight.shape[1], weight.shape[0], transform.scale, transform.softcap,
-            BLOCK_R=BLOCK_R, BLOCK_V=BLOCK_V,
-            **tile_options(weight, fuses=False, interpolates=hidden_u is not None),
+            BLOCK_R=BLOCK_R, BLOCK_V=BLOCK_V, COLUMNS=columns,
+            **tile_options(weight, columns, fuses=False, interpolates=hidden_u is not None),
         )  # fmt: skip
         soft_combine_kernel[(blocks,)](
             lse, raw, targets, share, row_weight, loss, state, live, num_rows, num_tiles,
@@ -390,15 +406,16 @@ def pair_forward(
     rows, labels, weights, share = group
     num_pairs, num_tiles = rows.shape[1], triton.cdiv(weight.shape[0], BLOCK_V)
     blocks = triton.cdiv(num_pairs, BLOCK_P)
+    columns = tile_columns(weight.dtype, transform.softcap)
     lse = weights.new_empty(3, 2, num_tiles, num_pairs)
     raw = weights.new_empty(4, num_pairs)
     loss, state = torch.empty_like(weights), weights.new_empty(10, num_pairs)
     with torch.cuda.device_of(weight):
-        pair_lse_kernel[(blocks * num_tiles,)](
+        pair_lse_kernel[(blocks * triton.cdiv(weight.shape[0], columns),)](
             hidden, hidden.stride(0), group, weight, weight.stride(0), bias, lse, raw, num_pairs,
             weight.shape[1], weight.shape[0], transform.scale, transform.softcap,
-            BLOCK_P=BLOCK_P, BLOCK_V=BLOCK_V,
-            **tile_options(weight, fuses=False),
+            BLOCK_P=BLOCK_P, BLOCK_V=BLOCK_V, COLUMNS=columns,
+            **tile_options(weight, columns, fuses=False),
         )  # fmt: skip
         pair_combine_kernel[(blocks,)](
             lse, raw, labels, share, weights, mix_ratio, loss, state, live, num_pairs, num_tiles,

@@ -77,7 +77,7 @@ def every_row_paired(plan: PairPlan) -> PairGroup:  # of Q pairs
 
 def groups(count: int, block: int, bytes_each: int, max_bytes: int) -> Iterator[slice]:
     """Yield slices of whole blocks, each of as many rows as ``max_bytes`` allows."""
-    step = max(block, max_bytes // bytes_each // block * block)
+    step = max(block, max_bytes // max(1, bytes_each) // block * block)
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
 

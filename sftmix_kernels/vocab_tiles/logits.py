@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..primitives import add_dot, load_float32, mixed_hidden
+from ..schedules import BLOCK_R, BLOCK_V
 
 NUM_WARPS = 8
 # Row blocks that go through the vocabulary together: about as many as there are tiles of the head
@@ -22,22 +23,51 @@ NUM_WARPS = 8
 GROUP = 16
 
 
+def tile_columns(dtype: torch.dtype, softcap: float | None) -> int:
+    """Return the vocabulary entries of a forward tile.
+
+    128 rows by 256 columns read three quarters of the bytes that two tiles of 128 do, and leave
+    their LSEs side by side. A softcap's intermediate numbers do not fit beside so many logits: 744
+    bytes a thread spilled (two targets, sm_90, triton 3.6.0). Float32 products take so long that
+    what they read does not matter.
+    """
+    return BLOCK_V if dtype == torch.float32 or softcap is not None else 2 * BLOCK_V
+
+
+def l2_bytes(
+    num_rows: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, softcap: float | None
+) -> int:
+    """Return the bytes of hidden states and head that all forward tiles read, most of them from L2.
+
+    For 8,192 rows, D = 4096 and V = 128,256 in bfloat16 100.9 GB, with tiles of 128 columns 134.5.
+    """
+    columns = tile_columns(dtype, softcap)
+    tiles = -(-num_rows // BLOCK_R) * -(-vocab_size // columns)
+    return tiles * (BLOCK_R + columns) * hidden_size * dtype.itemsize
+
+
 def tile_options(
-    hidden: Tensor, *, fuses: bool, interpolates: bool = False
+    hidden: Tensor,  # (..., D)
+    columns: int,
+    *,
+    fuses: bool,
+    interpolates: bool = False,
 ) -> dict[str, int | bool]:
-    """Return depth and stages of the operands' pipeline.
+    """Return depth and stages of the operands' pipeline for tiles of some columns.
 
     It takes at most 96 KiB, which every GPU from sm_80 on has; an interpolated operand takes twice
     its share of them. Float32 products have no tensor cores: they need fused multiply-adds, and the
-    registers of twice the warps. Not measured on a GPU yet.
+    registers of twice the warps. Without hidden states there is no depth. Not measured on a GPU.
     """
     full = hidden.dtype == torch.float32
     if full:
         depth, stages, warps = 16 if interpolates else 32, 3, 2 * NUM_WARPS
     else:
         depth, stages, warps = 32 if interpolates else 64, 4 if interpolates else 3, NUM_WARPS
+        if columns > BLOCK_V:
+            depth, stages = 32, 3 if interpolates else 4
     return {
-        "BLOCK_D": depth,
+        "BLOCK_D": depth if hidden.shape[-1] else 0,
         "GROUP": GROUP,
         "num_warps": warps,
         "num_stages": stages,
@@ -94,16 +124,21 @@ def soft_tile(
     """Return the raw logits of a tile, of interpolated hidden states where there are two."""
     counts = tl.load(group.weight + row, mask=row < num_rows, other=0.0) != 0.0
     logits = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
-    for start in range(0, hidden_size, BLOCK_D):
-        depth = start + tl.arange(0, BLOCK_D)
-        hidden = load_operand(group.hidden_c, row, stride, counts, depth, hidden_size)
-        if group.hidden_u is not None:
-            second = load_operand(group.hidden_u, row, stride, counts, depth, hidden_size)
-            hidden = mixed_hidden(
-                hidden.to(tl.float32), second.to(tl.float32), share_1[:, None], share_2[:, None]
-            ).to(group.hidden_c.dtype.element_ty)
-        head = load_operand(head_ptr, column, head_stride, column < vocab_size, depth, hidden_size)
-        logits = add_dot(hidden, tl.trans(head), logits)
+    if BLOCK_D > 0:
+        # Without a way past the loop its products need not wait for each other: `ptxas` else runs
+        # them one by one (C7515).
+        tl.assume(hidden_size > 0)
+        for start in range(0, hidden_size, BLOCK_D):
+            depth = start + tl.arange(0, BLOCK_D)
+            hidden = load_operand(group.hidden_c, row, stride, counts, depth, hidden_size)
+            if group.hidden_u is not None:
+                second = load_operand(group.hidden_u, row, stride, counts, depth, hidden_size)
+                hidden = mixed_hidden(
+                    hidden.to(tl.float32), second.to(tl.float32), share_1[:, None], share_2[:, None]
+                ).to(group.hidden_c.dtype.element_ty)
+            inside = column < vocab_size
+            head = load_operand(head_ptr, column, head_stride, inside, depth, hidden_size)
+            logits = add_dot(hidden, tl.trans(head), logits)
     return logits + load_bias(bias_ptr, column, vocab_size)
 
 
@@ -130,13 +165,16 @@ def pair_tile(
     counts_u = tl.load(group.weights + num_pairs + pair, mask=inside, other=0.0) != 0.0
     logits_c = tl.zeros((pair.shape[0], column.shape[0]), tl.float32)
     logits_u = tl.zeros((pair.shape[0], column.shape[0]), tl.float32)
-    for start in range(0, hidden_size, BLOCK_D):
-        depth = start + tl.arange(0, BLOCK_D)
-        hidden_c = load_operand(hidden_ptr, row_c, stride, counts_c, depth, hidden_size)
-        hidden_u = load_operand(hidden_ptr, row_u, stride, counts_u, depth, hidden_size)
-        head = load_operand(head_ptr, column, head_stride, column < vocab_size, depth, hidden_size)
-        logits_c = add_dot(hidden_c, tl.trans(head), logits_c)
-        logits_u = add_dot(hidden_u, tl.trans(head), logits_u)
+    if BLOCK_D > 0:
+        tl.assume(hidden_size > 0)  # as in `soft_tile`
+        for start in range(0, hidden_size, BLOCK_D):
+            depth = start + tl.arange(0, BLOCK_D)
+            hidden_c = load_operand(hidden_ptr, row_c, stride, counts_c, depth, hidden_size)
+            hidden_u = load_operand(hidden_ptr, row_u, stride, counts_u, depth, hidden_size)
+            exists = column < vocab_size
+            head = load_operand(head_ptr, column, head_stride, exists, depth, hidden_size)
+            logits_c = add_dot(hidden_c, tl.trans(head), logits_c)
+            logits_u = add_dot(hidden_u, tl.trans(head), logits_u)
     bias = load_bias(bias_ptr, column, vocab_size)
     return logits_c + bias, logits_u + bias
 

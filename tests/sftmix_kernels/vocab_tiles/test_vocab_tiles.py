@@ -10,6 +10,7 @@ float16, and float32 for one head.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,6 +24,7 @@ from sftmix_kernels.schedules import BLOCK_P, BLOCK_R, BLOCK_V
 from sftmix_kernels.sftmix_loss import sftmix_tiles, sftmix_tiles_backward
 from sftmix_kernels.terms import PairPlan
 from sftmix_kernels.vocab_tiles.groups import every_row_paired, groups
+from sftmix_kernels.vocab_tiles.logits import l2_bytes
 from tools.peak_memory import peak_extra_bytes
 
 from ..budget import assert_same_bits, check, run
@@ -243,6 +245,16 @@ def test_upstream_gradients_of_half_precision_keep_their_size(device: str) -> No
 
 
 @pytest.mark.interpret
+def test_bytes_that_forward_tiles_read() -> None:
+    """At an 8B model's shape few enough for an L2 of 7 TB/s to take 15 ms of products."""
+    found = l2_bytes(8192, 4096, 128256, torch.bfloat16, None)
+    assert found == 64 * 501 * (128 + 256) * 4096 * 2
+    assert found <= 110e9
+    assert l2_bytes(8192, 4096, 128256, torch.float16, 30.0) == 64 * 1002 * 256 * 4096 * 2
+    assert l2_bytes(129, 10, 257, torch.float32, None) == 2 * 3 * (128 + 128) * 10 * 4
+
+
+@pytest.mark.interpret
 def test_unit_of_upstream_gradients() -> None:
     assert unit_of(torch.tensor([1.0, -4.0, torch.inf, torch.nan])) == 4
     assert unit_of(torch.zeros(3)) == 1
@@ -372,3 +384,13 @@ def test_backward_takes_max_bytes_and_some_numbers_a_row(device: str, pairs: boo
     _, *state = forward(2**20)
     space = peak_extra_bytes(lambda: backward(state, max_bytes), device) - outputs
     assert space <= 1.05 * (max_bytes + 80 * rows)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_hidden_states_of_no_columns_have_logits_of_0(device: str, pairs: bool) -> None:
+    """The kernels are told that there is something to multiply: here the launcher knows better."""
+    forward, backward, _ = tile_ops(device, pairs, 8, size=0, vocab_size=300)
+    loss, *state = forward(2**20)
+    torch.testing.assert_close(loss, torch.full_like(loss, math.log(300)))
+    dh, dw, _ = backward(state, 2**20)
+    assert (dh.shape, dw.shape) == ((8, 0), (300, 0))
