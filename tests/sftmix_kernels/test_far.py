@@ -66,8 +66,10 @@ def test_in_the_reference(label: int) -> None:
 def test_a_row_of_a_pair(row: int) -> None:
     """Refused where that is free; on a device, which nobody waits for, the pair's weight is NaN."""
     hidden, weight = exact(R, D), exact(V, D)
+    # Neither the first row nor the last, for one of which the missing row stands.
+    there = torch.tensor([2, 3])
     for name in ("pair_c", "pair_u"):
-        far = {**PAIRS, name: torch.tensor([row, 1])}
+        far = {"pair_c": there, "pair_u": there, "lam": 0.3, name: torch.tensor([row, 1])}
         call = {"hidden": hidden, "weight": weight, "labels": LABELS, **far}
         assert_refused(fused_sftmix_loss, call, ValueError, rf"\[0, {R}\), got {row}")
         pairs = far["pair_c"], far["pair_u"], torch.full((2,), 0.3)
