@@ -34,7 +34,9 @@ def extension() -> dict[str, Any]:
     # Where arithmetic may trap, as GCC assumes, loops with a condition are scalar without AVX-512.
     cxx = ["-O3", "-fopenmp-simd", "-ffp-contract=fast", "-fno-trapping-math"]
     # Without -ftz each exponential takes three instructions more, to keep numbers below 1e-38.
-    nvcc = ["-O3", "-ftz=true", "-arch=all-major"]
+    nvcc = ["-O3", "-ftz=true"]
+    # Where torch is told which chips, it says so to nvcc itself.
+    nvcc += [] if os.environ.get("TORCH_CUDA_ARCH_LIST") else ["-arch=all-major"]
     options = {"define_macros": macros, "extra_compile_args": {"cxx": cxx, "nvcc": nvcc}}
     module = make("sftmix_kernels._extension", sources, **options)
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}

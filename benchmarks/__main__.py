@@ -2,6 +2,7 @@
 
 python -m benchmarks run loss --device cpu --out runs/bench
 python -m benchmarks plot runs/bench
+python -m benchmarks predict --gpu H200
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from typing import Any
 
 import torch
 
-from .settings import Settings
+from sftmix_kernels.peaks import Shape
+
+from .predict import GPUS, text
+from .settings import Case, Settings
 from .suites import ALL, NAMES, SUITES, run_apart
 
 HERE = Path(__file__).resolve().parent
@@ -31,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the three commands."""
+    """Return the parser of the commands."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
@@ -48,6 +52,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="tiny sizes: shows that all of it works")
     add("--no-peers", action="store_false", dest="peers", help="only ours and bare products")
     add("--no-grid", action="store_false", dest="grid", help="only the first sizes")
+    add("--short", action="store_true", help="on a GPU only what decides: few minutes in all")
+    add("--keep", action="store_true", help="add to a result file that is there")
     add("--seconds", type=int, default=own.seconds, help="begin nothing of a suite after these")
     add("--threads", type=int, default=own.threads, help="of the CPU")
     add("--data", type=Path, metavar="FILE", help="instructions to score (default: the demo's)")
@@ -61,12 +67,43 @@ def make_parser() -> argparse.ArgumentParser:
     plot.add_argument("folder", type=Path, metavar="DIR", help="with result files")
     plot.add_argument("--markdown", type=Path, metavar="FILE", help="default: DIR/RESULTS.md")
     plot.add_argument("--readme", type=Path, metavar="FILE", help="whose block of results to renew")
+    predict = commands.add_parser("predict", help="what a GPU takes for each step, by arithmetic")
+    predict.set_defaults(call=print_predictions)
+    add, case = predict.add_argument, Case("Llama-3.1-8B", 8192)
+    add("--gpu", choices=tuple(GPUS), default="H200", help="by its data sheet (default: H200)")
+    add("--rows", type=positive, default=case.rows, metavar="N", help="default: 8192")
+    add("--hidden", type=positive, default=case.sizes[0], metavar="D", help="default: 4096")
+    add("--vocab", type=positive, default=case.sizes[1], metavar="V", help="default: 128256")
+    add("--copy", type=positive, metavar="GB/s", help="of a large copy, read and written")
+    add("--product", type=positive, metavar="TFLOP/s", help="of a large product in bfloat16")
     check = commands.add_parser("compare", help="ratios of a run beside those of another")
     check.set_defaults(call=compare_results)
     check.add_argument("folder", type=Path, metavar="DIR", help="with result files")
     baseline = {"metavar": "DIR", "default": HERE / "results", "help": "benchmarks/results"}
     check.add_argument("--baseline", type=Path, **baseline)
     return parser
+
+
+def positive(value: str) -> int:
+    """Return a whole number of at least 1.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {value!r}")
+    return int(value)
+
+
+def print_predictions(options: argparse.Namespace) -> int:
+    """Print the steps of each schedule, and the goals."""
+    gpu = GPUS[options.gpu]
+    if options.copy:
+        gpu = gpu._replace(copy_rate=1e9 * options.copy)
+    if options.product:
+        gpu = gpu._replace(product_rate=1e12 * options.product)
+    print(text(gpu, Shape(options.rows, options.hidden, options.vocab, 2)))
+    return 0
 
 
 def run_suites(options: argparse.Namespace) -> int:

@@ -31,7 +31,7 @@ from . import records as names
 from .errors import Oracle
 from .inputs import FILTER_EPS, MU, Inputs, Loss, make_inputs, peakedness
 from .measure import interleaved_samples
-from .peers import COMPILES, HardLabelLoss, find_peers
+from .peers import COMPILES, LIGER_ROWS, HardLabelLoss, find_peers
 from .records import BOTH, MIXUP, NTP
 from .result_file import Results
 from .settings import TRAINED, Case, Settings
@@ -119,6 +119,10 @@ SCHEDULES: dict[str, RowChunks | VocabTiles] = {
     names.VOCAB_TILES: VocabTiles(),
     names.FILTERED: VocabTiles(filter_eps=FILTER_EPS),
 }
+
+
+# Who takes part in a short run: ours, a user's own, and the fastest peer that was seen.
+SHORT = (names.ROW_CHUNKS, names.VOCAB_TILES, names.DENSE, LIGER_ROWS)
 
 
 class Provider(NamedTuple):
@@ -228,7 +232,11 @@ def operations(task: str, x: Inputs, backward: bool) -> int:
 
 def measure(settings: Settings, results: Results) -> None:
     """Time everyone on every case."""
-    providers, left_out = find_providers(settings, compiled=not settings.quick)
+    compiled = not (settings.quick or settings.short)
+    providers, left_out = find_providers(settings, compiled)
+    if settings.short:
+        providers = [one for one in providers if one.task != MIXUP and one.who in SHORT]
+        left_out = {who: why for who, why in left_out.items() if who in SHORT}
     results.leave_out(left_out)
     for case in settings.cases():
         work = partial(race, case, providers, settings, results)

@@ -23,7 +23,7 @@ from sftmix_kernels.perplexity import streaming as perplexity
 from sftmix_kernels.schedules import PADDING
 
 from . import records as names
-from .bench_perplexity import VOCAB_CHUNK, passed, require_compiled, size_of, unwarned
+from .bench_perplexity import passed, require_compiled, size_of, unwarned
 from .measure import L2Scrub, interleaved_samples
 from .result_file import Results
 from .settings import Settings
@@ -119,12 +119,15 @@ class Chunk(NamedTuple):
         """Return rows and columns."""
         whole = size_of(settings)
         rows, vocab_size = whole.rows, whole.sizes[1]
-        columns = vocab_size if self.place == names.IN_HBM else min(VOCAB_CHUNK, vocab_size)
-        if self.place in (names.IN_HBM, names.IN_HBM_CHUNK):
+        if self.place == names.IN_HBM:
+            return rows, vocab_size
+        like = {"dtype": getattr(torch, self.dtype), "device": settings.device}
+        hidden = torch.empty(rows, 0, **like)
+        columns = perplexity.chunk_columns(hidden, vocab_size, None)
+        if self.place == names.IN_HBM_CHUNK:
             return rows, columns
         # As many rows as ours takes at a time, so that its logits of this dtype stay in cache.
-        like = {"dtype": getattr(torch, self.dtype), "device": settings.device}
-        return perplexity.block_rows(torch.empty(rows, 0, **like), columns), columns
+        return perplexity.block_rows(hidden, columns), columns
 
 
 CHUNKS = {
@@ -145,6 +148,8 @@ CHUNKS = {
 def measure(settings: Settings, results: Results) -> None:
     """Time the folds of every chunk of logits."""
     for chunk in CHUNKS[settings.device]:
+        if settings.short and chunk.dtype != settings.dtype_name:
+            continue
         work = partial(measure_folds, chunk, settings, results)
         results.attempt(f"{chunk.place}, {chunk.kind}", work, ours=True)
         if settings.device != "cpu":

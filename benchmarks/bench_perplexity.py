@@ -10,7 +10,6 @@ Legend: N tokens, S examples, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -36,8 +35,6 @@ from .peers import torch_chunked
 from .result_file import Results
 from .settings import QUICK, Case, Settings
 
-# Vocabulary entries that ours projects at a time by default.
-VOCAB_CHUNK: int = inspect.signature(streaming_perplexity).parameters["vocab_chunk"].default
 TOKENS_OF_EXAMPLE = 64
 CHECKED_TOKENS = 256
 # Head and tokens of each device.
@@ -92,29 +89,29 @@ def of_examples(losses: Tensor, x: Tokens) -> Tensor:  # (S,) float64
 def chunks_of_logits(
     x: Tokens,
     use: Callable[[Tensor, slice, int], object],  # logits, which rows, first column
-    vocab_chunk: int = VOCAB_CHUNK,
+    vocab_chunk: int | None = None,
     rows: int | None = None,
 ) -> None:
-    """Compute the products of ours in its chunks, and in its blocks or those of ``rows`` tokens."""
+    """Compute the products of ours in its chunks and blocks, or in those that are named."""
     (num_tokens, _), vocab_size = x.hidden.shape, x.weight.shape[0]
-    columns = min(vocab_chunk, vocab_size)
+    columns = perplexity.chunk_columns(x.hidden, vocab_size, vocab_chunk)
     rows = rows or perplexity.block_rows(x.hidden, columns)
     room = x.hidden.new_empty(rows, -(-columns // PADDING) * PADDING)
     for first in range(0, num_tokens, rows):
         some = slice(first, first + rows)
         block = x.hidden[some]
-        for start in range(0, vocab_size, vocab_chunk):
-            part = x.weight[start : start + vocab_chunk]
+        for start in range(0, vocab_size, columns):
+            part = x.weight[start : start + columns]
             logits = room[: block.shape[0], : part.shape[0]]
             use(torch.mm(block, part.t(), out=logits), some, start)
 
 
-def bare(x: Tokens, vocab_chunk: int = VOCAB_CHUNK, rows: int | None = None) -> None:
+def bare(x: Tokens, vocab_chunk: int | None = None, rows: int | None = None) -> None:
     """Compute only the products: no way of finding perplexities in these chunks can beat them."""
     chunks_of_logits(x, lambda *_: None, vocab_chunk, rows)
 
 
-def folded(x: Tokens, ops: Any, vocab_chunk: int = VOCAB_CHUNK, rows: int | None = None) -> Tensor:
+def folded(x: Tokens, ops: Any, vocab_chunk: int | None = None, rows: int | None = None) -> Tensor:
     """Compute ours by compiled ``ops``, or by `online_softmax`, which has them in PyTorch."""
     state = online_softmax.new_state(x.labels.shape[0], x.hidden)
     nll_sum, num_tokens = perplexity.new_sums(x.num_samples, x.hidden.device)

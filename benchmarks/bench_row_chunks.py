@@ -1,9 +1,8 @@
-"""Time the row kernels of ``row_chunks``, which turn logits into gradients, and the ceilings.
+"""Time the row kernels of ``row_chunks``, which turn logits into gradients.
 
 Timed are `RowKernels.pair_rows` and `soft_rows` beside a copy of the same logits: Triton kernels on
-a GPU, compiled ops on the CPU, there beside the same in PyTorch operations. The ceilings are a
-large copy and a large product. Figures: "Rows of logits" and "Ceilings of the machine" in
-RESULTS.md.
+a GPU, compiled ops on the CPU, there beside the same in PyTorch operations. Figures: "Rows of
+logits" in RESULTS.md.
 
 Legend: N rows, V vocabulary.
 """
@@ -24,7 +23,7 @@ from sftmix_kernels.transform import LogitTransform
 
 from .bench_loss import PEER_LIMIT
 from .measure import SuiteError, interleaved_samples
-from .records import COPY, PAIR_ROWS, PAIR_ROWS_OPERATIONS, PRODUCT, SOFT_ROWS
+from .records import COPY, PAIR_ROWS, PAIR_ROWS_OPERATIONS, SOFT_ROWS
 from .result_file import Results
 from .settings import HEADS, QUICK_HEAD, Settings
 
@@ -33,8 +32,6 @@ from .settings import HEADS, QUICK_HEAD, Settings
 # is read a second time, a kernel's share of a copy's rate can pass 1.
 PASSES = {COPY: 2, PAIR_ROWS: 3, SOFT_ROWS: 3, PAIR_ROWS_OPERATIONS: 3}
 CHUNK_ROWS, CHECKED_ROWS = {"cpu": 512, "cuda": 4096}, 64
-# Bytes copied, and rows of the square product, by device.
-CEILINGS = {"cpu": (2**28, 2048), "cuda": (2**32, 8192)}
 
 
 class RowKernels:
@@ -109,9 +106,8 @@ class RowKernels:
 
 
 def measure(settings: Settings, results: Results) -> None:
-    """Time the row kernels and the ceilings."""
+    """Time the row kernels."""
     results.attempt("row kernels", partial(measure_rows, settings, results), ours=True)
-    measure_ceilings(settings, results)
 
 
 def measure_rows(settings: Settings, results: Results) -> None:
@@ -145,21 +141,3 @@ def measure_rows(settings: Settings, results: Results) -> None:
             dtype=settings.dtype_name,
             bytes=PASSES[who] * kernels.raw.nbytes,
         )
-
-
-def measure_ceilings(settings: Settings, results: Results) -> None:
-    """Time a large copy and a large product."""
-    num_bytes, rows = (2**20, 128) if settings.quick else CEILINGS[settings.device]
-    like = {"dtype": settings.dtype, "device": settings.device}
-    source = torch.empty(num_bytes // settings.dtype.itemsize, **like).normal_()
-    copied = torch.empty_like(source)
-    left, right = torch.randn(2, rows, rows, **like).unbind()
-    product = torch.empty_like(left)
-    steps: dict[str, Callable[[], object]] = {
-        COPY: lambda: copied.copy_(source),
-        PRODUCT: lambda: torch.mm(left, right, out=product),
-    }
-    amounts = {COPY: {"bytes": 2 * source.nbytes}, PRODUCT: {"operations": 2 * rows**3}}
-    samples = interleaved_samples(steps, settings.repeats, settings.device, says="ceilings")
-    for who, seconds in samples.items():
-        results.add_times(seconds, measure="ceiling", who=who, ours=False, **amounts[who])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from . import predict
 from . import records as names
 from .records import Record, Report, by_time, find, rate, ratio
 from .tables import (
@@ -217,6 +218,37 @@ def section(report: Report) -> str:
     return "\n".join(parts)
 
 
+def predicted_section(reports: Sequence[Report]) -> str:
+    """Return every target on a GPU beside what is predicted of it, and what was measured."""
+    gpu, shape = predict.GPUS["H200"], predict.BEST_PEER_SHAPE
+    found, rows = predict.predictions(gpu, shape), []
+    for suite in ("loss", "perplexity", "memory"):
+        report = names.newest(reports, suite, "cuda", quick=False)
+        nothing = {"suite": suite, "settings": {"device": "cuda", "quick": False}, "records": []}
+        for target in targets(report or nothing):
+            guess = next(
+                (
+                    str(r)
+                    for (s, says), r in found.items()
+                    if s == suite and target.says.startswith(says)
+                ),
+                "-",
+            )
+            limit = f"{'>=' if target.least else '<='} {target.limit:.3g}"
+            rows.append([cell(target.says), guess, limit, number(target.value, ".3f")])
+    size = f"N = {shape.rows}, D = {shape.hidden_size}, V = {shape.vocab_size}, bfloat16"
+    parts = [
+        "## Predicted of a GPU",
+        "",
+        f"{gpu.name}, {size}. **Predicted, not measured**: bytes, operations and instructions over "
+        "the rates that such a GPU was seen to reach; `python -m benchmarks predict` prints each "
+        "step. A dash is a figure that depends on the data, or that nothing is known of.",
+        "",
+        table(("target", "predicted", "limit", "measured"), rows),
+    ]
+    return "\n".join([*parts, *(f"- {line}" for line in predict.goals(gpu, shape)), ""])
+
+
 def markdown(reports: Sequence[Report]) -> str:
     """Return all of `RESULTS.md`."""
     parts = [f"<!-- {GENERATED} -->", "# Results", "", f"This page is {GENERATED}.", ""]
@@ -224,4 +256,5 @@ def markdown(reports: Sequence[Report]) -> str:
         "Extra memory of losses: the peak over inputs and gradients. Elsewhere over inputs.",
         "",
     ]
-    return "\n".join([*parts, *map(section, reports)]).rstrip("\n") + "\n"
+    parts += [*map(section, reports), predicted_section(reports)]
+    return "\n".join(parts).rstrip("\n") + "\n"

@@ -40,7 +40,10 @@ class OutOfTime(Exception):
 
 
 class Results:
-    """`{device}-{suite}.json`, written whole after every record: a killed run keeps its figures."""
+    """`{device}-{suite}.json`, written whole after every record: a killed run keeps its figures.
+
+    With ``settings.keep`` it goes on with the records of the file that is there.
+    """
 
     def __init__(self, suite: str, settings: Settings, folder: Path | None = None) -> None:
         self.settings = settings
@@ -56,6 +59,10 @@ class Results:
             "left_out": {},
             "failed": {},
         }
+        if settings.keep and self.file and self.file.exists():
+            before = json.loads(self.file.read_text("utf-8"))
+            for kept in ("records", "left_out", "failed"):
+                self.report[kept] = before[kept]
 
     def add(self, **record: Any) -> None:
         """Add one figure, a flat record."""

@@ -72,6 +72,8 @@ class Settings:
     quick: bool = False
     peers: bool = True
     grid: bool = True
+    short: bool = False  # only what decides
+    keep: bool = False  # add to a result file that is there
     seconds: float = 10**6  # no measurement is begun after these
     data: Path | None = None
     examples: int = 250
@@ -122,6 +124,8 @@ class Settings:
         if self.device == "cpu":
             return list(CPU_CASES)
         first = [Case("Llama-3.1-8B", 8192), Case("Llama-3.1-8B", 8192, RANDOM)]
+        if self.short:
+            return first[:1]
         heads = [name for name in HEADS if name not in ("small", "SmolLM2-135M")]
         grid = [Case(name, rows, full=False) for rows in (2048, 8192, 32768) for name in heads]
         return first + [case for case in grid if self.grid]
@@ -133,6 +137,7 @@ class Settings:
             "quick": self.quick,
             "peers": self.peers,
             "grid": self.grid,
+            "short": self.short,
             "dtype": self.dtype_name,
             "repeats": self.repeats,
         }

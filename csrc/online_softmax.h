@@ -20,11 +20,16 @@
 namespace sftmix {
 
 // The state of a row after the logits a_j seen so far.
-struct RowState {
+template <typename Sum>
+struct SoftmaxState {
   float max = -INFINITY;  // m = max_j a_j
-  float sum = 0.0f;       // sum_j exp(a_j - m)
+  Sum sum = 0;            // sum_j exp(a_j - m)
   float target = NAN;     // the label's logit; stays NaN where no chunk holds the label
 };
+// What is kept between chunks, and by each thread of a GPU.
+using RowState = SoftmaxState<float>;
+// What the CPU keeps within a chunk: a hundred sums of 1,024 terms each, one after another.
+using WideState = SoftmaxState<double>;
 
 // e^x for x < 88; 0 below e^-87.7. NaN stays NaN.
 SFTMIX_INLINE float exp_of(float x) {
@@ -105,7 +110,8 @@ struct LogitTransform {
 
 // Takes a maximum of further logits into account and returns what their exponentials are relative
 // to: the new maximum, or 0 while that is -inf, since -inf - -inf would be NaN.
-SFTMIX_INLINE float raise_max(RowState& row, float max) {
+template <typename Sum>
+SFTMIX_INLINE float raise_max(SoftmaxState<Sum>& row, float max) {
   const float new_max = row.max > max ? row.max : max;
   // An equal maximum, an infinite one too, needs no factor.
   if (row.max != new_max) row.sum *= exp_of(row.max - new_max);

@@ -32,7 +32,8 @@ template <typename Logit>
 SFTMIX_INLINE void fold_row(const Chunk<Logit>& chunk, int64_t row) {
   const Logit* const logits = chunk.logits + row * chunk.row_stride;
   const int64_t label = chunk.labels[row];
-  RowState state = chunk.states.load(row);
+  const RowState before = chunk.states.load(row);
+  WideState state = {before.max, before.sum, before.target};
   float room[kStep];
   for (int64_t first = 0; first < chunk.num_columns; first += kStep) {
     const int64_t size = std::min(kStep, chunk.num_columns - first);
@@ -41,7 +42,7 @@ SFTMIX_INLINE void fold_row(const Chunk<Logit>& chunk, int64_t row) {
     if (label >= entry && label < entry + size) state.target = values[label - entry];
     fold_values(state, values, size);
   }
-  chunk.states.store(row, state);
+  chunk.states.store(row, {state.max, static_cast<float>(state.sum), state.target});
 }
 
 SFTMIX_EACH_SET(fold_rows, fold_row, Chunk)

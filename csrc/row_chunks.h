@@ -147,7 +147,7 @@ SFTMIX_INLINE void raw_at(const Logit* logits, const Targets& targets, float (&r
   }
 }
 
-SFTMIX_INLINE RowLoss row_loss(const RowState& others, LogitTransform transform,
+SFTMIX_INLINE RowLoss row_loss(const WideState& others, LogitTransform transform,
                                const float (&raw)[2], const Targets& targets) {
   const float logit[2] = {transform(raw[0]), transform(raw[1])};
   return soft_cross_entropy(others, logit, targets);

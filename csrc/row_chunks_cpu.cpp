@@ -27,8 +27,8 @@ float* mutable_floats(const Tensor& tensor) {
 Objective check_objective(int64_t kind, double parameter, const std::optional<Tensor>& old,
                           const std::optional<Tensor>& stats, int64_t num_rows, bool gates_only) {
   const auto last = gates_only ? Kind::kClipped : Kind::kGem;
-  STD_TORCH_CHECK(kind >= 0 && kind <= static_cast<int64_t>(last), "kind: expected a number in [0, ",
-                  static_cast<int64_t>(last), "], got ", kind);
+  STD_TORCH_CHECK(kind >= 0 && kind <= static_cast<int64_t>(last),
+                  "kind: expected a number in [0, ", static_cast<int64_t>(last), "], got ", kind);
   Objective objective = {static_cast<Kind>(kind), static_cast<float>(parameter)};
   STD_TORCH_CHECK((objective.kind == Kind::kClipped) == old.has_value(),
                   "old_log_probs: expected with kind 5 and no other");
@@ -77,8 +77,8 @@ void for_dtype(const Tensor& logits, const Work& work) {
 }
 
 void soft_rows_(Tensor logits, Tensor targets, std::optional<Tensor> share, Tensor row_weight,
-                double logit_scale, std::optional<double> softcap, bool needs_gradient,
-                Tensor loss, int64_t kind, double parameter, std::optional<Tensor> old_log_probs,
+                double logit_scale, std::optional<double> softcap, bool needs_gradient, Tensor loss,
+                int64_t kind, double parameter, std::optional<Tensor> old_log_probs,
                 std::optional<Tensor> stats) {
   check_logits(logits);
   STD_TORCH_CHECK(targets.dim() == 2 && (targets.size(1) == 2 || (targets.size(1) == 1 && !share)),
@@ -97,13 +97,13 @@ void soft_rows_(Tensor logits, Tensor targets, std::optional<Tensor> share, Tens
                   "kind: expected 0, and no stats, of rows with two targets");
   for_dtype(logits, [&](auto* type) {
     using Logit = std::remove_pointer_t<decltype(type)>;
-    const SoftRows<Logit> rows = {check_rows<Logit>(logits, logit_scale, softcap, needs_gradient,
-                                                    objective),
-                                  columns,
-                                  share ? floats(*share) : nullptr,
-                                  floats(row_weight),
-                                  num_targets,
-                                  mutable_floats(loss)};
+    const SoftRows<Logit> rows = {
+        check_rows<Logit>(logits, logit_scale, softcap, needs_gradient, objective),
+        columns,
+        share ? floats(*share) : nullptr,
+        floats(row_weight),
+        num_targets,
+        mutable_floats(loss)};
     const auto work = pick_soft_rows<Logit>();
     for_rows(num_rows, rows.vocab_size,
              [&](int64_t first, int64_t last) { work(rows, first, last); });
@@ -132,17 +132,17 @@ void pair_rows_(Tensor logits, Tensor labels, Tensor row_weight, Tensor share, T
       check_objective(kind, parameter, old_log_probs, stats, 2 * num_pairs, true);
   for_dtype(logits, [&](auto* type) {
     using Logit = std::remove_pointer_t<decltype(type)>;
-    const PairRows<Logit> rows = {check_rows<Logit>(logits, logit_scale, softcap, needs_gradient,
-                                                    objective),
-                                  columns,
-                                  floats(row_weight),
-                                  floats(share),
-                                  floats(pair_weight),
-                                  *floats(mix_ratio),
-                                  has_bias,
-                                  num_pairs,
-                                  mutable_floats(ntp),
-                                  mutable_floats(mixup)};
+    const PairRows<Logit> rows = {
+        check_rows<Logit>(logits, logit_scale, softcap, needs_gradient, objective),
+        columns,
+        floats(row_weight),
+        floats(share),
+        floats(pair_weight),
+        *floats(mix_ratio),
+        has_bias,
+        num_pairs,
+        mutable_floats(ntp),
+        mutable_floats(mixup)};
     const auto work = pick_pair_rows<Logit>();
     for_rows(num_pairs, 2 * rows.vocab_size,
              [&](int64_t first, int64_t last) { work(rows, first, last); });

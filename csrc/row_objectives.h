@@ -42,33 +42,53 @@ struct Objective {
 
 // The sums over a row's columns that its loss follows from; the targets held are in none of them.
 struct RowSums {
-  RowState others;
-  float moment = 0.0f;  // sum_j exp(a_j - max) (a_j - max)
+  WideState others;
+  double moment = 0.0;  // sum_j exp(a_j - max) (a_j - max)
   double gap = 0.0;     // sum_j (a_j - a_target)
+};
+
+// Sums of exponentials of a step, and of exponentials times exponents, in lanes as those of Lanes.
+struct MomentLanes {
+  float sum[kLanes];
+  float moment[kLanes];
+
+  SFTMIX_INLINE void add(const float* values, int64_t count, float base) {
+#pragma omp simd
+    for (int64_t l = 0; l < count; ++l) {
+      const float below = values[l] - base;
+      // exp_of is 0 there, and 0 * -inf would be NaN.
+      const float x = below < -88.0f ? -88.0f : below;
+      const float exponential = exp_of(x);
+      sum[l] += exponential;
+      moment[l] += x * exponential;
+    }
+  }
 };
 
 // Does what fold_values does, and adds to the moment. The maximum is found first: exponentials
 // above 1 would cancel in a moment.
 SFTMIX_INLINE void fold_moment(RowSums& sums, const float* values, int64_t size) {
-  RowState& state = sums.others;
+  WideState& state = sums.others;
   float max = -INFINITY;
 #pragma omp simd reduction(max : max)
   for (int64_t j = 0; j < size; ++j) max = values[j] > max ? values[j] : max;
   // Before the first logit there is nothing to move: 0 * -inf would be NaN.
-  if (max > state.max && state.sum != 0.0f) {
+  if (max > state.max && state.sum != 0.0) {
     const float down = state.max - max;
     sums.moment = exp_of(down) * (sums.moment + down * state.sum);
   }
   const float base = raise_max(state, max);
+  MomentLanes lanes;
+  std::fill_n(lanes.sum, kLanes, 0.0f);
+  std::fill_n(lanes.moment, kLanes, 0.0f);
+  int64_t first = 0;
+  for (; first + kLanes <= size; first += kLanes) lanes.add(values + first, kLanes, base);
+  lanes.add(values + first, size - first, base);
   float sum = 0.0f, moment = 0.0f;
 #pragma omp simd reduction(+ : sum, moment)
-  for (int64_t j = 0; j < size; ++j) {
-    const float below = values[j] - base;
-    // exp_of is 0 there, and 0 * -inf would be NaN.
-    const float x = below < -88.0f ? -88.0f : below;
-    const float exponential = exp_of(x);
-    sum += exponential;
-    moment += x * exponential;
+  for (int64_t l = 0; l < kLanes; ++l) {
+    sum += lanes.sum[l];
+    moment += lanes.moment[l];
   }
   state.sum += sum;
   sums.moment += moment;
@@ -85,7 +105,7 @@ SFTMIX_INLINE float sum_of_gaps(const float* values, float at_target, int64_t si
 SFTMIX_INLINE double mean_below_top(const RowSums& sums, const RowLoss& row) {
   const double top = row.top, at_target = row.logit[0] - top;
   double moment = at_target == -INFINITY ? 0.0 : std::exp(at_target) * at_target;
-  if (sums.others.sum != 0.0f) {
+  if (sums.others.sum != 0.0) {
     const double down = sums.others.max == row.top ? 0.0 : sums.others.max - top;
     moment += std::exp(down) * (sums.moment + down * sums.others.sum);
   }

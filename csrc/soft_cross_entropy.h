@@ -39,7 +39,7 @@ struct RowLoss {
 
 // The loss of a row from the softmax state of the columns that are not held, and the logits at its
 // targets. In float64: it is a few operations a row.
-SFTMIX_INLINE RowLoss soft_cross_entropy(const RowState& others, const float (&logit)[2],
+SFTMIX_INLINE RowLoss soft_cross_entropy(const WideState& others, const float (&logit)[2],
                                          const Targets& targets) {
   const bool held[2] = {targets.is_held(0),
                         targets.is_held(1) && !(targets.same() && targets.is_held(0))};

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from typing import TypeGuard
 
 import torch
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from .reference import expand_lam
 from .schedules import is_fake
+from .terms import filled
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of the numbers above 0 that float32 holds in full precision.
 SMALLEST = torch.finfo(torch.float32).tiny
+LARGEST = sys.float_info.max
 
 
 def check_head(
@@ -52,12 +55,12 @@ def check_head(
         if tuple(bias.shape) != (weight.shape[0],):
             raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     check_real("logit_scale", logit_scale)
-    if not math.isfinite(logit_scale):
+    if not is_finite(logit_scale):
         raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
     if softcap is None:
         return
     check_real("softcap", softcap)
-    if not (math.isfinite(softcap) and softcap >= SMALLEST):
+    if not SMALLEST <= softcap <= LARGEST:
         raise ValueError(
             f"softcap: expected None or a finite number of at least {SMALLEST:.3g}, got {softcap}"
         )
@@ -111,6 +114,21 @@ def check_real(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
+def is_finite(value: float) -> bool:
+    """Say whether a number is finite, by comparisons: ``torch.compile`` keeps a number that changes
+    from call to call symbolic, which ``math.isfinite`` does not take."""
+    return -LARGEST <= value <= LARGEST
+
+
+def check_constant(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that waits for a gradient, where none will come."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: expected a tensor without requires_grad, since no gradient reaches it; "
+            f"pass {name}.detach()"
+        )
+
+
 def check_count(name: str, value: int, low: int) -> None:
     """Refuse what is not a Python integer of at least ``low``."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
@@ -121,7 +139,7 @@ def check_count(name: str, value: int, low: int) -> None:
 def check_number(name: str, value: float, low: float, high: float = math.inf) -> None:
     """Refuse what is not a finite Python number in ``[low, high]``."""
     check_real(name, value)
-    if not (math.isfinite(value) and low <= value <= high):
+    if not (is_finite(value) and low <= value <= high):
         bounds = f"of at least {low}" if high == math.inf else f"in [{low}, {high}]"
         raise ValueError(f"{name}: expected a finite number {bounds}, got {value}")
 
@@ -131,11 +149,12 @@ def check_divisor(name: str, divisor: float | Tensor | None) -> None:
     if isinstance(divisor, Tensor):
         if divisor.numel() != 1:
             raise ValueError(f"{name}: expected one number, got shape {tuple(divisor.shape)}")
+        check_constant(name, divisor)
         return
     if divisor is None:
         return
     check_real(name, divisor)
-    if not (math.isfinite(divisor) and divisor > 0):
+    if not 0 < divisor <= LARGEST:
         raise ValueError(f"{name}: expected a finite number above 0, got {divisor}")
 
 
@@ -158,7 +177,7 @@ def checked_lam(lam: float | Tensor, labels: Tensor, *, validate: bool) -> Tenso
     """
     if not isinstance(lam, Tensor):
         check_number("lam", lam, 0.0, 1.0)
-        return torch.full(labels.shape, lam, dtype=torch.float32, device=labels.device)
+        return filled(labels.shape, lam, labels.device)
     if not lam.is_floating_point():
         raise TypeError(f"lam: expected a floating-point tensor or a float, got {lam.dtype}")
     if lam.device != labels.device:
@@ -168,6 +187,7 @@ def checked_lam(lam: float | Tensor, labels: Tensor, *, validate: bool) -> Tenso
             f"lam: expected a shape that is a prefix of {tuple(labels.shape)}, "
             f"got {tuple(lam.shape)}"
         )
+    check_constant("lam", lam)
     inside = (lam >= 0) & (lam <= 1)
     if (validate or values_are_free(lam)) and not inside.all():
         raise ValueError(f"lam: expected values in [0, 1], got {lam[~inside][0].item()}")

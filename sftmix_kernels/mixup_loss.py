@@ -473,7 +473,8 @@ def fused_mixup_loss(
         weight, bias: the LM head, in hidden's dtype.
         labels_c, labels_u: a position counts only where both are valid. ``ignore_index`` leaves it
             out; a label outside ``[0, V)`` makes the position's loss and gradients NaN.
-        lam: share of ``c``, in ``[0, 1]``. Not differentiated.
+        lam: share of ``c``, in ``[0, 1]``. Not differentiated: one that requires a gradient is
+            refused, as such a divisor is.
         reduction: ``"mean"`` over the positions that count, ``"sum"``, or ``"none"``.
         divisor: replaces the count of positions in ``"mean"`` (a global count over ranks, say); a
             tensor of 0 counts as 1.

@@ -48,7 +48,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .gradients import TILE_BYTES
-from .perplexity.streaming import block_rows, round_up
+from .perplexity.streaming import block_rows, chunk_columns, round_up
 from .row_chunks.chunks import chunk_sizes
 from .schedules import (
     BLOCK_P,
@@ -276,11 +276,11 @@ def op_products(name: str, args: Sequence[Any]) -> int:
     return 2 * logit_rows(task, shape) * shape.hidden_size * shape.vocab_size * products
 
 
-def perplexity_peak_bytes(shape: Shape, vocab_chunk: int = 8192, device: str = "cpu") -> int:
+def perplexity_peak_bytes(shape: Shape, vocab_chunk: int | None = None, device: str = "cpu") -> int:
     """Return the peak extra bytes of `streaming_perplexity` with its compiled ops."""
-    chunk = min(round_up(vocab_chunk, PADDING), shape.vocab_size)
     # A workspace depends on the size of the device's cache.
     hidden = torch.empty(shape.rows, 0, dtype=dtype_of(shape), device=device)
+    chunk = chunk_columns(hidden, shape.vocab_size, vocab_chunk)
     logits = shape.itemsize * block_rows(hidden, chunk) * round_up(chunk, PADDING)
     # Of a token maximum, sum and label's logit; on the CPU also its place among those that count.
     return logits + (12 if device != "cpu" else 20) * shape.rows

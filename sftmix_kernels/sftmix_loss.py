@@ -508,7 +508,8 @@ def fused_sftmix_loss(  # type: ignore[misc]
         pair_c, pair_u: rows mixed with each other, each row at most once: one that is there twice
             makes loss and gradients NaN, where values are not read. A pair of which one token is
             ignored is not mixed.
-        lam: share of ``c``, in ``[0, 1]``. Not differentiated.
+        lam: share of ``c``, in ``[0, 1]``. Not differentiated: one that requires a gradient is
+            refused, as such a divisor is.
         mu: weight of Mixup, at least 0. With 0, loss and gradients are bitwise NTP's.
         ntp_divisor, mixup_divisor: replace the count of valid tokens and of mixed pairs; a tensor
             of 0 counts as 1.

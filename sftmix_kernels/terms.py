@@ -5,6 +5,7 @@ Legend: R rows of hidden, P pairs, S rows outside of pairs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -140,6 +141,17 @@ def single_rows(row_weight: Tensor, pair_c: Tensor, pair_u: Tensor) -> Tensor:  
     return is_paired(row_weight, pair_c, pair_u).byte().argsort(stable=True)[:count]
 
 
+def filled(shape: Sequence[int], value: float, device: torch.device) -> Tensor:
+    """Return a float32 tensor of one number.
+
+    While compiling it is a product, in which a number that changes from call to call becomes an
+    input of the graph; ``torch.full`` would be compiled anew for each of its values.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ones(shape, dtype=torch.float32, device=device) * value
+    return torch.full(shape, value, dtype=torch.float32, device=device)
+
+
 def loss_divisor(divisor: float | Tensor | None, row_weight: Tensor) -> Tensor:
     """Return ``divisor`` as a float32 scalar on the device, by default the rows that count.
 
@@ -148,7 +160,7 @@ def loss_divisor(divisor: float | Tensor | None, row_weight: Tensor) -> Tensor:
     if isinstance(divisor, Tensor):
         total = divisor.detach().to(row_weight.device, torch.float32).reshape(())
     elif divisor is not None:
-        total = torch.full((), divisor, dtype=torch.float32, device=row_weight.device)
+        total = filled((), divisor, row_weight.device)
     else:
         return (row_weight != 0).sum().clamp(min=1.0)
     return total.masked_fill(total == 0, 1.0)

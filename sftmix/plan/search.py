@@ -1,7 +1,8 @@
 """Find the largest length whose peak fits, from few plans.
 
-Without quadratic masks a peak is piecewise linear in the length: the line through two lengths next
-to the limit points at the answer, and a plan on either side of it proves it.
+A peak is piecewise linear in the length, or quadratic where attention makes its scores or a mask:
+the line through two lengths next to the limit, or the parabola through a third one, too, points at
+the answer, and a plan on either side of it proves it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ def largest_length(
         if (near and not proven) or low >= longest:
             return low
         turn += 1
-        guess = pointed_at(known, memory, fitting, beyond) if turn % 4 else (low + beyond) // 2
+        if turn % 4:
+            guess = pointed_at(known, memory, fitting, beyond, bent=turn == 2)
+        else:
+            guess = (low + beyond) // 2
         if turn % 2 == 0 and near:
             guess = low + step  # the proof
         guess = min(max(guess // step * step, low + step), max(beyond - 1, low + step))
@@ -61,15 +65,36 @@ def ends(largest: int, longest: int) -> bool:
     return largest + step_of(largest) >= longest
 
 
-def pointed_at(known: dict[int, int], memory: int, fitting: int, beyond: int) -> int:
-    """Return the length at which the line through the two nearest lengths reaches the limit."""
+def pointed_at(known: dict[int, int], memory: int, fitting: int, beyond: int, *, bent: bool) -> int:
+    """Return the length at which the line through the two nearest lengths reaches the limit.
+
+    If `bent`, it is the parabola through a third one, too, where that bends upwards.
+    """
     lengths = sorted(known)
     below = [n for n in lengths if n <= fitting]
     above = [n for n in lengths if n >= beyond]
     first, second = sorted(
         (below[-1:] + above[:1]) if below and above else (below[-2:] or above[:2])
     )
-    slope = (known[second] - known[first]) / (second - first)
+    slope = slope_of(known, first, second)
     if slope <= 0:
         return 2 * lengths[-1]
-    return max(0, min(LONGEST, int(second + (memory - known[second]) / slope)))
+    rise = memory - known[first]
+    guess = rise / slope
+    others = [n for n in lengths if n not in (first, second)] if bent else []
+    if others:
+        third = min(others, key=lambda n: abs(n - first - guess))
+        bend = (slope_of(known, second, third) - slope) / (third - first)
+        guess = root_of(bend, slope - bend * (second - first), rise, guess)
+    return max(0, min(LONGEST, int(first + guess)))
+
+
+def slope_of(known: dict[int, int], first: int, second: int) -> float:
+    """Return the bytes that a token adds between two lengths."""
+    return (known[second] - known[first]) / (second - first)
+
+
+def root_of(bend: float, slope: float, rise: float, otherwise: float) -> float:
+    """Return the larger x at which `bend x^2 + slope x` is `rise`, if it bends upwards."""
+    square = slope * slope + 4 * bend * rise
+    return (square**0.5 - slope) / (2 * bend) if bend > 0 and square >= 0 else otherwise

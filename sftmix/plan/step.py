@@ -311,8 +311,7 @@ def follow(
     name_moments(trace, head)
     for parameter in trained(model):
         parameter.register_post_accumulate_grad_hook(lambda p: trace.recount(p.grad, GRADIENTS))
-    # Only the peaks from here on count.
-    trace.peaks.clear()
+    trace.forget_peaks()
     inputs = {
         name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
         for name, value in batch.items()

@@ -11,7 +11,7 @@ import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,32 @@ LOSS_OPS = "sftmix_kernels::"
 LossCost = Callable[[str, Sequence[Any]], tuple[int, int]]
 
 
+VALUE = torch.ops.aten._local_scalar_dense.default
+
+
+class Op(NamedTuple):
+    """What a trace asks of an op whenever it runs."""
+
+    func: Any  # held, so that its id stays its own
+    loss: str  # the name of a fused loss, "" for any other op
+    operations: Callable[..., int] | None  # of its matrix products
+    share: int  # a causal attention multiplies half of what its shapes say
+
+
+_ops: dict[int, Op] = {}  # by id: an op's own hash is Python code
+
+
+def op_of(func: Any) -> Op:
+    """Return what is asked of an op."""
+    op = _ops.get(id(func))
+    if op is None:
+        name = func.name()
+        loss = name.removeprefix(LOSS_OPS) if name.startswith(LOSS_OPS) else ""
+        operations = flop_registry.get(func.overloadpacket)
+        op = _ops[id(func)] = Op(func, loss, operations, 2 if "attention" in name else 1)
+    return op
+
+
 class MemoryTrace(TorchDispatchMode):
     """Count bytes held now and at each moment's peak, by part, and matrix products' operations.
 
@@ -43,9 +69,16 @@ class MemoryTrace(TorchDispatchMode):
         self.loss_cost = loss_cost
         self.part, self.moment = ACTIVATIONS, ""
         self.held: Counter[str] = Counter()
+        self.total = 0
         self.peaks: dict[str, dict[str, int]] = {}
+        self.highest: dict[str, int] = {}  # total of each of `peaks`
         self.host = self.host_peak = 0
         self.products, self.times = 0, 1.0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing here is compiled, and a guard around each op would take a tenth of the time.
+        return False
 
     def __torch_dispatch__(
         self,
@@ -54,31 +87,34 @@ class MemoryTrace(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is VALUE:
             return True
         kwargs = kwargs or {}
-        is_loss = func.name().startswith(LOSS_OPS)
-        part = LOSS if is_loss else self.part
-        result = run(func, args, kwargs, lambda size: self.hold(size, part))
-        if is_loss:
-            inside, products = self.loss_cost(func.name().removeprefix(LOSS_OPS), args)
+        op = op_of(func)
+        if op.loss:
+            result = run(func, args, kwargs, lambda size: self.hold(size, LOSS))
+            inside, products = self.loss_cost(op.loss, args)
             self.hold_briefly(inside, LOSS)
             self.products += products
-        elif (count := flop_registry.get(func.overloadpacket)) is not None:
-            # A causal attention multiplies half of what its shapes say.
-            share = 2 if "attention" in func.name() else 1
-            self.products += int(self.times * count(*args, **kwargs, out_val=result)) // share
+            return result
+        result = run(func, args, kwargs, self.hold)
+        if op.operations is not None:
+            count = op.operations(*args, **kwargs, out_val=result)
+            self.products += int(self.times * count) // op.share
         return result
 
-    def hold(self, size: int, part: str) -> Block:
+    def hold(self, size: int, part: str | None = None) -> Block:
         """Count bytes until the block that is returned is gone."""
+        part = part or self.part
         self.held[part] += size
+        self.total += size
         self.note_peak()
         return Block(size, part, self.release)
 
     def release(self, block: Block) -> None:
         """Count a block's bytes no longer."""
         self.held[block.part] -= block.size
+        self.total -= block.size
 
     def recount(self, tensor: Any, part: str) -> None:
         """Count a tensor that is held already as another part from now on."""
@@ -90,14 +126,21 @@ class MemoryTrace(TorchDispatchMode):
     def hold_briefly(self, size: int, part: str) -> None:
         """Count bytes that an op takes and gives back before it returns."""
         self.held[part] += size
+        self.total += size
         self.note_peak()
         self.held[part] -= size
+        self.total -= size
 
     def note_peak(self) -> None:
         """Keep the bytes held now if they are the most so far in this moment."""
-        peak = self.peaks.get(self.moment)
-        if peak is None or self.held.total() > sum(peak.values()):
+        if self.total > self.highest.get(self.moment, -1):
+            self.highest[self.moment] = self.total
             self.peaks[self.moment] = dict(self.held)
+
+    def forget_peaks(self) -> None:
+        """Count only the peaks from here on."""
+        self.highest.clear()
+        self.peaks.clear()
 
     @contextlib.contextmanager
     def counting_as(self, part: str) -> Iterator[None]:

@@ -25,26 +25,39 @@ def redacted(value: Any) -> Any:
     >>> redacted("https://me:word@host/rows.jsonl?token=abc")
     'https://***@host/rows.jsonl?token=***'
     """
+    return without(value, environment_secrets())
+
+
+def without(value: Any, secrets: list[str]) -> Any:
+    """Return a value with these secrets and those known by their form replaced."""
     if isinstance(value, dict):
-        return {redacted(name): redacted(one) for name, one in value.items()}
+        return {without(name, secrets): without(one, secrets) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [redacted(one) for one in value]
+        return [without(one, secrets) for one in value]
     if not isinstance(value, str):
         return value
     parts, end = [], 0
-    for begin, behind in secrets_in(value):
+    for begin, behind in secrets_in(value, secrets):
         parts += [value[end:begin], HIDDEN]
         end = behind
     return "".join([*parts, value[end:]])
 
 
-def secrets_in(text: str) -> list[tuple[int, int]]:
-    """Return where each secret of a text begins and ends, in order."""
+def environment_secrets() -> list[str]:
+    """Return the values of environment variables that are named as secrets are."""
+    named = ((name, value) for name, value in os.environ.items() if len(value) >= SHORTEST)
+    return [value for name, value in named if SECRET_NAMES.search(name)]
+
+
+def secrets_in(text: str, secrets: list[str] | None = None) -> list[tuple[int, int]]:
+    """Return where each secret of a text begins and ends, in order.
+
+    `secrets`: those that are known, by default those of the environment.
+    """
     found = [match.span() for pattern in (IN_URL, TOKENS) for match in pattern.finditer(text)]
     found += [(match.end(1), match.end()) for match in IN_QUERY.finditer(text)]
-    for name, secret in os.environ.items():
-        if len(secret) >= SHORTEST and SECRET_NAMES.search(name):
-            found += [match.span() for match in re.finditer(re.escape(secret), text)]
+    for secret in environment_secrets() if secrets is None else secrets:
+        found += [match.span() for match in re.finditer(re.escape(secret), text)]
     apart: list[tuple[int, int]] = []
     for begin, end in sorted(found):
         if apart and begin < apart[-1][1]:

@@ -3,7 +3,8 @@
 Legend: R tokens, K tokens of one block, D hidden size, V vocabulary, S examples, C checkpoints.
 
 For a block of tokens, each chunk of logits comes from the vendor GEMM into one workspace that stays
-in cache, and is folded into the tokens' running softmax (`online_softmax.py`). A token's loss is
+in cache, and is folded into the tokens' running softmax (`online_softmax.py`). Chunks depend on the
+device alone, so that a token's bits do not depend on the batch it comes in. A token's loss is
 ``log(sum of exp) - logit of its label``, an example's perplexity
 ``exp(sum of losses / number of tokens)``, in float64.
 
@@ -15,6 +16,8 @@ in cache, and is folded into the tokens' running softmax (`online_softmax.py`). 
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +36,13 @@ from .online_softmax import new_state, nothing
 
 # Bytes of the CPU's workspace: its logits are read from the cache again.
 CPU_WORKSPACE = 2**24
-# Blocks are multiples of this where they can be, as are the tiles of GEMMs.
-GEMM_TILE = 128
+CPU_CHUNK = 8192
+# Rows and columns of the output tile that one SM computes at a time. Blocks are multiples of the
+# rows where they can be.
+GEMM_TILE, GEMM_COLUMNS = 128, 256
+# Row tiles whose columns fill the SMs once by default. SMs come in fours on the data center chips
+# (108, 132, 148), so that none is idle; on 132 of them chunks have 8448 columns.
+WAVE_TILES = 4
 
 
 def add_sample_losses(
@@ -46,7 +54,7 @@ def add_sample_losses(
     logit_scale: float,
     softcap: float | None,
     ignore_index: int,
-    vocab_chunk: int,
+    vocab_chunk: int | None,
     nll_sum: Tensor,  # (S,) float64; updated
     num_tokens: Tensor,  # (S,) int64; updated
 ) -> None:
@@ -82,12 +90,12 @@ def token_states(
     labels: Tensor,  # (R,) int64
     logit_scale: float,
     softcap: float | None,
-    vocab_chunk: int,
+    vocab_chunk: int | None,
 ) -> Tensor:  # (3, R) float32
     """Return the states of tokens after the whole vocabulary."""
     state = new_state(hidden.shape[0], hidden)
     # Each part of the bias begins where a 16-byte load can, whatever view it came as.
-    chunk = min(round_up(vocab_chunk, PADDING), weight.shape[0])
+    chunk = chunk_columns(hidden, weight.shape[0], vocab_chunk)
     bias = None if bias is None else bias.clone(memory_format=torch.contiguous_format)
     rows = block_rows(hidden, chunk)
     workspace = hidden.new_empty(rows, round_up(chunk, PADDING))
@@ -109,18 +117,53 @@ def token_states(
     return state
 
 
-def block_rows(hidden: Tensor, chunk: int) -> int:
-    """Return the tokens of one block: few blocks, of about equal size, that fit the workspace.
+def chunk_columns(hidden: Tensor, vocab_size: int, vocab_chunk: int | None) -> int:
+    """Return the vocabulary entries of one chunk, by default `CPU_CHUNK` or `wave_columns`."""
+    if vocab_chunk is None:
+        vocab_chunk = CPU_CHUNK
+        if hidden.is_cuda:
+            vocab_chunk = wave_columns(properties(hidden).multi_processor_count)
+    return min(round_up(vocab_chunk, PADDING), vocab_size)
 
-    On CUDA it takes half of L2, beside the operands that the GEMM streams through it.
+
+def block_rows(hidden: Tensor, chunk: int) -> int:
+    """Return the tokens of one block whose chunk of logits fits the workspace.
+
+    On the CPU blocks are few and of about equal size. On CUDA the workspace is half of L2, beside
+    the operands that the GEMM streams through it.
     """
-    room = CPU_WORKSPACE
-    if hidden.is_cuda:
-        room = torch.cuda.get_device_properties(hidden.device).L2_cache_size // 2
-    most = max(1, room // (chunk * hidden.element_size()))
-    num_rows = max(1, hidden.shape[0])
-    num_blocks = -(-num_rows // most)
-    return min(num_rows, round_up(-(-num_rows // num_blocks), GEMM_TILE))
+    num_rows, row_bytes = max(1, hidden.shape[0]), chunk * hidden.element_size()
+    if not hidden.is_cuda:
+        num_blocks = -(-num_rows // max(1, CPU_WORKSPACE // row_bytes))
+        return min(num_rows, round_up(-(-num_rows // num_blocks), GEMM_TILE))
+    device = properties(hidden)
+    most = max(1, device.L2_cache_size // 2 // row_bytes)
+    return min(num_rows, wave_rows(most, chunk, device.multi_processor_count))
+
+
+def wave_columns(processors: int) -> int:
+    """Return the columns of a chunk of which `WAVE_TILES` row tiles are a wave.
+
+    A wave is what the SMs compute at once, a tile each.
+    """
+    return GEMM_COLUMNS * max(1, processors // WAVE_TILES)
+
+
+def wave_rows(most: int, chunk: int, processors: int) -> int:
+    """Return the rows, at most ``most``, whose tiles are a whole number of waves.
+
+    On 132 SMs 1,536 rows of 8,448 columns are 3 waves of 396 tiles; 1,664 x 8,192 would be 416
+    tiles in 4.
+    """
+    wave = GEMM_TILE * max(1, processors // -(-chunk // GEMM_COLUMNS))
+    # Where a wave does not fit, whole tiles; where one does not, what fits.
+    whole = next(rows for rows in (wave, GEMM_TILE, 1) if rows <= most)
+    return most // whole * whole
+
+
+def properties(hidden: Tensor) -> Any:
+    """Return what PyTorch knows of the device."""
+    return torch.cuda.get_device_properties(hidden.device)
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -166,7 +209,7 @@ class StreamingPerplexity:
         logit_scale: float = 1.0,
         softcap: float | None = None,
         ignore_index: int = -100,
-        vocab_chunk: int = 8192,
+        vocab_chunk: int | None = None,
         validate: bool = False,
     ) -> None:
         """Add a batch's token losses to its examples.
@@ -182,7 +225,8 @@ class StreamingPerplexity:
             raise ValueError(
                 f"hidden: expected the sums' device {self._sum.device}, got {hidden.device}"
             )
-        check_count("vocab_chunk", vocab_chunk, 1)
+        if vocab_chunk is not None:
+            check_count("vocab_chunk", vocab_chunk, 1)
         outside = (sample_ids < 0) | (sample_ids >= self.num_samples)
         outside &= labels != ignore_index
         if (validate or values_are_free(sample_ids)) and outside.any():
@@ -336,16 +380,17 @@ def streaming_perplexity(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
-    vocab_chunk: int = 8192,
+    vocab_chunk: int | None = None,
     validate: bool = False,
 ) -> Tensor:  # (S,) float64
     """Return the perplexity of each example, ``exp(mean token loss)``, without (N, V) logits.
 
     No gradient. ``vocab_chunk`` is how many vocabulary entries are projected at a time, rounded up
-    to a multiple of 16. An example without a token that counts gets NaN, and so does one with a
-    label outside ``[0, V)``. A sample id outside ``[0, S)`` of a token that counts is refused, or
-    makes every perplexity NaN where the host would have to wait to see it (on an accelerator,
-    without ``validate``).
+    to a multiple of 16; by default 8,192 on the CPU, and on CUDA 64 for each SM, so that products
+    keep all SMs busy (`block_rows`). An example without a token that counts gets NaN, and so does
+    one with a label outside ``[0, V)``. A sample id outside ``[0, S)`` of a token that counts is
+    refused, or makes every perplexity NaN where the host would have to wait to see it (on an
+    accelerator, without ``validate``).
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected, and what came.

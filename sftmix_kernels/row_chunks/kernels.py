@@ -40,7 +40,7 @@ from .sums import lanes, mixed_row, pair_lses, row_lse
 # A 16-byte load a thread, eight logits in half precision. The same for both kernels, so that a
 # row's bits do not depend on which of them sums it. Five programs of pairs in half precision fit
 # on an SM (95 registers, ptxas) and have 80 KiB of logits on their way, over twice what bandwidth
-# times latency is there. By instructions (202 and 171 in an ordinary block of pairs, SASS, sm_90)
+# times latency is there. By instructions (203 and 171 in an ordinary block of pairs, SASS, sm_90)
 # issuing takes 0.41 ms for 4,096 rows of V = 128,256 on an H200, moving bytes 0.73: predicted.
 BLOCK = 1024
 NUM_WARPS = 4

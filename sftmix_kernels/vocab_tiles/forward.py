@@ -372,7 +372,8 @@ def soft_forward(
     """Return the weighted losses of a group of rows, and their state for backward."""
     hidden_c, hidden_u, targets, share, row_weight = group
     num_rows, num_tiles = row_weight.numel(), triton.cdiv(weight.shape[0], BLOCK_V)
-    blocks, columns = triton.cdiv(num_rows, BLOCK_R), tile_columns(weight.dtype)
+    blocks = triton.cdiv(num_rows, BLOCK_R)
+    columns = tile_columns(weight.dtype, transform.softcap)
     lse = row_weight.new_empty(2, num_tiles, num_rows)
     raw = row_weight.new_empty(targets.shape)
     loss, state = torch.empty_like(row_weight), row_weight.new_empty(4, num_rows)
@@ -404,7 +405,8 @@ def pair_forward(
     """Return weighted losses of a group of pairs (NTP of c and u, Mixup), and their state."""
     rows, labels, weights, share = group
     num_pairs, num_tiles = rows.shape[1], triton.cdiv(weight.shape[0], BLOCK_V)
-    blocks, columns = triton.cdiv(num_pairs, BLOCK_P), tile_columns(weight.dtype)
+    blocks = triton.cdiv(num_pairs, BLOCK_P)
+    columns = tile_columns(weight.dtype, transform.softcap)
     lse = weights.new_empty(3, 2, num_tiles, num_pairs)
     raw = weights.new_empty(4, num_pairs)
     loss, state = torch.empty_like(weights), weights.new_empty(10, num_pairs)

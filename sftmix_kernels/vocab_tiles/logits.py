@@ -23,21 +23,25 @@ NUM_WARPS = 8
 GROUP = 16
 
 
-def tile_columns(dtype: torch.dtype) -> int:
+def tile_columns(dtype: torch.dtype, softcap: float | None) -> int:
     """Return the vocabulary entries of a forward tile.
 
     128 rows by 256 columns read three quarters of the bytes that two tiles of 128 do, and leave
-    their LSEs side by side. Float32 products take so long that what they read does not matter.
+    their LSEs side by side. A softcap's intermediate numbers do not fit beside so many logits: 744
+    bytes a thread spilled (two targets, sm_90, triton 3.6.0). Float32 products take so long that
+    what they read does not matter.
     """
-    return BLOCK_V if dtype == torch.float32 else 2 * BLOCK_V
+    return BLOCK_V if dtype == torch.float32 or softcap is not None else 2 * BLOCK_V
 
 
-def l2_bytes(num_rows: int, hidden_size: int, vocab_size: int, dtype: torch.dtype) -> int:
+def l2_bytes(
+    num_rows: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, softcap: float | None
+) -> int:
     """Return the bytes of hidden states and head that all forward tiles read, most of them from L2.
 
     For 8,192 rows, D = 4096 and V = 128,256 in bfloat16 100.9 GB, with tiles of 128 columns 134.5.
     """
-    columns = tile_columns(dtype)
+    columns = tile_columns(dtype, softcap)
     tiles = -(-num_rows // BLOCK_R) * -(-vocab_size // columns)
     return tiles * (BLOCK_R + columns) * hidden_size * dtype.itemsize
 

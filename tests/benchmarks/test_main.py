@@ -1,11 +1,8 @@
-"""`python -m benchmarks`: result files, tables, pictures, comparison, and the GPU kit."""
+"""`python -m benchmarks`: result files, tables, pictures and comparison."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,6 @@ from benchmarks.settings import Settings
 from benchmarks.suites import SUITES
 
 ROOT = Path(__file__).parent.parent.parent
-SCRIPT = ROOT / "benchmarks/gpu.sh"
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 
 
@@ -137,7 +133,8 @@ def test_nothing_is_begun_when_the_time_is_over(tmp_path: Path) -> None:
     assert ended.value.code == 0
     report = json.loads((tmp_path / "cpu-loss-quick.json").read_text())
     assert report["records"] == []
-    assert report["left_out"] == {"row_chunks": "out of time", "loss": "out of time"}
+    late = dict.fromkeys(("ceilings", "row_chunks", "loss"), "out of time")
+    assert report["left_out"] == late
 
 
 def test_a_suite_that_needs_what_is_missing_is_left_out(
@@ -166,82 +163,41 @@ def test_results_are_saved_as_they_come_and_whole(tmp_path: Path) -> None:
     assert json.loads(file.read_text())["left_out"] == {"b": "two lines"}
 
 
-@pytest.fixture
-def failing_python(tmp_path: Path) -> Path:
-    """An interpreter under which every part fails."""
-    script = tmp_path / "python"
-    script.write_text('#!/bin/sh\necho "ran: $*"\nexit 3\n')
-    script.chmod(0o755)
-    return script
+def test_a_run_adds_to_a_file_that_is_there_if_it_is_told_to(tmp_path: Path) -> None:
+    first = Results("loss", Settings(), tmp_path)
+    first.add(who="a", median=1.0)
+    first.miss("failed", "b", "no kernel")
+    more = Results("loss", Settings(keep=True), tmp_path)
+    more.add(who="c", median=2.0)
+    report = json.loads((tmp_path / "cpu-loss.json").read_text())
+    assert [record["who"] for record in report["records"]] == ["a", "c"]
+    assert report["failed"] == {"b": "no kernel"}
+    Results("loss", Settings(), tmp_path).save()
+    assert json.loads((tmp_path / "cpu-loss.json").read_text())["records"] == []
+    assert Results("memory", Settings(keep=True), tmp_path).report["records"] == []
 
 
-def kit(python: Path | str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", str(SCRIPT), *arguments],
-        env={**os.environ, "PYTHON": str(python)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_a_failure_of_an_earlier_run_is_not_this_ones(tmp_path: Path) -> None:
+    Results("loss", Settings(quick=True), tmp_path).miss("failed", "b", "no kernel")
+    settings = Settings(quick=True, keep=True, threads=1, seconds=-1)
+    with pytest.raises(SystemExit) as ended:
+        suites.run_suite("loss", settings, tmp_path, "")
+    assert ended.value.code == 0
 
 
-@pytest.mark.parametrize(
-    ("options", "parts"),
-    [
-        ("", "facts build tests perplexity loss step memory plot"),
-        ("--only tests", "facts build tests"),
-        ("--only loss", "facts build loss plot"),
-        ("--only tune --dry-run", "facts build tune plot"),
-        ("--only long --dry-run", "facts build long plot"),
-        ("--dry-run", "facts build tests perplexity loss step memory plot"),
-    ],
-)
-def test_a_part_that_fails_does_not_stop_the_next(
-    failing_python: Path, tmp_path: Path, options: str, parts: str
-) -> None:
-    out = tmp_path / "out"
-    done = kit(failing_python, str(out), *options.split(), "--no-grid")
-    assert done.returncode == 1, done.stderr
-    table = (out / "RESULTS.md").read_text()
-    ends = re.findall(r"^\| (\w+) \| FAILED: exit status 3 \|$", table, flags=re.MULTILINE)
-    assert ends == parts.split()
-    log = (out / "log.txt").read_text()
-    assert ("--no-grid" in log) == ("plot" in parts)
-    device = "cpu" if "--dry-run" in options else "cuda"
-    assert (f"--device {device}" in log) == ("plot" in parts)
-    assert ("--quick" in log) == ("plot" in parts and device == "cpu")
-    assert len(list(out.iterdir())) <= 8
-
-
-def test_the_tests_of_the_script_are_there() -> None:
-    (rooms,) = re.findall(r"tests/sftmix/\{(.*)\}\.py", SCRIPT.read_text())
-    for name in rooms.split(","):
-        file = ROOT / f"tests/sftmix/{name}.py"
-        assert "pytest.mark.gpu" in file.read_text(), name
-
-
-def test_carried_wheels_are_installed_aside(failing_python: Path, tmp_path: Path) -> None:
-    wheels = tmp_path / "wheels"
-    wheels.mkdir()
-    (wheels / "a.whl").touch()
-    kit(failing_python, str(tmp_path / "out"), "--only", "tests", "--wheels", str(wheels))
-    log = (tmp_path / "out/log.txt").read_text()
-    installs = next(line for line in log.splitlines() if line.startswith("ran: -m pip install"))
-    assert "--no-index" in installs
-    assert "--target" in installs
-    assert installs.endswith("/wheels/a.whl")
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [[], ["--only", "tests"], ["out", "--only", "else"], ["out", "--wheels", "not there"]],
-)
-def test_the_script_says_how_it_is_called(arguments: list[str], tmp_path: Path) -> None:
-    script = ["bash", str(SCRIPT), *arguments]
-    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "bash benchmarks/gpu.sh OUT" in done.stderr
-    assert not list(tmp_path.iterdir())
+def test_a_short_run_has_the_headline_ours_and_the_fastest_peer(tmp_path: Path) -> None:
+    short = Settings(device="cuda", short=True)
+    assert [case.name for case in short.cases()] == ["Llama-3.1-8B, N = 8192, trained-like"]
+    options = ("--device", "cpu", "--quick", "--short", "--threads", "1", "-k", "loss")
+    assert main(["run", "loss", *options, "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "cpu-loss-quick.json").read_text())
+    assert {record["task"] for record in report["records"]} == {"NTP", "NTP + Mixup"}
+    assert {record["who"] for record in report["records"]} == {
+        "sftmix, row_chunks",
+        "dense PyTorch",
+        "bare matrix products",
+    }
+    assert report["left_out"].keys() == {"sftmix, vocab_tiles", "Liger-Kernel, 4096 rows"}
 
 
 def result_files() -> list[Any]:

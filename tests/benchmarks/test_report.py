@@ -189,6 +189,13 @@ def test_perplexity_on_both_devices() -> None:
     assert [target.reached for target in cuda] == [False, True, True]
 
 
+def test_perplexity_on_a_gpu_is_held_to_the_fastest_product() -> None:
+    found = perplexity("cuda")
+    found["records"].append(timed("perplexity", names.BARE_CALL, 0.8, case="small, N = 8"))
+    [target] = [target for target in targets(found) if target.limit == 1.05]
+    assert (target.value, target.note) == (pytest.approx(1.25), names.BARE_CALL)
+
+
 def test_a_fold_is_held_to_the_operations_of_its_own_options() -> None:
     found = perplexity("cpu")
     folds = [record for record in found["records"] if record["measure"] == "fold"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,6 @@ from benchmarks.study.runs import Case, choose_learning_rate, prepare, study
 from benchmarks.study.settings import QUICK, SEARCH_SEED, Sizes
 
 SMALL = Sizes(**{**vars(QUICK), "base_steps": 2, "train_examples": 16, "held_out_examples": 8})
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _frozen() -> Iterator[None]:
-    """Each training collects garbage, which takes half a second over all of the libraries."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

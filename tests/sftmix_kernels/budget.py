@@ -19,6 +19,9 @@ from sftmix_kernels.budget import added_up, budget
 Loss = Callable[..., Tensor]
 Tensors = dict[str, Tensor]
 
+# Labels and rows that no vocabulary and no batch has. In the lower 32 bits some of them do.
+FAR = (-1, 2**31, 2**32, -(2**32), 2**32 + 3, 2**63 - 1, -(2**63))
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Every option of the head each alone, and all together.

@@ -4,20 +4,25 @@ A case calls a kernel's own launcher on small CPU tensors while Triton takes a c
 device and stops short of the launch, so that block sizes, warps, stages, argument types and what is
 divisible by 16 are those of a real call, and none of them is written down a second time.
 
-``python -m tests.sftmix_kernels.compile_cases`` prints the table of all of them.
+``python -m tests.sftmix_kernels.compile_cases`` prints the table of all of them, and writes it to
+``compiled.json``, to which the tests hold the kernels, where it is called with ``--renew``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from unittest import mock
 
 import torch
@@ -41,7 +46,13 @@ from sftmix_kernels.vocab_tiles.backward import (
 from sftmix_kernels.vocab_tiles.forward import pair_forward, soft_forward
 from sftmix_kernels.vocab_tiles.groups import PairGroup, RowGroup
 
-CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+TOOLS = Path(nvidia.__file__).parent / "bin"
+COMMITTED = Path(__file__).with_name("compiled.json")
+# What ptxas said of each program. It warns of products of a warp group that run one by one (C7515).
+LOGS: dict[str, str] = {}
+ADVISORY = re.compile(r"C75\d\d")
+LABEL, INSTRUCTION = re.compile(r"(\.L_\w+):"), re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);")
+BRANCH = re.compile(r"\bBRA\b.*`\((\.L_\w+)\)")
 
 # Shared memory that a block may have, in bytes, by compute capability: the CUDA C++ Programming
 # Guide, technical specifications per compute capability.
@@ -70,8 +81,25 @@ class Program:
     shared: int  # bytes
     warps: int
     stages: int
+    advisories: tuple[str, ...]
+    # Instructions of each loop on sm_90, and those of them that an ordinary block takes: a jump
+    # over code without an exponential or a product is taken (it masks), others are not.
+    loops: tuple[tuple[int, int], ...]
     ttir: str
     ptx: str
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What `compiled.json` keeps of a program: of sm_90 all, of other chips what decides."""
+        kept: dict[str, Any] = {"registers": self.registers, "spilled": self.spilled}
+        if self.chip == 90:
+            kept |= {"shared": self.shared, "advisories": list(self.advisories)}
+            kept |= {"loops": [list(loop) for loop in self.loops]}
+        return kept
+
+    @property
+    def key(self) -> str:
+        return f"{self.kernel}, {self.variant}, sm_{self.chip}"
 
 
 @dataclass(frozen=True)
@@ -97,14 +125,19 @@ def compile_case(case: Case, chip: int) -> list[Program]:
     kernels = []
 
     def compile_only(kernel: Any, *args: Any, warmup: bool, **options: Any) -> None:
-        kernels.append(run(kernel, *args, warmup=True, **options))
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            kernels.append(run(kernel, *args, warmup=True, **options))
+        # Triton compiles nothing a second time.
+        LOGS[kernels[-1].hash] = log.getvalue() or LOGS[kernels[-1].hash]
 
     with (
+        triton.knobs.nvidia.scope(),
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder),
         mock.patch.object(type(triton.runtime.driver), "active", Chip(chip)),
         mock.patch.object(JITFunction, "run", compile_only),
     ):
+        triton.knobs.nvidia.dump_ptxas_log = True
         case.launch()
     assert kernels, f"{case.name} launched no kernel"
     return [_program(case, chip, kernel) for kernel in kernels]
@@ -124,6 +157,8 @@ def _program(case: Case, chip: int, kernel: Any) -> Program:
         shared=kernel.metadata.shared,
         warps=kernel.metadata.num_warps,
         stages=constants.get("STAGES", kernel.metadata.num_stages),
+        advisories=tuple(ADVISORY.findall(LOGS[kernel.hash])),
+        loops=tuple(_loops(kernel.asm["cubin"])) if chip == 90 else (),
         ttir=kernel.asm["ttir"],
         # Without the names of source files, which may hold anything.
         ptx="\n".join(line for line in kernel.asm["ptx"].splitlines() if '"' not in line),
@@ -136,15 +171,43 @@ def flat(types: Iterable[Any]) -> Iterator[str]:
         yield from flat(one) if isinstance(one, tuple) else (one,)
 
 
-def _registers_and_spills(cubin: bytes) -> tuple[int, int]:
+def _tool(name: str, option: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [CUOBJDUMP, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [TOOLS / name, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _registers_and_spills(cubin: bytes) -> tuple[int, int]:
+    usage = _tool("cuobjdump", "-res-usage", cubin)
     (counts,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     registers, stack, local = map(int, counts)
     return registers, stack + local
+
+
+def _loops(cubin: bytes) -> Iterator[tuple[int, int]]:
+    """Instructions of each loop of the disassembled program, and those that are not jumped over."""
+    code, places = [], {}
+    for line in _tool("nvdisasm", "-c", cubin).splitlines():
+        if label := LABEL.match(line):
+            places[label[1]] = len(code)
+        elif instruction := INSTRUCTION.match(line):
+            code.append(instruction[1])
+    jumps = {at: places[m[1]] for at, line in enumerate(code) if (m := BRANCH.search(line))}
+    for end, start in jumps.items():
+        if start < end:
+            yield end + 1 - start, sum(1 for _ in _ordinary(code, jumps, start, end))
+
+
+def _ordinary(code: list[str], jumps: dict[int, int], at: int, end: int) -> Iterator[int]:
+    """The instructions from one place to another that an ordinary block takes."""
+    while at <= end:
+        yield at
+        to = jumps.get(at, 0)
+        skipped = " ".join(code[at + 1 : to])
+        masks = at < to <= end and "MUFU" not in skipped and "MMA" not in skipped
+        at = to if masks else at + 1
 
 
 def logits(rows: int, vocab_size: int, dtype: torch.dtype, padded: bool = True) -> Tensor:
@@ -309,15 +372,35 @@ CASES = (
 def table(programs: list[Program]) -> str:
     """The programs as a Markdown table."""
     header = "kernel | variant | chip | registers | spilled bytes | shared bytes | warps | stages"
-    lines = [f"| {header} |", "|---|---|---|---|---|---|---|---|"]
+    lines = [f"| {header} | advisories | loops |", "|---" * 10 + "|"]
     lines += [
         f"| {p.kernel} | {p.variant} | sm_{p.chip} | {p.registers} | {p.spilled} | {p.shared} "
-        f"| {p.warps} | {p.stages} |"
+        f"| {p.warps} | {p.stages} | {', '.join(p.advisories)} "
+        f"| {', '.join(f'{most} in {all_}' for all_, most in p.loops)} |"
         for p in programs
     ]
     return "\n".join(lines)
 
 
+Kept: TypeAlias = dict[str, list[dict[str, Any]]]
+
+
+def kept(programs: list[Program]) -> Kept:
+    """What `compiled.json` has of programs, by their keys; a case may launch a kernel twice."""
+    counts: Kept = {}
+    for program in programs:
+        counts.setdefault(program.key, []).append(program.counts)
+    return counts
+
+
+def as_json(counts: Kept) -> str:
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in counts.items())
+    return f'{{"triton": "{triton.__version__}", "programs": {{\n{lines}\n}}}}\n'
+
+
 if __name__ == "__main__":
     print(f"triton {triton.__version__}\n")
-    print(table([p for case in CASES for chip in CHIPS for p in compile_case(case, chip)]))
+    found = [p for case in CASES for chip in CHIPS for p in compile_case(case, chip)]
+    print(table(found))
+    if "--renew" in sys.argv:
+        COMMITTED.write_text(as_json(kept(found)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +13,11 @@ import torch
 
 from sftmix_kernels import RowChunks, VocabTiles
 
+from .bounds import checked_bounds
+
 # Triton exists only on Linux; the package works without it.
 NEEDS_TRITON = [
+    "ptx",
     "row_chunks/test_row_chunks.py",
     "vocab_tiles",
     "test_both_schedules.py",
@@ -62,4 +66,14 @@ def schedule(request: pytest.FixtureRequest) -> Any:
 def _silent_infinities() -> Iterator[None]:
     """The interpreter computes with NumPy, which warns of NaN and infinity; a GPU does not."""
     with np.errstate(all="ignore"):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _bounds() -> Iterator[None]:
+    """In the interpreter, what a kernel reads or writes outside of its tensors is an error."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    with checked_bounds():
         yield

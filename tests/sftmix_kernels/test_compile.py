@@ -1,15 +1,19 @@
 """What the compiler makes of every Triton kernel: `compile_cases.py` lists them.
 
 Spills, a block that does not fit, narrow loads or tensor cores left idle pass every numeric test;
-here they fail on any machine. A new kernel needs one entry in `CASES`.
+here they fail on any machine. So does what takes 3 % more of anything than `compiled.json` says,
+under the triton that it names; ``python -m tests.sftmix_kernels.compile_cases --renew`` writes it.
+A new kernel needs one entry in `CASES`.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -22,10 +26,13 @@ from .compile_cases import (
     BF16,
     CASES,
     CHIPS,
+    COMMITTED,
     SHARED_LIMITS,
     Case,
+    Kept,
     Program,
     compile_case,
+    kept,
     mix_rows,
     pair_rows,
     table,
@@ -38,11 +45,15 @@ pytestmark = [
     ),
 ]
 
-# Bytes a thread may spill, by kernel, variant and chip, where 0 is not to be had: the larger of
-# triton 3.6.0 and 3.7.1. With a softcap three slopes more are alive, after a tile's products and
-# not among them; float32 is there for its precision, not for speed.
+# Bytes a thread may spill, by kernel, variant and chip, where 0 is not to be had: the largest of
+# triton 3.6.0, 3.7.1 and, on sm_90, 3.9.0. On sm_90 3.7.1 spills in one kernel of half precision, 8
+# bytes: with a softcap three slopes more are alive. Float32 is there for its precision, not for
+# speed.
 SPILLS = {
-    ("pair_gradient_kernel", "bf16, softcap, bias"): {80: 32, 90: 8, 100: 40, 120: 48},
+    ("pair_lse_kernel", "bf16"): {90: 48, 100: 48},
+    ("pair_lse_kernel", "fp32"): {90: 40},
+    ("soft_lse_kernel", "bf16, two targets"): {80: 16, 100: 56, 120: 152},
+    ("pair_gradient_kernel", "bf16, softcap, bias"): {80: 32, 90: 64, 100: 72, 120: 48},
     ("soft_gradient_kernel", "fp32, two targets"): {90: 8, 100: 64},
     ("live_product_kernel", "fp32"): {80: 16},
     ("pair_rows_kernel", "fp32, softcap, bias"): {80: 32, 90: 24},
@@ -80,8 +91,32 @@ def faults(program: Program) -> list[str]:
         "float atomics": not FLOAT_ATOMIC.search(program.ptx),
         "local memory": not LOCAL.search(program.ptx),
         "float64": ".f64" not in program.ptx,
+        "advisories of ptxas": not program.advisories,
     }
     return [fault for fault, holds in rules.items() if not holds]
+
+
+MARGIN = 1.03
+
+
+def grown(found: Kept, committed: Kept) -> Iterator[str]:
+    """Everything of which there is over 3 % more than is committed."""
+    for key, programs in found.items():
+        before = committed.get(key, [])
+        if len(before) != len(programs):
+            yield f"{key}: {len(programs)} programs, {len(before)} committed"
+            continue
+        for now, then in zip(programs, before, strict=True):
+            for name, value in now.items():
+                if exceeds(value, then[name]):
+                    yield f"{key}: {name} {value}, {then[name]} committed"
+
+
+def exceeds(value: Any, committed: Any) -> bool:
+    """Whether a number, or any of a list, is over the margin, or a list of another length."""
+    if not isinstance(value, list):
+        return value != committed if isinstance(value, str) else value > committed * MARGIN
+    return len(value) != len(committed) or any(map(exceeds, value, committed))
 
 
 # Of the tiles' kernels, three quarters of all compiling, those that a variant with more options
@@ -117,6 +152,10 @@ def in_the_gate(case: Case, chip: int) -> bool:
 def test_kernels_keep_to_the_rules(case: Case, chip: int) -> None:
     programs = compile_case(case, chip)
     assert [fault for program in programs for fault in faults(program)] == [], table(programs)
+    committed = json.loads(COMMITTED.read_text())
+    # Another triton counts otherwise: there only the rules hold.
+    if committed["triton"] == triton.__version__:
+        assert list(grown(kept(programs), committed["programs"])) == []
 
 
 @triton.jit
@@ -153,6 +192,34 @@ def test_forbidden_instructions_are_found(kernel: Callable, fault: str) -> None:
     assert fault in faults(program)
 
 
+def test_a_kernel_that_takes_more_than_is_committed_is_found() -> None:
+    (program,) = compile_case(Case("bf16", partial(mix_rows, BF16)), 90)
+    before = kept([program])
+    assert list(grown(before, before)) == []
+    slow = replace(program, loops=((104, 100),))
+    fast = replace(program, loops=((101, 100),))
+    assert list(grown(kept([slow]), kept([fast]))) == []
+    fast = replace(program, loops=((100, 100),))
+    (said,) = grown(kept([slow]), kept([fast]))
+    assert said == "mixed_rows_kernel, bf16, sm_90: loops [[104, 100]], [[100, 100]] committed"
+    (said,) = grown(kept([replace(program, spilled=4)]), before)
+    assert "spilled 4, 0 committed" in said
+    (said,) = grown(kept([replace(program, advisories=("C7515",))]), before)
+    assert "C7515" in said
+    assert len(list(grown(before, {}))) == 1
+
+
+def test_a_block_of_pairs_takes_at_most_425_instructions() -> None:
+    """591 before masks became branches and exponentials fused: more than moving its bytes takes."""
+    (pairs,) = json.loads(COMMITTED.read_text())["programs"]["pair_rows_kernel, bf16, sm_90"]
+    assert sum(ordinary for _, ordinary in pairs["loops"]) <= 425
+
+
+def test_advisories_are_found() -> None:
+    (program,) = compile_case(Case("", partial(mix_rows, BF16)), 90)
+    assert faults(replace(program, advisories=("C7515",))) == ["advisories of ptxas"]
+
+
 def test_narrow_accesses_are_found() -> None:
     odd = Case("", partial(pair_rows, BF16, vocab_size=50257, padded=False))
     (program,) = compile_case(odd, 90)
@@ -162,7 +229,7 @@ def test_narrow_accesses_are_found() -> None:
 @pytest.mark.parametrize(
     ("constant", "value", "chip", "fault"),
     [
-        ("MAX_REGISTERS", 64, 90, "spills"),
+        ("MAX_REGISTERS", 40, 90, "spills"),
         ("NUM_WARPS", 16, 90, "no 16-byte load"),  # two columns a thread
         ("BLOCK", 8192, 120, "too much shared memory"),
     ],

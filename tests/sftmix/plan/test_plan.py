@@ -254,6 +254,22 @@ def test_the_largest_length_fits_and_a_step_more_does_not(memory: int) -> None:
     assert max(plans, default=0) < end
 
 
+@pytest.mark.parametrize("memory", [4 * 10**9, 10**10, 8 * 10**10])
+def test_few_plans_find_the_end_of_a_curve(memory: int) -> None:
+    """Scores of L x L: the line through two short lengths points far beyond."""
+    tried = []
+
+    def peak_of(length: int) -> int:
+        tried.append(length)
+        return 2 * 10**9 + 400_000 * length + 2000 * length**2
+
+    known = {n: peak_of(n) for n in (512, 768)}
+    tried.clear()
+    largest = largest_length(peak_of, memory, known, proven=False)
+    assert peak_of(largest) <= memory < peak_of(largest + GRID)
+    assert len(tried) - 2 <= 4
+
+
 @pytest.mark.parametrize(
     ("bits", "expected"), [(8, 4096 + (16 + 256) * 4), (4, 2048 + (16 + 16) * 4)]
 )

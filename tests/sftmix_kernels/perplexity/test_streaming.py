@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from sftmix_kernels.perplexity import streaming
 
 from ..budget import (
     DTYPES,
+    FAR,
     HEADS,
     Tensors,
     assert_refused,
@@ -82,7 +85,7 @@ def test_a_mean_loss_over_88_does_not_overflow() -> None:
     assert found[1] == torch.inf
 
 
-@pytest.mark.parametrize("label", [123, -1, 2**31])
+@pytest.mark.parametrize("label", [123, *FAR])
 def test_label_out_of_range_makes_its_example_nan_alone(label: int) -> None:
     hidden, weight, labels = exact(50, 8), exact(123, 8), some_labels((50,), 123)
     ids = torch.arange(50) % S
@@ -188,6 +191,53 @@ def test_blocks_of_tokens(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "CPU_WORKSPACE", 200 * 4 * 128)
     assert streaming.block_rows(hidden, 200) == min(rows, 128)
     assert torch.equal(streaming_perplexity(hidden, weight, labels, ids, rows), whole)
+
+
+# SMs and bytes of L2: A100, H100 and H200, B200.
+CHIPS = {108: 40 * 2**20, 132: 60 * 10**6, 148: 126 * 2**20}
+
+
+def on_chip(monkeypatch: pytest.MonkeyPatch, processors: int, rows: int, itemsize: int) -> Any:
+    """Stand in for hidden states on a GPU of so many SMs."""
+    found = SimpleNamespace(multi_processor_count=processors, L2_cache_size=CHIPS[processors])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    shape = (rows, 4096)
+    return SimpleNamespace(is_cuda=True, device=0, shape=shape, element_size=lambda: itemsize)
+
+
+def tiles_of(rows: int, columns: int) -> int:
+    return -(-rows // 128) * -(-columns // 256)
+
+
+@pytest.mark.parametrize("vocab_chunk", [None, 8192, 4608])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("processors", list(CHIPS))
+def test_blocks_keep_the_processors_busy(
+    processors: int, itemsize: int, vocab_chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden = on_chip(monkeypatch, processors, 10**6, itemsize)
+    chunk = streaming.chunk_columns(hidden, 128256, vocab_chunk)
+    rows = streaming.block_rows(hidden, chunk)
+    room = CHIPS[processors] // 2
+    assert rows * chunk * itemsize <= room
+    # As much as fits, but for what is short of one more wave.
+    wave = 128 * max(1, processors // -(-chunk // 256))
+    assert (rows + wave) * chunk * itemsize > room
+    waves = tiles_of(rows, chunk) / processors
+    # By default none is idle. 86 % of 148 is what 4 rows of 32 tiles leave.
+    assert waves == int(waves) if vocab_chunk is None else waves / math.ceil(waves) > 0.86
+
+
+def test_a_chunk_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token's bits depend on where chunks end."""
+    few, many = (on_chip(monkeypatch, 132, rows, 2) for rows in (7, 8192))
+    assert streaming.chunk_columns(few, 128256, None) == 8448
+    assert streaming.chunk_columns(many, 128256, None) == 8448
+    assert [streaming.block_rows(x, 8448) for x in (few, many)] == [7, 1536]
+    assert streaming.chunk_columns(few, 1003, None) == 1003
+    assert streaming.chunk_columns(few, 128256, 100) == 112
+    # One tile of a huge chunk does not fit.
+    assert streaming.block_rows(many, 300_000) == 50
 
 
 def test_strided_inputs_give_the_bits_of_contiguous_ones(device: str) -> None:

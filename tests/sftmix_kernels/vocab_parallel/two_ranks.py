@@ -26,7 +26,7 @@ from sftmix_kernels import (
 )
 from sftmix_kernels.vocab_parallel import losses
 
-from ..budget import DTYPES, HEADS, Tensors, assert_same_bits, head_inputs, run, some_labels
+from ..budget import DTYPES, FAR, HEADS, Tensors, assert_same_bits, head_inputs, run, some_labels
 
 HALVES = ((0, 258), (258, 515))
 OURS = {"ntp": fused_cross_entropy, "mixup": fused_mixup_loss, "sftmix": fused_sftmix_loss}
@@ -35,7 +35,7 @@ DENSE = {
     "mixup": reference.mixup_loss,
     "sftmix": reference.sftmix_loss,
 }
-BAD_LABELS = (515, -1, 2**31)
+BAD_LABELS = (515, *FAR)
 
 
 class Case(NamedTuple):

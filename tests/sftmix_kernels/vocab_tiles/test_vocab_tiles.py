@@ -247,10 +247,11 @@ def test_upstream_gradients_of_half_precision_keep_their_size(device: str) -> No
 @pytest.mark.interpret
 def test_bytes_that_forward_tiles_read() -> None:
     """At an 8B model's shape few enough for an L2 of 7 TB/s to take 15 ms of products."""
-    found = l2_bytes(8192, 4096, 128256, torch.bfloat16)
+    found = l2_bytes(8192, 4096, 128256, torch.bfloat16, None)
     assert found == 64 * 501 * (128 + 256) * 4096 * 2
     assert found <= 110e9
-    assert l2_bytes(129, 10, 257, torch.float32) == 2 * 3 * (128 + 128) * 10 * 4
+    assert l2_bytes(8192, 4096, 128256, torch.float16, 30.0) == 64 * 1002 * 256 * 4096 * 2
+    assert l2_bytes(129, 10, 257, torch.float32, None) == 2 * 3 * (128 + 128) * 10 * 4
 
 
 @pytest.mark.interpret
