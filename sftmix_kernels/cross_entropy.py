@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .checks import (
     autocast,
+    check_constant,
     check_divisor,
     check_ids,
     check_label_values,
@@ -99,10 +100,10 @@ def fused_cross_entropy(  # type: ignore[misc]
         tensor([0.5872, 2.0872, 0.0000]) tensor([ True, False, False])
 
     Args:
-        row_weight: multiplies the loss of each token, and is not differentiated: finite and at
-            least 0, where 0 leaves a token out of the products, too. The divisor of ``"mean"``
-            stays the count of valid labels, as ``num_items_in_batch`` of transformers and TRL is;
-            for a weighted mean pass ``divisor=row_weight.sum()``.
+        row_weight: multiplies the loss of each token: finite and at least 0, where 0 leaves a token
+            out of the products, too. Not differentiated: one that requires a gradient is refused.
+            The divisor of ``"mean"`` stays the count of valid labels, as ``num_items_in_batch`` of
+            transformers and TRL is; for a weighted mean pass ``divisor=row_weight.sum()``.
         gate: one of `Power` (DFT), `Threshold`, `Entropy` (EAFT) and `Clipped` (PSFT): the loss of
             a token is the gate, detached, times its NLL.
         label_smoothing: in [0, 1), the share of the label that is spread over all V tokens.
@@ -158,12 +159,13 @@ def checked_weights(
     *,
     validate: bool,
 ) -> Tensor:  # (...)
-    """Return the weights of labels times those of rows.
+    """Return the weights of labels times those of rows, which must not wait for a gradient.
 
     Values that are no finite number of at least 0 are refused where they are read, and become NaN
     where they are not.
     """
     check_row_out("row_weight", row_weight, labels)
+    check_constant("row_weight", row_weight)
     weights = weighted_labels(counts, row_weight)
     if validate or values_are_free(row_weight):
         bad = weights.isnan() & ~counts.isnan()
@@ -189,6 +191,7 @@ def checked_objective(
     if old is None:
         return objective
     check_row_out("old_log_probs", old, labels)
+    check_constant("old_log_probs", old)
     if values_are_free(old):
         # 1e-3 is more than rounding makes of the logarithm of 1, also in half precision.
         bad = ~(old <= 1e-3) & (labels != ignore_index)

@@ -27,6 +27,7 @@ from __future__ import annotations
 import enum
 import math
 import numbers
+import sys
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -135,12 +136,10 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
     """Refuse what is not a finite Python number in ``[low, high]``."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and low <= value <= high):
+    # By comparisons: `torch.compile` may keep the number symbolic.
+    if not (low <= value <= high and abs(value) <= sys.float_info.max):
         bounds = f"of at least {low}" if high == math.inf else f"in [{low}, {high}]"
         raise ValueError(f"{name}: expected a finite number {bounds}, got {value}")
-
-
-CONTIGUOUS = {"memory_format": torch.contiguous_format}
 
 
 class Kind(enum.IntEnum):
@@ -169,7 +168,7 @@ class Objective(NamedTuple):
         old, stats = self.old_log_probs, self.stats
         return self._replace(
             old_log_probs=None if old is None else old[index],
-            stats=None if stats is None else torch.zeros_like(stats[:, index], **CONTIGUOUS),
+            stats=None if stats is None else stats.new_zeros(stats[:, index].shape),
         )
 
     def put_stats(self, index: Tensor | slice, of_rows: Objective) -> None:
@@ -273,7 +272,7 @@ def gate_objective(gate: Gate) -> Objective:
     if isinstance(gate, Entropy):
         return Objective(Kind.ENTROPY, float(gate.alpha))
     if isinstance(gate, Clipped):
-        return Objective(Kind.CLIPPED, float(gate.eps), gate.old_log_probs.detach())
+        return Objective(Kind.CLIPPED, float(gate.eps), gate.old_log_probs)
     raise TypeError(
         "gate: expected None, Power, Threshold, Entropy or Clipped, "
         f"got {gate.__name__ + ' itself' if isinstance(gate, type) else type(gate).__name__}"

@@ -184,8 +184,8 @@ def token_stats(log_probs: Tensor, labels: Tensor, weight: Tensor) -> TokenStats
     counts = present(weight)
     own = -nll(log_probs, labels)
     is_top = (own >= log_probs.amax(-1)) & (counts == 1)
-    found = weighted_loss(counts, -own), weighted_loss(counts, entropy(log_probs))
-    return TokenStats(*(number.detach() for number in found), is_top)
+    losses, entropies = weighted_loss(counts, -own), weighted_loss(counts, entropy(log_probs))
+    return TokenStats(losses.detach(), entropies.detach(), is_top)
 
 
 def cross_entropy(

@@ -137,7 +137,7 @@ class FusedHead(Head):
     def tokens(self) -> Tensor:
         """Return every response token's NTP loss; backward makes the logits again."""
         return fused_cross_entropy(
-            self.hidden, self.weight, self.targets, reduction="none", **self.keywords
+            self.hidden, self.weight, self.targets, reduction="none", stats=False, **self.keywords
         )
 
     def ntp(self) -> BatchLoss:

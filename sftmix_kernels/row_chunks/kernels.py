@@ -70,10 +70,8 @@ def launch_options(logits: Tensor) -> dict[str, int | bool]:
 
 def objective_options(objective: Objective) -> dict[str, Any]:
     """Return what both row kernels are told of an objective: nothing of the plain one."""
-    if objective.is_plain:
-        return {}
     return {
-        "parameter": float(objective.parameter),
+        "parameter": None if objective.kind == Kind.PLAIN else float(objective.parameter),
         "old_ptr": objective.old_log_probs,
         "stats_ptr": objective.stats,
         "KIND": int(objective.kind),

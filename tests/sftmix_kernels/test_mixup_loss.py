@@ -233,7 +233,7 @@ def test_frozen_tensors_get_no_gradient_and_no_memory() -> None:
     hidden = [tensors["hidden_c"], tensors["hidden_u"].detach()]
     targets, share = torch.stack(tuple(labels.values()), -1), torch.full((6, 2), 0.5)
     for needs in ([True, False, False], [False, True, False], [False] * 3):
-        _, *gradients, _, _ = mixup_rows(
+        _, *gradients, _ = mixup_rows(
             *hidden, tensors["weight"], None, targets, share, torch.ones(6), 1.0, None, 4, needs
         )
         assert [g.numel() > 0 for g in gradients] == [*needs, False]

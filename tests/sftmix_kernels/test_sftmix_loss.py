@@ -260,7 +260,7 @@ def test_frozen_tensors_get_no_gradient_and_no_memory() -> None:
     assert weight.grad is None
     assert leaf.grad is not None
     for needs in ([True, False, False], [False, True, False], [False] * 3):
-        _, _, *gradients, _, _ = sftmix_rows(
+        _, _, *gradients, _ = sftmix_rows(
             hidden, weight, None, labels, torch.ones(6), plan["pair_c"], plan["pair_u"],
             torch.ones(2), torch.rand(2, 2), None, torch.tensor(0.2), 1.0, None, 4, needs,
         )  # fmt: skip
