@@ -164,6 +164,69 @@ void check_pairs(int64_t columns, LogitTransform f, double tolerance) {
   }
 }
 
+// Every objective, with stats that begin and end where their buffers do.
+template <typename Logit>
+void check_objective(int64_t columns, LogitTransform f, Kind kind, double tolerance) {
+  const int64_t num_rows = 4;
+  const float parameter = kind == Kind::kAbove || kind == Kind::kBelow ? 1e-3f : 0.7f;
+  Room<Logit> room(num_rows, columns, 3);
+  const Room<Logit> before = room;
+  std::vector<int64_t> labels;
+  std::vector<float> old, weight, loss(num_rows), stats(3 * num_rows);
+  for (int64_t i = 0; i < num_rows; ++i) {
+    labels.push_back(i == 0 ? columns - 1 : index_below(columns));
+    old.push_back(static_cast<float>(uniform(-4.0, 0.0)));
+    weight.push_back(static_cast<float>(uniform(0.5, 2.0)));
+  }
+  const float* const old_log_probs = kind == Kind::kClipped ? old.data() : nullptr;
+  const SoftRows<Logit> rows = {{room.values.data(),
+                                 room.stride,
+                                 columns,
+                                 f,
+                                 true,
+                                 {kind, parameter, old_log_probs, stats.data(), num_rows}},
+                                labels.data(),
+                                nullptr,
+                                weight.data(),
+                                1,
+                                loss.data()};
+  pick_soft_rows<Logit>()(rows, 0, num_rows);
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const std::vector<double> raw = before.row(i, columns);
+    std::vector<double> plain(columns, 0.0), gradient = room.row(i, columns);
+    const double nll = add_dense(f, raw, {{labels[i], -1}, {1.0f, 0.0f}}, 1.0, plain);
+    const double at_label = transformed(f, raw[labels[i]]), log_sum = nll + at_label;
+    double entropy = 0.0, sum = 0.0, mean = 0.0, tempered = 0.0, expected_gap = 0.0;
+    for (double x : raw) {
+      const double a = transformed(f, x), q = std::exp((a - log_sum) / parameter);
+      entropy += std::exp(a - log_sum) * (log_sum - a);
+      mean += a / columns;
+      tempered += q;
+      expected_gap += q * (a - at_label);
+      sum += a > at_label;
+    }
+    require_close(stats[i], nll, tolerance, "stats: nll");
+    require_close(stats[num_rows + i], entropy, tolerance, "stats: entropy");
+    require_close(stats[2 * num_rows + i], sum == 0.0, 0.0, "stats: top");
+    const Objective& objective = rows.objective;
+    const double gate = gate_of(objective, nll, entropy, columns, i);
+    double value = gate * nll;
+    if (kind == Kind::kSmoothed) value = nll - parameter * (mean - at_label);
+    if (kind == Kind::kGem) value = expected_gap / tempered;
+    require_close(loss[i], weight[i] * value, tolerance, "loss of an objective");
+    for (int64_t j = 0; j < columns; ++j) {
+      const double of_f = slope(f, raw[j]), onehot = j == labels[i];
+      double expected = gate * plain[j];
+      if (kind == Kind::kSmoothed) expected += of_f * parameter * (onehot - 1.0 / columns);
+      if (kind == Kind::kGem) {
+        const double q = std::exp((transformed(f, raw[j]) - log_sum) / parameter) / tempered;
+        expected = (q - onehot) * of_f;
+      }
+      require_close(gradient[j], weight[i] * expected, tolerance, "gradient of an objective");
+    }
+  }
+}
+
 template <typename Logit>
 void check_all(double tolerance) {
   const LogitTransform transforms[] = {{1.0f, 0.0f}, {0.5f, 0.0f}, {1.5f, 3.0f}};
@@ -172,6 +235,9 @@ void check_all(double tolerance) {
       check_soft<Logit>(columns, f, 1, tolerance);
       check_soft<Logit>(columns, f, 2, tolerance);
       check_pairs<Logit>(columns, f, tolerance);
+      for (int kind = 0; kind <= static_cast<int>(Kind::kGem); ++kind) {
+        check_objective<Logit>(columns, f, static_cast<Kind>(kind), tolerance);
+      }
     }
   }
 }

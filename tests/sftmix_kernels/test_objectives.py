@@ -376,6 +376,48 @@ def test_a_wrong_gate_is_caught(
         assert_loss_in_budget(tensors, labels, **OBJECTIVES[name])
 
 
+@every_objective
+def test_kernels_of_row_chunks(device: str, name: str) -> None:
+    """Through both ops, with an upstream gradient of each row too."""
+    assert_kernels_in_budget(device, name, RowChunks(rows=16))
+    if name in (*GATES, "weighted"):
+        assert_kernels_in_budget(device, name, RowChunks(rows=16), joint=True)
+
+
+@pytest.mark.parametrize("name", ["dft", "power", "above", "below", "psft", "weighted dft"])
+def test_kernels_of_vocab_tiles(device: str, name: str) -> None:
+    assert_kernels_in_budget(device, name, VocabTiles(max_bytes=2**15))
+
+
+def assert_kernels_in_budget(device: str, name: str, schedule: Any, *, joint: bool = False) -> None:
+    """In float16, of which the budget needs few rows, and the interpreter makes few."""
+    options, count = dict(OBJECTIVES[name]), 30
+    if "row_weight" in options:
+        options["row_weight"] = options["row_weight"][::2].contiguous().to(device)
+    if name == "psft":
+        options["gate"] = Clipped(torch.linspace(-9.0, -4.0, count).to(device), 0.3)
+    tensors = head_inputs((count, D), V, torch.float16)
+    tensors = {k: v.to(device) for k, v in tensors.items()}
+    labels = some_labels((count,), V, ignored=0.2).to(device)
+    if not joint:
+        upstream = torch.randn(count).to(device)
+        more = {"reduction": "none", "schedule": schedule, **options}
+        assert_loss_in_budget(tensors, labels, upstream, **more)
+        return
+    rows = torch.randperm(count).to(device)
+    pairs = {"pair_c": rows[:9], "pair_u": rows[9:18], "lam": 0.3}
+    assert_in_budget(
+        lambda **t: (
+            fused_sftmix_loss(**t, labels=labels, schedule=schedule, **pairs, **options).loss
+        ),
+        lambda **t: reference.sftmix_loss(**t, labels=labels, **pairs, **options).loss,
+        tensors,
+        rows=lambda **t: (
+            reference.cross_entropy(**t, labels=labels, reduction="none") / len(labels)
+        ),
+    )
+
+
 def test_tiles_refuse_by_name_what_they_do_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sftmix_kernels.schedules.runs_triton", lambda _: True)
     tiles = {**CALL, "schedule": VocabTiles()}
