@@ -6,10 +6,10 @@ import doctest
 
 import pytest
 
-from sftmix_kernels import mixup_loss, sftmix_loss
+from sftmix_kernels import cross_entropy, gates, mixup_loss, sftmix_loss
 
 
-@pytest.mark.parametrize("module", [mixup_loss, sftmix_loss])
+@pytest.mark.parametrize("module", [cross_entropy, gates, mixup_loss, sftmix_loss])
 def test_examples(module: object) -> None:
     found = doctest.testmod(module)
     assert found.attempted
