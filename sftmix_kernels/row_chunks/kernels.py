@@ -9,8 +9,6 @@ Legend: K rows of one chunk, P pairs, T targets of a row, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -34,7 +32,7 @@ from ..primitives import (
 )
 from ..schedules import PADDING
 from ..transform import LogitTransform
-from .objectives import SMOOTHED, gated_weight, objective_row
+from .objectives import SMOOTHED, gated_weight, objective_options, objective_row
 from .sums import lanes, mixed_row, pair_lses, row_lse
 
 # A 16-byte load a thread, eight logits in half precision. The same for both kernels, so that a
@@ -65,17 +63,6 @@ def launch_options(logits: Tensor) -> dict[str, int | bool]:
         "num_warps": NUM_WARPS,
         "maxnreg": MAX_REGISTERS,
         "enable_fp_fusion": False,
-    }
-
-
-def objective_options(objective: Objective) -> dict[str, Any]:
-    """Return what both row kernels are told of an objective: nothing of the plain one."""
-    return {
-        "parameter": None if objective.kind == Kind.PLAIN else float(objective.parameter),
-        "old_ptr": objective.old_log_probs,
-        "stats_ptr": objective.stats,
-        "KIND": int(objective.kind),
-        "MOMENT": objective.needs_moment,
     }
 
 

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
-from ..gates import Kind
+from ..gates import Kind, Objective
 from ..primitives import cross_entropy, exp, log1p, scale_logits, weighted
 from .sums import moved_moment, row_sums
 
@@ -19,6 +21,17 @@ ENTROPY = tl.constexpr(int(Kind.ENTROPY))
 CLIPPED = tl.constexpr(int(Kind.CLIPPED))
 SMOOTHED = tl.constexpr(int(Kind.SMOOTHED))
 GEM = tl.constexpr(int(Kind.GEM))
+
+
+def objective_options(objective: Objective) -> dict[str, Any]:
+    """Return what both row kernels are told of an objective: nothing of the plain one."""
+    return {
+        "parameter": None if objective.kind == Kind.PLAIN else float(objective.parameter),
+        "old_ptr": objective.old_log_probs,
+        "stats_ptr": objective.stats,
+        "KIND": int(objective.kind),
+        "MOMENT": objective.needs_moment,
+    }
 
 
 @triton.jit
