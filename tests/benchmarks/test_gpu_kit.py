@@ -184,10 +184,15 @@ def test_a_command_that_is_late_is_interrupted_and_says_what_it_has(
 ) -> None:
     """And what it has started ends with it, though the shell keeps interrupts from it."""
     monkeypatch.setattr(driver, "GRACE", 2)
+    # As in a job in the background, of which no child would hear an interrupt.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     late = "trap 'echo summary' INT; sleep 600 & echo child: $!; wait; wait"
     log = io.StringIO()
     part = Part("late", 5, (("sh", "-c", late), ("echo", "never")))
-    end = driver.run_part(part, 5, dict(os.environ), log)
+    try:
+        end = driver.run_part(part, 5, dict(os.environ), log)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert end.startswith("FAILED: interrupted after 3 s, not begun; ")
     lines = log.getvalue().splitlines()
     assert "summary" in lines
