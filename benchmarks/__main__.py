@@ -30,7 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Return exit status 0, or 1 where one of ours failed or was wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = make_parser().parse_args(arguments)
-    options.command = shlex.join(["python", "-m", "benchmarks", *arguments])
+    # A folder of this machine is nobody else's business, nor of use to anybody.
+    shown = [Path(word).name if Path(word).is_absolute() else word for word in arguments]
+    options.command = shlex.join(["python", "-m", "benchmarks", *shown])
     return int(options.call(options))
 
 

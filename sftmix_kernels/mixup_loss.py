@@ -7,8 +7,8 @@ cross-entropy), D hidden size, V vocabulary, B tiles of the vocabulary.
 Where only Mixup is wanted, mixing first costs one row of logits for a pair instead of two.
 
 - Formula: `reference.py`.
-- Kernels: `row_chunks/kernels.py`; `vocab_tiles/forward.py`, `vocab_tiles/backward.py`. On the CPU:
-  `csrc/row_chunks.h`, behind `row_chunks/cpu.py`.
+- Kernels: `row_chunks/mixing.py`, `row_chunks/kernels.py`; `vocab_tiles/forward.py`,
+  `vocab_tiles/backward.py`. On the CPU: `csrc/row_chunks.h`, behind `row_chunks/cpu.py`.
 - Proof: `tests/sftmix_kernels/test_mixup_loss.py`; of the kernels
   `tests/sftmix_kernels/row_chunks/test_row_chunks.py`,
   `tests/sftmix_kernels/vocab_tiles/test_vocab_tiles.py`.

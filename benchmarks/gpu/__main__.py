@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -156,17 +156,18 @@ def run_command(
     command: Sequence[str], seconds: float, environment: dict[str, str], log: IO[str]
 ) -> str:
     """Run a command, interrupted `GRACE` before its end; return what failed, or nothing."""
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
+    with heeding_interrupts():
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
     assert process.stdout is not None
     reader = threading.Thread(
         target=lambda lines: [say(log, line.rstrip("\n")) for line in lines],
@@ -192,6 +193,19 @@ def run_command(
     if late:
         return f"interrupted after {seconds - GRACE:.0f} s"
     return f"exit status {process.returncode}" if process.returncode else ""
+
+
+@contextlib.contextmanager
+def heeding_interrupts() -> Iterator[None]:
+    """Let what is started take SIGINT: a job in the background begins with SIGINT ignored.
+
+    A handler of our own ends with exec, and the default takes its place; what is ignored stays so.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def end_group(process: subprocess.Popen[str], kind: signal.Signals) -> None:

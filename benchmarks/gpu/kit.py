@@ -107,6 +107,18 @@ def move_cache(folder: Path) -> None:
         group.write_text(json.dumps({**held, "child_paths": here}), encoding="utf-8")
 
 
+def interpreter() -> str | None:
+    """Return the path of the GPU machine's Python; None where PATH has none that runs.
+
+    A shim of a version manager may be there and know of none.
+    """
+    for folder in os.get_exec_path():
+        python = shutil.which(f"python{PYTHON}", path=folder)
+        if python and not subprocess.run([python, "-c", ""], capture_output=True).returncode:
+            return python
+    return None
+
+
 def make_kit(folder: Path) -> int:
     """Make the folder to carry; return exit status 0, or 1 where it lacks something."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,11 +126,13 @@ def make_kit(folder: Path) -> int:
         old.unlink(missing_ok=True)
     facts = {"python": PYTHON, "torch": TORCH, "triton": TRITON, "commit": commit()}
     (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    python = shutil.which(f"python{PYTHON}")
+    python = interpreter()
     steps: list[Any] = [lambda: fetch_wheels(folder / WHEELS)]
     lacking = []
     if python is None:
-        lacking.append(f"no python{PYTHON} here: the GPU machine builds the extension, in 6 s")
+        lacking.append(
+            f"no python{PYTHON} that runs is on PATH: the GPU machine builds the extension, in 6 s"
+        )
     else:
         environment = ROOT / ".venvs/gpu"
         steps += [

@@ -123,11 +123,11 @@ def mixed_rows(
     if hidden_u is None:
         return gather_rows(hidden_c, rows, row_weight[rows])
     if runs_triton(share):
-        from . import kernels
+        from . import mixing
 
         if isinstance(rows, slice):
             rows = torch.arange(rows.start, rows.stop, device=share.device)
-        return kernels.mixed_rows(hidden_c, hidden_u, share, rows, row_weight)
+        return mixing.mixed_rows(hidden_c, hidden_u, share, rows, row_weight)
     weight, (share_c, share_u) = row_weight[rows], share[rows].tensor_split(2, dim=-1)
     mixed = gather_rows(hidden_c, rows, weight).float().mul_(share_c)
     mixed.addcmul_(gather_rows(hidden_u, rows, weight).float(), share_u)

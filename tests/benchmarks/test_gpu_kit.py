@@ -184,10 +184,15 @@ def test_a_command_that_is_late_is_interrupted_and_says_what_it_has(
 ) -> None:
     """And what it has started ends with it, though the shell keeps interrupts from it."""
     monkeypatch.setattr(driver, "GRACE", 2)
+    # As in a job in the background, of which no child would hear an interrupt.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     late = "trap 'echo summary' INT; sleep 600 & echo child: $!; wait; wait"
     log = io.StringIO()
     part = Part("late", 5, (("sh", "-c", late), ("echo", "never")))
-    end = driver.run_part(part, 5, dict(os.environ), log)
+    try:
+        end = driver.run_part(part, 5, dict(os.environ), log)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert end.startswith("FAILED: interrupted after 3 s, not begun; ")
     lines = log.getvalue().splitlines()
     assert "summary" in lines
@@ -279,7 +284,7 @@ def test_the_kit_holds_extension_cache_wheels_and_facts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = []
-    monkeypatch.setattr(kit.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(kit, "interpreter", lambda: "/usr/bin/python3.12")
     monkeypatch.setattr(kit, "make_environment", lambda python, where: made.append(python))
     monkeypatch.setattr(kit, "build_extension", lambda _, to: (to / "_extension.so").touch())
     monkeypatch.setattr(kit, "fill_cache", lambda _, to: to.write_bytes(b"cache"))
@@ -306,7 +311,7 @@ def test_a_step_that_fails_stops_no_other(
     def fails(*_: Any) -> None:
         raise subprocess.CalledProcessError(3, "pip")
 
-    monkeypatch.setattr(kit.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(kit, "interpreter", lambda: "/usr/bin/python3.12")
     for step in ("fetch_wheels", "make_environment", "build_extension"):
         monkeypatch.setattr(kit, step, fails)
     monkeypatch.setattr(kit, "fill_cache", lambda _, to: to.write_bytes(b"cache"))
@@ -315,15 +320,30 @@ def test_a_step_that_fails_stops_no_other(
     assert capsys.readouterr().err.count("returned non-zero exit status 3") == 3
 
 
+def test_a_python_that_does_not_run_is_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As a version manager's shim that knows of none."""
+    for folder, status in (("shims", 127), ("bin", 0)):
+        (tmp_path / folder).mkdir()
+        file = tmp_path / folder / "python3.12"
+        file.write_text(f"#!/bin/sh\nexit {status}\n")
+        file.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "shims"))
+    assert kit.interpreter() is None
+    monkeypatch.setenv("PATH", f"{tmp_path / 'shims'}:{tmp_path / 'bin'}")
+    assert kit.interpreter() == str(tmp_path / "bin/python3.12")
+
+
 def test_without_that_python_the_kit_has_wheels_and_says_what_it_lacks(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[list[str]] = []
-    monkeypatch.setattr(kit.shutil, "which", lambda name: None)
+    monkeypatch.setattr(kit, "interpreter", lambda: None)
     monkeypatch.setattr(kit, "commit", lambda: "")
     monkeypatch.setattr(kit.subprocess, "run", lambda command, **_: asked.append(command))
     assert kit.make_kit(tmp_path / "kit") == 1
-    assert "no python3.12 here" in capsys.readouterr().err
+    assert "no python3.12 that runs" in capsys.readouterr().err
     (download,) = asked
     assert {"--no-deps", "--python-version", "3.12"} <= set(download)
     # Each with the version that the tests run on.

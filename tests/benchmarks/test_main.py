@@ -36,6 +36,8 @@ def test_a_run_leaves_one_file_that_says_all(quick_run: Path) -> None:
     assert report["suite"] == "loss"
     assert report["facts"]["commit"] == "abc"
     assert report["facts"]["command"].startswith("python -m benchmarks run loss --device cpu")
+    # Nor where on this machine it lies.
+    assert "/" not in report["facts"]["command"]
     assert report["settings"]["quick"] is True
     assert report["failed"] == {}
     assert "needs a CUDA device" in report["left_out"]["sftmix, vocab_tiles"]
@@ -209,6 +211,7 @@ def test_committed_results_say_where_they_come_from() -> None:
         assert report["facts"].keys() >= {"date", "commit", "command", "machine", "torch", "triton"}
         assert all(report["facts"][name] for name in ("date", "commit", "command", "torch"))
         assert "dirty" not in report["facts"]["commit"]
+        assert " /" not in report["facts"]["command"]
         on_gpu = report["settings"]["device"] == "cuda"
         assert not on_gpu or all(report["facts"][name] for name in ("gpu", "driver", "cuda"))
         assert report["failed"] == {}

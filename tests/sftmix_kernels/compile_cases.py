@@ -35,7 +35,8 @@ from triton.runtime.jit import JITFunction
 from sftmix_kernels.gates import Kind, Objective
 from sftmix_kernels.plan_kernels import label_terms, pair_terms
 from sftmix_kernels.row_chunks.chunks import logits_workspace
-from sftmix_kernels.row_chunks.kernels import mixed_rows, pair_rows_, soft_rows_
+from sftmix_kernels.row_chunks.kernels import pair_rows_, soft_rows_
+from sftmix_kernels.row_chunks.mixing import mixed_rows
 from sftmix_kernels.scaling import scaled_rows
 from sftmix_kernels.transform import LogitTransform
 from sftmix_kernels.vocab_tiles.backward import (

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from sftmix_kernels.row_chunks.chunks import logits_workspace
-from sftmix_kernels.row_chunks.kernels import mixed_rows, pair_rows_, soft_rows_
+from sftmix_kernels.row_chunks.kernels import pair_rows_, soft_rows_
+from sftmix_kernels.row_chunks.mixing import mixed_rows
 from sftmix_kernels.transform import LogitTransform
 
 from ..budget import check

@@ -18,7 +18,8 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from sftmix_kernels.mixup_loss import mixup_rows
-from sftmix_kernels.row_chunks.kernels import mixed_rows, pair_rows_, soft_rows_
+from sftmix_kernels.row_chunks.kernels import pair_rows_, soft_rows_
+from sftmix_kernels.row_chunks.mixing import mixed_rows
 from sftmix_kernels.sftmix_loss import sftmix_rows
 
 from ..budget import check
