@@ -1,4 +1,4 @@
-"""The loss of a batch, and what a method makes it of: NTP, Mixup, single tokens' losses.
+"""The loss of a batch, and what a method makes it of: NTP, its objectives, Mixup, single tokens.
 
 `batch_loss` calls the model with such a head in the place of its LM head. `FusedHead` calls the
 fused losses on what the LM head reads, and never makes logits. `DenseHead` takes the model's own
@@ -21,7 +21,15 @@ from sftmix.methods import Method, method_of
 from sftmix.model.head import HeadAdapter
 from sftmix.runs.ranks import joined_ranks, rank
 from sftmix.training.config import SFTMixOptions
-from sftmix_kernels import fused_cross_entropy, fused_mixup_loss, fused_sftmix_loss
+from sftmix_kernels import (
+    Power,
+    TokenStats,
+    VocabTiles,
+    fused_cross_entropy,
+    fused_mixup_loss,
+    fused_sftmix_loss,
+    reference,
+)
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
@@ -33,6 +41,7 @@ class Counts(NamedTuple):
     pairs: Tensor
     examples: Tensor
     micro_batches: Tensor
+    learnt: Tensor  # tokens of examples whose weight is not 0
 
 
 class Pairs(NamedTuple):
@@ -44,13 +53,19 @@ class Pairs(NamedTuple):
 
 
 class BatchLoss(NamedTuple):
-    """Scalars in nats, of which ``loss`` is differentiable, and every token's own NTP loss."""
+    """Scalars in nats, of which ``loss`` is differentiable, and what is watched of every token.
+
+    ``ntp`` and ``row_ntp`` are the plain negative log-likelihood, whatever ``loss`` makes of it.
+    What is watched of a token is 0 where its example's weight is.
+    """
 
     loss: Tensor
     ntp: Tensor | None  # None for Mixup without NTP
     mixup: Tensor | None  # None without Mixup
     row_ntp: Tensor | None  # (N,) float32 or better; None for Mixup without NTP
     router: Tensor | None = None  # a router's auxiliary loss, differentiable, not in ``loss``
+    entropy: Tensor | None = None  # (N,) in nats; None where the loss does not find it
+    is_top: Tensor | None = None  # (N,) bool: the label is the most likely token; None likewise
 
 
 class Head:
@@ -86,9 +101,30 @@ class Head:
         """Return ``NTP + weight * Mixup``."""
         raise NotImplementedError
 
+    def cross_entropy(self, **objective: Any) -> BatchLoss:
+        """Return NTP by another objective: ``gate``, ``label_smoothing`` or ``gem_beta``.
+
+        They are those of `sftmix_kernels.fused_cross_entropy`.
+        """
+        raise NotImplementedError
+
+    @property
+    def token_weights(self) -> Tensor | None:
+        """Return the weight of each token's example, (N,) float32; None where all are 1."""
+        weights = self.batch.get("weight")
+        return None if weights is None else weights.float()[self.batch["owner"]]
+
     def of_tokens(self, loss: Tensor, tokens: Tensor) -> BatchLoss:
         """Return a loss that was made of ``tokens()``, whose mean is logged as NTP."""
-        return BatchLoss(loss, tokens.sum() / self.counts.tokens, None, tokens)
+        return self.watched(BatchLoss(loss, None, None, tokens))
+
+    def watched(self, loss: BatchLoss, stats: TokenStats | None = None) -> BatchLoss:
+        """Return a loss with the plain NTP that is logged beside it, and with ``stats``."""
+        if stats is not None:
+            nll, entropy, is_top = stats
+            loss = loss._replace(row_ntp=nll, entropy=entropy, is_top=is_top)
+        assert loss.row_ntp is not None
+        return loss._replace(ntp=loss.row_ntp.detach().sum() / self.counts.learnt)
 
     def of_examples(self, tokens: Tensor) -> Tensor:
         """Return the mean of each example's ``tokens()``, (B,) float64; 0 for a filler."""
@@ -134,6 +170,12 @@ class FusedHead(Head):
         super().__init__(batch, counts, options)
         self.hidden, self.weight, self.keywords = hidden, weight, keywords
 
+    @property
+    def recomputes(self) -> bool:
+        """Say whether vocabulary tiles make the loss, which find nothing else of a token."""
+        schedule = self.keywords["schedule"]
+        return schedule == "vocab_tiles" or isinstance(schedule, VocabTiles)
+
     def tokens(self) -> Tensor:
         """Return every response token's NTP loss; backward makes the logits again."""
         return fused_cross_entropy(
@@ -142,8 +184,34 @@ class FusedHead(Head):
 
     def ntp(self) -> BatchLoss:
         """Return NTP."""
+        if not self.recomputes:
+            return self.cross_entropy()
         nothing = self.targets.new_empty(0)
         return self._joint(Pairs(nothing, nothing, nothing.float()), 0.0)._replace(mixup=None)
+
+    def cross_entropy(self, **objective: Any) -> BatchLoss:
+        """Return NTP by an objective, at the matrix products of NTP.
+
+        Vocabulary tiles have `Power` among them, by weights of `tokens`.
+        """
+        gate = objective.get("gate")
+        if self.recomputes and isinstance(gate, Power):
+            tokens = self.tokens()
+            weights = tokens.detach().mul(-gate.k).exp()
+            if self.token_weights is not None:
+                weights = weights * self.token_weights
+            return self.of_tokens((weights * tokens).sum() / self.counts.tokens, tokens)
+        loss, stats = fused_cross_entropy(
+            self.hidden,
+            self.weight,
+            self.targets,
+            row_weight=self.token_weights,
+            divisor=self.counts.tokens,
+            stats=True,
+            **objective,
+            **self.keywords,
+        )
+        return self.watched(BatchLoss(loss, None, None, None), stats)
 
     def mixup(self) -> BatchLoss:
         """Return Mixup: one row of products for each pair, and none for the other tokens."""
@@ -165,19 +233,22 @@ class FusedHead(Head):
         return self._joint(self.pairs, weight)
 
     def _joint(self, pairs: Pairs, mu: float) -> BatchLoss:
-        row_ntp = torch.empty(self.targets.shape, dtype=torch.float32, device=self.targets.device)
-        loss, ntp, mixup = fused_sftmix_loss(
-            self.hidden,
-            self.weight,
-            self.targets,
-            *pairs,
-            mu=mu,
-            ntp_divisor=self.counts.tokens,
-            mixup_divisor=self.counts.pairs,
-            row_ntp_out=row_ntp,
+        options = {
+            "mu": mu,
+            "row_weight": self.token_weights,
+            "ntp_divisor": self.counts.tokens,
+            "mixup_divisor": self.counts.pairs,
             **self.keywords,
-        )
-        return BatchLoss(loss, ntp, mixup, row_ntp)
+        }
+        terms = (self.hidden, self.weight, self.targets, *pairs)
+        if not self.recomputes:
+            (loss, _, mixup), stats = fused_sftmix_loss(*terms, stats=True, **options)
+            return self.watched(BatchLoss(loss, None, mixup, None), stats)
+        row_ntp = torch.empty(self.targets.shape, dtype=torch.float32, device=self.targets.device)
+        loss, _, mixup = fused_sftmix_loss(*terms, row_ntp_out=row_ntp, **options)
+        if self.token_weights is not None:
+            row_ntp = row_ntp / self.token_weights.masked_fill(self.token_weights == 0, 1.0)
+        return self.watched(BatchLoss(loss, None, mixup, row_ntp))
 
 
 class DenseHead(Head):
@@ -213,8 +284,19 @@ class DenseHead(Head):
 
     def ntp(self) -> BatchLoss:
         """Return NTP."""
-        tokens = self.tokens()
-        return self.of_tokens(tokens.sum() / self.counts.tokens, tokens)
+        return self.cross_entropy()
+
+    def cross_entropy(self, **objective: Any) -> BatchLoss:
+        """Return NTP by an objective."""
+        assert self.method.ntp, "the method says that it reads no rows of response tokens"
+        log_probs = self.logits[: self.targets.numel()].log_softmax(-1)
+        weights = self.token_weights
+        if weights is None:
+            weights = torch.ones_like(self.targets, dtype=torch.float32)
+        losses = reference.token_losses(log_probs, self.targets, weights, **objective)
+        with torch.no_grad():
+            stats = reference.token_stats(log_probs, self.targets, weights)
+        return self.watched(BatchLoss(losses.sum() / self.counts.tokens, None, None, None), stats)
 
     def mixup(self) -> BatchLoss:
         """Return Mixup."""
@@ -243,10 +325,12 @@ def batch_counts(batches: Sequence[dict[str, Tensor]], device: torch.device) -> 
     )
     tokens, pairs, micro_batches = torch.tensor(known, dtype=torch.float32, device=device)
     # Lengths are on the device: the host does not wait to count them.
-    examples = torch.zeros_like(tokens)
+    examples, learnt = torch.zeros_like(tokens), tokens
     for batch in batches:
         examples = examples + batch["lengths"].count_nonzero().to(device)
-    return Counts(tokens, pairs, examples, micro_batches)
+        if "weight" in batch:
+            learnt = learnt - (batch["weight"] == 0)[batch["owner"]].sum().to(device)
+    return Counts(tokens, pairs, examples, micro_batches, learnt)
 
 
 def batch_loss(
