@@ -15,6 +15,7 @@ from sftmix.data.messages import BadField, Notes, carries
 from sftmix.data.spelling import bare, spellings, unquoted
 from sftmix.data.token_rows import COLUMNS as TOKEN_COLUMNS
 from sftmix.data.token_rows import REFUSED as REFUSED_TOKENS
+from sftmix.data.weighting import WEIGHT
 
 CONVERSATIONS = ("conversations", "conversation")
 PROMPTS = ("instruction", "prompt", "question", "query", "problem", "inputs", "input")
@@ -36,8 +37,8 @@ REFUSED = {
     "documents": "write them into the prompt",
     "chat_template_kwargs": "give a --chat_template that needs none",
 }
-# Weights of a whole row: every row has 1.
-WEIGHTS = ("weight", "loss_weight", "sample_weight", "train", "trainable")
+# Weights of a whole row, of which `--weight` reads one.
+WEIGHTS = (WEIGHT, "loss_weight", "sample_weight", "train", "trainable")
 # Parts of a prompt in one format, or of a comparison: beside another format's text they would be
 # lost. Beside whole messages they are where those came from, and are only named.
 OF_A_PAIR = {
@@ -254,6 +255,8 @@ def refuse_or_count(
 ) -> None:
     """Count the columns that carry a value and that nothing read.
 
+    Where the weights of rows are read from the column `weight`, they may stand in no other.
+
     Raises:
         BadField: one of them would change what is said or learnt.
     """
@@ -265,11 +268,14 @@ def refuse_or_count(
         if instead is not None and told is not False:
             raise BadField(f"'{name}' is not read; {instead}")
         if known in WEIGHTS and isinstance(told, bool | int | float):
-            if told != 1:
+            if told != 1 and WEIGHT in used:
                 raise BadField(
-                    f"'{name}' is {value!r:.60}: rows have no weights here; leave out what is not "
-                    "learnt, and the column"
+                    f"'{name}' is {value!r:.60}, and weights are read from '{WEIGHT}'; "
+                    f"--weight column:{name} reads its numbers, --weight none no weights"
                 )
+            if told != 1:
+                notes.unused[str(name)] += 1
+                continue
             if known != name:
                 notes.forgiven[f"column {name!r:.60} as {known!r}"] += 1
             if told is not value:

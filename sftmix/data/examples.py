@@ -27,6 +27,7 @@ from sftmix.data.sources import open_sources
 from sftmix.data.splits import Source
 from sftmix.data.store import Example, Examples
 from sftmix.data.summary import Reading
+from sftmix.data.weighting import WEIGHT, WeightColumn
 from sftmix.runs.failures import printable
 
 __all__ = [
@@ -53,11 +54,14 @@ FIRST_ROWS = 100
 
 
 def content_hash(row: dict[str, Any]) -> str:
-    """Return the `Example.content_hash` of a row; a row of no known format is hashed as a whole."""
+    """Return the `Example.content_hash` of a row.
+
+    A row of no known format is hashed as a whole, without its weight.
+    """
     try:
         return read_content(row, format_of([row]), Notes()).digest()
     except ValueError:
-        return digest(row)
+        return digest({name: value for name, value in row.items() if name != WEIGHT})
 
 
 def load_examples(
@@ -66,6 +70,7 @@ def load_examples(
     on_bad_row: OnBadRow = "error",
     split: str = "train",
     numbers: Sequence[str] = (),
+    weight: WeightColumn | None = None,
     columns: Mapping[str, str] | None = None,
     train_on: TrainOn = "responses",
     encoding: str = "utf-8",
@@ -81,9 +86,10 @@ def load_examples(
     `on_bad_row="skip"` leaves bad rows out and logs one warning; another one for each file names
     columns and fields that are not used. `on_bad_row="mend"` mends conversations by the rules of
     `shapes.py`, and leaves out the rest. `numbers` names columns whose numbers examples keep; a row
-    that lacks one is bad. `columns` names the columns of a format that is not known, as in
-    `{"prompt": "problem"}`; `train_on="all"` learns the whole text of the column `text`. `quiet`
-    logs nothing of what the examples' `reading` tells.
+    that lacks one is bad. `weight` is a column of weights, which are kept among the numbers, NaN
+    for a row without one; a row whose value is no weight is bad. `columns` names the columns of a
+    format that is not known, as in `{"prompt": "problem"}`; `train_on="all"` learns the whole text
+    of the column `text`. `quiet` logs nothing of what the examples' `reading` tells.
 
     Raises:
         BadRowError: a row is bad, with its file, line and reason.
@@ -98,11 +104,11 @@ def load_examples(
     if train_on not in ("responses", "all"):
         raise ValueError(f"train_on: expected 'responses' or 'all', got {train_on!r}")
     find = functools.partial(format_of, columns=columns, whole=train_on == "all")
-    reader = _Reader(BadRows(on_bad_row), numbers, find, quiet, disable_progress)
+    reader = _Reader(BadRows(on_bad_row), numbers, weight, find, quiet, disable_progress)
     for name in data:
         reader.read(
             name,
-            open_sources(name, split, encoding=encoding, numbers=numbers, streaming=streaming),
+            open_sources(name, split, encoding=encoding, numbers=reader.asked, streaming=streaming),
         )
     return reader.finished()
 
@@ -117,11 +123,14 @@ class _Reader:
         self,
         bad: BadRows,
         numbers: Sequence[str],
+        weight: WeightColumn | None,
         find: _Find,
         quiet: bool,
         disable_progress: bool | None,
     ) -> None:
-        self.bad, self.numbers, self.find, self.quiet = bad, numbers, find, quiet
+        self.bad, self.numbers, self.weight = bad, numbers, weight
+        self.find, self.quiet = find, quiet
+        self.asked = [*numbers, *([weight.name] if weight else [])]
         self.disable_progress = disable_progress
         self.examples = Examples()
         self.reading = self.examples.reading
@@ -175,7 +184,7 @@ class _Reader:
 
         If all rows tell another format, return that one, and keep nothing of the file.
         """
-        shapes = _Shapes(source, self.find)
+        shapes = _Shapes(source, self.find, self.weight)
         bar = tqdm(
             rows(),
             desc=printable(f"Reading {source}"),
@@ -232,8 +241,10 @@ class _Reader:
                 raise BadField(row.problem)
             if not isinstance(row.value, dict):
                 raise BadField(f"a row must be an object, got {kind(row.value)}")
-            content = read_content(row.value, form, notes, self.numbers)
+            content = read_content(row.value, form, notes, self.asked)
             numbers = {column: _number(row.value, column) for column in self.numbers}
+            if self.weight is not None:
+                numbers[self.weight.name] = self.weight.weight_of(row.value)
             self.examples.append(id, row.line, content, numbers)
         except BadField as error:
             raise BadRowError(source, row.line, str(error)) from None
@@ -244,8 +255,8 @@ class _Reader:
 class _Shapes:
     """Counts a file's rows by the names of their columns."""
 
-    def __init__(self, source: str, find: _Find) -> None:
-        self.source, self.find, self.total = source, find, 0
+    def __init__(self, source: str, find: _Find, weight: WeightColumn | None) -> None:
+        self.source, self.find, self.weight, self.total = source, find, weight, 0
         self.first: Row | None = None
         self.counts: Counter[tuple[str, ...]] = Counter()
 
@@ -263,7 +274,7 @@ class _Shapes:
 
         Raises:
             BadRowError: no row is an object.
-            ValueError: there are no rows, or they are of no format.
+            ValueError: there are no rows, they are of no format, or none has the column of weights.
         """
         if self.first is None:
             raise ValueError(f"{self.source}: holds no rows")
@@ -273,9 +284,16 @@ class _Shapes:
                 self.source, self.first.line, f"{reason}; no row of the file can be read"
             )
         try:
-            return self.find(self.counts.elements())
+            form = self.find(self.counts.elements())
         except ValueError as error:
             raise ValueError(f"{self.source}: {error}") from None
+        columns = sorted({str(name) for names in self.counts for name in names})
+        if self.weight is not None and self.weight.required and self.weight.name not in columns:
+            raise ValueError(
+                f"{self.source}: --weight column:{self.weight.name}: no row has a column "
+                f"{self.weight.name!r}, only {columns}"
+            )
+        return form
 
 
 def _name(source: str, title: str, names: list[str]) -> None:

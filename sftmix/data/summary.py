@@ -42,6 +42,7 @@ class Reading:
     kept: int = 0  # examples that were tokenised, none of them copied
     cut: int = 0  # examples of these longer than `max_length`, which lose their end
     mixture: str = ""  # how often each source's examples come, where `--weights` says so
+    weights: str = ""  # what the examples of a column of weights weigh
     # Of each file that was read: its name, what reads its rows again, and their format.
     files: list[tuple[str, Callable[[], Iterator[Row]], Form]] = field(default_factory=list)
     # Of each file or name of the data: its first id, and the one after its last.

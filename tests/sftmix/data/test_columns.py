@@ -13,6 +13,7 @@ import pytest
 
 from sftmix.data.examples import BadRowError, Example, content_hash, load_examples
 from sftmix.data.selection import response_length
+from sftmix.data.weighting import WeightColumn
 
 USER, REPLY = {"role": "user", "content": "Add 1 and 2."}, {"role": "assistant", "content": "3"}
 PAIR = [USER, REPLY]
@@ -27,7 +28,7 @@ def write(path: Path, *rows: Any) -> Path:
 
 
 def read(tmp_path: Path, row: dict[str, Any]) -> Example:
-    [example] = load_examples([write(tmp_path / "data.jsonl", row)])
+    [example] = load_examples([write(tmp_path / "data.jsonl", row)], weight=WeightColumn())
     assert example.content_hash == content_hash(row)
     return example
 
@@ -323,14 +324,12 @@ def test_a_system_column_moves_the_masks_along(tmp_path: Path) -> None:
         ({"messages": PAIR, "label": "False"}, "'label' is false"),
         ({**TEXT, " Label": " false "}, "' Label' is false: an answer that is not wanted"),
         ({"Prompt": "a", "Completion": "b", "LABEL": "0"}, "'LABEL' is false"),
-        ({**TEXT, "weight": "0"}, "'weight' is '0': rows have no weights here"),
-        ({**TEXT, "Weight": 0}, "'Weight' is 0: rows have no weights"),
-        ({**TEXT, "sampleWeight": "0.50"}, "'sampleWeight' is '0.50': rows have no weights"),
-        ({**TEXT, "Train": "FALSE"}, "'Train' is 'FALSE': rows have no weights"),
+        ({**TEXT, "Weight": 0}, "'Weight' is 0, and weights are read from 'weight'"),
+        ({**TEXT, "sampleWeight": "0.50"}, "'sampleWeight' is '0.50', and weights are read from"),
+        ({**TEXT, "Train": "FALSE"}, "'Train' is 'FALSE', and weights are read from"),
         ({"messages": PAIR, "systemInstruction": {"parts": []}}, "is not read; give it as text,"),
-        ({**TEXT, "weight": 0}, "'weight' is 0: rows have no weights here"),
-        ({**TEXT, "sample_weight": 0.5}, "'sample_weight' is 0.5: rows have no weights"),
-        ({**TEXT, "train": False}, "'train' is False: rows have no weights"),
+        ({**TEXT, "sample_weight": 0.5}, "'sample_weight' is 0.5, and weights are read from"),
+        ({**TEXT, "train": False}, "'train' is False, and weights are read from"),
         ({"messages": PAIR, "images": ["x.png"]}, "'images' is not read; only text is learnt"),
         ({"messages": PAIR, "functions": [TOOL]}, "'functions' is not read; name them 'tools'"),
         ({"messages": PAIR, "documents": ["x"]}, "'documents' is not read"),
@@ -377,7 +376,7 @@ def test_masks_of_tokens_are_found_in_every_spelling(tmp_path: Path, column: str
 def test_cells_of_csv_mean_what_they_say(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "data.csv"
     file.write_text("prompt,completion,label,Weight\na,b,True,1\nc,d,False,1\ne,f,True,0\n")
-    [example] = load_examples([file], on_bad_row="skip")
+    [example] = load_examples([file], on_bad_row="skip", weight=WeightColumn())
     assert example.messages == ({"role": "user", "content": "a"}, {**REPLY, "content": "b"})
     assert f"{file}:3: 'label' is false" in caplog.text
     assert f"{file}:4: 'Weight' is '0'" in caplog.text
@@ -448,7 +447,7 @@ def test_masks_of_rows_of_tokens(
         ({"seq_lengths": [2, 1]}, "'seq_lengths' is not read; give every packed example as a row"),
         ({"shift_labels": [6, 7, -100]}, "labels are not shifted here"),
         ({"loss_weights": [0.0, 0.5, 1.0]}, "tokens have no weights here"),
-        ({"weight": 0}, "'weight' is 0: rows have no weights"),
+        ({"train": 0}, "'train' is 0, and weights are read from 'weight'"),
         ({"Position_IDs": [0, 1, 0]}, "several examples are packed in the row"),
         ({"Labels": [5, 6, 8]}, "'labels' and 'Labels' are one name, and differ"),
         ({"Seq_Lengths": [2, 1]}, "'seq_lengths' is not read; give every packed"),
