@@ -7,7 +7,8 @@ How to add a method:
 2. Write its loss as a function of a head, which has ``ntp()``, ``mixup()``, ``joint(weight)``,
    ``tokens()`` (each token's NTP loss) and ``of_tokens(loss, tokens)``; see `hard_examples`, and
    `sftmix.training.loss.Head`. One function serves `--head fused` and `--head logits`.
-3. Say with ``ntp`` and ``mixed`` which of the two kinds of rows the loss reads.
+3. Say with ``ntp`` and ``mixed`` which of the two kinds of rows the loss reads, and with ``weighs``
+   whether it heeds weights of examples, as ``ntp()``, ``joint(weight)`` and ``cross_entropy()`` do.
 4. Name options that no other method reads in ``own_options``, and declare them in
    `sftmix.training.config.SFTMixOptions` and in `sftmix.recipe.manifest.RECIPE_FIELDS`.
 5. Add its line to the table of `docs/methods.md`; `tests/sftmix/test_methods.py` says which.
@@ -37,6 +38,7 @@ class Method:
     loss: Callable[[Any], Any]  # of a `training.loss.Head`; gives a `BatchLoss`
     mixed: bool = False  # whether the loss reads mixed rows; such a method needs a partition
     ntp: bool = True  # whether the loss reads the rows of response tokens themselves
+    weighs: bool = True  # whether weights of examples act on the loss
     own_options: tuple[str, ...] = ()  # options that only this method reads
     papers_options: Mapping[str, Any] = field(default_factory=dict)  # with which the paper ran it
 
@@ -97,6 +99,7 @@ METHODS = {
         loss=lambda head: head.mixup(),
         mixed=True,
         ntp=False,
+        weighs=False,
         papers_options=PAPERS_PAIRS,
     ),
     "ir_dro": Method(
@@ -107,6 +110,7 @@ METHODS = {
         "mean token loss, divided by `kl_reg`",
         source="paper (a relative): IR-DRO, kl_reg = 1",
         loss=hard_examples,
+        weighs=False,
         own_options=("kl_reg",),
     ),
 }

@@ -34,7 +34,9 @@ class PairedCollator:
       batch that each belongs to;
     - where examples carry ``lam``, and so are pairs (c, u) in order: ``pair_c`` and ``pair_u``
       (P,), which of the N tokens are mixed (indices of ``rows``, ``targets`` and ``owner``), and
-      ``lam`` (P,) float32.
+      ``lam`` (P,) float32;
+    - where examples carry ``weight``: ``weight`` (B,) float32, 0 for a filler. A pair in which one
+      weighs 0 is not mixed.
 
     From ``targets`` on all of it is the same in every layout. Only an example marked as ``filler``
     may be without a response token; its length is 0.
@@ -57,9 +59,10 @@ class PairedCollator:
         *,
         layout: str = "padded",
         row_length: int | None = None,
+        weighted: bool = True,
     ) -> None:
-        """Take the options of a `Layout`, which says what it refuses."""
-        self.pad_token_id = pad_token_id
+        """Take the options of a `Layout`, which says what it refuses; carry weights or not."""
+        self.pad_token_id, self.weighted = pad_token_id, weighted
         self.layout = Layout(layout, pad_to_multiple_of, row_length)
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -67,13 +70,14 @@ class PairedCollator:
 
         Raises:
             ValueError: an odd number of paired examples, or an example without a response token,
-                longer than a row, or with another number of labels than of tokens.
+                longer than a row, with another number of labels than of tokens, or without a weight
+                where others have one.
         """
         # In NumPy, which takes lists of numbers eight times as fast as torch does.
         lengths = np.array([len(example["input_ids"]) for example in examples])
         tokens, labels = (column_of(examples, name, lengths) for name in ("input_ids", "labels"))
         slots = self.layout.place(lengths)
-        batch = {
+        batch: dict[str, NDArray[Any]] = {
             **self.layout.inputs(tokens, slots, self.pad_token_id),
             "labels": unshifted(labels, slots),
         }
@@ -87,16 +91,21 @@ class PairedCollator:
             raise ValueError(f"example {empty.get('id')}: no response token to learn")
         rows = slots.flat[learned] - 1
         batch.update(rows=rows, targets=labels[learned], owner=owner, lengths=lengths * ~fillers)
+        weights = batch_weights(examples, fillers) if self.weighted else None
+        if weights is not None:
+            batch["weight"] = weights
         if "lam" in examples[0]:
-            batch.update(mixed_tokens(counts, [example["lam"] for example in examples]))
+            lam = [example["lam"] for example in examples]
+            batch.update(mixed_tokens(counts, lam, None if weights is None else weights > 0))
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in batch.items()}
         if self.layout.name == "sequential":
             tensors["parts"] = tuple(lengths.tolist())
         return {**tensors, "ids": torch.tensor([example.get("id", -1) for example in examples])}
 
     def padded(self) -> PairedCollator:
-        """Return a collator that puts an example in each row, as scoring takes them."""
-        return PairedCollator(self.pad_token_id, self.layout.pad_to_multiple_of)
+        """Return a collator that puts an example in each row without weights, as scoring does."""
+        multiple = self.layout.pad_to_multiple_of
+        return PairedCollator(self.pad_token_id, multiple, weighted=False)
 
 
 def check_collator(collator: Any, layout: str, row_length: int | None) -> None:
@@ -129,6 +138,22 @@ def column_of(examples: Sequence[dict[str, Any]], name: str, lengths: Integers) 
     return np.concatenate(values)
 
 
+def batch_weights(
+    examples: Sequence[dict[str, Any]], fillers: NDArray[np.bool_]
+) -> NDArray[np.float32] | None:
+    """Return the weights of a batch's examples, (B,), 0 for a filler; None if they carry none."""
+    has_one = np.array(["weight" in example for example in examples])
+    if not has_one.any():
+        return None
+    if (without := ~(has_one | fillers)).any():
+        nameless = examples[int(without.argmax())]
+        raise ValueError(
+            f"example {nameless.get('id')}: expected a weight, as other examples of the batch have"
+        )
+    weights = [0.0 if "filler" in one else one["weight"] for one in examples]
+    return np.array(weights, dtype=np.float32)
+
+
 def unshifted(labels: Integers, slots: Slots) -> Integers:
     """Return labels in their slots, without those that another example would predict."""
     grid = slots.fill(labels, IGNORE_INDEX)
@@ -137,11 +162,13 @@ def unshifted(labels: Integers, slots: Slots) -> Integers:
     return grid
 
 
-def mixed_tokens(counts: Integers, lam: Sequence[float]) -> dict[str, NDArray[Any]]:
+def mixed_tokens(
+    counts: Integers, lam: Sequence[float], learnt: NDArray[np.bool_] | None = None
+) -> dict[str, NDArray[Any]]:
     """Return the mixed tokens of examples (0, 1), (2, 3), ... with ``counts`` response tokens.
 
     The n-th token of one is mixed with the n-th of the other, up to the shorter response. A pair
-    whose lam is NaN is not mixed.
+    whose lam is NaN is not mixed, nor is one with an example that is not ``learnt`` (B,).
     """
     if len(counts) % 2:
         raise ValueError(
@@ -151,6 +178,8 @@ def mixed_tokens(counts: Integers, lam: Sequence[float]) -> dict[str, NDArray[An
     firsts = np.cumsum(counts) - counts
     of_pairs = np.asarray(lam[::2], dtype=np.float32)
     mixed = np.minimum(counts[::2], counts[1::2]) * ~np.isnan(of_pairs)
+    if learnt is not None:
+        mixed = mixed * (learnt[::2] & learnt[1::2])
     return {
         "pair_c": spans(firsts[::2], mixed),
         "pair_u": spans(firsts[1::2], mixed),

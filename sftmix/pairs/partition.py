@@ -345,7 +345,7 @@ def _require(
 
 def _changed(id: int, data_hash: str, scored_hash: str) -> ValueError:
     missing = "absent" in (data_hash, scored_hash)
-    hint = "; with bad rows skipped, max_length and the tokenizer decide which rows are too long"
+    hint = "; with bad rows skipped, max_length, the tokenizer and --weight decide which are left"
     return ValueError(
         f"partition: the data changed after scoring: example {id} has the content hash {data_hash} "
         f"in the data and {scored_hash} in the partition; score the data again"

@@ -47,6 +47,7 @@ from sftmix.runs.ranks import (
 )
 from sftmix.templates.turn_ends import TurnEnds
 from sftmix.training.config import EVALUATED, SFTMixOptions
+from sftmix.training.example_weights import training_weights
 from sftmix.training.loss import BatchLoss, Counts, batch_counts, batch_loss
 from sftmix.training.metrics import LossWindow, RunTensorBoard
 from sftmix.training.parallelism import (
@@ -68,9 +69,10 @@ class SFTMixMixin(WholeCheckpoints):
     """Trains by a method of `sftmix.methods` on any trainer derived from `transformers.Trainer`.
 
     ``train_dataset`` has ``input_ids`` and ``labels`` (-100 outside of responses, not shifted), and
-    ``id`` for messages. ``confident`` (S,) says of each example whether it is in the confident
-    half, or is the examples' `Partition`, which may have more levels. Methods that mix need it;
-    with the others it fixes the same batches and order, so that only the loss differs.
+    ``id`` for messages. A column ``weight`` multiplies the losses of its examples' tokens
+    (docs/methods.md). ``confident`` (S,) says of each example whether it is in the confident half,
+    or is the examples' `Partition`, which may have more levels. Methods that mix need it; with the
+    others it fixes the same batches and order, so that only the loss differs.
 
         args = SFTMixConfig(output_dir="run", method="sftmix", mu=0.2)
         partition = read_partition(Path("runs/score/confidence.parquet"))
@@ -101,8 +103,8 @@ class SFTMixMixin(WholeCheckpoints):
         Raises:
             ValueError: no partition for a method with Mixup, one of another length, a model whose
                 head is not understood, examples too few for one batch, a row of ``train_dataset``
-                or ``eval_dataset`` that the model cannot read or learn from (`check_examples`), or
-                an option that would not be heeded.
+                or ``eval_dataset`` that the model cannot read or learn from (`check_examples`), a
+                column of weights (`training_weights`) or an option that would not be heeded.
             TypeError: a data set that is a stream or has several splits, or ``args`` without
                 SFTMix's options.
         """
@@ -126,6 +128,7 @@ class SFTMixMixin(WholeCheckpoints):
         method = method_of(self.args.method)
         self._check_metric()
         check_examples(self.model, **{name: getattr(self, name) for name in data})
+        self.weights = training_weights(self.train_dataset, self.args.method)
         if own_collator:
             self.data_collator = self._make_collator()
         make_savable(self.model)
@@ -237,7 +240,7 @@ class SFTMixMixin(WholeCheckpoints):
         return FilledSampler(sampler, batch, (None, 1.0) if self.paired else None)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """Return the `Counts` of a window over all ranks, (4,)."""
+        """Return the `Counts` of a window over all ranks, (5,)."""
         counts = torch.stack(batch_counts(batch_samples, device))
         total: Tensor = self.accelerator.reduce(counts, "sum")
         return total.clamp(min=1)
@@ -442,6 +445,7 @@ class SFTMixMixin(WholeCheckpoints):
         return {
             **values,
             "train_dataset": tokens_hash(self.examples),
+            "weight": None if self.weights is None else array_hash(self.weights),
             "confident": [
                 array_hash(side)
                 for pool in self.pools

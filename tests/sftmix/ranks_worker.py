@@ -7,11 +7,12 @@ import os
 import shutil
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.state import PartialState
@@ -109,16 +110,19 @@ def training(
     fsdp: dict[str, Any] | None = None,
     build: Callable[[], Any] = llama,
     in_turn: bool = False,
+    weights: Sequence[float] | None = None,
     **changes: Any,
 ) -> Found:
     """What a training comes to; ``in_turn``: one process takes the ranks' batches in turn."""
-    model, recorder = build(), Recorder()
+    model, recorder, data = build(), Recorder(), tiny.examples(number)
+    if weights is not None:
+        data = data.add_column("weight", np.resize(weights, number))
     if in_turn:
         changes["gradient_accumulation_steps"] = RANKS // num_ranks()
     made = tiny.trainer(
         model,
         folder,
-        tiny.examples(number),
+        data,
         callbacks=[recorder],
         eval_dataset=tiny.examples(7, seed=5),
         per_device_train_batch_size=total // (RANKS if in_turn else num_ranks()),
@@ -389,6 +393,8 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "fsdp, head copied": {"fsdp": {}, "build": COPIED},
     "ddp, lean": {"memory": "lean", "mlp_tile_tokens": 5, "activation_offload": True},
     "fsdp, lean": {"fsdp": {}, "memory": "lean", "mlp_tile_tokens": 5},
+    # The last batch of an epoch has a pair, and is not mixed.
+    "ddp, weights": {"weights": [0.5, 0.0, 2.0, 1.0, 3.0], "number": 10},
     # The epoch's last batch leaves the second rank without an example.
     "ddp, ir_dro": {"method": "ir_dro"},
     "ddp, mixup": {"method": "mixup"},

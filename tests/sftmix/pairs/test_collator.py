@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sftmix.pairs import collator, partition
 from sftmix.pairs.collator import PairedCollator
 from sftmix.pairs.pools import Pool
-from sftmix.pairs.sampling import PairedExamples, PairedSampler, ShuffledSampler
+from sftmix.pairs.sampling import PairedExamples, PairedSampler, ShuffledSampler, filler
 from tests.sftmix import tiny
 
 CONFIDENT, UNCONFIDENT = [4, 9, 2, 7, 0], [1, 3, 5]
@@ -244,3 +244,33 @@ def test_labels_of_another_length_are_refused() -> None:
     batch = [{"id": 1, **tiny.named([3, 4], [-100, 4])}, {"id": 2, **tiny.named([3, 4], [4])}]
     with pytest.raises(ValueError, match=r"example 2: expected 2 labels, .* got 1"):
         PairedCollator(0)(batch)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "padding_free", "sequential"])
+def test_a_pair_with_an_example_of_weight_0_is_not_mixed(layout: str) -> None:
+    rows = [{**row, "lam": 0.5} for row in tiny.examples(6)]
+    weights = [0.5, 2.0, 1.0, 0.0, 0.0, 1.0]
+    plain, found = (
+        PairedCollator(0, layout=layout)(
+            [{**row, **more} for row, more in zip(rows, extra, strict=True)]
+        )
+        for extra in ([{}] * 6, [{"weight": weight} for weight in weights])
+    )
+    assert "weight" not in plain
+    assert found["weight"].dtype == torch.float32
+    assert found["weight"].tolist() == weights
+    kept = plain["owner"][plain["pair_c"]] == 0
+    for name in ("pair_c", "pair_u", "lam"):
+        assert torch.equal(found[name], plain[name][kept])
+    assert torch.equal(found["targets"], plain["targets"])
+
+
+def test_weights_of_fillers_and_of_scoring() -> None:
+    rows = [{**row, "weight": 2.0} for row in tiny.examples(3)]
+    collator = PairedCollator(0)
+    assert collator([*rows, filler()])["weight"].tolist() == [2, 2, 2, 0]
+    assert "weight" not in collator([filler()])
+    assert "weight" not in collator.padded()(rows)
+    del rows[1]["weight"]
+    with pytest.raises(ValueError, match="example 11: expected a weight, as other examples"):
+        collator(rows)
