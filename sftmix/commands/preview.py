@@ -9,10 +9,11 @@ from pathlib import Path
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from sftmix.commands.train import read_subsets
+from sftmix.commands.train import read_subsets, weight_column, weighted
 from sftmix.data.selection import columns_of, parse_selection
 from sftmix.data.summary import Reading
 from sftmix.data.unused import unused_of
+from sftmix.data.weighting import WEIGHT
 from sftmix.methods import method_of
 from sftmix.pairs.partition import Partition
 from sftmix.plan.planned import PlanConfig
@@ -83,9 +84,11 @@ def preview(arguments: PreviewArguments, config: SFTMixConfig) -> None:
     refuse_misfits(arguments, tokenizer)
     silent = config.disable_tqdm
     held_out, _ = load_held_out(arguments, tokenizer, disable_progress=silent)
-    examples, tokens = read_data(arguments, tokenizer, disable_progress=silent)
+    column = weight_column(arguments)
+    examples, tokens = read_data(arguments, tokenizer, weight=column, disable_progress=silent)
     warn_of_overlap(tokens, held_out)
     partition, _, _ = read_subsets(arguments, tokens, tokenizer)
+    tokens, _ = weighted(arguments, config.method, tokens, partition)
     places = {id: place for place, id in enumerate(examples.ids.tolist())}
     # Copies of a mixture have other ids, and the content of an example.
     hashes = examples.content_hashes if arguments.weights is not None else []
@@ -95,13 +98,13 @@ def preview(arguments: PreviewArguments, config: SFTMixConfig) -> None:
         for id in tokens["id"][: arguments.number]
         if id in places
     ]
-    unused = _unused(arguments, examples.reading, views)
+    notes = _notes(arguments, examples.reading, views, tokens)
     screen = Screen()
     screen.line(screen.legend)
-    for one, left in zip(views, unused, strict=True):
+    for one, text in zip(views, notes, strict=True):
         screen.example(one)
-        if left:
-            screen.line(f"  {left}")
+        if text:
+            screen.line(f"  {text}")
     lines = summary(examples.reading, len(tokens), Lengths.of(tokens), arguments.max_length)
     screen.summary("data", lines)
     pairs, note = _pairs(config, tokens, partition, tokenizer)
@@ -121,18 +124,34 @@ def preview(arguments: PreviewArguments, config: SFTMixConfig) -> None:
     if arguments.html is not None:
         name = printable(", ".join(arguments.data))
         with Naming("html"):
-            made = page(name, views, unused, lines, note, pairs, place)
+            made = page(name, views, notes, lines, note, pairs, place)
             write_page(Path(arguments.html), made)
         say(f"wrote {arguments.html}")
 
 
-def _unused(arguments: PreviewArguments, reading: Reading, views: Sequence[View]) -> list[str]:
-    """Return for each example a sentence about what of its row is not used."""
+def _notes(
+    arguments: PreviewArguments,
+    reading: Reading,
+    views: Sequence[View],
+    tokens: datasets.Dataset,
+) -> list[str]:
+    """Return for each example its weight, if it has one, and what of its row is not used."""
     selections = {text: parse_selection(text) for text in arguments.select or ()}
     chosen = [one.example for one in views]
-    found = unused_of(chosen, reading, columns_of(selections), on_bad_row=arguments.on_bad_row)
-    names = (printable(", ".join(map(repr, found.get(one.id, ())))) for one in chosen)
-    return [f"not used: {text}" if text else "" for text in names]
+    column = weight_column(arguments)
+    asked = [*columns_of(selections), *([column.name] if column else [])]
+    unused = unused_of(chosen, reading, asked, on_bad_row=arguments.on_bad_row)
+    weights: dict[int, float] = {}
+    if WEIGHT in tokens.column_names:
+        first = tokens[: arguments.number]
+        weights = dict(zip(first["id"], first[WEIGHT], strict=True))
+    notes = []
+    for one in chosen:
+        parts = [f"weight {weights[one.id]:g}"] if one.id in weights else []
+        if names := unused.get(one.id):
+            parts.append(f"not used: {printable(', '.join(map(repr, names)))}")
+        notes.append("; ".join(parts))
+    return notes
 
 
 def _pairs(

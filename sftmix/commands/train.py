@@ -14,6 +14,13 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 from sftmix.conventions import CONFIGS, MODEL_CARD, TRAINER_STATE
 from sftmix.data.examples import data_hash
 from sftmix.data.selection import naming_choices
+from sftmix.data.weighting import (
+    WEIGHT,
+    ByConfidence,
+    WeightColumn,
+    described,
+    parse_weight,
+)
 from sftmix.methods import method_of
 from sftmix.model.source import check_model
 from sftmix.pairs.partition import Partition, match, partition_hash, read_partition, subset_counts
@@ -41,10 +48,11 @@ from sftmix.runs.checkpoints import list_checkpoints, step_of
 from sftmix.runs.failures import USER_ERRORS, Naming, RankError, RunFailure
 from sftmix.runs.folders import atomic_write
 from sftmix.runs.out_of_memory import MODEL_WAYS, advising
-from sftmix.runs.ranks import on_main, opened_run, refuse_differences, say, together
+from sftmix.runs.ranks import array_hash, on_main, opened_run, refuse_differences, say, together
 from sftmix.templates.chat import set_template_date
 from sftmix.templates.rendering import today
 from sftmix.training.config import SFTMixConfig
+from sftmix.training.example_weights import training_weights
 from sftmix.training.hub import Repository, model_files, repository
 from sftmix.training.parallelism import check_device, check_processes
 from sftmix.training.saving import save_final_model
@@ -128,9 +136,12 @@ def train(
         quiet = config.disable_tqdm
         # The short data are read first, which tells a wrong name in them at once.
         held_out, found = load_held_out(arguments, tokenizer, disable_progress=quiet)
-        dataset, more = load_data(arguments, tokenizer, disable_progress=quiet)
+        dataset, more = load_data(
+            arguments, tokenizer, weight=weight_column(arguments), disable_progress=quiet
+        )
         warn_of_overlap(dataset, held_out)
         confident, scores_hash, subsets = read_subsets(arguments, dataset, tokenizer)
+        dataset, chosen = weighted(arguments, config.method, dataset, confident)
         # What makes no pair or no batch is refused before the model is loaded, which takes minutes.
         if confident is not None:
             pools_of(confident, config.pairing)
@@ -149,6 +160,7 @@ def train(
         hashes = {
             "partition": scores_hash,
             "eval_data_hash": None if held_out is None else data_hash(held_out["content_hash"][:]),
+            **chosen,
         }
         found = {**more, **found}
         numbers = recipe(arguments, config, dataset, tokenizer, reading=found, **hashes)
@@ -186,6 +198,33 @@ def read_subsets(
     with naming_choices(path, select=arguments.select, weights=arguments.weights):
         matched = match(partition, dataset["id"][:], dataset["content_hash"][:])
     return matched, partition_hash(partition), subset_counts(partition)
+
+
+def weight_column(arguments: TrainRunArguments) -> WeightColumn | None:
+    """Return the column of the data that `--weight` names, or the default one; None for others."""
+    chosen = parse_weight(arguments.weight)
+    return chosen if isinstance(chosen, WeightColumn) else None
+
+
+def weighted(
+    arguments: TrainRunArguments,
+    method: str,
+    dataset: datasets.Dataset,
+    partition: Partition | None,
+) -> tuple[datasets.Dataset, dict[str, str | None]]:
+    """Return the data set with the weights by confidence that are asked for, and what to record.
+
+    Raises:
+        ValueError: as `training_weights`.
+    """
+    chosen = parse_weight(arguments.weight)
+    if isinstance(chosen, ByConfidence) and partition is not None:
+        found = chosen.of(partition.confidence)
+        say(f"weights by confidence: {described(found)}")
+        dataset = dataset.add_column(WEIGHT, found)
+    weights = training_weights(dataset, method)
+    hashed = None if weights is None else array_hash(weights)
+    return dataset, {"weight": arguments.weight, "weight_hash": hashed}
 
 
 def is_finished(run: Path) -> bool:

@@ -22,6 +22,7 @@ from sftmix.data.files import EXPECTED, check_encoding
 from sftmix.data.mixture import check_weights
 from sftmix.data.sources import is_file
 from sftmix.data.splits import names_of
+from sftmix.data.weighting import ByConfidence, parse_weight
 from sftmix.methods import METHODS, method_of
 from sftmix.recipe.config_file import config_words, place_of
 from sftmix.runs.failures import Naming, OneMessage, OneSpelling, spelt
@@ -188,6 +189,13 @@ class TrainRunArguments(RunArguments):
     partition: str | None = option(
         None, "confidence.parquet of `sftmix score`; needed for a method with Mixup", "ours"
     )
+    weight: str | None = option(
+        None,
+        "Weights of the examples' losses: column:NAME; confidence:A:B, linear in the rank of "
+        "confidence in --partition, from A for the least confident to B for the most; none. By "
+        "default a column 'weight' where the data have one",
+        "ours",
+    )
     eval_data: list[str] | None = option(
         None, "Held-out data, named as in --data, to evaluate on at the end", "ours"
     )
@@ -199,6 +207,11 @@ class TrainRunArguments(RunArguments):
         super().__post_init__()
         check_split("eval_split", self.eval_split, self.eval_data or ())
         self._check_partition()
+        if isinstance(parse_weight(self.weight), ByConfidence) and self.partition is None:
+            raise ValueError(
+                "weight: expected --partition RUN/confidence.parquet of `sftmix score` with it, "
+                f"got {self.weight!r} and none"
+            )
 
     def _check_partition(self) -> None:
         if self.partition is not None and not Path(self.partition).is_file():

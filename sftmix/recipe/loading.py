@@ -21,6 +21,7 @@ from sftmix.data.examples_check import check_command
 from sftmix.data.mixture import mixed, mixture_line
 from sftmix.data.selection import columns_of, parse_selection, select
 from sftmix.data.summary import Reading
+from sftmix.data.weighting import WEIGHT, WeightColumn, described
 from sftmix.model.source import ReadingModel
 from sftmix.model.weights import refuse_not_finite, refuse_other_tensors, without_message
 from sftmix.recipe.arguments import RunArguments, TrainRunArguments
@@ -237,12 +238,13 @@ def read_data(
     arguments: RunArguments,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    weight: WeightColumn | None = None,
     disable_progress: bool | None = False,
 ) -> tuple[Examples, datasets.Dataset]:
     """Return the examples of `--data` that `--select` keeps, as they are and as tokens.
 
     Of several data each example has the name of its `source`, and `--weights` adds copies to the
-    tokens.
+    tokens. With a column `weight` that the data have, tokens have it, too.
     """
     selections = {
         text: parse_selection(text, split=arguments.data_split, **how_read(arguments))
@@ -253,6 +255,7 @@ def read_data(
             arguments.data,
             split=arguments.data_split,
             numbers=columns_of(selections),
+            weight=weight,
             streaming=arguments.streaming,
             quiet=True,
             disable_progress=disable_progress,
@@ -260,6 +263,8 @@ def read_data(
         )
     examples = select(examples, selections)
     dataset = _tokenized(examples, arguments, tokenizer, disable_progress=disable_progress)
+    if weight is not None:
+        dataset = _weighted(dataset, examples, weight)
     sources = examples.reading.sources
     if len(sources) == 1:
         return examples, dataset
@@ -273,13 +278,16 @@ def load_data(
     arguments: RunArguments,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    weight: WeightColumn | None = None,
     disable_progress: bool | None = False,
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
-    """Return the examples of `--data` that `--select` keeps as tokens, and what was counted.
+    """Return the tokens that `read_data` gives, and what was counted.
 
     One example is printed as the model reads it, and a summary.
     """
-    examples, tokens = read_data(arguments, tokenizer, disable_progress=disable_progress)
+    examples, tokens = read_data(
+        arguments, tokenizer, weight=weight, disable_progress=disable_progress
+    )
     if is_main():
         first = examples[int(np.flatnonzero(examples.ids == tokens[0]["id"])[0])]
         screen = Screen()
@@ -361,3 +369,18 @@ def _tokenized(
         reading=examples.reading,
         disable_progress=disable_progress,
     )
+
+
+def _weighted(
+    dataset: datasets.Dataset, examples: Examples, column: WeightColumn
+) -> datasets.Dataset:
+    """Return tokens with the weights of their examples, if any has one; `reading` says which."""
+    weights = examples.numbers(column.name)[np.isin(examples.ids, dataset["id"][:])]
+    missing = np.isnan(weights)
+    if missing.all():
+        return dataset
+    weights = np.where(missing, 1.0, weights).astype(np.float32)
+    text = f"column {column.name!r}: {described(weights)}"
+    text += f"; {missing.sum():,} have none and weigh 1" if missing.any() else ""
+    examples.reading.weights = text
+    return dataset.add_column(WEIGHT, weights)

@@ -50,6 +50,7 @@ BY_CONTENT = {
     "train_on": "data_hash",
     "encoding": "data_hash",
     "streaming": "data_hash",
+    "weight": "weight_hash",
 }
 SCORE_AGAIN = "score the data again"
 SCHEDULES_OF_MU = ("mu_schedule", "mu_warmup_ratio")

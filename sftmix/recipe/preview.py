@@ -247,6 +247,8 @@ def summary(
     lines = [("read", f"{reading.rows.total():,} rows: {_named(reading.rows.items())}")]
     if reading.mixture:
         lines.append(("mixture", printable(reading.mixture.removeprefix("mixture of "))))
+    if reading.weights:
+        lines.append(("weights", printable(reading.weights)))
     if reading.refused:
         kinds = reading.top_reasons()
         count = sum(one.count for one in reading.refused.values())

@@ -23,7 +23,7 @@ MEETINGS = 200  # of a pair on the page
 def page(
     name: str,
     views: Sequence[View],
-    unused: Sequence[str],
+    notes: Sequence[str],
     lines: Sequence[tuple[str, str]],
     note: str,
     pairs: Sequence[Pair],
@@ -34,15 +34,15 @@ def page(
     Args:
         name: of the data, for the title.
         views: the examples.
-        unused: what of each example's row is not used, as a sentence; it may be empty.
+        notes: each example's weight and what of its row is not used, as text; it may be empty.
         lines: the summary.
         note: a sentence about the pairs, or why there are none.
         pairs: those of the first batch.
         place: returns the address and half of an example by its row.
     """
     examples = [
-        Section(title(one), [note for note in [left] if note], blocks=[block(one)])
-        for one, left in zip(views, unused, strict=True)
+        Section(title(one), [text] if text else [], blocks=[block(one)])
+        for one, text in zip(views, notes, strict=True)
     ]
     read = Section("What was read", tables=[Table(("what", "found"), lines, title="Summary")])
     mixed = Section(
