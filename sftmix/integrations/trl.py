@@ -18,12 +18,14 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from sftmix.data.examples import content_hash
+from sftmix.data.weighting import WEIGHT
 from sftmix.integrations.tokens import has_targets, named_rows
 from sftmix.model.head import HeadAdapter, without_peft
 from sftmix.pairs.collator import PairedCollator
 from sftmix.pairs.partition import Partition, from_scores, match, read_partition
 from sftmix.pairs.pools import Confident, chosen
 from sftmix.training.config import SFTMixOptions
+from sftmix.training.example_weights import weights_of
 from sftmix.training.reference import finished_scores, score_while_training
 from sftmix.training.trainer import SFTMixMixin
 
@@ -91,7 +93,8 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
         Args:
             model: a name or a model, as TRL takes it.
             args: the options.
-            train_dataset: data as TRL takes it; no stream.
+            train_dataset: data as TRL takes it; no stream. A column ``weight`` multiplies the
+                losses of its rows.
             confident: which rows of ``train_dataset``, as given here, are in the confident half:
                 booleans, the `Partition` that `score` returns, or the path of a
                 ``confidence.parquet``. A partition is matched with the rows' content.
@@ -101,7 +104,8 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
             TypeError: options that are not an `SFTMixSFTConfig`, or a data set that is a stream.
             ValueError: as `SFTMixMixin`; a vision model; an argument that would not be heeded,
                 ``router_aux_loss_coef`` of a model without a router's loss too; a partition of
-                other data; or rows that TRL leaves out while ``confident`` has them.
+                other data; a row's weight that is none; or rows that TRL leaves out while
+                ``confident`` has them.
         """
         if not isinstance(args, SFTMixSFTConfig):
             raise TypeError(f"args: expected an SFTMixSFTConfig, got {type(args).__name__}")
@@ -154,8 +158,12 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
         formatting_func: Any,
         dataset_name: str,
     ) -> datasets.Dataset:
-        """Return TRL's tokens and labels, with the number of the user's row as ``id``."""
+        """Return TRL's tokens and labels, with the number of the user's row as ``id``.
+
+        Rows to train on keep their ``weight``, if they have one.
+        """
         require_dataset(dataset, f"{dataset_name}_dataset")
+        weights = weights_of(dataset) if dataset_name == "train" else None
         prepared = super()._prepare_dataset(
             dataset.add_column(ROW, np.arange(len(dataset))),
             processing_class,
@@ -166,6 +174,8 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
         )
         prepared = prepared.select_columns([ROW, "input_ids", "labels"]).with_format(None)
         prepared = prepared.rename_column(ROW, "id")
+        if weights is not None:
+            prepared = prepared.add_column(WEIGHT, weights[prepared["id"][:]])
         learnt = has_targets(prepared)
         return prepared if learnt.all() else prepared.select(learnt.nonzero()[0])
 
@@ -202,7 +212,7 @@ def score(
 
     It takes what the trainer takes, so that a script calls it with the same arguments. ``model``
     and ``peft_config`` are copied where they are objects: what is trained afterwards starts afresh.
-    Nothing is saved but by ``write_partition(path, partition)``.
+    Nothing is saved but by ``write_partition(path, partition)``. A column ``weight`` is not used.
 
     Args:
         model: the reference model, a name or a model.
@@ -231,6 +241,8 @@ def score(
         load_best_model_at_end=False,
         push_to_hub=False,
     )
+    if isinstance(train_dataset, datasets.Dataset) and WEIGHT in train_dataset.column_names:
+        train_dataset = train_dataset.remove_columns(WEIGHT)
     if kwargs.get("peft_config") is not None:
         kwargs["peft_config"] = copy.deepcopy(kwargs["peft_config"])
     trainer = SFTMixSFTTrainer(

@@ -309,6 +309,48 @@ def test_halves_stay_with_their_rows(
         assert (ids.tolist() != sorted(ids)) == shuffled
 
 
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_weights_stay_with_their_rows(
+    shuffled: bool, toy_model: Path, partition: Partition, pairs: datasets.Dataset, tmp_path: Path
+) -> None:
+    weights = [0.0, 0.5, 2.0, 1.0] * 4
+    data = pairs.add_column("weight", weights)
+    changes = {"shuffle_dataset": shuffled, "eval_strategy": "no"}
+    given = {"confident": partition, "eval_dataset": data}  # a weight is no content
+    trainer = ours(toy_model, tmp_path, data, given, **changes)
+    found = trainer.train_dataset.examples
+    assert found["weight"][:] == [weights[row] for row in found["id"]]
+    assert "weight" not in trainer.eval_dataset.column_names
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["weight"].tolist() == [weights[row] for row in batch["ids"]]
+
+
+def test_scores_have_no_weights(toy_model: Path, pairs: datasets.Dataset, tmp_path: Path) -> None:
+    found = [
+        score(
+            str(toy_model), SFTMixSFTConfig(**options(tmp_path)), train_dataset=data, num_scorings=1
+        )
+        for data in (pairs, pairs.add_column("weight", [0.0, 9.0] * 8))
+    ]
+    assert found[0].confidence.tolist() == found[1].confidence.tolist()
+    assert found[0].content_hash.tolist() == found[1].content_hash.tolist()
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0] * 15 + [-1.0], r"^train_dataset: row 15: expected weight to be a .*, got -1.0"),
+        (["1"] * 16, r"^train_dataset: row 0: expected weight to be a .*, got '1'"),
+        ([0.0] * 16, r"^weight: expected a weight above 0, got 0 for all 16 examples"),
+    ],
+)
+def test_weights_that_are_refused(
+    weights: list[Any], message: str, toy_model: Path, pairs: datasets.Dataset, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ours(toy_model, tmp_path, pairs.add_column("weight", weights))
+
+
 def test_levels_stay_with_their_rows(
     toy_model: Path, partition: Partition, pairs: datasets.Dataset, tmp_path: Path
 ) -> None:
