@@ -38,7 +38,7 @@ class Method:
     loss: Callable[[Any], Any]  # of a `training.loss.Head`; gives a `BatchLoss`
     mixed: bool = False  # whether the loss reads mixed rows; such a method needs a partition
     ntp: bool = True  # whether the loss reads the rows of response tokens themselves
-    weighs: bool = True  # whether weights of examples act on the loss
+    weighs: bool = False  # whether weights of examples act on the loss
     own_options: tuple[str, ...] = ()  # options that only this method reads
     papers_options: Mapping[str, Any] = field(default_factory=dict)  # with which the paper ran it
 
@@ -72,6 +72,7 @@ METHODS = {
         source="paper: Mixup as a regulariser",
         loss=lambda head: head.joint(head.options.mu),
         mixed=True,
+        weighs=True,
         own_options=("mu",),
         papers_options={"mu": 0.2, **PAPERS_PAIRS},
     ),
@@ -81,6 +82,7 @@ METHODS = {
         says="next-token prediction",
         source="paper: the baseline",
         loss=lambda head: head.ntp(),
+        weighs=True,
     ),
     "equal": Method(
         title="NTP + Mixup, equal",
@@ -89,6 +91,7 @@ METHODS = {
         source="paper: both as equal losses; that their weights are 1 and 1 is ours",
         loss=lambda head: head.joint(1.0),
         mixed=True,
+        weighs=True,
         papers_options=PAPERS_PAIRS,
     ),
     "mixup": Method(
@@ -99,7 +102,6 @@ METHODS = {
         loss=lambda head: head.mixup(),
         mixed=True,
         ntp=False,
-        weighs=False,
         papers_options=PAPERS_PAIRS,
     ),
     "ir_dro": Method(
@@ -110,7 +112,6 @@ METHODS = {
         "mean token loss, divided by `kl_reg`",
         source="paper (a relative): IR-DRO, kl_reg = 1",
         loss=hard_examples,
-        weighs=False,
         own_options=("kl_reg",),
     ),
 }
