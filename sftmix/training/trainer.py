@@ -237,7 +237,7 @@ class SFTMixMixin(WholeCheckpoints):
         return FilledSampler(sampler, batch, (None, 1.0) if self.paired else None)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """Return the `Counts` of a window over all ranks, (4,)."""
+        """Return the `Counts` of a window over all ranks, (5,)."""
         counts = torch.stack(batch_counts(batch_samples, device))
         total: Tensor = self.accelerator.reduce(counts, "sum")
         return total.clamp(min=1)
