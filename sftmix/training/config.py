@@ -89,7 +89,9 @@ class SFTMixOptions(ConfigBase):
         1.0, "eaft: tokens weigh (entropy / log V)^alpha; 0 is ntp", "arXiv 2601.02151"
     )
     gem_beta: float = option(
-        0.7, "gem: temperature of the sharpened prediction; 1 is ntp", "arXiv 2408.16673"
+        0.7,
+        "gem: temperature of the sharpened prediction; 1 has the gradient of ntp",
+        "arXiv 2408.16673",
     )
     # None until it is known which method's default is wanted.
     label_smoothing_factor: float | None = option(  # type: ignore[assignment]

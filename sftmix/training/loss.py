@@ -128,7 +128,10 @@ class Head:
             nll, entropy, is_top = stats
             loss = loss._replace(row_ntp=nll, entropy=entropy, is_top=is_top)
         assert loss.row_ntp is not None
-        return loss._replace(ntp=loss.row_ntp.detach().sum() / self.counts.learnt)
+        row_ntp = loss.row_ntp.detach()
+        if self.token_weights is not None:
+            row_ntp = row_ntp.masked_fill(self.token_weights == 0, 0.0)
+        return loss._replace(ntp=row_ntp.sum() / self.counts.learnt, row_ntp=row_ntp)
 
     def of_examples(self, tokens: Tensor) -> Tensor:
         """Return the mean of each example's ``tokens()``, (B,) float64; 0 for a filler."""
@@ -182,15 +185,8 @@ class FusedHead(Head):
 
     def tokens(self) -> Tensor:
         """Return every response token's NTP loss; backward makes the logits again."""
-        weights = self.token_weights
         return fused_cross_entropy(
-            self.hidden,
-            self.weight,
-            self.targets,
-            row_weight=None if weights is None else (weights != 0).float(),
-            reduction="none",
-            stats=False,
-            **self.keywords,
+            self.hidden, self.weight, self.targets, reduction="none", stats=False, **self.keywords
         )
 
     def ntp(self) -> BatchLoss:

@@ -196,6 +196,41 @@ def test_methods_that_vocabulary_tiles_have(
     assert_right(method, four_examples(tmp_path, **options_of(method)))
 
 
+WEIGHTED = [
+    *((method, "fused") for method in ("ntp", *OBJECTIVES)),
+    *((method, "logits") for method in ("ntp", *OBJECTIVES)),
+    *((method, "recomputed") for method in ("ntp", "dft", "power")),
+]
+
+
+@pytest.mark.parametrize(("method", "head"), WEIGHTED)
+def test_weights_of_examples(
+    method: str, head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They multiply the losses of an example's tokens, and the number of tokens stays."""
+    if head == "recomputed":
+        monkeypatch.setattr(FusedHead, "recomputes", True)
+    head = "logits" if head == "logits" else "fused"
+    made = four_examples(tmp_path, head=head, **options_of(method))
+    batch = next(iter(made.get_train_dataloader()))
+    weight = torch.tensor([2.0, 0.0, 0.5, 1.0])
+    plain, exact = tiny.build("Llama"), tiny.build("Llama").double()
+    loss, found = made.compute_loss(made.model, {**batch, "weight": weight}, return_outputs=True)
+    losses = [loss]
+    for model in (plain, exact):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        logits, labels = model(**inputs).logits[:, :-1], batch["labels"][:, 1:]
+        nll = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        rows = nll if method == "ntp" else token_losses(logits, labels, method)
+        losses.append((weight.unsqueeze(1) * rows).sum() / (labels != -100).sum())
+    for one in losses:
+        one.backward()
+    tiny.assert_in_budget("loss", *(one.detach().reshape(1) for one in losses))
+    tiny.assert_in_budget("gradients", *map(flat_gradients, (made.model, plain, exact)))
+    learnt = (labels != -100) & (weight != 0).unsqueeze(1)
+    assert found.ntp.item() == pytest.approx(nll[learnt].mean().item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_a_power_off_by_one_is_found(
     recomputes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
