@@ -5,11 +5,13 @@ How to add a method:
 1. Add an entry to `METHODS`. Its key is what `--method` takes; choices, help, model card, report
    and the integrations read the rest from the entry.
 2. Write its loss as a function of a head, which has ``ntp()``, ``mixup()``, ``joint(weight)``,
-   ``tokens()`` (each token's NTP loss) and ``of_tokens(loss, tokens)``; see `hard_examples`, and
-   `sftmix.training.loss.Head`. One function serves `--head fused` and `--head logits`.
-3. Say with ``ntp`` and ``mixed`` which of the two kinds of rows the loss reads, and with ``weighs``
-   whether it heeds weights of examples, as ``ntp()``, ``joint(weight)`` and ``cross_entropy()`` do.
-4. Name options that no other method reads in ``own_options``, and declare them in
+   ``cross_entropy(...)`` (an objective of the kernels), ``tokens()`` (each token's NTP loss) and
+   ``of_tokens(loss, tokens)``; see `hard_examples`, and `sftmix.training.loss.Head`. One function
+   serves `--head fused` and `--head logits`.
+3. Say with ``ntp`` and ``mixed`` which of the two kinds of rows the loss reads, with ``whole_rows``
+   that it needs more of a token than its probability, and with ``weighs`` whether it heeds weights
+   of examples, as ``ntp()``, ``joint(weight)`` and ``cross_entropy()`` do by themselves.
+4. Name options that not every method reads in ``own_options``, and declare them in
    `sftmix.training.config.SFTMixOptions` and in `sftmix.recipe.manifest.RECIPE_FIELDS`.
 5. Add its line to the table of `docs/methods.md`; `tests/sftmix/test_methods.py` says which.
 6. Add its formula over full logits to `tests/sftmix/training/test_methods.py`, which holds loss
@@ -24,6 +26,8 @@ from typing import Any
 
 # Options of every method that mixes.
 OF_PAIRS = ("alpha", "lambda_scope", "pairing")
+# What `label_smoothing` spreads of each label where nobody says how much.
+LABEL_SMOOTHING = 0.1
 PAPERS_PAIRS = {"alpha": 0.5, "pairing": "outer"}
 
 
@@ -39,7 +43,10 @@ class Method:
     mixed: bool = False  # whether the loss reads mixed rows; such a method needs a partition
     ntp: bool = True  # whether the loss reads the rows of response tokens themselves
     weighs: bool = False  # whether weights of examples act on the loss
-    own_options: tuple[str, ...] = ()  # options that only this method reads
+    # Whether the loss is a function of more than each label's probability, of which alone
+    # `--loss_schedule vocab_tiles` knows.
+    whole_rows: bool = False
+    own_options: tuple[str, ...] = ()  # options that not every method reads, but for `OF_PAIRS`
     papers_options: Mapping[str, Any] = field(default_factory=dict)  # with which the paper ran it
 
     @property
@@ -64,6 +71,12 @@ def hard_examples(head: Any) -> Any:
     return head.of_tokens((weights * means).sum().float(), tokens)
 
 
+def smoothed(head: Any) -> Any:
+    """Return NTP, with the label smoothing that the options ask for."""
+    smoothing = head.options.label_smoothing_factor
+    return head.cross_entropy(label_smoothing=smoothing) if smoothing else head.ntp()
+
+
 METHODS = {
     "sftmix": Method(
         title="SFTMix",
@@ -81,7 +94,8 @@ METHODS = {
         formula="`NTP`",
         says="next-token prediction",
         source="paper: the baseline",
-        loss=lambda head: head.ntp(),
+        loss=smoothed,
+        own_options=("label_smoothing_factor",),
         weighs=True,
     ),
     "equal": Method(
@@ -113,6 +127,56 @@ METHODS = {
         source="paper (a relative): IR-DRO, kl_reg = 1",
         loss=hard_examples,
         own_options=("kl_reg",),
+    ),
+    "dft": Method(
+        title="DFT",
+        formula="mean of `sg(p) nll`",
+        says="next-token prediction, each token weighted by its probability (dynamic fine-tuning)",
+        source="DFT, arXiv 2508.05629",
+        loss=lambda head: head.cross_entropy(power=1.0),
+        weighs=True,
+    ),
+    "power": Method(
+        title="NTP by p^k",
+        formula="mean of `sg(p^k) nll`, k = 10",
+        says="next-token prediction, each token weighted by the power `power_k` of its probability",
+        source="arXiv 2510.00526: its -p^k / k has this gradient",
+        loss=lambda head: head.cross_entropy(power=head.options.power_k),
+        weighs=True,
+        own_options=("power_k",),
+    ),
+    "eaft": Method(
+        title="EAFT",
+        formula="mean of `sg((H / log V)^alpha) nll`, alpha = 1; `H` the entropy over all V tokens",
+        says="next-token prediction, each token weighted by the entropy of the model's prediction "
+        "over the whole vocabulary, as a share of the largest, to the power `eaft_alpha`",
+        source="EAFT, arXiv 2601.02151: there `H` is that of the 20 most likely tokens",
+        loss=lambda head: head.cross_entropy(entropy=head.options.eaft_alpha),
+        weighs=True,
+        whole_rows=True,
+        own_options=("eaft_alpha",),
+    ),
+    "gem": Method(
+        title="GEM",
+        formula="mean of `sum_j sg(q_j) (log p_j - log p)`, `q = softmax(z / beta)`, beta = 0.7",
+        says="GEM with a linear h, which takes probability from other tokens as the prediction "
+        "sharpened by the temperature `gem_beta` has them, and so leaves more of the alternatives",
+        source="GEM, arXiv 2408.16673",
+        loss=lambda head: head.cross_entropy(gem_beta=head.options.gem_beta),
+        weighs=True,
+        whole_rows=True,
+        own_options=("gem_beta",),
+    ),
+    "label_smoothing": Method(
+        title="Label smoothing",
+        formula=f"mean of `(1 - e) nll - e mean_j log p_j`, e = {LABEL_SMOOTHING}",
+        says="next-token prediction, with the share `label_smoothing_factor` of each label spread "
+        "over the whole vocabulary",
+        source="arXiv 1512.00567, as transformers has it",
+        loss=smoothed,
+        weighs=True,
+        whole_rows=True,
+        own_options=("label_smoothing_factor",),
     ),
 }
 

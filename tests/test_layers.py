@@ -8,8 +8,11 @@ from tools.architecture import DOORS, FLOORS, PICTURE, imports, picture, room, r
 
 FLOOR = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 # What sftmix reaches of the kernels besides their public names: the types of schedules, how large
-# a workspace is for `plan`, and how the extension was built for `doctor`.
-KERNELS = {f"sftmix_kernels{name}" for name in ("", ".schedules", ".peaks", ".extension")}
+# a workspace is for `plan`, how the extension was built for `doctor`, and objectives of logits for
+# `--head logits`.
+KERNELS = {
+    f"sftmix_kernels{name}" for name in ("", ".schedules", ".peaks", ".extension", ".reference")
+}
 
 
 def test_every_room_stands_on_a_floor() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "packing": (False,),
     "eval_packing": (False, None),
     "padding_free": (False,),
-    "loss_type": ("nll",),
+    "loss_type": ("nll", "chunked_nll", "dft"),  # the second is the first, by TRL's older name
     "activation_offloading": (False,),
     "use_liger_kernel": (False,),
     "parallelism_config": (None,),
@@ -46,9 +47,19 @@ ROW = "sftmix_row"  # the column in which a row's number goes through TRL's prep
 
 @dataclasses.dataclass
 class SFTMixSFTConfig(SFTMixOptions, SFTConfig):
-    """`trl.SFTConfig` with SFTMix's options; every default of TRL's stays."""
+    """`trl.SFTConfig` with SFTMix's options; every default of TRL's stays.
+
+    ``loss_type="dft"`` is ``method="dft"``, also where ``method`` is left at its default.
+    """
 
     def __post_init__(self) -> None:
+        if self.loss_type == "dft":
+            if self.method not in (SFTMixOptions.method, "ntp", "dft"):
+                raise ValueError(
+                    f"loss_type: expected 'nll' with method={self.method!r}, got 'dft', which is a "
+                    "method of its own, method='dft'"
+                )
+            self.method = "dft"
         super().__post_init__()
         for name, allowed in UNSUPPORTED.items():
             if getattr(self, name) not in allowed:
@@ -116,9 +127,12 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
         if confident is not None:
             require_dataset(train_dataset, "train_dataset")
             rows = confident_rows(train_dataset, confident)
-        super().__init__(
-            model=model, args=args, train_dataset=train_dataset, confident=rows, **kwargs
-        )
+        with warnings.catch_warnings():
+            # Not of this loss, which smooths labels without full logits.
+            warnings.filterwarnings("ignore", "`label_smoothing_factor` is deprecated")
+            super().__init__(
+                model=model, args=args, train_dataset=train_dataset, confident=rows, **kwargs
+            )
 
     def _find_head(self, checked: bool) -> HeadAdapter:
         # TRL writes its coefficient into the config, which the model has read already.
@@ -233,6 +247,8 @@ def score(
     reference = dataclasses.replace(
         args,
         method="ntp",
+        loss_type="nll",
+        label_smoothing_factor=0.0,
         num_train_epochs=1,
         max_steps=-1,
         eval_strategy="no",

@@ -23,7 +23,7 @@ from sftmix.data.mixture import check_weights
 from sftmix.data.sources import is_file
 from sftmix.data.splits import names_of
 from sftmix.data.weighting import ByConfidence, parse_weight
-from sftmix.methods import METHODS, method_of
+from sftmix.methods import OPTIONS, method_of
 from sftmix.recipe.config_file import config_words, place_of
 from sftmix.runs.failures import Naming, OneMessage, OneSpelling, spelt
 from sftmix.training.config import EVALUATED, ScoreConfig, SFTMixConfig, SFTMixOptions, option
@@ -383,8 +383,9 @@ def _show_bars(show: bool) -> None:
 
 
 def refused_options(config_type: type[SFTMixConfig]) -> set[str]:
-    """Return the options that a command does not have: a reference model is trained with NTP."""
-    return METHODS["ntp"].idle_options if issubclass(config_type, ScoreConfig) else set()
+    """Return the options that a command does not have: a reference model is trained with NTP,
+    without smoothing."""
+    return set(OPTIONS) if issubclass(config_type, ScoreConfig) else set()
 
 
 def _hide_inherited(parser: argparse.ArgumentParser, config_type: type[SFTMixConfig]) -> None:

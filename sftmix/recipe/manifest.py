@@ -22,6 +22,7 @@ from sftmix import __version__
 from sftmix.conventions import MANIFEST
 from sftmix.data.examples import data_hash
 from sftmix.data.mixture import ids_by_source
+from sftmix.methods import method_of
 from sftmix.recipe.arguments import RunArguments
 from sftmix.recipe.lora import lora_options
 from sftmix.runs.folders import read_manifest, write_json
@@ -86,6 +87,10 @@ RECIPE_FIELDS = (
     "lambda_scope",
     "pairing",
     "kl_reg",
+    "power_k",
+    "eaft_alpha",
+    "gem_beta",
+    "label_smoothing_factor",
     "num_scorings",
     "seed",
     "num_train_epochs",
@@ -210,6 +215,13 @@ def start_manifest(run: Path, recipe: dict[str, Any], **files: Any) -> None:
     if earlier.get("mu_schedule") == "constant":
         # Versions before this one had schedules of mu; a constant mu is what all runs have now.
         earlier = {name: earlier[name] for name in earlier if name not in SCHEDULES_OF_MU}
+    # Nor had they every option: one that is off, or that the method does not read, says nothing.
+    idle = method_of(recipe["method"]).idle_options
+    recipe = {
+        name: value
+        for name, value in recipe.items()
+        if name in earlier or (value and name not in idle)
+    }
     # Versions before this one kept only names.
     unknown = [
         name for name in recipe if name.endswith("_hash") and recipe[name] and name not in earlier

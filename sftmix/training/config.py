@@ -11,11 +11,11 @@ import numpy as np
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from sftmix.methods import METHODS, method_of
+from sftmix.methods import LABEL_SMOOTHING, METHODS, method_of
 from sftmix.pairs.layouts import Layout, LayoutName
 from sftmix.pairs.pools import Pairing
 from sftmix.runs.failures import Naming
-from sftmix.training.option_checks import check_options, check_settled
+from sftmix.training.option_checks import check_number, check_options, check_settled
 from sftmix_kernels import RowChunks, VocabTiles
 from sftmix_kernels.schedules import Schedule
 
@@ -54,7 +54,8 @@ else:
 class SFTMixOptions(ConfigBase):
     """SFTMix's own options, for any config derived from `transformers.TrainingArguments`.
 
-    Every help text ends in "paper" (arXiv 2410.05248) or "ours" (the paper does not say).
+    Every help text ends in "paper" (arXiv 2410.05248), in the number of another paper on arXiv, or
+    in "ours" (no paper says).
     """
 
     method: str = option(
@@ -79,6 +80,26 @@ class SFTMixOptions(ConfigBase):
         "ours",
     )
     kl_reg: float = option(1.0, "ir_dro: weights are the softmax of loss / kl_reg", "paper")
+    power_k: float = option(
+        10.0,
+        "power: tokens weigh p^k; 0 is ntp, 1 is dft, and the larger k, the fewer tokens teach",
+        "arXiv 2510.00526",
+    )
+    eaft_alpha: float = option(
+        1.0, "eaft: tokens weigh (entropy / log V)^alpha; 0 is ntp", "arXiv 2601.02151"
+    )
+    gem_beta: float = option(
+        0.7,
+        "gem: temperature of the sharpened prediction; 1 has the gradient of ntp",
+        "arXiv 2408.16673",
+    )
+    # None until it is known which method's default is wanted.
+    label_smoothing_factor: float | None = option(  # type: ignore[assignment]
+        None,
+        "ntp and label_smoothing: share of each label that is spread over the whole vocabulary; "
+        f"by default 0, with label_smoothing {LABEL_SMOOTHING}",
+        "arXiv 1512.00567",
+    )
     loss_schedule: Literal["auto", "row_chunks", "vocab_tiles"] = option(
         "auto", "How the loss avoids full logits; vocab_tiles: least memory, CUDA only", "ours"
     )
@@ -134,6 +155,7 @@ class SFTMixOptions(ConfigBase):
 
     def __post_init__(self) -> None:
         self._check_numbers()
+        self._check_objective()
         self._check_steps()
         if self.memory == "lean":
             self._turn_lean()
@@ -269,6 +291,31 @@ class SFTMixOptions(ConfigBase):
                 "loss_max_bytes: expected head='fused'; head='logits' holds all logits"
             )
 
+    def _check_objective(self) -> None:
+        """Check what asks for an objective together, and settle the method's own smoothing."""
+        method, smooths = METHODS[self.method], self.method == "label_smoothing"
+        if self.label_smoothing_factor is None:
+            self.label_smoothing_factor = LABEL_SMOOTHING if smooths else 0.0
+        check_number("label_smoothing_factor", self.label_smoothing_factor)
+        if smooths and not self.label_smoothing_factor:
+            raise ValueError(
+                "label_smoothing_factor: expected a number above 0 with method='label_smoothing', "
+                "got 0; method='ntp' is without smoothing"
+            )
+        if self.label_smoothing_factor and "label_smoothing_factor" not in method.options:
+            raise ValueError(
+                f"label_smoothing_factor: expected 0 with method={self.method!r}, whose loss has "
+                f"no such term, got {self.label_smoothing_factor}; leave it out, or take "
+                "method='label_smoothing'"
+            )
+        by_rows = method.whole_rows or self.label_smoothing_factor
+        if by_rows and self.head == "fused" and self.loss_schedule == "vocab_tiles":
+            what = self.method if method.whole_rows else f"{self.method} with label smoothing"
+            raise ValueError(
+                f"loss_schedule: expected auto or row_chunks with method {what}, whose loss needs "
+                "whole rows of logits, got 'vocab_tiles'"
+            )
+
     def _check_steps(self) -> None:
         if self.save_minutes is not None and not 0 <= self.save_minutes < math.inf:
             raise ValueError(
@@ -363,6 +410,8 @@ class ScoreConfig(SFTMixConfig):
                     f"{name}: score trains one epoch of next-token prediction, expected "
                     f"{expected}, got {getattr(self, name)}; leave it out"
                 )
+        # Passed over, as what a config file that is shared with `train` says of the methods.
+        self.label_smoothing_factor = 0.0
         if self.push_to_hub:
             raise ValueError("push_to_hub: score makes a partition, and no model to push")
         super().__post_init__()

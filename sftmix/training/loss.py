@@ -10,7 +10,7 @@ Legend: N response tokens of B examples, P mixed pairs of them, D hidden size, V
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from sftmix.model.head import HeadAdapter
 from sftmix.runs.ranks import joined_ranks, rank
 from sftmix.training.config import SFTMixOptions
 from sftmix_kernels import (
+    Entropy,
     Power,
     TokenStats,
     VocabTiles,
@@ -32,6 +33,8 @@ from sftmix_kernels import (
 )
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+# The gates of `Head.cross_entropy`, by the names under which a method asks for them.
+GATES = {"power": Power, "entropy": Entropy}
 
 
 class Counts(NamedTuple):
@@ -101,10 +104,11 @@ class Head:
         """Return ``NTP + weight * Mixup``."""
         raise NotImplementedError
 
-    def cross_entropy(self, **objective: Any) -> BatchLoss:
-        """Return NTP by another objective: ``gate``, ``label_smoothing`` or ``gem_beta``.
+    def cross_entropy(self, **objective: float) -> BatchLoss:
+        """Return NTP by one other objective, or NTP where none is given.
 
-        They are those of `sftmix_kernels.fused_cross_entropy`.
+        It is a gate of `sftmix_kernels` by its number, ``power=k`` or ``entropy=alpha``; or
+        ``label_smoothing`` or ``gem_beta`` of `fused_cross_entropy`.
         """
         raise NotImplementedError
 
@@ -124,7 +128,10 @@ class Head:
             nll, entropy, is_top = stats
             loss = loss._replace(row_ntp=nll, entropy=entropy, is_top=is_top)
         assert loss.row_ntp is not None
-        return loss._replace(ntp=loss.row_ntp.detach().sum() / self.counts.learnt)
+        row_ntp = loss.row_ntp.detach()
+        if self.token_weights is not None:
+            row_ntp = row_ntp.masked_fill(self.token_weights == 0, 0.0)
+        return loss._replace(ntp=row_ntp.sum() / self.counts.learnt, row_ntp=row_ntp)
 
     def of_examples(self, tokens: Tensor) -> Tensor:
         """Return the mean of each example's ``tokens()``, (B,) float64; 0 for a filler."""
@@ -189,18 +196,13 @@ class FusedHead(Head):
         nothing = self.targets.new_empty(0)
         return self._joint(Pairs(nothing, nothing, nothing.float()), 0.0)._replace(mixup=None)
 
-    def cross_entropy(self, **objective: Any) -> BatchLoss:
+    def cross_entropy(self, **objective: float) -> BatchLoss:
         """Return NTP by an objective, at the matrix products of NTP.
 
-        Vocabulary tiles have `Power` among them, by weights of `tokens`.
+        Vocabulary tiles have ``power`` among them, by weights of `tokens`.
         """
-        gate = objective.get("gate")
-        if self.recomputes and isinstance(gate, Power):
-            tokens = self.tokens()
-            weights = tokens.detach().mul(-gate.k).exp()
-            if self.token_weights is not None:
-                weights = weights * self.token_weights
-            return self.of_tokens((weights * tokens).sum() / self.counts.tokens, tokens)
+        if self.recomputes and objective.keys() == {"power"}:
+            return self._powered(objective["power"])
         loss, stats = fused_cross_entropy(
             self.hidden,
             self.weight,
@@ -208,10 +210,18 @@ class FusedHead(Head):
             row_weight=self.token_weights,
             divisor=self.counts.tokens,
             stats=True,
-            **objective,
+            **kernels_objective(objective),
             **self.keywords,
         )
         return self.watched(BatchLoss(loss, None, None, None), stats)
+
+    def _powered(self, k: float) -> BatchLoss:
+        # Tiles return one number of a token: the NLL, to be logged, of which the gate is made.
+        tokens = self.tokens()
+        weights = tokens.detach().mul(-k).exp()
+        if self.token_weights is not None:
+            weights = weights * self.token_weights
+        return self.of_tokens((weights * tokens).sum() / self.counts.tokens, tokens)
 
     def mixup(self) -> BatchLoss:
         """Return Mixup: one row of products for each pair, and none for the other tokens."""
@@ -286,14 +296,16 @@ class DenseHead(Head):
         """Return NTP."""
         return self.cross_entropy()
 
-    def cross_entropy(self, **objective: Any) -> BatchLoss:
+    def cross_entropy(self, **objective: float) -> BatchLoss:
         """Return NTP by an objective."""
         assert self.method.ntp, "the method says that it reads no rows of response tokens"
         log_probs = self.logits[: self.targets.numel()].log_softmax(-1)
         weights = self.token_weights
         if weights is None:
             weights = torch.ones_like(self.targets, dtype=torch.float32)
-        losses = reference.token_losses(log_probs, self.targets, weights, **objective)
+        losses = reference.token_losses(
+            log_probs, self.targets, weights, **kernels_objective(objective)
+        )
         with torch.no_grad():
             stats = reference.token_stats(log_probs, self.targets, weights)
         return self.watched(BatchLoss(losses.sum() / self.counts.tokens, None, None, None), stats)
@@ -314,6 +326,13 @@ class DenseHead(Head):
         """Return ``NTP + weight * Mixup``."""
         mixup, ntp = self.mixup().loss, self.ntp()
         return ntp._replace(loss=ntp.loss + weight * mixup, mixup=mixup)
+
+
+def kernels_objective(objective: Mapping[str, float]) -> dict[str, Any]:
+    """Return an objective of `Head.cross_entropy` as keywords of `fused_cross_entropy`."""
+    gates = [GATES[name](number) for name, number in objective.items() if name in GATES]
+    others = {name: number for name, number in objective.items() if name not in GATES}
+    return {**others, "gate": gates[0]} if gates else others
 
 
 def batch_counts(batches: Sequence[dict[str, Tensor]], device: torch.device) -> Counts:

@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 # Options that this trainer's loss, sampler and evaluation would not heed: their defaults, and why.
 NO_LOGITS = "evaluation makes no logits and predicts nothing"
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "label_smoothing_factor": ((0.0,), "the loss has no such term"),
     "train_sampling_strategy": (("random",), "pairs and order are drawn by --seed"),
     "data_seed": ((None,), "pairs and order are drawn by --seed"),
     "auto_find_batch_size": ((False,), "another batch size is another training"),
@@ -80,15 +79,21 @@ AT_LEAST: dict[str, float] = {
     "ddp_timeout": 1,
     "ddp_bucket_cap_mb": 1,
     "row_length": 2,
+    "power_k": 0,
+    "eaft_alpha": 0,
+    "label_smoothing_factor": 0,
 }
-ABOVE: dict[str, float] = {"neftune_noise_alpha": 0}
-BELOW: dict[str, float] = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32}
+ABOVE: dict[str, float] = {"neftune_noise_alpha": 0, "gem_beta": 0}
+BELOW: dict[str, float] = {
+    **{"adam_beta1": 1, "adam_beta2": 1, "label_smoothing_factor": 1},
+    "seed": 2**32,
+}
 WHOLE = {
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     *("save_total_limit", "seed", "dataloader_num_workers", "dataloader_prefetch_factor"),
     *("max_steps", "row_length"),
 }
-FINITE = ("num_train_epochs", "max_steps", "neftune_noise_alpha")
+FINITE = ("num_train_epochs", "max_steps")
 
 # The frequency of something, and the option that has to be "steps" for it to count.
 INTERVALS = {
@@ -201,7 +206,7 @@ def check_settled(args: Any, defaults: Mapping[str, Any]) -> None:
 
 def check_numbers(args: Any) -> None:
     """Check that numbers are numbers, finite, whole where they count something, and in range."""
-    for name in dict.fromkeys((*AT_LEAST, *FINITE, *INTERVALS)):
+    for name in dict.fromkeys((*AT_LEAST, *ABOVE, *FINITE, *INTERVALS)):
         if getattr(args, name, None) is not None:
             check_number(name, getattr(args, name))
     steps = {name: getattr(args, name) for name, by in INTERVALS.items() if counts(args, by)}

@@ -35,6 +35,14 @@ def options(folder: Path, size: int, **changes: Any) -> dict[str, Any]:
     }
 
 
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One of as few words as will do."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, "<s>")), pad_token="<pad>", eos_token="</s>"
+    )
+
+
 def trainer(
     model: Any,
     folder: Path,
@@ -44,11 +52,7 @@ def trainer(
     callbacks: Sequence[Any] = (),
     **changes: Any,
 ) -> SFTMixSFTTrainer:
-    """The trainer, paired by `tiny.halves`, with a tokenizer of as few words as will do."""
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, "<s>")), pad_token="<pad>", eos_token="</s>"
-    )
+    """The trainer, paired by `tiny.halves`."""
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patched:
         patched.setenv("CI", "1")  # TRL tells its makers of every other trainer
         # TRL's own defaults use a name that transformers gives up.
@@ -59,7 +63,7 @@ def trainer(
             train_dataset=data,
             eval_dataset=tiny.examples(7, seed=5),
             confident=tiny.halves(len(data)),
-            processing_class=tokenizer,
+            processing_class=tokenizer(),
             callbacks=list(callbacks),
         )
     made.remove_callback(PrinterCallback)

@@ -19,16 +19,16 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def _dft(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The entry that the page shows, DFT, and nothing else."""
+def _focal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entry that the page shows, the focal loss, and nothing else."""
     page = (REPOSITORY / "docs" / "methods.md").read_text(encoding="utf-8")
     table: dict[str, Method] = {}
-    [code] = re.findall(r"```python\n(def dft.*?)```", page, re.DOTALL)
+    [code] = re.findall(r"```python\n(def focal.*?)```", page, re.DOTALL)
     exec(code, {"METHODS": table, "Method": Method})
-    monkeypatch.setitem(METHODS, "dft", table["dft"])
+    monkeypatch.setitem(METHODS, "focal", table["focal"])
 
 
-@pytest.mark.usefixtures("_dft")
+@pytest.mark.usefixtures("_focal")
 def test_an_entry_is_all_that_a_method_needs(
     toy_model: Path, toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -36,27 +36,27 @@ def test_an_entry_is_all_that_a_method_needs(
     words += ["--disable_tqdm", "true", "--max_steps", "2", "--logging_steps", "1"]
     words += ["--learning_rate", "0.01", "--save_strategy", "no"]
     losses = {}
-    for method, head in (("ntp", "fused"), ("dft", "fused"), ("dft", "logits")):
+    for method, head in (("ntp", "fused"), ("focal", "fused"), ("focal", "logits")):
         run = tmp_path / f"{method}-{head}"
         assert main([*words, "--output", str(run), "--method", method, "--head", head]) == 0
         log = json.loads((run / "trainer_state.json").read_text())["log_history"]
         losses[run.name] = [line["loss"] for line in log if "loss" in line]
-    assert losses["dft-fused"] == pytest.approx(losses["dft-logits"], rel=1e-5)
-    assert max(losses["dft-fused"]) < min(losses["ntp-fused"]) / 10
-    card = (tmp_path / "dft-fused" / "README.md").read_text()
-    assert "fine-tuned with DFT" in card
-    assert "by next-token prediction, each token weighted by its probability." in card
+    assert losses["focal-fused"] == pytest.approx(losses["focal-logits"], rel=1e-5)
+    assert 0.5 * losses["ntp-fused"][0] < losses["focal-fused"][0] < losses["ntp-fused"][0]
+    card = (tmp_path / "focal-fused" / "README.md").read_text()
+    assert "fine-tuned with Focal loss" in card
+    assert "each token weighted by the square of what its probability lacks." in card
     pytest.importorskip("matplotlib")
     runs = [str(tmp_path / name) for name in losses]
     capsys.readouterr()
     page = tmp_path / "report.html"
     assert main(["report", *runs[:2], "--output", str(page), "--examples", "0"]) == 0
-    assert "\nDFT " in capsys.readouterr().out
-    assert "DFT" in page.read_text()
+    assert "\nFocal loss " in capsys.readouterr().out
+    assert "Focal loss" in page.read_text()
 
 
 @pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")
-@pytest.mark.usefixtures("_dft")
+@pytest.mark.usefixtures("_focal")
 def test_trl_trains_with_a_new_method(
     toy_model: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,13 +69,13 @@ def test_trl_trains_with_a_new_method(
         [{"prompt": row["question"], "completion": " " + row["answer"]} for row in rows]
     )
     args = SFTMixSFTConfig(
-        output_dir=str(tmp_path), method="dft", use_cpu=True, bf16=False, max_steps=1,
+        output_dir=str(tmp_path), method="focal", use_cpu=True, bf16=False, max_steps=1,
         disable_tqdm=True, logging_steps=1, save_strategy="no", report_to="none",
     )  # fmt: skip
     made = SFTMixSFTTrainer(str(toy_model), args, train_dataset=data)
     made.train()
     ((loss, ntp),) = tiny.losses(made, "loss", "ntp_loss")
-    assert 0 < loss < ntp / 10
+    assert 0 < loss < ntp
 
 
 def test_an_unknown_method_is_refused_by_its_name() -> None:
@@ -84,10 +84,13 @@ def test_an_unknown_method_is_refused_by_its_name() -> None:
 
 
 def test_options_are_of_the_methods_that_read_them() -> None:
-    assert OPTIONS == ("mu", "alpha", "lambda_scope", "pairing", "kl_reg")
+    of_pairs = ("alpha", "lambda_scope", "pairing")
+    objectives = ("power_k", "eaft_alpha", "gem_beta")
+    assert ("mu", *of_pairs, "label_smoothing_factor", "kl_reg", *objectives) == OPTIONS
     assert METHODS["sftmix"].options == ("mu", "alpha", "lambda_scope", "pairing")
     assert METHODS["ir_dro"].options == ("kl_reg",)
-    assert METHODS["ntp"].options == ()
+    assert METHODS["ntp"].options == ("label_smoothing_factor",)
+    assert METHODS["dft"].options == ()
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -103,6 +106,8 @@ def test_the_page_has_the_line_of_a_method(name: str) -> None:
         ("ntp", ["--mu", "0.9", "--kl-reg=3", "--alpha", "1"], ["--alpha, --kl-reg, --mu"]),
         ("equal", ["--mu", "0.9", "--alpha", "1"], ["--mu"]),
         ("sftmix", ["--mu", "0.9", "--alpha", "1"], []),
+        ("dft", ["--power_k", "3", "--gem_beta", "1"], ["--gem_beta, --power_k"]),
+        ("power", ["--power_k", "3"], []),
         ("ntp", [], []),
     ],
 )

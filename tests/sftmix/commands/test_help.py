@@ -12,7 +12,7 @@ import pytest
 
 from sftmix.cli import COMMANDS, main
 from sftmix.recipe.arguments import RunArguments, TrainRunArguments
-from sftmix.training.config import ScoreConfig, SFTMixConfig
+from sftmix.training.config import ScoreConfig, SFTMixConfig, SFTMixOptions
 
 
 @pytest.mark.parametrize("command", ["score", "split", "train"])
@@ -39,14 +39,15 @@ def test_help_says_where_defaults_come_from(
 def test_every_option_of_our_own_has_a_source() -> None:
     own = [
         (cls.__name__, field)
-        for cls in (SFTMixConfig, ScoreConfig, RunArguments, TrainRunArguments)
+        for cls in (SFTMixOptions, SFTMixConfig, ScoreConfig, RunArguments, TrainRunArguments)
         for field in dataclasses.fields(cls)
         if field.name in cls.__annotations__ and field.name != "remove_unused_columns"
     ]
     assert len(own) > 25
     for name, field in own:
         required = field.default is dataclasses.MISSING
-        assert required or re.search(r"\[(paper|ours)\]$", field.metadata["help"]), (name, field)
+        source = r"\[(paper|ours|arXiv \d{4}\.\d{5})\]$"
+        assert required or re.search(source, field.metadata["help"]), (name, field)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from sftmix.cli import main
 from sftmix.data.examples import load_examples
 from sftmix.integrations.trl import SFTMixSFTConfig, SFTMixSFTTrainer, score
 from sftmix.pairs.partition import Partition, from_scores, split, write_partition
@@ -147,6 +148,41 @@ def test_labels_loss_and_gradients_are_those_of_trl(
     # Two float32 sums of about 100 tokens, in another order.
     assert tiny.relative_difference(loss, reference) < 1e-6
     tiny.assert_same_training(mine.model, theirs.model, own)
+
+
+def test_the_commands_dft_is_that_of_trl(toy_model: Path, tmp_path: Path) -> None:
+    """`sftmix train --method dft` and ``loss_type="dft"``: the loss and all gradients of a step.
+
+    The gradients are what plain SGD has taken from the weights, times 1,000.
+    """
+    data = tiny.examples(8).select_columns(["input_ids", "labels"])
+    data.to_json(tmp_path / "tokens.jsonl")
+    step = {
+        **{"use_cpu": True, "disable_tqdm": True, "max_steps": 1, "logging_steps": 1, "seed": 3},
+        **{"per_device_train_batch_size": 8, "optim": "sgd", "learning_rate": 1e3},
+        **{"lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0},
+        **{"save_strategy": "no", "report_to": "none", "max_grad_norm": 1e9},
+    }
+    run = tmp_path / "run"
+    words = ["train", "--model", toy_model, "--data", tmp_path / "tokens.jsonl", "--output", run]
+    words += [word for name, value in step.items() for word in (f"--{name}", value)]
+    assert main([*map(str, words), "--method", "dft"]) == 0
+    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    found = next(line for line in log if "loss" in line)
+    config = SFTConfig(str(tmp_path / "trl"), bf16=False, loss_type="dft", **step)
+    theirs = SFTTrainer(str(toy_model), config, train_dataset=data)
+    before = tiny.weights(theirs.model)
+    theirs.train()
+    (expected,) = (line for line in theirs.state.log_history if "loss" in line)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    mine = tiny.weights(AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32))
+    moved = [
+        torch.cat([(after[name] - weight).flatten() for name, weight in before.items()])
+        for after in (mine, tiny.weights(theirs.model))
+    ]
+    assert moved[1].abs().max() > 1e-3
+    assert tiny.relative_difference(*moved) < 1e-5
 
 
 def test_it_trains_as_the_plain_trainer_on_the_same_tokens(

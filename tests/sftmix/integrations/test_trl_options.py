@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from trl import SFTConfig, SFTTrainer
 
-from sftmix.integrations.trl import SFTMixSFTConfig
+from sftmix.integrations.trl import SFTMixSFTConfig, score
 from tests.sftmix import over_trl, tiny
+from tests.sftmix.training.test_methods import dense_loss, flat_gradients
 from tools import families
 
 # TRL's own defaults use a name that transformers gives up.
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWa
 REFUSED: dict[str, Any] = {
     "packing": True,
     "eval_packing": True,
-    "loss_type": "dft",
+    "loss_type": "other",
     "activation_offloading": True,
     "use_liger_kernel": True,
     "padding_free": True,
@@ -64,6 +65,72 @@ def test_the_routers_loss_is_that_of_trl(
     found.backward()
     expected.backward()
     tiny.assert_same_training(mine.model, theirs.model, own, mine.head.router_coefficient)
+
+
+def test_dft_is_that_of_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``loss_type`` alone asks for it: the loss of a batch and all gradients, in the budget."""
+    monkeypatch.setenv("CI", "1")
+    mine = over_trl.trainer(tiny.build("Llama"), tmp_path, tiny.examples(8), 8, loss_type="dft")
+    theirs = SFTTrainer(
+        tiny.build("Llama"),
+        SFTConfig(**over_trl.options(tmp_path, 8), loss_type="dft"),
+        train_dataset=mine.examples.remove_columns("id"),
+        processing_class=mine.processing_class,
+    )
+    assert mine.args.method == "dft"
+    batch = next(iter(mine.get_train_dataloader()))
+    own = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    exact = tiny.build("Llama").double()
+    losses = [
+        mine.compute_loss(mine.model, batch),
+        theirs.compute_loss(theirs.model, dict(own)),
+        dense_loss(exact, own, "dft", None),
+    ]
+    for loss in losses:
+        loss.backward()
+    assert tiny.relative_difference(losses[0], losses[1]) < 1e-6
+    tiny.assert_in_budget("gradients", *map(flat_gradients, (mine.model, theirs.model, exact)))
+    plain = dense_loss(exact, own, "ntp", None)
+    assert losses[0] < 0.9 * plain
+
+
+def test_loss_types(tmp_path: Path) -> None:
+    def method(**options: Any) -> str:
+        return SFTMixSFTConfig(str(tmp_path), use_cpu=True, bf16=False, **options).method
+
+    assert method(loss_type="nll") == method() == "sftmix"
+    with pytest.warns(FutureWarning, match="chunked_nll"):
+        assert method(loss_type="chunked_nll") == "sftmix"
+    for given in ({}, {"method": "ntp"}, {"method": "dft"}):
+        assert method(loss_type="dft", **given) == "dft"
+    for other in ("gem", "mixup"):
+        with pytest.raises(ValueError, match=f"^loss_type: expected 'nll' with method='{other}'"):
+            method(loss_type="dft", method=other)
+    with pytest.raises(ValueError, match=r"^label_smoothing_factor: .*method='dft'"):
+        method(loss_type="dft", label_smoothing_factor=0.1)
+
+
+def test_a_reference_model_is_trained_without_the_targets_objective(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`score` takes the arguments of the trainer, and trains with NTP."""
+    monkeypatch.setenv("CI", "1")
+    data = tiny.examples(4).remove_columns("id")
+    asked = ({}, {"loss_type": "dft"}, {"method": "ntp", "label_smoothing_factor": 0.1})
+    found = []
+    for options in asked:
+        made = over_trl.options(tmp_path, 4, learning_rate=0.1, **options)
+        tokenizer = over_trl.tokenizer()
+        args = SFTMixSFTConfig(**made)
+        scored = score(
+            tiny.build("Llama"),
+            args,
+            train_dataset=data,
+            num_scorings=1,
+            processing_class=tokenizer,
+        )
+        found.append(scored.nll_sum.tolist())
+    assert found[0] == found[1] == found[2]
 
 
 def test_a_coefficient_that_the_models_loss_does_not_have_is_refused(tmp_path: Path) -> None:

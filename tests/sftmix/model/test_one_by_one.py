@@ -22,7 +22,7 @@ from sftmix.training.loss import batch_counts, batch_loss
 from sftmix.training.trainer import SFTMixTrainer, make_collator
 from tests.sftmix import tiny
 from tests.sftmix.pairs.test_layouts import fresh
-from tests.sftmix.training.test_methods import METHODS, MU, dense_loss, flat_gradients
+from tests.sftmix.training.test_methods import METHODS, dense_loss, flat_gradients, options_of
 from tools import families
 
 LENGTHS = (9, 5, 12, 7)
@@ -79,7 +79,7 @@ def test_loss_and_gradients_are_those_of_all_together(
     method: str, how: str, device: str, tmp_path: Path
 ) -> None:
     models = [tiny.build("Llama").to(device) for _ in range(3)]
-    options = tiny.config(tmp_path, method=method, mu=MU, kl_reg=0.3, layout="sequential")
+    options = tiny.config(tmp_path, layout="sequential", **options_of(method))
     if how != "read again":
         checkpoint_layers(models[0])
     models[0].train()
@@ -100,7 +100,7 @@ def test_only_the_last_example_keeps_its_activations(tmp_path: Path) -> None:
     lengths, outputs = watched(model)
     head = HeadAdapter(model)
     lengths.clear(), outputs.clear()
-    loss = run(model, tiny.config(tmp_path, mu=MU), head)
+    loss = run(model, tiny.config(tmp_path, mu=0.7), head)
     assert lengths == list(LENGTHS)
     assert [output() is not None for output in outputs] == [False, False, False, True]
     alive: list[int] = []
@@ -130,7 +130,7 @@ def test_dropout_is_the_same_when_an_example_is_read_again(tmp_path: Path) -> No
         model = tiny.build("Llama", attention_dropout=0.4).train()
         head = HeadAdapter(model, saving=saving)
         torch.manual_seed(5)
-        loss = run(model, tiny.config(tmp_path, mu=MU), head)
+        loss = run(model, tiny.config(tmp_path, mu=0.7), head)
         loss.backward()
         found.append((loss.detach(), flat_gradients(model)))
     assert torch.equal(found[0][0], found[1][0])
@@ -165,7 +165,7 @@ def test_what_is_saved_on_the_host_is_the_layers_inputs(tmp_path: Path) -> None:
     for host in hosts:
         model = tiny.build("Llama").train()
         checkpoint_layers(model)
-        loss = run(model, tiny.config(tmp_path, mu=MU), HeadAdapter(model, saving=host))
+        loss = run(model, tiny.config(tmp_path, mu=0.7), HeadAdapter(model, saving=host))
         loss.backward()
         found.append((loss.detach(), flat_gradients(model)))
     assert torch.equal(found[0][0], found[1][0])
@@ -186,7 +186,7 @@ def test_a_routers_loss_is_that_of_all_tokens(tmp_path: Path) -> None:
         model = families.build("mixtral")
         model = model.double() if double else model
         batch = collated(model, layout)
-        counts, options = batch_counts([batch], model.device), tiny.config(tmp_path, mu=MU)
+        counts, options = batch_counts([batch], model.device), tiny.config(tmp_path, mu=0.7)
         head = HeadAdapter(model, "logits" if double else "fused")
         loss = batch_loss(model, head, batch, options, counts)
         assert loss.router is not None
@@ -210,7 +210,7 @@ def test_one_that_packing_refuses_is_read_one_by_one(tmp_path: Path) -> None:
     model.transformer.h[0].mlp.hidden_dropout = 0.0
     HeadAdapter(model)
     check_layout(model, "sequential")
-    loss = run(model.eval(), tiny.config(tmp_path, mu=MU), HeadAdapter(model))
+    loss = run(model.eval(), tiny.config(tmp_path, mu=0.7), HeadAdapter(model))
     truth = dense_loss(model, PairedCollator(0)(examples()), "sftmix", None)
     assert tiny.relative_difference(loss, truth) <= 4 * torch.finfo(torch.float32).eps
 

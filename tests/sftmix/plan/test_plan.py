@@ -121,6 +121,8 @@ class RealStep:
         {"layout": "padding_free"},
         {"loss_max_bytes": 2**17},
         {"head": "logits"},
+        {"method": "eaft"},
+        pytest.param({"method": "gem", "head": "logits"}, marks=pytest.mark.slow),
         pytest.param({"method": "mixup"}, marks=pytest.mark.slow),
     ],
     ids=str,

@@ -13,6 +13,7 @@ import torch
 from transformers import TrainingArguments
 
 from sftmix.integrations.trl import SFTMixSFTConfig
+from sftmix.methods import METHODS
 from sftmix.recipe.arguments import TrainRunArguments, parse
 from sftmix.training.config import SFTMixConfig
 from sftmix.training.option_checks import NAMES, UNSUPPORTED, WITHOUT_EFFECT
@@ -40,7 +41,7 @@ HEEDED = {
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
     *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"),
     *("ddp_static_graph", "ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "debug"),
-    *("skip_memory_metrics", "enable_jit_checkpoint"),
+    *("skip_memory_metrics", "enable_jit_checkpoint", "label_smoothing_factor"),
 }
 # Refused elsewhere than in `option_checks.UNSUPPORTED`: by the config, the devices, the parser.
 REFUSED = {"remove_unused_columns", "save_on_each_node", "parallelism_config"}
@@ -133,6 +134,9 @@ NAN, INF = float("nan"), float("inf")
         ("warmup_steps", NAN, "a finite number"),
         ("num_train_epochs", INF, "a finite number above 0"),
         ("neftune_noise_alpha", -3.0, "a number above 0"),
+        ("label_smoothing_factor", -0.1, "at least 0 and below 1"),
+        ("label_smoothing_factor", 1.0, "at least 0 and below 1"),
+        ("label_smoothing_factor", "0.1", "a number"),
         ("seed", -1, "at least 0 and below 4294967296"),
         ("seed", 2**32, "at least 0 and below 4294967296"),
         ("logging_steps", 0, "a whole number of steps"),
@@ -264,6 +268,48 @@ def test_unknown_names(name: str) -> None:
 )
 def test_what_does_not_fit(options: dict[str, Any], message: str) -> None:
     assert refused(**options).startswith(message)
+
+
+SMOOTHS = ("ntp", "label_smoothing")
+
+
+@pytest.mark.parametrize("method", sorted({*METHODS} - {*SMOOTHS}))
+def test_smoothing_is_refused_where_the_loss_has_none(method: str) -> None:
+    message = refused(method=method, label_smoothing_factor=0.1)
+    assert message.startswith(f"label_smoothing_factor: expected 0 with method='{method}'")
+    assert message.endswith("got 0.1; leave it out, or take method='label_smoothing'")
+    SFTMixConfig(use_cpu=True, method=method, label_smoothing_factor=0.0)
+
+
+def test_smoothing_by_nothing_is_refused() -> None:
+    message = refused(method="label_smoothing", label_smoothing_factor=0.0)
+    assert message == (
+        "label_smoothing_factor: expected a number above 0 with method='label_smoothing', got 0; "
+        "method='ntp' is without smoothing"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"method": "eaft"}, "eaft"),
+        ({"method": "gem"}, "gem"),
+        ({"method": "label_smoothing"}, "label_smoothing"),
+        ({"method": "ntp", "label_smoothing_factor": 0.1}, "ntp with label smoothing"),
+    ],
+)
+def test_methods_that_vocabulary_tiles_do_not_have(options: dict[str, Any], what: str) -> None:
+    assert refused(loss_schedule="vocab_tiles", **options) == (
+        f"loss_schedule: expected auto or row_chunks with method {what}, whose loss needs whole "
+        "rows of logits, got 'vocab_tiles'"
+    )
+    # The schedule is not read there.
+    SFTMixConfig(use_cpu=True, loss_schedule="vocab_tiles", head="logits", **options)
+
+
+@pytest.mark.parametrize("method", ["ntp", "dft", "power", "ir_dro", "sftmix"])
+def test_methods_that_vocabulary_tiles_have(method: str) -> None:
+    SFTMixConfig(use_cpu=True, loss_schedule="vocab_tiles", method=method)
 
 
 def test_packages_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
