@@ -41,6 +41,7 @@ from sftmix.runs.ranks import (
     together,
 )
 from sftmix.training.loss import batch_counts, batch_loss
+from sftmix.training.metrics import MEASURED
 from sftmix.training.scoring import ScoringCallback, score_examples
 from sftmix.training.trainer import SFTMixTrainer
 from sftmix_kernels import StreamingPerplexity
@@ -146,7 +147,7 @@ def outcome(made: Any, recorder: Recorder) -> Found:
     made.train()
     evaluated = made.evaluate()
     logs = [
-        {k: v for k, v in line.items() if k not in ("tokens_per_second", "peak_memory_gib")}
+        {k: v for k, v in line.items() if k not in MEASURED}
         for line in made.state.log_history
         if "loss" in line
     ]
@@ -154,7 +155,7 @@ def outcome(made: Any, recorder: Recorder) -> Found:
     return {
         "gradients": recorder.steps,
         "logs": logs,
-        "eval_loss": evaluated["eval_loss"],
+        "evaluated": {k: v for k, v in evaluated.items() if k not in MEASURED},
         "weights": {plain(name): whole(weight) for name, weight in named},
     }
 

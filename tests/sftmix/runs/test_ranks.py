@@ -19,6 +19,7 @@ from torch.distributed.fsdp import StateDictType
 
 from sftmix.cli import main
 from sftmix.runs.checkpoints import list_checkpoints
+from sftmix.training.metrics import MEASURED
 from sftmix.training.parallelism import check_parallelism
 from tests.sftmix import tiny
 from tests.sftmix.ranks_worker import CASES, RANKS, TRAININGS
@@ -104,7 +105,7 @@ def test_logs_and_evaluation_are_those_of_one_process(name: str, both: Both) -> 
     for found in ranks:
         for line, expected in zip(found[name]["logs"], alone[name]["logs"], strict=True):
             assert line == pytest.approx(expected, rel=CLOSE)
-        assert found[name]["eval_loss"] == pytest.approx(alone[name]["eval_loss"], rel=CLOSE)
+        assert found[name]["evaluated"] == pytest.approx(alone[name]["evaluated"], rel=CLOSE)
 
 
 @pytest.mark.parametrize("name", LEARNING)
@@ -334,7 +335,7 @@ def log(run: Path) -> list[dict[str, float]]:
     """What a run logged, without what the machine decides and the sums over a training."""
     state = json.loads((run / "trainer_state.json").read_text())
     return [
-        {k: v for k, v in line.items() if k not in ("tokens_per_second", "peak_memory_gib")}
+        {k: v for k, v in line.items() if k not in MEASURED}
         for line in state["log_history"]
         if "train_loss" not in line
     ]
