@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -40,6 +42,7 @@ from sftmix.runs.ranks import (
     summed,
     together,
 )
+from sftmix.training import spikes
 from sftmix.training.loss import batch_counts, batch_loss
 from sftmix.training.metrics import MEASURED
 from sftmix.training.scoring import ScoringCallback, score_examples
@@ -158,6 +161,21 @@ def outcome(made: Any, recorder: Recorder) -> Found:
         "evaluated": {k: v for k, v in evaluated.items() if k not in MEASURED},
         "weights": {plain(name): whole(weight) for name, weight in named},
     }
+
+
+def spiking(folder: Path) -> Found:
+    """Steps above the mean of two or more before them, and the ids that the first rank names."""
+    told: list[logging.LogRecord] = []
+    handler, logger = logging.Handler(), logging.getLogger("sftmix.training.guards")
+    handler.emit = told.append  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    size = {"per_device_train_batch_size": 8 // num_ranks(), "num_train_epochs": 2}
+    options = {"spike_threshold": 1e-6, "learning_rate": 0.0, **size}
+    with mock.patch.object(spikes, "FEWEST", 2):
+        tiny.trainer(llama(), folder, tiny.examples(18), **options).train()
+    logger.removeHandler(handler)
+    found = [record.args for record in told if isinstance(record.args, tuple)]
+    return {"spikes": [(step, sorted(ids)) for step, _, ids in found]}  # type: ignore[call-overload]
 
 
 def sharded_by_hand(folder: Path, *, own_unit: bool, tied: bool = False) -> Found:
@@ -412,6 +430,7 @@ CASES: dict[str, Callable[[Path], Found]] = {
     "by hand, tied": functools.partial(sharded_by_hand, own_unit=False, tied=True),
     "by hand, head": functools.partial(sharded_by_hand, own_unit=True),
     "scoring": scoring,
+    "spikes": spiking,
 }
 
 

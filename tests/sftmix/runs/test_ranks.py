@@ -84,7 +84,7 @@ def both(folder: Path, commands: list[list[str]]) -> Both:
     return [torch.load(folder / f"rank{number}.pt") for number in range(RANKS)], alone
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n not in ("scoring", *LEARNING)])
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("scoring", "spikes", *LEARNING)])
 def test_gradients_are_those_of_one_process(name: str, both: Both) -> None:
     ranks, alone = both
     expected = alone[name]["gradients"]
@@ -128,6 +128,13 @@ def test_shared_scores_are_those_of_one_process(both: Both) -> None:
     # The check of padding takes four calls of each.
     calls = [found["scoring"]["forwards"] - 4 for found in ranks]
     assert calls[0] == calls[1] == -(-(alone["scoring"]["forwards"] - 4) // 2)
+
+
+def test_a_spike_names_the_examples_of_all_ranks(both: Both) -> None:
+    """The third of an epoch's steps has two examples, and a filler on the second rank."""
+    ranks, alone = both
+    assert alone["spikes"]["spikes"]
+    assert [found["spikes"] for found in ranks] == [alone["spikes"], {"spikes": []}]
 
 
 @pytest.mark.parametrize("name", ["ddp, resumed", "fsdp, resumed"])

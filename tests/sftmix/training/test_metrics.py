@@ -127,7 +127,7 @@ def test_mixup_alone_has_neither_and_trains_on_mixed_tokens(tmp_path: Path) -> N
 def test_what_a_loss_does_not_find_is_not_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with vocabulary tiles; NTP and its halves are there all the same, to the bit of rounding."""
+    """As with vocabulary tiles; NTP and its halves are there all the same."""
     _, plain = watch(tmp_path, method="ntp", confident=tiny.halves(16))
     monkeypatch.setattr(FusedHead, "watches", False)
     _, found = watch(tmp_path, method="ntp", confident=tiny.halves(16))
