@@ -64,9 +64,9 @@ class SFTMixSFTConfig(SFTMixOptions, SFTConfig):
 class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
     """`trl.SFTTrainer` with the loss, the pairs and the checkpoints of `SFTMixMixin`.
 
-    It logs TRL's ``entropy``, ``mean_token_accuracy`` and ``num_tokens`` under their names, without
-    logits; but ``eval_num_tokens`` is the number of tokens that the evaluation's means are over. The
-    loss of a mixture of experts' router is added with TRL's ``router_aux_loss_coef``.
+    It logs ``entropy``, ``mean_token_accuracy`` and ``num_tokens`` under TRL's names; but
+    ``eval_num_tokens`` is the number of tokens that the evaluation's means are over. The loss of a
+    mixture of experts' router is added with TRL's ``router_aux_loss_coef``.
     """
 
     args: SFTMixSFTConfig

@@ -111,8 +111,8 @@ def training_table(groups: Sequence[Group], values: Sequence[Values]) -> Table:
         "Losses of the last log line: total training loss (not comparable between methods) and the "
         "unweighted Mixup term, nats per position.",
         "Entropy (nats) and token accuracy of the last log line: means over the tokens with loss.",
-        "Tokens/s, tokens with loss/s and MFU: medians over the log lines. Tokens/s counts prompts; "
-        "all three swing with what else the machine does.",
+        "Tokens/s, tokens with loss/s and MFU: medians over the log lines. Tokens/s counts prompts "
+        "too; all three swing with what else the machine does.",
         "Peak memory: allocated on the GPU, or of the whole process on a CPU.",
     )
     return Table(["method", *(measure.title for measure in measures)], rows, "Training", notes)

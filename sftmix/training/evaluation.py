@@ -18,7 +18,8 @@ import torch
 from sftmix.model.head import HeadAdapter
 from sftmix.pairs.collator import PairedCollator
 from sftmix.runs.ranks import summed
-from sftmix.training.scoring import TokenSums, score_examples
+from sftmix.training.scoring import score_examples
+from sftmix.training.token_sums import TokenSums
 from sftmix_kernels import StreamingPerplexity
 
 

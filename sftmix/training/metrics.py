@@ -71,6 +71,7 @@ class LossWindow:
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(len(FIELDS), dtype=torch.float64, device=device)
+        self.nothing = torch.zeros_like(self.sums[0])
         self.begin()
 
     def begin(self) -> None:
@@ -81,14 +82,16 @@ class LossWindow:
 
     def add(self, values: dict[str, Tensor | float]) -> None:
         """Add one micro-batch; fields that are not given stay as they are."""
-        self.sums += torch.stack([self._scalar(values.get(field, 0.0)) for field in FIELDS])
+        with torch.no_grad():
+            # Some are float64, and so is what they are stacked to.
+            self.sums += torch.stack([self._scalar(values.get(field)) for field in FIELDS])
         self.seconds = time.perf_counter() - self.begun
 
-    def _scalar(self, value: Tensor | float) -> Tensor:
+    def _scalar(self, value: Tensor | float | None) -> Tensor:
         # A number becomes a tensor by a fill: a copy from the host would wait for the device.
         if isinstance(value, Tensor):
-            return value.detach().double()
-        return torch.full_like(self.sums[0], value)
+            return value
+        return self.nothing if value is None else torch.full_like(self.nothing, value)
 
     def report(
         self,
@@ -187,34 +190,32 @@ def micro_batch(
     """Return what a micro-batch adds to a `LossWindow`, none of which the host waits for."""
     owner = inputs["owner"]  # (N,)
     unconfident = owner % 2 == 1 if paired else torch.zeros_like(owner, dtype=torch.bool)
+    halves = torch.stack([~unconfident, unconfident])  # (2, N)
     trained = torch.ones_like(unconfident)
     if "weight" in inputs:
         trained = (inputs["weight"] != 0)[owner]
-    halves = torch.stack([~unconfident, unconfident])  # (2, N)
-    values: dict[str, Tensor | float] = {
-        "loss": loss.loss,
-        "ntp_loss": 0.0 if loss.ntp is None else loss.ntp,
-        "mixup_loss": 0.0 if loss.mixup is None else loss.mixup,
-        "router_loss": 0.0 if loss.router is None else loss.router,
-        "input_tokens": inputs["lengths"].sum(),
-        "squared_lengths": inputs["lengths"].square().sum(),
-        **by_half("tokens", halves),
-        **by_half("trained", halves & trained),
+    of_tokens = {
+        "trained": trained,
+        "watched": None if loss.entropy is None else trained,
+        "nll": loss.row_ntp,
+        "entropy": loss.entropy,
+        "top": loss.is_top,
     }
+    found = {name: numbers for name, numbers in of_tokens.items() if numbers is not None}
+    table = torch.stack([numbers.double() for numbers in found.values()])  # (F, N)
+    sums = (table.unsqueeze(1) * (halves & trained)).sum(-1)
+    sums = torch.cat([sums, halves.sum(-1).unsqueeze(0)])
+    names = [f"{name}_{half}" for name in (*found, "tokens") for half in HALVES]
+    values: dict[str, Tensor | float] = dict(zip(names, sums.flatten().unbind(), strict=True))
+    terms = {"loss": loss.loss, "ntp_loss": loss.ntp, "mixup_loss": loss.mixup}
+    terms["router_loss"] = loss.router
+    values |= {name: term for name, term in terms.items() if term is not None}
+    values["input_tokens"] = inputs["lengths"].sum()
+    values["squared_lengths"] = inputs["lengths"].square().sum()
     if "pair_c" in inputs:
-        values |= {"mixed_pairs": float(inputs["pair_c"].numel()), "lam": inputs["lam"].sum()}
-    numbers = {"nll": loss.row_ntp, "entropy": loss.entropy, "top": loss.is_top}
-    if loss.entropy is not None:
-        numbers["watched"] = trained
-    for field, one in numbers.items():
-        if one is not None:
-            values |= by_half(field, one.double() * (halves & trained))
+        values["mixed_pairs"] = float(inputs["pair_c"].numel())
+        values["lam"] = inputs["lam"].sum()
     return values
-
-
-def by_half(field: str, numbers: Tensor) -> dict[str, Tensor]:
-    """Return the sums of numbers (2, N) by their names in `FIELDS`."""
-    return dict(zip((f"{field}_{half}" for half in HALVES), numbers.sum(-1), strict=True))
 
 
 class RunTensorBoard(TensorBoardCallback):

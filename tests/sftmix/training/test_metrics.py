@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -235,6 +236,23 @@ def test_an_evaluation(head: str, tmp_path: Path) -> None:
     assert found["eval_num_tokens"] == expected["trained"]
     rate = found["eval_samples_per_second"] * found["eval_runtime"]
     assert rate == pytest.approx(9, rel=0.1)
+
+
+def test_the_page_tells_of_all_that_is_logged(tmp_path: Path) -> None:
+    """Of a method with every term, and of an evaluation; a half's name as that of the whole."""
+    page = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    told = {name for cell in cells for name in re.findall(r"`([a-z_]+)`", cell)}
+    made = tiny.trainer(
+        tiny.build("Llama"),
+        tmp_path,
+        tiny.examples(8),
+        eval_dataset=tiny.examples(4),
+        eval_strategy="epoch",
+    )
+    made.train()
+    logged = {name for line in made.state.log_history for name in line if "train_loss" not in line}
+    assert {re.sub("_(un)?confident$", "", name) for name in logged} - {"step"} <= told
 
 
 def test_an_evaluation_of_several_sets(tmp_path: Path) -> None:
