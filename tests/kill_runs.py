@@ -37,6 +37,7 @@ from sftmix.cli import main as sftmix_main
 from sftmix.runs.checkpoints import fault, list_checkpoints
 from sftmix.runs.folders import TEMPORARY_PREFIX
 from sftmix.toy import build_toy_model
+from sftmix.training.metrics import MEASURED
 
 WORDS = ["one", "two", "three", "four", "five", "apple", "owl", "heron", "boat", "lantern"]
 # Kills of one run before it may end; around a save, the most seconds from its beginning.
@@ -150,9 +151,8 @@ def commands(folder: Path) -> list[Command]:
 def history(run: Path) -> list[dict[str, Any]]:
     """What was logged, without what the clock and the memory say."""
     lines = json.loads((run / "trainer_state.json").read_text())["log_history"]
-    measured = ("tokens_per_second", "peak_memory_gib")
     return [
-        {name: value for name, value in line.items() if name not in measured}
+        {name: value for name, value in line.items() if name not in MEASURED}
         for line in lines
         if "loss" in line or "eval_loss" in line
     ]

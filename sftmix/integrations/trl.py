@@ -77,7 +77,8 @@ class SFTMixSFTConfig(SFTMixOptions, SFTConfig):
 class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
     """`trl.SFTTrainer` with the loss, the pairs and the checkpoints of `SFTMixMixin`.
 
-    TRL's metrics that need logits (entropy, mean_token_accuracy) are not logged. The loss of a
+    It logs ``entropy``, ``mean_token_accuracy`` and ``num_tokens`` under TRL's names; but
+    ``eval_num_tokens`` is the number of tokens that the evaluation's means are over. The loss of a
     mixture of experts' router is added with TRL's ``router_aux_loss_coef``.
     """
 

@@ -45,8 +45,12 @@ LAST = (
     "mixup_loss",
     "ntp_loss_confident",
     "ntp_loss_unconfident",
+    "entropy",
+    "mean_token_accuracy",
     "eval_loss",
     "eval_perplexity",
+    "eval_entropy",
+    "eval_mean_token_accuracy",
 )
 
 
@@ -101,8 +105,9 @@ def model_card(
                 _table(("option", "value"), {**options, **counts}),
                 "## Measured",
                 _table(("figure", "value"), figures(log, seconds)),
-                "Losses are means over response tokens, in nats; those of training are of the last "
-                "log line.",
+                "Losses and entropies are means over response tokens, in nats; accuracy is the "
+                "share of them whose label is the most likely token. Figures of training are of "
+                "the last log line.",
                 "## Versions",
                 _table(("package", "version"), versions),
                 *(("## Citation", f"```bibtex\n{CITATION}\n```") if mixed else ()),

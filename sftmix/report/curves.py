@@ -1,4 +1,4 @@
-"""Draw losses while training, with a colour for each row of the comparison."""
+"""Draw what is watched while training, with a colour for each row of the comparison."""
 
 from __future__ import annotations
 
@@ -38,11 +38,23 @@ TERMS = {
         "itself: each target is a mixture of two tokens, which cannot be predicted with certainty.",
         "Mixup loss (nats per position)",
     ),
+    "entropy": (
+        "Entropy while training",
+        "The entropy of the model's predictions, a mean over the tokens with loss of the steps "
+        "since the point before. It falls as the model grows sure, whether it is right or not.",
+        "entropy (nats per token)",
+    ),
+    "mean_token_accuracy": (
+        "Token accuracy while training",
+        "The share of tokens with loss whose label is the most likely token, of the steps since "
+        "the point before.",
+        "accuracy (share of tokens)",
+    ),
 }
 
 
 def term_picture(groups: Sequence[Group], key: str) -> Picture:
-    """Draw one term of the loss, for the rows that have it.
+    """Draw one term of the loss, entropy or accuracy, for the rows that have it.
 
     Raises:
         ValueError: no run has logged it.

@@ -68,8 +68,7 @@ class Run:
                 if isinstance(value, int | float):
                     values.setdefault(key, []).append(float(value))
         last = {key: values[key][-1] for key in LAST if key in values}
-        if "tokens_per_second" in values:
-            last["tokens_per_second"] = statistics.median(values["tokens_per_second"])
+        last |= {key: statistics.median(values[key]) for key in RATES if key in values}
         if "peak_memory_gib" in values:
             last["peak_memory_gib"] = max(values["peak_memory_gib"])
         last |= self.metrics
@@ -88,7 +87,11 @@ class Run:
 
 # Of runs that compare: they begin from the same model, on the same tokens.
 SAME = ("tokenizer_hash", "data_hash", "template_hash", "template_date", "max_length")
-LAST = ("eval_loss", "loss", "ntp_loss", "mixup_loss")
+LAST = (
+    *("eval_loss", "eval_mean_token_accuracy"),
+    *("loss", "ntp_loss", "mixup_loss", "entropy", "mean_token_accuracy"),
+)
+RATES = ("tokens_per_second", "trained_tokens_per_second", "mfu")
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # brings torch
     from sftmix.report.measured import Measured
 
 RESULTS = "Results"
+WATCHED = ("entropy", "mean_token_accuracy")
 Parts = list[Picture | LeftOut]
 
 
@@ -64,15 +65,18 @@ def results_section(findings: Findings) -> Section:
 
 
 def curves_section(findings: Findings) -> Section:
-    """Return the section of losses while training."""
+    """Return the section of losses, entropy and accuracy while training."""
     parts: Parts = []
-    for key in ("ntp_loss", "loss", "mixup_loss") if findings.groups else ():
+    for key in ("ntp_loss", "loss", "mixup_loss", *WATCHED) if findings.groups else ():
+        # Runs of earlier versions have not logged what is watched.
+        if key in WATCHED and not any(run.curve(key)[0] for run in findings.runs):
+            continue
         title = curves.TERMS[key][0]
         parts.append(attempt(title, curves.term_picture, findings.groups, key))
     if findings.groups:
         title = "The two halves while training"
         parts.insert(1, attempt(title, curves.halves_picture, findings.groups))
-    return Section("Losses while training", parts=parts)
+    return Section("While training", parts=parts)
 
 
 def confidence_section(findings: Findings) -> Section:

@@ -36,13 +36,18 @@ class Measure:
 
 MEASURES = (
     Measure("eval_loss", "held-out loss", ".4f"),
+    Measure("eval_mean_token_accuracy", "held-out token accuracy", ".4f"),
     Measure("confidence_std", "std. dev. of confidence", ".3f"),
     Measure("ntp_loss", "training NTP loss", ".4f"),
 )
 TRAINING = (
     Measure("loss", "training loss", ".4f", tested=False),
     Measure("mixup_loss", "Mixup loss", ".4f", tested=False),
+    Measure("entropy", "entropy", ".4f", tested=False),
+    Measure("mean_token_accuracy", "token accuracy", ".4f", tested=False),
     Measure("tokens_per_second", "tokens/s", ",.0f", tested=False),
+    Measure("trained_tokens_per_second", "tokens with loss/s", ",.0f", tested=False),
+    Measure("mfu", "MFU", ".1%", tested=False),
     Measure("peak_memory_gib", "peak memory (GiB)", ".3f", tested=False),
 )
 # Entries of the recipe that are no options: training found them in its files.
@@ -105,8 +110,9 @@ def training_table(groups: Sequence[Group], values: Sequence[Values]) -> Table:
     notes = (
         "Losses of the last log line: total training loss (not comparable between methods) and the "
         "unweighted Mixup term, nats per position.",
-        "Tokens/s: median over the log lines; it counts prompts, and swings with what else the "
-        "machine does.",
+        "Entropy (nats) and token accuracy of the last log line: means over the tokens with loss.",
+        "Tokens/s, tokens with loss/s and MFU: medians over the log lines. Tokens/s counts prompts "
+        "too; all three swing with what else the machine does.",
         "Peak memory: allocated on the GPU, or of the whole process on a CPU.",
     )
     return Table(["method", *(measure.title for measure in measures)], rows, "Training", notes)

@@ -19,8 +19,8 @@ from sftmix.training.option_checks import check_number, check_options, check_set
 from sftmix_kernels import RowChunks, VocabTiles
 from sftmix_kernels.schedules import Schedule
 
-# What an evaluation gives, of each of its data sets; the lower the better.
-EVALUATED = ("loss", "perplexity")
+# What an evaluation gives of each of its data sets, and whether more of it is better.
+EVALUATED = {"loss": False, "perplexity": False, "entropy": False, "mean_token_accuracy": True}
 # Minutes between two checkpoints: one of an 8B model with AdamW, 100 GB, takes one or two.
 SAVE_MINUTES = 30.0
 
@@ -150,6 +150,12 @@ class SFTMixOptions(ConfigBase):
         "with --save_strategy no none; 0: none",
         "ours",
     )
+    spike_threshold: float | None = option(
+        None,
+        "Name the examples of a step whose loss or gradient norm is more than so many standard "
+        "deviations above the mean of the 100 steps before it (at least 20); by default none",
+        "ours",
+    )
     # Examples carry columns that no model's forward knows, and the trainer sorts them itself.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Always off"})
 
@@ -177,9 +183,10 @@ class SFTMixOptions(ConfigBase):
                 "while they would be uploaded"
             )
         # transformers takes what does not end in "loss" for the better the higher it is.
-        metric = self.metric_for_best_model
-        if self.greater_is_better is None and metric and metric.endswith(EVALUATED):
-            self.greater_is_better = False
+        metric = self.metric_for_best_model or ""
+        found = next((more for name, more in EVALUATED.items() if metric.endswith(name)), None)
+        if self.greater_is_better is None and found is not None:
+            self.greater_is_better = found
         # transformers' messages mention the option that is wrong, most of them.
         among = {name: rf"\b{name}\b" for name in self.__dataclass_fields__}
         among["accelerator_config"] = "(?i)accelerator_?config"
@@ -282,6 +289,12 @@ class SFTMixOptions(ConfigBase):
             number = getattr(self, name)
             if not (np.isfinite(number) and number > 0):
                 raise ValueError(f"{name}: expected a finite number above 0, got {number}")
+        spike = self.spike_threshold
+        if spike is not None and not (np.isfinite(spike) and spike > 0):
+            raise ValueError(
+                f"spike_threshold: expected a finite number above 0, got {spike}; leave it out to "
+                "look for no spikes"
+            )
         for name in ("mlp_tile_tokens", "loss_max_bytes"):
             number = getattr(self, name)
             if number is not None and number < 1:

@@ -3,11 +3,13 @@
 Once a step, when its gradients are there and none of them is used, all ranks put together what each
 has seen: losses and a gradient's norm that are not finite, a signal, and on the first rank whether
 a checkpoint is due. That is one reduction of five numbers and one wait for the device, which was
-only for the losses; the norm is the one that clipping and the log have anyway.
+only for the losses; the norm is the one that clipping and the log have anyway. With
+``spike_threshold`` it is two numbers more, the step's loss and the norm (`spikes.py`).
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +20,17 @@ from transformers import Trainer
 
 from sftmix.runs import interrupts
 from sftmix.runs.failures import RankError
-from sftmix.runs.ranks import gathered, is_main, summed
+from sftmix.runs.ranks import gathered, is_main, num_ranks, summed
 from sftmix.training.config import SFTMixOptions
+from sftmix.training.spikes import Spikes
 
 # The mixin goes over any trainer derived from Trainer; type checkers read it as one.
 if TYPE_CHECKING:
     TrainerBase = Trainer
 else:
     TrainerBase = object
+
+logger = logging.getLogger(__name__)
 
 # Below this scale an overflow does not come from the scale. It is DeepSpeed's limit, too.
 LOWEST_SCALE = 1.0
@@ -43,6 +48,7 @@ class GuardedSteps(TrainerBase):
     stop_signal: int | None = None
     save_is_due = False
     saved_at: float
+    spikes: Spikes | None = None
 
     def begin_steps(self) -> None:
         """Forget what another training has left."""
@@ -72,24 +78,39 @@ class GuardedSteps(TrainerBase):
 
     def _check_step(self, norm: Any) -> None:
         window, self.unchecked = self.unchecked, []
-        bad = ~torch.stack([loss for loss, _ in window]).isfinite()
+        losses = torch.stack([loss for loss, _ in window])
+        bad = ~losses.isfinite()
         # Summed over the shards, of which each rank has some.
         norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
-        bad_norm = ~norm.to(bad.device).isfinite()
+        norm = norm.to(bad.device)
         asked = interrupts.requested()
         due = is_main() and time.monotonic() - self.saved_at >= self.args.save_seconds
         own = [*(asked == signum for signum in interrupts.SIGNALS), due]
         # By fills: a copy from the host would wait for the device once more.
         wishes = [torch.full((), float(wish), device=bad.device) for wish in own]
-        seen = torch.stack([bad.any().float(), bad_norm.float(), *wishes])
-        bad_losses, bad_norms, *asking, due_on_main = summed(seen).tolist()
+        seen = [bad.any().float(), (~norm.isfinite()).float(), *wishes]
+        if self.spikes is not None:
+            seen += [losses.sum().float(), norm.float()]
+        bad_losses, bad_norms, *rest = summed(torch.stack(seen)).tolist()
+        *asking, due_on_main = rest[: len(wishes)]
         if bad_losses:
             self._refuse_losses(window, bad.tolist())
         if bad_norms and not self._is_scaled_down():
             self._refuse_gradients(window, norm)
+        if self.spikes is not None:
+            loss, norm_of_all = (total / num_ranks() for total in rest[len(wishes) :])
+            self._tell_spikes(window, self.spikes.add(loss=loss, norm=norm_of_all))
         self.save_is_due = bool(due_on_main)
         signals = zip(interrupts.SIGNALS, asking, strict=True)
         self.stop_signal = next((signum for signum, ranks in signals if ranks), None)
+
+    def _tell_spikes(self, window: list[tuple[Tensor, Tensor]], spikes: str) -> None:
+        """Name the examples of a step that spikes; all ranks agree on whether one does."""
+        if spikes:
+            ids = [number for number in examples_of(window) if number >= 0]  # -1: a filler
+            if is_main():
+                step = self.state.global_step + 1
+                logger.warning("spike at step %d: %s; examples %s", step, spikes, ids)
 
     def _is_scaled_down(self) -> bool:
         """Return whether fp16's scaler leaves this step out and takes a smaller scale next."""
@@ -108,10 +129,9 @@ class GuardedSteps(TrainerBase):
     def _refuse_gradients(self, window: list[tuple[Tensor, Tensor]], norm: Tensor) -> None:
         """Refuse gradients that all ranks share by now: whose examples made them cannot be told."""
         step = f"at step {self.state.global_step + 1}"
-        everyone = gathered([number for _, ids in window for number in ids.tolist()])
+        numbers = examples_of(window)
         if not is_main():
             raise RankError(f"the gradients are not finite {step}; {self._unharmed()}")
-        numbers = [number for own in everyone for number in own]
         losses = ", ".join(f"{loss.item():.6g}" for loss, _ in window)
         raise FloatingPointError(
             f"the norm of the gradients is {norm.item()} {step} (losses {losses}), examples "
@@ -144,6 +164,12 @@ class GuardedSteps(TrainerBase):
             f"{name} is not finite after step {self.state.global_step}: an update was too large "
             f"for its dtype; {kept}; a smaller --learning_rate, or --dtype float32, may help"
         )
+
+
+def examples_of(window: list[tuple[Tensor, Tensor]]) -> list[int]:
+    """Return the ids of a step's examples, of all ranks, which have to call this together."""
+    everyone = gathered([number for _, ids in window for number in ids.tolist()])
+    return [number for own in everyone for number in own]
 
 
 def weight_not_finite(model: nn.Module) -> str | None:

@@ -82,6 +82,7 @@ class Head:
     def __init__(self, batch: dict[str, Any], counts: Counts, options: SFTMixOptions) -> None:
         self.batch, self.counts, self.options = batch, counts, options
         self.targets = batch["targets"]
+        self.stats: TokenStats | None = None  # of `tokens()`, once it was called
 
     @property
     def pairs(self) -> Pairs:
@@ -120,7 +121,7 @@ class Head:
 
     def of_tokens(self, loss: Tensor, tokens: Tensor) -> BatchLoss:
         """Return a loss that was made of ``tokens()``, whose mean is logged as NTP."""
-        return self.watched(BatchLoss(loss, None, None, tokens))
+        return self.watched(BatchLoss(loss, None, None, tokens), self.stats)
 
     def watched(self, loss: BatchLoss, stats: TokenStats | None = None) -> BatchLoss:
         """Return a loss with the plain NTP that is logged beside it, and with ``stats``."""
@@ -162,7 +163,12 @@ class Head:
 
 
 class FusedHead(Head):
-    """A head whose losses are the fused ones of `sftmix_kernels`."""
+    """A head whose losses are the fused ones of `sftmix_kernels`.
+
+    ``watches`` turns entropy and the most likely token off, to measure what they cost.
+    """
+
+    watches = True
 
     def __init__(
         self,
@@ -178,6 +184,11 @@ class FusedHead(Head):
         self.hidden, self.weight, self.keywords = hidden, weight, keywords
 
     @property
+    def finds_stats(self) -> bool:
+        """Say whether the loss finds entropy and the most likely token on its way."""
+        return self.watches and not self.recomputes
+
+    @property
     def recomputes(self) -> bool:
         """Say whether vocabulary tiles make the loss, which find nothing else of a token."""
         schedule = self.keywords["schedule"]
@@ -185,13 +196,17 @@ class FusedHead(Head):
 
     def tokens(self) -> Tensor:
         """Return every response token's NTP loss; backward makes the logits again."""
-        return fused_cross_entropy(
-            self.hidden, self.weight, self.targets, reduction="none", stats=False, **self.keywords
+        rows = (self.hidden, self.weight, self.targets)
+        if not self.finds_stats:
+            return fused_cross_entropy(*rows, reduction="none", stats=False, **self.keywords)
+        tokens, self.stats = fused_cross_entropy(
+            *rows, reduction="none", stats=True, **self.keywords
         )
+        return tokens
 
     def ntp(self) -> BatchLoss:
         """Return NTP."""
-        if not self.recomputes:
+        if self.finds_stats:
             return self.cross_entropy()
         nothing = self.targets.new_empty(0)
         return self._joint(Pairs(nothing, nothing, nothing.float()), 0.0)._replace(mixup=None)
@@ -251,7 +266,7 @@ class FusedHead(Head):
             **self.keywords,
         }
         terms = (self.hidden, self.weight, self.targets, *pairs)
-        if not self.recomputes:
+        if self.finds_stats:
             (loss, _, mixup), stats = fused_sftmix_loss(*terms, stats=True, **options)
             return self.watched(BatchLoss(loss, None, mixup, None), stats)
         row_ntp = torch.empty(self.targets.shape, dtype=torch.float32, device=self.targets.device)
@@ -289,8 +304,11 @@ class DenseHead(Head):
     def tokens(self) -> Tensor:
         """Return every response token's NTP loss."""
         assert self.method.ntp, "the method says that it reads no rows of response tokens"
-        logits = self.logits[: self.targets.numel()]
-        return F.cross_entropy(logits, self.targets, reduction="none")
+        log_probs = self.logits[: self.targets.numel()].log_softmax(-1)
+        every = torch.ones_like(self.targets, dtype=torch.float32)
+        with torch.no_grad():
+            self.stats = reference.token_stats(log_probs, self.targets, every)
+        return F.nll_loss(log_probs, self.targets, reduction="none")
 
     def ntp(self) -> BatchLoss:
         """Return NTP."""

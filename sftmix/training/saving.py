@@ -244,7 +244,8 @@ class WholeCheckpoints(GuardedSteps):
         self.saved_at, self.saved_step = time.monotonic(), self.state.global_step
 
     def _extras(self) -> list[Any]:
-        return [self.window, self.evaluation, *self.checkpoint_extras]
+        spikes = [] if self.spikes is None else [self.spikes]
+        return [self.window, self.evaluation, *spikes, *self.checkpoint_extras]
 
     def _publish(self, staging: Path, final: Path) -> None:
         seal(staging, changing=[extra.FILE for extra in self.checkpoint_extras])

@@ -39,6 +39,7 @@ from sftmix.runs import interrupts
 from sftmix.runs.checkpoints import PREFIX, writing
 from sftmix.runs.folders import atomic_write
 from sftmix.runs.ranks import gathered, is_main, num_ranks, rank, summed
+from sftmix.training.token_sums import TokenSums
 from sftmix_kernels import StreamingPerplexity
 
 # Between two savings of a scoring's progress: what a killed run has to score again. A saving waits
@@ -67,6 +68,7 @@ def score_examples(
     disable_progress: bool | None = False,
     save: Callable[[], object] | None = None,
     shared: bool = False,
+    watched: TokenSums | None = None,
 ) -> StreamingPerplexity:
     """Add one scoring of all examples, response tokens only, to ``perplexity`` (or a new one).
 
@@ -84,6 +86,7 @@ def score_examples(
         save: is called between two batches, every `SAVE_SECONDS`. A signal ends the scoring after
             a batch, saved.
         shared: all ranks call this and share the batches; each gets the sums of all.
+        watched: gets the sums of this rank's tokens; losses then come from the loss's row kernel.
 
     Raises:
         ValueError: there is nothing to score, an example has no response token, or ``perplexity``
@@ -117,7 +120,7 @@ def score_examples(
         for done, (batch_rows, batch) in enumerate(own, start=1):
             if exact or batch["attention_mask"].all():
                 del batch["attention_mask"]
-            score_batch(model, head, batch, torch.tensor(batch_rows).long(), perplexity)
+            score_batch(model, head, batch, torch.tensor(batch_rows).long(), perplexity, watched)
             dealt = batches[(done - 1) * size : done * size]
             progress.update(sum(lengths[row] for rows in dealt for row in rows))
             due, signum = agreed(saved, done, size)
@@ -188,6 +191,7 @@ def score_batch(
     batch: dict[str, Tensor],
     examples: Tensor,
     perplexity: StreamingPerplexity,
+    watched: TokenSums | None = None,
 ) -> None:
     """Add the losses of a `PairedCollator`'s batch; ``examples`` says whose rows they are.
 
@@ -205,10 +209,12 @@ def score_batch(
         rows=batch["rows"].to(device),
     )
     if head.fused:
-        call(head_function=_adding(perplexity, targets, sample_ids, head))
+        call(head_function=_adding(perplexity, targets, sample_ids, head, watched))
         return
     logits = call(head_input=lambda hidden: hidden).value.float()
     perplexity.add(F.cross_entropy(logits, targets, reduction="none"), sample_ids)
+    if watched is not None:
+        watched.add_logits(logits, targets)
 
 
 def scoring_autocast(
@@ -234,10 +240,18 @@ def scoring_autocast(
 
 
 def _adding(
-    perplexity: StreamingPerplexity, targets: Tensor, sample_ids: Tensor, head: HeadAdapter
+    perplexity: StreamingPerplexity,
+    targets: Tensor,
+    sample_ids: Tensor,
+    head: HeadAdapter,
+    watched: TokenSums | None,
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     def head_function(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        perplexity.update(hidden, weight, targets, sample_ids, bias=bias, **head.options)
+        if watched is None:
+            perplexity.update(hidden, weight, targets, sample_ids, bias=bias, **head.options)
+        else:
+            losses = watched.add(hidden, weight, targets, bias=bias, **head.options)
+            perplexity.add(losses, sample_ids)
         return hidden.new_zeros(())
 
     return head_function

@@ -47,9 +47,10 @@ from sftmix.runs.ranks import (
 )
 from sftmix.templates.turn_ends import TurnEnds
 from sftmix.training.config import EVALUATED, SFTMixOptions
+from sftmix.training.evaluation import evaluated
 from sftmix.training.example_weights import training_weights
-from sftmix.training.loss import BatchLoss, Counts, batch_counts, batch_loss
-from sftmix.training.metrics import LossWindow, RunTensorBoard
+from sftmix.training.loss import Counts, batch_counts, batch_loss
+from sftmix.training.metrics import LossWindow, RunTensorBoard, micro_batch
 from sftmix.training.parallelism import (
     check_parallelism,
     check_processes,
@@ -58,8 +59,8 @@ from sftmix.training.parallelism import (
 )
 from sftmix.training.precision import HalfPrecisionUpdates
 from sftmix.training.saving import DueEvaluation, Resumption, WholeCheckpoints
-from sftmix.training.scoring import score_examples
-from sftmix_kernels import StreamingPerplexity
+from sftmix.training.spikes import Spikes
+from sftmix.training.utilisation import Utilisation, utilisation_of
 
 # Training arguments that do not decide a training's results, or that differ from rank to rank.
 OF_RANK = ("local_rank", "output_dir", "logging_dir", "run_name", "disable_tqdm")
@@ -84,6 +85,7 @@ class SFTMixMixin(WholeCheckpoints):
     model: Any
     train_dataset: Any
     data_collator: Any
+    utilisation: Utilisation | None = None
 
     def __init__(
         self,
@@ -268,35 +270,11 @@ class SFTMixMixin(WholeCheckpoints):
             router = loss.router * bool(inputs["rows"].numel()) / counts.micro_batches
             total = total + self.head.router_coefficient * router * ranks
             loss = loss._replace(loss=total / ranks, router=router)
-        self._measure(inputs, loss)
+        self.window.add(micro_batch(inputs, loss, paired=self.paired))
         return (total, loss) if return_outputs else total
 
-    def _measure(self, inputs: dict[str, Tensor], loss: BatchLoss) -> None:
-        unconfident = inputs["owner"] % 2 == 1 if self.paired else None
-        values: dict[str, Tensor | float] = {
-            "loss": loss.loss,
-            "ntp_loss": 0.0 if loss.ntp is None else loss.ntp,
-            "mixup_loss": 0.0 if loss.mixup is None else loss.mixup,
-            "router_loss": 0.0 if loss.router is None else loss.router,
-            "input_tokens": inputs["lengths"].sum(),
-            "tokens_confident": float(inputs["rows"].numel()),
-        }
-        if unconfident is not None:
-            values |= {
-                "tokens_confident": (~unconfident).sum(),
-                "tokens_unconfident": unconfident.sum(),
-                "mixed_pairs": float(inputs["pair_c"].numel()),
-                "lam": inputs["lam"].sum(),
-            }
-        if unconfident is not None and loss.row_ntp is not None:
-            values |= {
-                "nll_confident": (loss.row_ntp * ~unconfident).sum(),
-                "nll_unconfident": (loss.row_ntp * unconfident).sum(),
-            }
-        self.window.add(values)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Replace Trainer's loss by the window's exact mean, and add the terms and rates."""
+        """Replace Trainer's loss by the window's exact mean, and add what is watched."""
         if "loss" in logs and self.is_in_train:
             step = self.state.global_step
             sums = self.accelerator.reduce(self.window.sums, "sum")
@@ -308,9 +286,10 @@ class SFTMixMixin(WholeCheckpoints):
                 mixed=method.mixed,
                 ntp=method.ntp,
                 router=self.head.router_coefficient != 0,
+                utilisation=self.utilisation,
             )
             logs = {**logs, **report}
-            self.window.reset(step)
+            self.window.reset(step, int(report["num_tokens"]))
         super().log(logs, start_time)
 
     def evaluate(
@@ -319,7 +298,7 @@ class SFTMixMixin(WholeCheckpoints):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Return the NTP loss of a data set, a mean over its response tokens, and its perplexity.
+        """Return what `sftmix.training.evaluation.evaluated` finds of a data set.
 
         Batches are those of `score_examples`; ``per_device_eval_batch_size`` is not used. Several
         data sets, given as a dict, are evaluated one by one, as `Trainer` does.
@@ -336,21 +315,16 @@ class SFTMixMixin(WholeCheckpoints):
             raise ValueError("evaluate: the model is sharded when training begins; train first")
         if eval_dataset is not None and eval_dataset is not self.eval_dataset:
             check_examples(self.model, eval_dataset=dataset)
-        scores = score_examples(
+        metrics = evaluated(
             self.model,
             self.head,
             dataset,
             collator=self.data_collator.padded(),
-            perplexity=StreamingPerplexity(len(dataset), self.args.device),
+            device=self.args.device,
             context=self.accelerator.autocast,
-            description="evaluate",
             disable_progress=self.args.disable_tqdm,
-            shared=True,
         )
-        loss = float(scores.nll_sum.sum() / scores.num_tokens.sum())
-        with np.errstate(over="ignore"):
-            perplexity = float(np.exp(loss))  # infinite from a loss of 710 on
-        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": perplexity}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         handler = self.callback_handler
         self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -386,6 +360,10 @@ class SFTMixMixin(WholeCheckpoints):
                 "model: expected weights to train, got a model whose weights are all frozen; set "
                 "requires_grad of some, or add an adapter"
             )
+        threshold = self.args.spike_threshold
+        self.spikes = None if threshold is None else Spikes(threshold)
+        # Before the clock runs: on a CPU it multiplies matrices for a tenth of a second.
+        self.utilisation = utilisation_of(self._inner_model, self.head, self.args)
         resume_from_checkpoint = self._load_extras(resume_from_checkpoint)
         if self.args.world_size > 1:
             refuse_differences(self._decisive())

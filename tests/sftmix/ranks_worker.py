@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -41,7 +43,9 @@ from sftmix.runs.ranks import (
     summed,
     together,
 )
+from sftmix.training import spikes
 from sftmix.training.loss import batch_counts, batch_loss
+from sftmix.training.metrics import MEASURED
 from sftmix.training.scoring import ScoringCallback, score_examples
 from sftmix.training.trainer import SFTMixTrainer
 from sftmix_kernels import StreamingPerplexity
@@ -150,7 +154,7 @@ def outcome(made: Any, recorder: Recorder) -> Found:
     made.train()
     evaluated = made.evaluate()
     logs = [
-        {k: v for k, v in line.items() if k not in ("tokens_per_second", "peak_memory_gib")}
+        {k: v for k, v in line.items() if k not in MEASURED}
         for line in made.state.log_history
         if "loss" in line
     ]
@@ -158,9 +162,24 @@ def outcome(made: Any, recorder: Recorder) -> Found:
     return {
         "gradients": recorder.steps,
         "logs": logs,
-        "eval_loss": evaluated["eval_loss"],
+        "evaluated": {k: v for k, v in evaluated.items() if k not in MEASURED},
         "weights": {plain(name): whole(weight) for name, weight in named},
     }
+
+
+def spiking(folder: Path) -> Found:
+    """Steps above the mean of two or more before them, and the ids that the first rank names."""
+    told: list[logging.LogRecord] = []
+    handler, logger = logging.Handler(), logging.getLogger("sftmix.training.guards")
+    handler.emit = told.append  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    size = {"per_device_train_batch_size": 8 // num_ranks(), "num_train_epochs": 2}
+    options = {"spike_threshold": 1e-6, "learning_rate": 0.0, **size}
+    with mock.patch.object(spikes, "FEWEST", 2):
+        tiny.trainer(llama(), folder, tiny.examples(18), **options).train()
+    logger.removeHandler(handler)
+    found = [record.args for record in told if isinstance(record.args, tuple)]
+    return {"spikes": [(step, sorted(ids)) for step, _, ids in found]}  # type: ignore[call-overload]
 
 
 def sharded_by_hand(folder: Path, *, own_unit: bool, tied: bool = False) -> Found:
@@ -417,6 +436,7 @@ CASES: dict[str, Callable[[Path], Found]] = {
     "by hand, tied": functools.partial(sharded_by_hand, own_unit=False, tied=True),
     "by hand, head": functools.partial(sharded_by_hand, own_unit=True),
     "scoring": scoring,
+    "spikes": spiking,
 }
 
 

@@ -68,7 +68,8 @@ def _away(offline: None, monkeypatch: pytest.MonkeyPatch) -> None:
         ("--metric_for_best_model foo", "--metric_for_best_model: expected --eval_strategy epoch"),
         (
             "--eval_data DATA --eval_strategy epoch --metric_for_best_model foo",
-            "--metric_for_best_model: expected one of eval_loss, eval_perplexity, got 'foo'",
+            "--metric_for_best_model: expected one of eval_loss, eval_perplexity, "
+            "eval_entropy, eval_mean_token_accuracy, got 'foo'",
         ),
         ("--lora_rank 999999", "--lora_rank: expected at most 24, the largest side of the model's"),
         ("--partition no.parquet", "--partition: expected the confidence.parquet of a run of `sft"),

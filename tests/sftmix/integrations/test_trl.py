@@ -113,7 +113,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_labels_loss_and_gradients_are_those_of_trl(
+def test_labels_loss_gradients_and_metrics_are_those_of_trl(
     case: str,
     toy_model: Path,
     pairs: datasets.Dataset,
@@ -143,8 +143,12 @@ def test_labels_loss_and_gradients_are_those_of_trl(
     loss = mine.compute_loss(mine.model, batch)
     loss.backward()
     own = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    theirs.model.train()  # or it would count no tokens
     reference = theirs.compute_loss(theirs.model, own)
     reference.backward()
+    line = mine.window.report(mine.window.sums, 1, paired=True, mixed=False)
+    for name in ("entropy", "mean_token_accuracy", "num_tokens"):
+        assert line[name] == pytest.approx(theirs._metrics["train"][name][0], rel=1e-6), name
     # Two float32 sums of about 100 tokens, in another order.
     assert tiny.relative_difference(loss, reference) < 1e-6
     tiny.assert_same_training(mine.model, theirs.model, own)

@@ -44,6 +44,7 @@ def run(name: str, *, mixup: bool = True, paired: bool = True, shift: float = 0.
     log: list[dict[str, Any]] = [{"step": 0, "train_runtime": 1.0}]
     for step in (10, 20, 30):
         log.append({"step": step, "loss": 3 / step, "ntp_loss": shift + 3 / step})
+        log[-1] |= {"entropy": 2 / step, "mean_token_accuracy": 0.5 - 1 / step}
         if paired:
             log[-1] |= {"ntp_loss_confident": 1 / step, "ntp_loss_unconfident": 5 / step}
         if mixup:

@@ -65,7 +65,7 @@ def test_a_whole_report(
     assert "left out" not in printed
     html = output.read_text(encoding="utf-8")
     page = Page(html)
-    assert page.tags.count("figure") == 4 + 1 + 2 + 3 + 2
+    assert page.tags.count("figure") == 6 + 1 + 2 + 3 + 2
     assert "<b>Mine</b>" in page.texts
     assert "SFTMix: held-out loss" in page.texts
     assert not [link for link in page.values("src", "href") if not link.startswith(("#", "data:"))]

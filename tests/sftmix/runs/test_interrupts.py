@@ -22,6 +22,7 @@ from sftmix.cli import main
 from sftmix.runs import interrupts
 from sftmix.runs.checkpoints import fault, list_checkpoints
 from sftmix.runs.interrupts import Interrupted
+from sftmix.training.metrics import MEASURED
 from sftmix.training.trainer import SFTMixTrainer
 from tests.sftmix import tiny
 
@@ -108,8 +109,7 @@ def stopped(
 def history(run: Path) -> list[dict[str, Any]]:
     """The logged numbers that no clock decides."""
     lines = json.loads((run / "trainer_state.json").read_text())["log_history"]
-    measured = ("tokens_per_second", "peak_memory_gib")
-    kept = [{k: v for k, v in line.items() if k not in measured} for line in lines]
+    kept = [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
     return [line for line in kept if "loss" in line or "eval_loss" in line]
 
 

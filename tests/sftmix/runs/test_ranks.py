@@ -19,6 +19,7 @@ from torch.distributed.fsdp import StateDictType
 
 from sftmix.cli import main
 from sftmix.runs.checkpoints import list_checkpoints
+from sftmix.training.metrics import MEASURED
 from sftmix.training.parallelism import check_parallelism
 from tests.sftmix import tiny
 from tests.sftmix.ranks_worker import CASES, RANKS, TRAININGS
@@ -83,7 +84,7 @@ def both(folder: Path, commands: list[list[str]]) -> Both:
     return [torch.load(folder / f"rank{number}.pt") for number in range(RANKS)], alone
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n not in ("scoring", *LEARNING)])
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("scoring", "spikes", *LEARNING)])
 def test_gradients_are_those_of_one_process(name: str, both: Both) -> None:
     ranks, alone = both
     expected = alone[name]["gradients"]
@@ -104,7 +105,7 @@ def test_logs_and_evaluation_are_those_of_one_process(name: str, both: Both) -> 
     for found in ranks:
         for line, expected in zip(found[name]["logs"], alone[name]["logs"], strict=True):
             assert line == pytest.approx(expected, rel=CLOSE)
-        assert found[name]["eval_loss"] == pytest.approx(alone[name]["eval_loss"], rel=CLOSE)
+        assert found[name]["evaluated"] == pytest.approx(alone[name]["evaluated"], rel=CLOSE)
 
 
 @pytest.mark.parametrize("name", LEARNING)
@@ -127,6 +128,13 @@ def test_shared_scores_are_those_of_one_process(both: Both) -> None:
     # The check of padding takes four calls of each.
     calls = [found["scoring"]["forwards"] - 4 for found in ranks]
     assert calls[0] == calls[1] == -(-(alone["scoring"]["forwards"] - 4) // 2)
+
+
+def test_a_spike_names_the_examples_of_all_ranks(both: Both) -> None:
+    """The third of an epoch's steps has two examples, and a filler on the second rank."""
+    ranks, alone = both
+    assert alone["spikes"]["spikes"]
+    assert [found["spikes"] for found in ranks] == [alone["spikes"], {"spikes": []}]
 
 
 @pytest.mark.parametrize("name", ["ddp, resumed", "fsdp, resumed"])
@@ -334,7 +342,7 @@ def log(run: Path) -> list[dict[str, float]]:
     """What a run logged, without what the machine decides and the sums over a training."""
     state = json.loads((run / "trainer_state.json").read_text())
     return [
-        {k: v for k, v in line.items() if k not in ("tokens_per_second", "peak_memory_gib")}
+        {k: v for k, v in line.items() if k not in MEASURED}
         for line in state["log_history"]
         if "train_loss" not in line
     ]

@@ -1,4 +1,4 @@
-"""The best model is the one of the lowest loss or perplexity, whatever the metric is called."""
+"""The best model is the one of the lowest loss, perplexity or entropy, or highest accuracy."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sftmix.training.trainer import SFTMixTrainer
 from tests.sftmix import tiny
 
 SETS = {"near": 0, "far": 1}
-ONE = ("loss", "perplexity", "eval_loss", "eval_perplexity")
-TWO = ("eval_near_perplexity", "far_perplexity", "eval_far_loss", "near_loss")
+ONE = ("loss", "perplexity", "eval_loss", "eval_perplexity", "entropy")
+TWO = ("eval_near_perplexity", "far_perplexity", "eval_far_loss", "near_loss", "far_entropy")
 
 
 def make(folder: Path, *, sets: bool = False, **changes: Any) -> SFTMixTrainer:
@@ -44,6 +44,18 @@ def make(folder: Path, *, sets: bool = False, **changes: Any) -> SFTMixTrainer:
 def test_less_is_better(metric: str, tmp_path: Path) -> None:
     made = make(tmp_path, sets=metric in TWO, metric_for_best_model=metric)
     assert made.args.greater_is_better is False
+
+
+@pytest.mark.parametrize("metric", ["mean_token_accuracy", "eval_far_mean_token_accuracy"])
+def test_more_accuracy_is_better(metric: str, tmp_path: Path) -> None:
+    made = make(
+        tmp_path, sets="far" in metric, metric_for_best_model=metric, load_best_model_at_end=True
+    )
+    made.train()
+    name = f"eval_{metric.removeprefix('eval_')}"
+    found = [line[name] for line in made.state.log_history if name in line]
+    assert made.args.greater_is_better is True
+    assert made.state.best_metric == max(found)
 
 
 @pytest.mark.parametrize("metric", [*ONE[1:3], *TWO[1:3]])
@@ -87,8 +99,8 @@ def test_the_best_alone_is_kept_and_training_stops_early(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("metric", "sets", "known"),
     [
-        ("accuracy", False, "eval_loss, eval_perplexity"),
-        ("loss", True, "eval_near_loss, eval_near_perplexity, eval_far_loss, eval_far_perp"),
+        ("accuracy", False, "eval_loss, eval_perplexity, eval_entropy, eval_mean_token_accuracy"),
+        ("loss", True, "eval_near_loss, eval_near_perplexity, .*, eval_far_loss, eval_far_perp"),
         ("eval_middle_loss", True, "eval_near_loss"),
         ("ntp_loss", False, "eval_loss"),
     ],
@@ -107,7 +119,8 @@ def test_the_command_refuses_it_too(
     words += ["--use_cpu", "true", "--eval_data", str(toy_data), "--output", str(tmp_path / "run")]
     words += ["--eval_strategy", "epoch", "--metric_for_best_model", "accuracy"]
     assert main(words) == 2
-    assert "expected one of eval_loss, eval_perplexity, got 'accuracy'" in capsys.readouterr().err
+    says = "expected one of eval_loss, eval_perplexity, eval_entropy, eval_mean_token_accuracy, got"
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["moved", "copied", "gone"])

@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from sftmix.cli import main
 from sftmix.runs.checkpoints import STAGING
+from sftmix.training.metrics import MEASURED
 from tests.sftmix.conftest import write_gpt2_with_dropout, write_rows
 
 ROOT = Path(__file__).parents[3]
@@ -102,9 +103,8 @@ def checkpoints(files: list[str]) -> set[str]:
 def history(run: Path) -> list[dict[str, Any]]:
     """What was logged, without what the clock and the memory say."""
     lines = json.loads((run / "trainer_state.json").read_text())["log_history"]
-    measured = ("tokens_per_second", "peak_memory_gib")
     return [
-        {name: value for name, value in line.items() if name not in measured}
+        {name: value for name, value in line.items() if name not in MEASURED}
         for line in lines
         if "loss" in line or "eval_loss" in line
     ]

@@ -63,8 +63,8 @@ def kill_at(place, number):
 def note_batches(path):
     own = sftmix.training.scoring.score_batch
 
-    def noting(model, head, batch, examples, perplexity):
-        own(model, head, batch, examples, perplexity)
+    def noting(model, head, batch, examples, perplexity, watched):
+        own(model, head, batch, examples, perplexity, watched)
         finished = perplexity.nll_sum.shape[1]
         with open(path, "a") as file:
             file.write(json.dumps([finished, examples.tolist()]) + "\\n")

@@ -200,9 +200,9 @@ def test_a_scoring_goes_on_from_its_sums(
     adapter, own = HeadAdapter(model), sftmix.training.scoring.score_batch
     scored: list[int] = []
 
-    def spy(model: Any, head: Any, batch: Any, examples: torch.Tensor, perplexity: Any) -> None:
+    def spy(model: Any, head: Any, batch: Any, examples: torch.Tensor, *sums: Any) -> None:
         scored.extend(examples.tolist())
-        own(model, head, batch, examples, perplexity)
+        own(model, head, batch, examples, *sums)
 
     monkeypatch.setattr(sftmix.training.scoring, "score_batch", spy)
     score = functools.partial(

@@ -32,6 +32,8 @@ NOT_DECISIVE = {
     *("memory", "activation_offload"),
     # A checkpoint changes nothing of a training.
     "save_minutes",
+    # Only says something.
+    "spike_threshold",
 }
 
 Train = Callable[..., tuple[dict[str, Any], dict[str, Any]]]
