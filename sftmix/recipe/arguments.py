@@ -157,6 +157,12 @@ class RunArguments:
         "Names of the layers that get updates; by default all linear ones except the head",
         "ours",
     )
+    load_in_4bit: bool = option(
+        False,
+        "QLoRA: hold the frozen weights in 4 bits (NF4, bitsandbytes), with --lora_rank; the head "
+        "and the embeddings stay in --dtype",
+        "ours",
+    )
     revision: str | None = option(None, REVISION_HELP, "ours")
     trust_remote_code: bool = option(
         False, "Run Python code that comes with the model; a config file cannot ask for it", "ours"
