@@ -39,6 +39,7 @@ COMMANDS = {
     "generate": "answer the questions of AlpacaEval or MT-Bench, for their judges to read",
     "evaluate": "accuracy of a saved model in the paper's medical tasks",
     "report": "runs beside each other, as one HTML file with tables and pictures",
+    "schema": "JSON Schema of the files of --config, for editors and other tools",
     "data": "the formats of data that are read, each with an example",
     "demo": "the whole method on a small model, in minutes, without a GPU or a network",
     "doctor": "what is installed and what would run",

@@ -11,7 +11,7 @@ from sftmix.model.source import check_model
 from sftmix.pairs.partition import Partition, from_scores, read_partition, summary, write_partition
 from sftmix.recipe.arguments import RunArguments, parse
 from sftmix.recipe.loading import load_data, load_model, load_tokenizer, refuse_misfits
-from sftmix.recipe.lora import add_lora, check_lora
+from sftmix.recipe.lora import add_lora, check_lora, four_bit
 from sftmix.recipe.manifest import kept_date, recipe, start_manifest
 from sftmix.runs import interrupts
 from sftmix.runs.checkpoints import remove_checkpoints
@@ -32,7 +32,7 @@ ARGUMENTS = (RunArguments, ScoreConfig)
 def main(words: Sequence[str]) -> None:
     """Run the command."""
     arguments, config = parse(words, RunArguments, ScoreConfig, "sftmix score")
-    check_lora(arguments)
+    check_lora(arguments, config)
     check_processes(config)
     check_device(config)
     interrupts.advise("before training began: nothing is lost; start it again")
@@ -81,9 +81,10 @@ def score(run: Path, arguments: RunArguments, config: ScoreConfig) -> Partition:
     refuse_differences(numbers)
     if not on_main(lambda: (run / PARTITION).exists()):
         with together():
-            model = add_lora(
-                load_model(arguments, arguments.attn_implementation), arguments, config.seed
+            model = load_model(
+                arguments, arguments.attn_implementation, **four_bit(arguments, config.device)
             )
+            model = add_lora(model, arguments, config.seed)
             collator = make_collator(tokenizer, config)
             trainer, scores = reference_trainer(model, dataset, collator, config, tokenizer)
         on_main(lambda: start_manifest(run, numbers))

@@ -34,7 +34,7 @@ from sftmix.recipe.loading import (
     refuse_misfits,
     warn_of_overlap,
 )
-from sftmix.recipe.lora import add_lora, check_lora
+from sftmix.recipe.lora import add_lora, check_lora, four_bit
 from sftmix.recipe.manifest import (
     kept_date,
     recipe,
@@ -98,7 +98,7 @@ def main(words: Sequence[str]) -> None:
             f"partition: expected RUN/confidence.parquet of `sftmix score`, which --method "
             f"{config.method} needs, got none"
         )
-    check_lora(arguments)
+    check_lora(arguments, config)
     check_processes(config)
     check_device(config)
     hub = repository(config)
@@ -146,10 +146,11 @@ def train(
         if confident is not None:
             pools_of(confident, config.pairing)
         config.num_batches(len(dataset))
+        model = load_model(
+            arguments, arguments.attn_implementation, **four_bit(arguments, config.device)
+        )
         trainer = SFTMixTrainer(
-            model=add_lora(
-                load_model(arguments, arguments.attn_implementation), arguments, config.seed
-            ),
+            model=add_lora(model, arguments, config.seed),
             args=config,
             train_dataset=dataset,
             eval_dataset=held_out,

@@ -100,6 +100,8 @@ def plan_step(
             than bfloat16; a model whose shapes hang on values.
     """
     check_options(config, options, length)
+    if arguments.load_in_4bit:
+        raise ValueError("load_in_4bit: the plan knows no quantised weights; leave it out")
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     short: Sequence[int | None] = SHORT
     # If only some layers checkpoint, two short models do not tell the peak of a longer one.

@@ -43,6 +43,9 @@ CALLED = {
     "--no_cuda": "--use_cpu true",
 }
 
+# argparse's words for an option that takes several values.
+SEVERAL = ("+", "*")
+
 CHAT_TEMPLATE_HELP = (
     "Jinja file of the chat template, or a folder with chat_template.jinja; by default the model's "
     "own, or a plain one"
@@ -155,6 +158,12 @@ class RunArguments:
         "Names of the layers that get updates; by default all linear ones except the head",
         "ours",
     )
+    load_in_4bit: bool = option(
+        False,
+        "QLoRA: hold the frozen weights in 4 bits (NF4, bitsandbytes), with --lora_rank; the head "
+        "and the embeddings stay in --dtype",
+        "ours",
+    )
     revision: str | None = option(None, REVISION_HELP, "ours")
     trust_remote_code: bool = option(
         False, "Run Python code that comes with the model; a config file cannot ask for it", "ours"
@@ -235,7 +244,7 @@ def parse(
         ValueError: a value that the config refuses.
         SystemExit: unknown or missing flags, or help was asked for.
     """
-    parser = _parser([run_type, config_type], prog, words)
+    parser = parser_of([run_type, config_type], prog, words)
     typed = {word.partition("=")[0].replace("-", "_") for word in words}
     for name in refused_options(config_type):
         if f"__{name}" in typed:
@@ -297,7 +306,7 @@ def parse_alone(words: Sequence[str], arguments_type: type[Any], prog: str) -> A
         ValueError: a value that the dataclass refuses.
         SystemExit: unknown or missing flags, or help was asked for.
     """
-    parser = _parser([arguments_type], prog, words)
+    parser = parser_of([arguments_type], prog, words)
     words = with_config(words, parser)
     (arguments,) = parsed(parser, words)
     _show_bars(not arguments.disable_tqdm)
@@ -330,13 +339,8 @@ def with_config(words: Sequence[str], parser: argparse.ArgumentParser) -> list[s
     given, rest = first.parse_known_args(words)
     if given.config is None:
         return rest
-    takes = {
-        flag.lstrip("-"): action.nargs
-        for flag, action in parser._option_string_actions.items()
-        # --help and --no_X take no value, and nobody would read another config file.
-        if action.nargs != 0 and action.dest != "config"
-    }
-    single = [name for name, nargs in takes.items() if nargs not in ("+", "*")]
+    takes = config_options(parser)
+    single = [name for name, action in takes.items() if action.nargs not in SEVERAL]
     training = {
         field.name for cls in (TrainRunArguments, ScoreConfig) for field in dataclasses.fields(cls)
     }
@@ -346,6 +350,16 @@ def with_config(words: Sequence[str], parser: argparse.ArgumentParser) -> list[s
     with Naming("config"):
         typed = config_words(given.config, command, takes, training, single=single)
     return [*typed, *rest]
+
+
+def config_options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """Return the options that a config file may name, in each spelling."""
+    return {
+        flag.lstrip("-"): action
+        for flag, action in parser._option_string_actions.items()
+        # --help and --no_X take no value, and nobody would read another config file.
+        if action.nargs != 0 and action.dest != "config"
+    }
 
 
 class _Help(OneSpelling, argparse.ArgumentDefaultsHelpFormatter):
@@ -364,8 +378,9 @@ class _Parser(OneMessage, HfArgumentParser):
         super().error(message)
 
 
-def _parser(types: list[type[Any]], prog: str, words: Sequence[str]) -> _Parser:
-    parser = _Parser(cast(Any, types), prog=prog, formatter_class=_Help)
+def parser_of(types: Sequence[type[Any]], prog: str, words: Sequence[str] = ()) -> _Parser:
+    """Return the parser of a command's dataclasses, which knows the words that were typed."""
+    parser = _Parser(cast(Any, list(types)), prog=prog, formatter_class=_Help)
     parser.words = words
     parser.add_argument("--config", help=CONFIG_HELP)
     for action in parser._actions:

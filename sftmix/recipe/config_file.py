@@ -32,6 +32,8 @@ MAX_FILES = 16
 # Running code that comes with a model is for the user to type.
 FLAG_ALONE = "trust_remote_code"
 NOTHING = ("false", "no", "n", "f", "0")
+# transformers takes an attention with a slash in it as a repository of compiled kernels.
+NO_SLASH = "attn_implementation"
 
 
 def config_words(
@@ -152,17 +154,14 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_code(path: str | Path, name: str, value: Any) -> None:
-    """Refuse what would run code that comes with a model, or from the hub.
-
-    transformers takes an attention with a slash in it as a repository of compiled kernels.
-    """
+    """Refuse what would run code that comes with a model, or from the hub."""
     asked = value is not None and str(value).lower() not in NOTHING
     if _flag(name) == FLAG_ALONE and asked:
         raise ValueError(
             f"config: {path}: {name}: a config file cannot have code run that comes with a model; "
             "type --trust_remote_code true if you trust it"
         )
-    if _flag(name) == "attn_implementation" and "/" in str(value):
+    if _flag(name) == NO_SLASH and "/" in str(value):
         raise ValueError(
             f"config: {path}: {name}: a config file cannot have kernels loaded from the hub; "
             "type --attn_implementation with its name if you trust them"

@@ -60,10 +60,12 @@ class ModelArguments(Protocol):
         """Whether code that comes with the model is run."""
 
 
-def load_model(arguments: ModelArguments, attn_implementation: str | None = None) -> Any:
+def load_model(
+    arguments: ModelArguments, attn_implementation: str | None = None, **keywords: Any
+) -> Any:
     """Return the model, loaded only from safetensors: a pickle would run code.
 
-    `attn_implementation` is that of `from_pretrained`.
+    `attn_implementation` and further `keywords` are those of `from_pretrained`.
 
     Raises:
         OSError: there is no such model; it has no safetensors, or they are cut off, lack tensors,
@@ -78,7 +80,8 @@ def load_model(arguments: ModelArguments, attn_implementation: str | None = None
             "SFTMixTrainer in a script of your own"
         )
     refuse_revision(arguments)
-    return _from_safetensors(arguments.model, arguments, arguments.revision, attn_implementation)
+    keywords["attn_implementation"] = attn_implementation
+    return _from_safetensors(arguments.model, arguments, arguments.revision, **keywords)
 
 
 def load_trained_model(arguments: ModelArguments, base: str | None = None) -> Any:
@@ -166,7 +169,7 @@ def _from_safetensors(
     model: str,
     arguments: ModelArguments,
     revision: str | None,
-    attn_implementation: str | None = None,
+    **keywords: Any,
 ) -> Any:
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     found: Any
@@ -178,12 +181,12 @@ def _from_safetensors(
                 model,
                 revision=revision or "main",
                 dtype=dtype,
-                attn_implementation=attn_implementation,
                 use_safetensors=True,
                 trust_remote_code=arguments.trust_remote_code,
                 output_loading_info=True,
                 # `refuse_other_tensors` refuses them by name.
                 ignore_mismatched_sizes=True,
+                **keywords,
             )
     except SafetensorError as error:
         raise OSError(f"model: the weights of {model} are damaged: {error}") from error

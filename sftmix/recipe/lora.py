@@ -3,14 +3,19 @@
 Every linear layer except the LM head, which the loss reads as it is, becomes
 `W + alpha / rank * B A` (Hu et al. 2022, arXiv 2106.09685). `A` is drawn by the run's seed, and `B`
 begins at 0.
+
+QLoRA (`--load_in_4bit`; Dettmers et al. 2023, arXiv 2305.14314): the frozen `W` is in NF4, 4 bits a
+weight, and is made whole for each product. The head, the embeddings and the norms stay as they are.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from types import ModuleType
 from typing import Any
 
 import torch
+from transformers import BitsAndBytesConfig, TrainingArguments
 
 from sftmix.recipe.arguments import RunArguments
 from sftmix.runs.failures import Naming
@@ -29,6 +34,11 @@ def lora_options(arguments: RunArguments) -> dict[str, Any]:
         getattr(arguments, f"lora_{name}") for name in ("rank", "alpha", "dropout", "targets")
     )
     if rank is None:
+        if arguments.load_in_4bit:
+            raise ValueError(
+                "load_in_4bit: expected --lora_rank with it, since weights of 4 bits cannot be "
+                "trained, only updates beside them"
+            )
         given = {"alpha": alpha, "dropout": dropout or None, "targets": targets}
         for name, value in given.items():
             if value is not None:
@@ -45,18 +55,50 @@ def lora_options(arguments: RunArguments) -> dict[str, Any]:
         )
     targets = targets or [ALL_LINEAR]
     names = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
-    return dict(zip(names, (rank, alpha, dropout, targets), strict=True))
+    options = dict(zip(names, (rank, alpha, dropout, targets), strict=True))
+    return {**options, "load_in_4bit": True} if arguments.load_in_4bit else options
 
 
-def check_lora(arguments: RunArguments) -> None:
-    """Check the options and that PEFT is installed, before anything is loaded.
+def check_lora(arguments: RunArguments, config: TrainingArguments) -> None:
+    """Check the options and that PEFT and bitsandbytes are installed, before anything is loaded.
 
     Raises:
-        ImportError: PEFT is not there.
-        ValueError: as `lora_options` does.
+        ImportError: one that is needed is not there.
+        ValueError: as `lora_options` does; or `--load_in_4bit` with an option that it excludes.
     """
     if lora_options(arguments):
         require_peft()
+    if not arguments.load_in_4bit:
+        return
+    if arguments.dtype == "auto":
+        raise ValueError(
+            "load_in_4bit: expected --dtype bfloat16 or float32 with it, in which products are "
+            "computed, got auto"
+        )
+    if config.fsdp:
+        raise ValueError(
+            "load_in_4bit: not supported with --fsdp, which shards no weights of 4 bits; leave out "
+            "one of the two"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("load_in_4bit: needs bitsandbytes: pip install 'sftmix[qlora]'")
+
+
+def four_bit(arguments: RunArguments, device: torch.device) -> dict[str, Any]:
+    """Return the keywords of `from_pretrained` that load a model in NF4 on its device.
+
+    There are none without `--load_in_4bit`. The scales of NF4's blocks are quantised, too (double
+    quantisation, as in the paper): 4.13 bits a weight.
+    """
+    if not arguments.load_in_4bit:
+        return {}
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=arguments.dtype,
+    )
+    return {"quantization_config": quantised, "device_map": {"": device}}
 
 
 def add_lora(model: Any, arguments: RunArguments, seed: int) -> Any:
@@ -64,10 +106,17 @@ def add_lora(model: Any, arguments: RunArguments, seed: int) -> Any:
 
     Raises:
         ImportError: PEFT is not there.
-        ValueError: as `lora_options` does, or no layer of the model has a name of the targets.
+        ValueError: as `lora_options` does, or no layer of the model has a name of the targets; or
+            the model's weights are quantised, and the options ask for no updates.
     """
     options = lora_options(arguments)
     if not options:
+        quantiser = getattr(model, "hf_quantizer", None)
+        if quantiser is not None and not quantiser.is_qat_trainable:
+            raise ValueError(
+                f"model: the weights of {arguments.model} are quantised, and cannot be trained; "
+                "train updates beside them: --lora_rank 16"
+            )
         return model
     peft = require_peft()
     largest = largest_side(model)

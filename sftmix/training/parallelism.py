@@ -70,7 +70,7 @@ def check_parallelism(args: Any, accelerator: Any, model: nn.Module) -> None:
             )
     _check_model(model)
     _check_reentrant(args, model)
-    _check_fsdp(args, accelerator)
+    _check_fsdp(args, accelerator, model)
 
 
 def loads_on_main_alone(accelerator: Any) -> bool:
@@ -114,7 +114,7 @@ def _check_reentrant(args: Any, model: nn.Module) -> None:
         )
 
 
-def _check_fsdp(args: Any, accelerator: Any) -> None:
+def _check_fsdp(args: Any, accelerator: Any, model: nn.Module) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         if args.fsdp:
@@ -129,4 +129,9 @@ def _check_fsdp(args: Any, accelerator: Any) -> None:
         raise ValueError(
             f"fsdp_config: expected state_dict_type FULL_STATE_DICT, got "
             f"{plugin.state_dict_type.name}, whose checkpoints hold pickles that run code"
+        )
+    if any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)):
+        raise ValueError(
+            "fsdp: not supported with weights that bitsandbytes has quantised; leave it out (DDP), "
+            "or load the model without quantisation"
         )
