@@ -61,7 +61,9 @@ def write_stats(row, num_rows, sums, logit, stats_ptr):
     nll, top, total, at = cross_entropy(sums[0], sums[1], logit)
     tl.store(stats_ptr + row, nll)
     tl.store(stats_ptr + num_rows + row, entropy_of(sums, logit, top, total, at))
-    tl.store(stats_ptr + 2 * num_rows + row, tl.where(logit >= sums[0], 1.0, 0.0))
+    # A maximum does not see NaN; the NLL does.
+    is_top = (logit >= sums[0]) & (nll == nll)
+    tl.store(stats_ptr + 2 * num_rows + row, tl.where(is_top, 1.0, 0.0))
 
 
 @triton.jit

@@ -12,11 +12,16 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sftmix_kernels import (
+    Clipped,
+    Entropy,
+    Power,
+    Threshold,
     fused_cross_entropy,
     fused_mixup_loss,
     fused_sftmix_loss,
     streaming_perplexity,
 )
+from sftmix_kernels.gates import Gate
 
 from .budget import assert_refused, assert_same_bits, head_inputs, run
 
@@ -43,11 +48,25 @@ def perplexity(hidden: Tensor, weight: Tensor, **options: Any) -> Tensor:
     return streaming_perplexity(hidden, weight, LABELS, LABELS % 3, 3, **options).sum().float()
 
 
+def gated(gate: Callable[..., Gate], hidden: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    return fused_cross_entropy(hidden, weight, LABELS, gate=gate(**options))
+
+
+power, eaft = partial(gated, Power), partial(gated, Entropy)
+above, below = partial(gated, Threshold), partial(gated, partial(Threshold, keep="below"))
+psft = partial(gated, partial(Clipped, torch.full((R,), -4.0)))
+
 # Numbers of the loss become inputs of the graph, numbers of the head are compiled in.
 OF_THE_LOSS = {
     mixup: ("lam", "divisor"),
     sftmix: ("lam", "mu", "ntp_divisor", "mixup_divisor"),
-    cross_entropy: ("divisor",),
+    cross_entropy: ("divisor", "label_smoothing"),
+    partial(cross_entropy, stats=False): ("gem_beta",),
+    power: ("k",),
+    above: ("tau",),
+    below: ("tau",),
+    eaft: ("alpha",),
+    psft: ("eps",),
 }
 OF_THE_HEAD = ("logit_scale", "softcap")
 Loss = Callable[..., Tensor]
