@@ -52,21 +52,25 @@ def gated(gate: Callable[..., Gate], hidden: Tensor, weight: Tensor, **options: 
     return fused_cross_entropy(hidden, weight, LABELS, gate=gate(**options))
 
 
-power, eaft = partial(gated, Power), partial(gated, Entropy)
-above, below = partial(gated, Threshold), partial(gated, partial(Threshold, keep="below"))
-psft = partial(gated, partial(Clipped, torch.full((R,), -4.0)))
+def psft(eps: float) -> Clipped:
+    return Clipped(torch.full((R,), -4.0), eps)
+
+
+# The numbers of objectives.
+OF_OBJECTIVES = {
+    "label_smoothing": cross_entropy,
+    "gem_beta": cross_entropy,
+    "k": partial(gated, Power),
+    "tau": partial(gated, Threshold),
+    "alpha": partial(gated, Entropy),
+    "eps": partial(gated, psft),
+}
 
 # Numbers of the loss become inputs of the graph, numbers of the head are compiled in.
 OF_THE_LOSS = {
     mixup: ("lam", "divisor"),
     sftmix: ("lam", "mu", "ntp_divisor", "mixup_divisor"),
-    cross_entropy: ("divisor", "label_smoothing"),
-    partial(cross_entropy, stats=False): ("gem_beta",),
-    power: ("k",),
-    above: ("tau",),
-    below: ("tau",),
-    eaft: ("alpha",),
-    psft: ("eps",),
+    cross_entropy: ("divisor",),
 }
 OF_THE_HEAD = ("logit_scale", "softcap")
 Loss = Callable[..., Tensor]
@@ -105,6 +109,12 @@ def test_numbers_of_the_loss_are_compiled_for_all_their_values(
 ) -> None:
     """Once as constants, once as inputs."""
     assert compilations(loss, OF_THE_LOSS[loss], dynamic) <= 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("number", OF_OBJECTIVES)
+def test_numbers_of_objectives_are_compiled_for_all_their_values(number: str) -> None:
+    assert compilations(OF_OBJECTIVES[number], (number,)) <= 2
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -284,7 +284,8 @@ def test_opcheck() -> None:
     labels, ones, old = some_labels((12,), 123), torch.ones(12), -torch.rand(12)
     head = (1.5, 3.0, 4, [True, True, True])
     targets, share = labels.unsqueeze(-1), torch.ones(12, 1)
-    asked = {"old_log_probs": old, "kind": int(Kind.CLIPPED), "parameter": 0.2, "stats": True}
+    asked = {"old_log_probs": old, "parameter": torch.tensor(0.2), "stats": True}
+    asked["kind"] = int(Kind.CLIPPED)
     rows = (hidden, None, weight, bias, targets, share, ones, *head)
     torch.library.opcheck(mixup_rows, rows, asked)
     pairs = (torch.arange(4), torch.arange(4, 8), torch.tensor([1.0, 0, 1, 1]), torch.rand(4, 2))
