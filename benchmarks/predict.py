@@ -102,8 +102,8 @@ TODAY = Code(203 + 171, 2 * (84 + 74), True, (1.0, 1.15), 6, {NTP: 18, BOTH: 44}
 OBJECTIVE_ROWS = {
     "bf16, PSFT": (90 + 74, (names.DFT, names.POWER, names.THRESHOLD)),
     "bf16, threshold, stats": (120 + 74, (names.EAFT, names.WATCHED)),
-    "bf16, GEM": (130 + 82, (names.GEM,)),
-    "bf16, smoothed": (110 + 84, (names.SMOOTHED,)),
+    "bf16, GEM": (129 + 82, (names.GEM,)),
+    "bf16, smoothed": (108 + 82, (names.SMOOTHED,)),
     "bf16, one target": (84 + 74, (names.WEIGHTED,)),
 }
 
