@@ -65,7 +65,8 @@ SFTMIX_INLINE RowLoss soft_cross_entropy(const WideState& others, const float (&
   for (int t = 0; t < 2; ++t) {
     const double column = targets.in_column(t);
     const double other = rest + (targets.same() ? 0.0 : held_exp[1 - t]);
-    row.loss += targets.share[t] * (log_sum - (logit[t] - top));
+    // A column without a share may be masked by a logit of -inf, and 0 * inf is NaN.
+    if (targets.is_held(t)) row.loss += targets.share[t] * (log_sum - (logit[t] - top));
     row.at_target[t] = exp_at[t] * (1.0 - column) - column * other;
   }
   return row;

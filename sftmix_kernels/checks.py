@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
-import sys
+from fractions import Fraction
 from typing import TypeGuard
 
 import torch
@@ -20,9 +20,10 @@ from .schedules import is_fake
 from .terms import filled
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Of the numbers above 0 that float32 holds in full precision.
+# Of the numbers above 0 that float32, in which kernels take numbers, holds in full precision.
 SMALLEST = torch.finfo(torch.float32).tiny
-LARGEST = sys.float_info.max
+LARGEST = torch.finfo(torch.float32).max
+INT64 = torch.iinfo(torch.int64)
 
 
 def check_head(
@@ -40,9 +41,10 @@ def check_head(
     check_tensor("weight", weight)
     if hidden.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {hidden.dtype}")
-    if weight.dim() != 2 or weight.shape[0] < fewest_tokens:
+    if weight.dim() != 2 or weight.shape[0] < fewest_tokens or weight.shape[1] < 1:
         raise ValueError(
-            f"weight: expected shape (V, D) with V >= {fewest_tokens}, got {tuple(weight.shape)}"
+            f"weight: expected shape (V, D) with V >= {fewest_tokens} and D >= 1, "
+            f"got {tuple(weight.shape)}"
         )
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -56,13 +58,14 @@ def check_head(
             raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     check_real("logit_scale", logit_scale)
     if not is_finite(logit_scale):
-        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
+        raise ValueError(f"logit_scale: expected a finite float32 number, got {logit_scale}")
     if softcap is None:
         return
     check_real("softcap", softcap)
     if not SMALLEST <= softcap <= LARGEST:
         raise ValueError(
-            f"softcap: expected None or a finite number of at least {SMALLEST:.3g}, got {softcap}"
+            "softcap: expected None or a finite float32 number of at least "
+            f"{SMALLEST:.3g}, got {softcap}"
         )
 
 
@@ -97,6 +100,14 @@ def check_ids(name: str, ids: Tensor, hidden: Tensor) -> None:
         raise ValueError(f"{name}: expected device {hidden.device}, got {ids.device}")
 
 
+def check_ignore_index(ignore_index: int) -> None:
+    """Refuse what is not an integer of int64."""
+    if not isinstance(ignore_index, numbers.Integral) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
+    if not INT64.min <= ignore_index <= INT64.max:
+        raise ValueError(f"ignore_index: expected an int64 number, got {ignore_index}")
+
+
 def check_label_values(name: str, labels: Tensor, vocab_size: int, ignore_index: int) -> None:
     """Refuse labels outside ``[0, V)`` other than ``ignore_index``; this waits for the device."""
     bad = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
@@ -109,14 +120,14 @@ def check_label_values(name: str, labels: Tensor, vocab_size: int, ignore_index:
 
 
 def check_real(name: str, value: object) -> None:
-    """Refuse what is not a Python number; a bool is none."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    """Refuse what is not a number that PyTorch takes: a bool and a fraction are none."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool | Fraction):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
 def is_finite(value: float) -> bool:
-    """Say whether a number is finite, by comparisons: ``torch.compile`` keeps a number that changes
-    from call to call symbolic, which ``math.isfinite`` does not take."""
+    """Say whether a number is finite in float32, by comparisons: ``torch.compile`` keeps a number
+    that changes from call to call symbolic, which ``math.isfinite`` does not take."""
     return -LARGEST <= value <= LARGEST
 
 
@@ -137,11 +148,11 @@ def check_count(name: str, value: int, low: int) -> None:
 
 
 def check_number(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """Refuse what is not a finite Python number in ``[low, high]``."""
+    """Refuse what is not a finite float32 number in ``[low, high]``."""
     check_real(name, value)
     if not (is_finite(value) and low <= value <= high):
         bounds = f"of at least {low}" if high == math.inf else f"in [{low}, {high}]"
-        raise ValueError(f"{name}: expected a finite number {bounds}, got {value}")
+        raise ValueError(f"{name}: expected a finite float32 number {bounds}, got {value}")
 
 
 def check_divisor(name: str, divisor: float | Tensor | None) -> None:
@@ -155,7 +166,7 @@ def check_divisor(name: str, divisor: float | Tensor | None) -> None:
         return
     check_real(name, divisor)
     if not 0 < divisor <= LARGEST:
-        raise ValueError(f"{name}: expected a finite number above 0, got {divisor}")
+        raise ValueError(f"{name}: expected a finite float32 number above 0, got {divisor}")
 
 
 def check_reduction(reduction: str) -> None:

@@ -24,6 +24,7 @@ from .checks import (
     check_constant,
     check_divisor,
     check_ids,
+    check_ignore_index,
     check_label_values,
     check_reduction,
     check_row_out,
@@ -127,6 +128,7 @@ def fused_cross_entropy(  # type: ignore[misc]
     check_reduction(reduction)
     check_divisor("divisor", divisor)
     check_ids("labels", labels, hidden)
+    check_ignore_index(ignore_index)
     if validate:
         check_label_values("labels", labels, head.vocab_size, ignore_index)
     chosen = resolve_schedule(schedule, hidden, head.widest)
@@ -201,7 +203,7 @@ def checked_objective(
                 "old_log_probs: expected logarithms of probabilities, at most 0, "
                 f"got {old[bad][0].item()} at position {bad.nonzero()[0].tolist()}"
             )
-    return objective
+    return objective._replace(old_log_probs=old.contiguous())
 
 
 def refuse_missing(

@@ -27,7 +27,6 @@ from __future__ import annotations
 import enum
 import math
 import numbers
-import sys
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -129,6 +128,9 @@ class Clipped:
         check_range("eps", self.eps, 0.0, math.inf)
 
 
+# Of float32, in which the row kernels take numbers.
+LARGEST = torch.finfo(torch.float32).max
+
 Gate: TypeAlias = Power | Threshold | Entropy | Clipped
 
 
@@ -137,9 +139,9 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     # By comparisons: `torch.compile` may keep the number symbolic.
-    if not (low <= value <= high and abs(value) <= sys.float_info.max):
+    if not (low <= value <= high and abs(value) <= LARGEST):
         bounds = f"of at least {low}" if high == math.inf else f"in [{low}, {high}]"
-        raise ValueError(f"{name}: expected a finite number {bounds}, got {value}")
+        raise ValueError(f"{name}: expected a finite float32 number {bounds}, got {value}")
 
 
 class Kind(enum.IntEnum):
@@ -246,7 +248,7 @@ def objective_of(
     if gem_beta is not None:
         check_range("gem_beta", gem_beta, 0.0, math.inf)
         if gem_beta < torch.finfo(torch.float32).tiny:
-            raise ValueError(f"gem_beta: expected a finite number above 0, got {gem_beta}")
+            raise ValueError(f"gem_beta: expected a finite float32 number above 0, got {gem_beta}")
     asked = {
         "gate": gate is not None,
         "label_smoothing": label_smoothing != 0.0,

@@ -28,6 +28,7 @@ from .checks import (
     autocast,
     check_divisor,
     check_ids,
+    check_ignore_index,
     check_label_values,
     check_reduction,
     check_same,
@@ -523,6 +524,7 @@ def fused_mixup_loss(
             f"got {tuple(hidden_u.shape)}"
         )
     vocab_size = head.vocab_size
+    check_ignore_index(ignore_index)
     for name, labels in (("labels_c", labels_c), ("labels_u", labels_u)):
         check_ids(name, labels, hidden_c)
         if validate:

@@ -6,6 +6,7 @@ within the error budget.
 
 from __future__ import annotations
 
+import numbers
 import os
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -24,6 +25,14 @@ PADDING = 16
 # Rows, pairs and vocabulary entries of a tile. 128 x 128 float32 logits over 8 warps are 64
 # registers a thread; two accumulators of 64 pairs are as many.
 BLOCK_R, BLOCK_P, BLOCK_V = 128, 64, 128
+
+
+def check_size(name: str, value: int) -> None:
+    """Refuse what is not an integer of at least 1."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -48,8 +57,8 @@ class RowChunks:
 
     def __post_init__(self) -> None:
         for name, value in (("rows", self.rows), ("max_bytes", self.max_bytes)):
-            if value is not None and value < 1:
-                raise ValueError(f"RowChunks: {name} must be at least 1, got {value}")
+            if value is not None:
+                check_size(f"RowChunks: {name}", value)
 
     def rows_for(self, hidden: Tensor, vocab_size: int) -> int:
         """Return the rows of one chunk, an even number, for ``hidden``'s dtype and device."""
@@ -82,8 +91,7 @@ class VocabTiles:
     def __post_init__(self) -> None:
         if not 0.0 <= self.filter_eps < 1.0:
             raise ValueError(f"VocabTiles: filter_eps must be in [0, 1), got {self.filter_eps}")
-        if self.max_bytes < 1:
-            raise ValueError(f"VocabTiles: max_bytes must be at least 1, got {self.max_bytes}")
+        check_size("VocabTiles: max_bytes", self.max_bytes)
 
 
 Schedule: TypeAlias = str | RowChunks | VocabTiles

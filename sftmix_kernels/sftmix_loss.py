@@ -35,6 +35,7 @@ from .checks import (
     autocast,
     check_divisor,
     check_ids,
+    check_ignore_index,
     check_label_values,
     check_number,
     check_pairs,
@@ -531,6 +532,7 @@ def fused_sftmix_loss(  # type: ignore[misc]
     hidden, weight, bias = autocast(hidden, weight, bias)  # type: ignore[assignment]
     head = checked_head(hidden, weight, bias, logit_scale, softcap, vocab_parallel, schedule)
     check_ids("labels", labels, hidden)
+    check_ignore_index(ignore_index)
     check_number("mu", mu, 0.0)
     check_divisor("ntp_divisor", ntp_divisor)
     check_divisor("mixup_divisor", mixup_divisor)

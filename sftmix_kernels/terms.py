@@ -155,7 +155,7 @@ def filled(shape: Sequence[int], value: float, device: torch.device) -> Tensor:
 def loss_divisor(divisor: float | Tensor | None, row_weight: Tensor) -> Tensor:
     """Return ``divisor`` as a float32 scalar on the device, by default the rows that count.
 
-    A divisor of 0 becomes 1.
+    A divisor of 0 becomes 1, and one that is infinite NaN.
     """
     if isinstance(divisor, Tensor):
         total = divisor.detach().to(row_weight.device, torch.float32).reshape(())
@@ -163,7 +163,7 @@ def loss_divisor(divisor: float | Tensor | None, row_weight: Tensor) -> Tensor:
         total = filled((), divisor, row_weight.device)
     else:
         return (row_weight != 0).sum().clamp(min=1.0)
-    return total.masked_fill(total == 0, 1.0)
+    return total.masked_fill(total == 0, 1.0).masked_fill(total.isinf(), torch.nan)
 
 
 def divided_sum(losses: Tensor, divisor: Tensor | None) -> Tensor:

@@ -28,6 +28,7 @@ from ..checks import (
     check_count,
     check_head,
     check_ids,
+    check_ignore_index,
     check_label_values,
     values_are_free,
 )
@@ -220,6 +221,7 @@ class StreamingPerplexity:
         hidden, weight, bias = autocast(hidden, weight, bias)  # type: ignore[assignment]
         check_head(hidden, weight, bias, logit_scale, softcap)
         check_ids("labels", labels, hidden)
+        check_ignore_index(ignore_index)
         check_ids("sample_ids", sample_ids, hidden)
         if hidden.device != self._sum.device:
             raise ValueError(

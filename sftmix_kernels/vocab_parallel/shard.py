@@ -109,10 +109,14 @@ def checked_head(
     *,
     name: str = "hidden",
 ) -> HeadPart:
-    """Check what a public function was given for the head; leave padding out."""
+    """Check what a public function was given for the head; leave padding out.
+
+    The bias it returns is contiguous, as kernels read it.
+    """
     if vocab_parallel is None:
         check_head(hidden, weight, bias, logit_scale, softcap, name=name)
         size = weight.shape[0]
+        bias = None if bias is None else bias.contiguous()
         return HeadPart(weight, bias, size, size, float(logit_scale), softcap)
     if not isinstance(vocab_parallel, VocabShard):
         raise TypeError(
@@ -127,6 +131,7 @@ def checked_head(
     check_head(hidden, weight, bias, logit_scale, softcap, name=name, fewest_tokens=width)
     if weight.shape[0] > width:
         weight, bias = weight[:width], None if bias is None else bias[:width]
+    bias = None if bias is None else bias.contiguous()
     return HeadPart(
         weight,
         bias,

@@ -243,26 +243,28 @@ LABELS = torch.tensor([3, 5, -100, 7, 0, 122, 7])
 PAIRS = {"pair_c": torch.tensor([0, 2, 6]), "pair_u": torch.tensor([5, 1, 3])}
 
 
-def cross_entropy(schedule: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-    return fused_cross_entropy(hidden, weight, LABELS.to(hidden.device), schedule=schedule)
+def cross_entropy(schedule: Any, hidden: Tensor, weight: Tensor, bias: Any = None) -> Tensor:
+    labels = LABELS.to(hidden.device)
+    return fused_cross_entropy(hidden, weight, labels, bias=bias, schedule=schedule)
 
 
-def row_losses(schedule: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+def row_losses(schedule: Any, hidden: Tensor, weight: Tensor, bias: Any = None) -> Tensor:
     """With labels that are not contiguous."""
     labels = torch.stack((LABELS, LABELS), -1).to(hidden.device)[:, 0]
-    options = {"reduction": "none", "softcap": 4.0}
+    options = {"reduction": "none", "softcap": 4.0, "bias": bias}
     return fused_cross_entropy(hidden, weight, labels, schedule=schedule, **options)
 
 
-def mixup(schedule: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+def mixup(schedule: Any, hidden: Tensor, weight: Tensor, bias: Any = None) -> Tensor:
     """With a partner of the same layout."""
-    labels = LABELS.to(hidden.device)
-    return fused_mixup_loss(hidden, hidden, weight, labels, labels.flip(0), 0.3, schedule=schedule)
+    labels, options = LABELS.to(hidden.device), {"bias": bias, "schedule": schedule}
+    return fused_mixup_loss(hidden, hidden, weight, labels, labels.flip(0), 0.3, **options)
 
 
-def sftmix(schedule: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+def sftmix(schedule: Any, hidden: Tensor, weight: Tensor, bias: Any = None) -> Tensor:
     labels, pairs = LABELS.to(hidden.device), moved(PAIRS, hidden.device)
-    return fused_sftmix_loss(hidden, weight, labels, lam=0.3, schedule=schedule, **pairs).loss
+    options = {"bias": bias, "schedule": schedule, **pairs}
+    return fused_sftmix_loss(hidden, weight, labels, lam=0.3, **options).loss
 
 
 @pytest.fixture(params=[cross_entropy, row_losses, mixup, sftmix])
@@ -278,12 +280,15 @@ def test_other_layouts_give_the_bits_of_contiguous_inputs(
     order for another layout; logits are exact in any."""
     if layout == "strided":
         hidden, weight = exact(R, 2 * D).to(device)[:, ::2], exact(2 * V, D).to(device)[::2]
+        bias = exact(V, 2).to(device)[:, 0]
     elif layout == "offset":
         hidden, weight = exact(R + 3, D).to(device)[3:], exact(V, D + 5).to(device)[:, 5:]
+        bias = exact(V + 1).to(device)[1:]
     else:
         hidden, weight = exact(R, 1).to(device), exact(V, 1).to(device)
         hidden, weight = hidden.expand(R, D), weight.expand(V, D)
-    tensors = {"hidden": hidden, "weight": weight}
+        bias = exact(1).to(device).expand(V)
+    tensors = {"hidden": hidden, "weight": weight, "bias": bias}
     found = bits(loss, tensors)
     plain = bits(loss, {name: tensor.contiguous() for name, tensor in tensors.items()})
     assert torch.equal(found.loss, plain.loss)

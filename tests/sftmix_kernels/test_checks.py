@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ HEAD_CASES: list[Case] = [
     ({"weight": torch.randn(9, 8, device="meta")}, ValueError, "weight: .*cpu, got meta"),
     ({"weight": torch.randn(8)}, ValueError, r"weight: .*\(V, D\).*got \(8,\)"),
     ({"weight": torch.randn(0, 8)}, ValueError, r"weight: .*got \(0, 8\)"),
+    ({"weight": torch.randn(9, 0)}, ValueError, r"weight: .*D >= 1, got \(9, 0\)"),
     ({"weight": None}, TypeError, "weight: expected a Tensor, got NoneType"),
     ({"bias": torch.randn(8)}, ValueError, r"bias: .*\(9,\), got \(8,\)"),
     ({"bias": torch.randn(9).half()}, TypeError, "bias: .*got torch.float16"),
@@ -33,7 +35,12 @@ HEAD_CASES: list[Case] = [
     ({"logit_scale": NAN}, ValueError, "logit_scale: .*got nan"),
     ({"softcap": 0.0}, ValueError, "softcap: .*got 0.0"),
     ({"softcap": 1e-42}, ValueError, "softcap: .* at least 1.18e-38, got 1e-42"),
+    ({"softcap": 1e39}, ValueError, r"softcap: .*float32.*got 1e\+39"),
     ({"softcap": "x"}, TypeError, "softcap: expected a number, got str"),
+    ({"logit_scale": -1e39}, ValueError, r"logit_scale: .*float32.*got -1e\+39"),
+    ({"logit_scale": Fraction(1, 2)}, TypeError, "logit_scale: .*got Fraction"),
+    ({"ignore_index": None}, TypeError, "ignore_index: expected an integer, got NoneType"),
+    ({"ignore_index": 2**63}, ValueError, "ignore_index: expected an int64 number, got 9223"),
     ({"logit_scale": None}, TypeError, "logit_scale: expected a number, got NoneType"),
     ({"schedule": "vocab_tiles"}, ValueError, "schedule: 'vocab_tiles'"),
     ({"schedule": "foo"}, ValueError, "schedule: .*got 'foo'"),
@@ -76,6 +83,8 @@ SFTMIX_CASES: list[Case] = [
     ({"mu": None}, TypeError, "mu: expected a number, got NoneType"),
     ({"mu": NAN}, ValueError, "mu: .*got nan"),
     ({"ntp_divisor": -1.0}, ValueError, "ntp_divisor: .*got -1.0"),
+    ({"ntp_divisor": 1e39}, ValueError, r"ntp_divisor: .*float32.*got 1e\+39"),
+    ({"mu": 1e39}, ValueError, r"mu: .*float32.*got 1e\+39"),
     ({"mixup_divisor": torch.ones(2)}, ValueError, "mixup_divisor"),
     ({"pair_c": torch.tensor([0, 4])}, ValueError, r"pair_c.*\[0, 4\), got 4"),
     ({"pair_c": torch.tensor([0, 2])}, ValueError, "pair_c.*got row 2 twice"),

@@ -126,9 +126,14 @@ def test_numbers_of_the_head_may_change(loss: Loss) -> None:
 @pytest.mark.parametrize(
     ("loss", "number", "value", "message"),
     [
-        (mixup, "lam", 1.5, r"lam: expected a finite number in \[0.0, 1.0\], got 1.5"),
-        (sftmix, "mu", -0.5, "mu: expected a finite number of at least 0.0, got -0.5"),
-        (cross_entropy, "divisor", 0.0, "divisor: expected a finite number above 0, got 0.0"),
+        (mixup, "lam", 1.5, r"lam: expected a finite float32 number in \[0.0, 1.0\], got 1.5"),
+        (sftmix, "mu", -0.5, "mu: expected a finite float32 number of at least 0.0, got -0.5"),
+        (
+            cross_entropy,
+            "divisor",
+            0.0,
+            "divisor: expected a finite float32 number above 0, got 0.0",
+        ),
         (cross_entropy, "softcap", -1.0, "softcap: .*got -1.0"),
         (perplexity, "logit_scale", float("inf"), "logit_scale: .*got inf"),
     ],

@@ -58,6 +58,13 @@ def test_chunks_of_nothing_are_refused(arguments: dict[str, int]) -> None:
         RowChunks(**arguments)
 
 
+@pytest.mark.parametrize("schedule", [RowChunks, VocabTiles])
+@pytest.mark.parametrize("size", [float("nan"), 4096.0, True, "1GiB"])
+def test_sizes_are_integers(schedule: Any, size: Any) -> None:
+    with pytest.raises(TypeError, match="max_bytes must be an integer, got"):
+        schedule(max_bytes=size)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [{"filter_eps": -0.1}, {"filter_eps": 1.0}, {"filter_eps": float("nan")}, {"max_bytes": 0}],

@@ -279,6 +279,17 @@ def test_divisors_of_zero_count_as_one() -> None:
     assert not hidden.grad.any()
 
 
+def test_a_divisor_that_is_infinite_makes_all_nan() -> None:
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(123, 8)
+    plan = {"pair_c": torch.tensor([0]), "pair_u": torch.tensor([1]), "lam": 0.3}
+    labels, infinite = torch.arange(4), torch.tensor(torch.inf)
+    loss = fused_sftmix_loss(hidden, weight, labels, ntp_divisor=infinite, **plan).loss
+    loss.backward()
+    assert loss.isnan()
+    assert hidden.grad is not None
+    assert hidden.grad[2:].isnan().all()
+
+
 def test_a_row_that_does_not_exist_poisons_its_pair_where_values_are_not_read() -> None:
     lam, ones = torch.tensor([0.25, 0.75]), torch.ones(4)
     plan = ordered_pairs(torch.arange(4), ones, torch.tensor([2, 0]), torch.tensor([1, 7]), lam)

@@ -210,6 +210,22 @@ def test_nan_stays_in_its_pair(
 
 
 @EITHER
+def test_a_masked_label_of_the_partner_changes_nothing_of_a_row(
+    device: str, dtype: torch.dtype
+) -> None:
+    """A bias may mask it with -inf in both; where a share is 0 the mixture has no such target."""
+    pairs = some_pairs(3, 123, dtype)._replace(share=shares(torch.tensor([0.25, 0.0, 1.0])))
+    pairs.labels[3:] = (pairs.labels[:3] + 1) % 123
+    for row in range(3):
+        pairs.logits[[row, row + 3], pairs.labels[row + 3]] = -INF
+    masked = LogitTransform(1.0, None, has_bias=True)
+    found, expected = run_pairs(pairs, masked, device), dense(pairs, masked)
+    torch.testing.assert_close(found.ntp[:3], expected.ntp[:3].float(), rtol=1e-5, atol=0)
+    assert found.ntp[3:].isinf().all()
+    assert found.mixup.isinf().tolist() == [True, True, False]
+
+
+@EITHER
 @pytest.mark.parametrize("transform", [PLAIN, TRANSFORMS[-1]])
 def test_infinite_logits_are_of_dense_torchs_class(
     device: str, transform: LogitTransform, dtype: torch.dtype
