@@ -203,7 +203,7 @@ def test_a_tiny_demo(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert found["models"][NTP]["held_out_loss"] != found["models"][SFTMIX]["held_out_loss"]
     assert len(read_partition(out / "score" / "confidence.parquet").id) == 32
     html = (out / "report.html").read_text(encoding="utf-8")
-    assert html.count("<figure>") == 13
+    assert html.count("<figure>") == 15
     for command in found["commands"]:
         assert f"$ {command}\n" in printed
     assert EXPECT in printed
