@@ -66,6 +66,9 @@ with it on padded prompts. Turn it on again to train such a model further.
 
 **Quantised heads** (bitsandbytes) are refused by `fused`: leave the head out of the quantisation.
 
+[What is refused](gaps.md) by family, layout, adapter and way to use several devices is found out by
+asking.
+
 ## Compared
 
 `python -m tools.families --markdown docs/models.md` made this table. A tiny random model of each
