@@ -148,7 +148,9 @@ SFTMIX_INLINE void write_stats(const Objective& objective, const RowSums& sums, 
   float* const stats = objective.stats + i;
   stats[0] = static_cast<float>(row.loss);
   stats[objective.num_rows] = static_cast<float>(row.log_sum - mean_below_top(sums, row));
-  stats[2 * objective.num_rows] = row.logit[0] >= sums.others.max ? 1.0f : 0.0f;
+  // A maximum does not see NaN; the loss does.
+  const bool is_top = row.logit[0] >= sums.others.max && !std::isnan(row.loss);
+  stats[2 * objective.num_rows] = is_top ? 1.0f : 0.0f;
 }
 
 // Makes the cross-entropy of row i, of tempered logits, the objective's, and multiplies the weight

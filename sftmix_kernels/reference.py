@@ -149,7 +149,7 @@ def gate_of(gate: Gate, log_probs: Tensor, labels: Tensor) -> Tensor:
         factor = (entropy(log_probs) / math.log(max(2, log_probs.shape[-1]))) ** gate.alpha
     elif isinstance(gate, Clipped):  # PSFT, arXiv 2508.17784
         ratio = (log_p - gate.old_log_probs.to(log_p)).exp()
-        factor = ratio * (ratio < 1 + gate.eps)
+        factor = ratio.masked_fill(ratio >= 1 + gate.eps, 0.0)
     return factor.masked_fill(log_p.isnan(), torch.nan)
 
 

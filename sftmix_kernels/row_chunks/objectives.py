@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..gates import Kind, Objective
-from ..primitives import cross_entropy, exp, log1p, scale_logits, weighted
+from ..primitives import LOG2E, cross_entropy, exp, exp2, log1p, scale_logits, weighted
 from .sums import moved_moment, row_sums
 
 POWER = tl.constexpr(int(Kind.POWER))
@@ -21,6 +21,8 @@ ENTROPY = tl.constexpr(int(Kind.ENTROPY))
 CLIPPED = tl.constexpr(int(Kind.CLIPPED))
 SMOOTHED = tl.constexpr(int(Kind.SMOOTHED))
 GEM = tl.constexpr(int(Kind.GEM))
+LOG2E_REST = tl.constexpr(1.92596299e-8)  # log2(e) less LOG2E
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 def objective_options(objective: Objective) -> dict[str, Any]:
@@ -56,12 +58,29 @@ def power(x, k):
 
 
 @triton.jit
+def power_of_p(nll, k):
+    """Return ``e^(-k nll)``, as precise as the NLL.
+
+    What rounding takes from ``k nll log2(e)``, up to 1e-6 of the result, comes back as a factor.
+    """
+    exponent = k * nll
+    base = exponent * LOG2E
+    rest = tl.fma(k, nll, -exponent) * LOG2E
+    rest += tl.fma(exponent, LOG2E, -base) + exponent * LOG2E_REST
+    # Of an infinite NLL rest is NaN.
+    result = tl.where(base > 200.0, 0.0, exp2(-base) * (1.0 - rest * LN2))
+    return tl.where(k == 0.0, 1.0, result)
+
+
+@triton.jit
 def write_stats(row, num_rows, sums, logit, stats_ptr):
     """Write a row's NLL, its entropy, and whether no other logit is above the target's."""
     nll, top, total, at = cross_entropy(sums[0], sums[1], logit)
     tl.store(stats_ptr + row, nll)
     tl.store(stats_ptr + num_rows + row, entropy_of(sums, logit, top, total, at))
-    tl.store(stats_ptr + 2 * num_rows + row, tl.where(logit >= sums[0], 1.0, 0.0))
+    # A maximum does not see NaN; the NLL does.
+    is_top = (logit >= sums[0]) & (nll == nll)
+    tl.store(stats_ptr + 2 * num_rows + row, tl.where(is_top, 1.0, 0.0))
 
 
 @triton.jit
@@ -82,7 +101,7 @@ def gated_weight(
         write_stats(row, num_rows, sums, logit, stats_ptr)
     nll, top, total, at = cross_entropy(sums[0], sums[1], logit)
     if KIND == POWER:
-        gate = tl.where(parameter == 0.0, 1.0, exp(-parameter * nll))
+        gate = power_of_p(nll, parameter)
     elif KIND == ABOVE:
         gate = tl.where(exp(-nll) >= parameter, 1.0, 0.0)
     elif KIND == BELOW:

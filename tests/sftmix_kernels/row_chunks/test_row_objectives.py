@@ -249,9 +249,42 @@ def test_confident_rows_are_relatively_exact(device: str, name: str) -> None:
     assert found.is_top.all()
 
 
-def test_a_tie_is_a_top_choice(device: str) -> None:
-    rows = Rows(torch.zeros(1, 9), torch.tensor([4]), torch.ones(1), torch.zeros(1))
-    assert run(rows, Options(), PLAIN, device).is_top.item() == 1.0
+@every_objective
+@pytest.mark.parametrize("size", [1e4, 1e30])
+def test_huge_logits_leave_no_doubt_and_no_nan(device: str, name: str, size: float) -> None:
+    """The probability of a label is 1 or 0, so that gates are closed or open."""
+    rows, options = some_rows(4, 123), OBJECTIVES[name]
+    rows.logits[0, rows.labels[0]] = rows.logits[1, (rows.labels[1] + 1) % 123] = 9.0
+    rows = rows._replace(logits=size * rows.logits)
+    found = run(rows, options, PLAIN, device)
+    truth = dense(rows, options, PLAIN, double=True)
+    for ours, expected in zip(found, truth, strict=True):
+        torch.testing.assert_close(ours.double(), expected.double(), rtol=1e-6, atol=1e-6)
+    assert found.is_top[:2].tolist() == [1.0, 0.0]
+
+
+@every_objective
+def test_a_tie_is_a_top_choice(device: str, name: str) -> None:
+    """No other token has a larger logit: one that is larger by a bit is one too many."""
+    logits, labels = torch.zeros(3, 9), torch.tensor([4, 4, 4])
+    logits[1:, 4] = 1.0
+    logits[1, 2] = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
+    rows = Rows(logits, labels, torch.ones(3), -torch.ones(3))
+    found = run(rows, OBJECTIVES[name], PLAIN, device)
+    assert found.is_top.tolist() == [1.0, 0.0, 1.0]
+
+
+@every_objective
+def test_one_nan_makes_the_row_nan_and_no_choice_is_top(device: str, name: str) -> None:
+    """Though a maximum may not see it."""
+    rows, options = some_rows(3, 515), OBJECTIVES[name]
+    rows.logits[1, rows.labels[1]] = 9.0
+    rows.logits[1, (rows.labels[1] + 1) % 515] = NAN
+    found = run(rows, options, PLAIN, device)
+    for ours in (found.loss, found.nll, found.entropy):
+        assert ours.isnan().tolist() == [False, True, False]
+    assert found.gradient[1].isnan().all()
+    assert not found.is_top[1]
 
 
 @pytest.mark.parametrize("name", ["dft", "above", "eaft", "psft", "ntp"])
