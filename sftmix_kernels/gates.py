@@ -215,12 +215,18 @@ class Objective(NamedTuple):
 PLAIN = Objective()
 
 
-class Asked(NamedTuple):
-    """What a call asks for, beside tensors, as the schemas of ops have it."""
+def objective_of_rows(
+    old_log_probs: Tensor | None,
+    parameter: Tensor | None,  # () on the host
+    kind: int,
+    stats: Tensor | None,
+) -> Objective:
+    """Return the objective that an op of rows is told of.
 
-    kind: int = Kind.PLAIN
-    parameter: float = 0.0
-    stats: bool = False
+    Its parameter is a tensor: of a number ``torch.compile`` would compile each value anew.
+    """
+    number = 0.0 if parameter is None else float(parameter)
+    return Objective(kind, number, old_log_probs, stats)
 
 
 def objective_of(
@@ -253,9 +259,9 @@ def objective_of(
             f"leave one of them out"
         )
     if gem_beta is not None:
-        return Objective(Kind.GEM, float(gem_beta))
+        return Objective(Kind.GEM, gem_beta)
     if label_smoothing:
-        return Objective(Kind.SMOOTHED, float(label_smoothing))
+        return Objective(Kind.SMOOTHED, label_smoothing)
     return PLAIN if gate is None else gate_objective(gate)
 
 
@@ -266,13 +272,13 @@ def gate_objective(gate: Gate) -> Objective:
         TypeError: it is none of the four.
     """
     if isinstance(gate, Power):
-        return Objective(Kind.POWER, float(gate.k))
+        return Objective(Kind.POWER, gate.k)
     if isinstance(gate, Threshold):
-        return Objective(Kind.ABOVE if gate.keep == "above" else Kind.BELOW, float(gate.tau))
+        return Objective(Kind.ABOVE if gate.keep == "above" else Kind.BELOW, gate.tau)
     if isinstance(gate, Entropy):
-        return Objective(Kind.ENTROPY, float(gate.alpha))
+        return Objective(Kind.ENTROPY, gate.alpha)
     if isinstance(gate, Clipped):
-        return Objective(Kind.CLIPPED, float(gate.eps), gate.old_log_probs)
+        return Objective(Kind.CLIPPED, gate.eps, gate.old_log_probs)
     raise TypeError(
         "gate: expected None, Power, Threshold, Entropy or Clipped, "
         f"got {gate.__name__ + ' itself' if isinstance(gate, type) else type(gate).__name__}"

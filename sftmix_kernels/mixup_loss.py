@@ -33,7 +33,7 @@ from .checks import (
     check_same,
     checked_lam,
 )
-from .gates import PLAIN, Asked, Kind, Objective
+from .gates import PLAIN, Kind, Objective, objective_of_rows
 from .gradients import (
     DividedBy,
     Gradients,
@@ -64,7 +64,7 @@ from .schedules import (
     resolve_schedule,
     runs_triton,
 )
-from .terms import divided_sum, label_terms, loss_divisor
+from .terms import divided_sum, filled, label_terms, loss_divisor
 from .transform import LogitTransform
 from .vocab_parallel.losses import add_over_ranks_, sharded_losses_
 from .vocab_parallel.shard import HeadPart, VocabShard, checked_head
@@ -90,8 +90,8 @@ def mixup_rows(
     keeps: bool = False,  # G of all rows, from which backward makes dW: `keeps_gradients`
     divisor: Tensor | None = None,  # () float32, of the gradients; `DividedBy.PRODUCTS`
     old_log_probs: Tensor | None = None,  # (R,) float32, of the objective
+    parameter: Tensor | None = None,  # () float32 on the host, of the objective
     kind: int = Kind.PLAIN,  # of the objective of rows with one target
-    parameter: float = 0.0,
     stats: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return weighted row losses (R,), and the gradients of their sum with respect to the mixed
@@ -118,7 +118,7 @@ def mixup_rows(
             hidden_c, hidden_u = both_dense(hidden_c, hidden_u)
         losses_ = losses_of_rows(weight, first_token, group)
         room = row_weight.new_zeros(3, row_weight.numel() if stats else 0)
-        objective = Objective(kind, parameter, old_log_probs, room if stats else None)
+        objective = objective_of_rows(old_log_probs, parameter, kind, room if stats else None)
         for chunk in chunks:
             mixed = mixed_rows(hidden_c, hidden_u, share, chunk, row_weight)
             logits = project(mixed, weight, bias, workspace)
@@ -141,7 +141,7 @@ def mixup_rows(
 
 @mixup_rows.register_fake
 def _(hidden, _u, weight, _b, _t, _s, row_weight, _scale, _cap, _rows, needs, _first=0, group=None,  # type: ignore[no-untyped-def]
-      keeps=False, _divisor=None, _old=None, _kind=0, _parameter=0.0, stats=False):  # fmt: skip
+      keeps=False, _divisor=None, _old=None, _parameter=None, _kind=0, stats=False):  # fmt: skip
     results = fake_results(hidden, weight, needs, partial=group is not None, keeps=keeps)
     room = row_weight.new_empty(3, row_weight.shape[0] if stats else 0)
     return torch.empty_like(row_weight), *results, room
@@ -261,6 +261,23 @@ class RowInputs(NamedTuple):
     row_weight: Tensor  # (R,) float32; a row of weight 0 is left out
 
 
+class Asked(NamedTuple):
+    """What an op is asked for, in its order."""
+
+    old_log_probs: Tensor | None
+    parameter: Tensor | None  # () float32 on the host
+    kind: int
+    stats: bool
+
+    @classmethod
+    def of(cls, objective: Objective, stats: bool) -> Asked:
+        """Return what a call with this objective asks for."""
+        old, parameter = objective.old_log_probs, None
+        if objective.kind != Kind.PLAIN:
+            parameter = filled((), objective.parameter, torch.device("cpu"))
+        return cls(old, parameter, objective.kind, stats)
+
+
 class Options(NamedTuple):
     """What the op needs to know besides tensors."""
 
@@ -314,12 +331,12 @@ class ReducedRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        *tensors, old_log_probs, divisor, ctx.options, asked = inputs
+        (*tensors, divisor, ctx.options), asked = inputs[:-4], Asked(*inputs[-4:])
         ctx.divided_by, rows = divided_by(tensors[2]), RowInputs(*tensors)
         if ctx.divided_by is DividedBy.ROWS:
             rows = rows._replace(row_weight=rows.row_weight / divisor)
         early = divisor if ctx.divided_by is DividedBy.PRODUCTS else None
-        loss, *results, stats = mixup_rows(*rows, *ctx.options, early, old_log_probs, *asked)
+        loss, *results, stats = mixup_rows(*rows, *ctx.options, early, *asked)
         ctx.save_for_backward(rows.share, divisor, *results)
         ctx.dtype = rows.weight.dtype
         ctx.mark_non_differentiable(stats)
@@ -340,21 +357,21 @@ class UnreducedRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        *tensors, old_log_probs, ctx.options, asked = inputs
-        options = ctx.options.without_gradients
-        loss, *_, stats = mixup_rows(*tensors, *options, None, old_log_probs, *asked)
-        ctx.save_for_backward(*tensors, old_log_probs)
-        ctx.asked = asked._replace(stats=False)
+        (*tensors, ctx.options), asked = inputs[:-4], Asked(*inputs[-4:])
+        loss, *_, stats = mixup_rows(*tensors, *ctx.options.without_gradients, None, *asked)
+        ctx.save_for_backward(*tensors, asked.old_log_probs, asked.parameter)
+        ctx.kind = asked.kind
         ctx.mark_non_differentiable(stats)
         return loss, stats
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, old_log_probs = ctx.saved_tensors
+        *tensors, old_log_probs, parameter = ctx.saved_tensors
         rows = RowInputs(*tensors)
         rows = rows._replace(row_weight=weighted_loss(rows.row_weight, upstream))
-        _, *results, _ = mixup_rows(*rows, *ctx.options, None, old_log_probs, *ctx.asked)
+        asked = Asked(old_log_probs, parameter, ctx.kind, stats=False)
+        _, *results, _ = mixup_rows(*rows, *ctx.options, None, *asked)
         gradients = kept_or_made(results, keeps=ctx.options.keeps)
         unit, needs = upstream.new_ones(()), ctx.needs_input_grad
         return input_gradients(gradients, rows.share, unit, needs, rows.weight.dtype)
@@ -418,11 +435,11 @@ def reduced_loss(
     either = hidden_u if hidden_u is not None and hidden_u.requires_grad else hidden_c
     inputs = (either, head.weight, head.bias)
     options = Options.of(head, schedule, rows.row_weight.numel(), inputs)
-    old, asked = objective.old_log_probs, Asked(objective.kind, objective.parameter, stats)
+    asked = Asked.of(objective, stats)
     if reduction == "none":
-        losses, found = UnreducedRows.apply(*rows, old, options, asked)  # type: ignore[no-untyped-call]
+        losses, found = UnreducedRows.apply(*rows, options, *asked)  # type: ignore[no-untyped-call]
         return losses.reshape(row_weight.shape), found
-    return ReducedRows.apply(*rows, old, total, options, asked)  # type: ignore[no-any-return, no-untyped-call]
+    return ReducedRows.apply(*rows, total, options, *asked)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def tile_losses(rows: RowInputs, options: TileOptions, objective: Objective) -> Tensor:

@@ -42,7 +42,7 @@ from .checks import (
     checked_lam,
 )
 from .cross_entropy import checked_objective, checked_weights, refuse_missing, token_stats
-from .gates import PLAIN, Asked, Gate, Kind, Objective
+from .gates import PLAIN, Gate, Kind, Objective, objective_of_rows
 from .gradients import (
     DividedBy,
     Gradients,
@@ -52,7 +52,7 @@ from .gradients import (
     kept_or_made,
     unwritten,
 )
-from .mixup_loss import Options, RowInputs, TileOptions, TileRows, reduced_loss
+from .mixup_loss import Asked, Options, RowInputs, TileOptions, TileRows, reduced_loss
 from .reference import SFTMixLoss, TokenStats, both, present
 from .row_chunks.chunks import (
     chunk_sizes,
@@ -103,8 +103,8 @@ def sftmix_rows(
     keeps: bool = False,
     divisor: Tensor | None = None,  # () float32
     old_log_probs: Tensor | None = None,  # (R,) float32, of the objective
+    parameter: Tensor | None = None,  # () float32 on the host, of the objective
     kind: int = Kind.PLAIN,  # of the objective of NTP: a gate, or none
-    parameter: float = 0.0,
     stats: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return NTP losses of rows (R,), Mixup losses of pairs (P,), and the gradients of
@@ -134,7 +134,7 @@ def sftmix_rows(
         if group is not None:
             losses_ = partial(sharded_pair_losses_, start=first_token, group=group)
         room = row_weight.new_zeros(3, row_weight.numel() if stats else 0)
-        objective = Objective(kind, parameter, old_log_probs, room if stats else None)
+        objective = objective_of_rows(old_log_probs, parameter, kind, room if stats else None)
         if runs_triton(hidden):
             # Once, and not for every chunk.
             hidden = dense_rows(hidden)
@@ -170,8 +170,8 @@ def sftmix_rows(
 
 @sftmix_rows.register_fake
 def _(hidden, weight, _b, _y, row_weight, _c, _u, pair_weight, _share, _single, _ratio, _scale,  # type: ignore[no-untyped-def]
-      _cap, _rows, needs, _first=0, group=None, keeps=False, _divisor=None, _old=None, _kind=0,
-      _parameter=0.0, stats=False):  # fmt: skip
+      _cap, _rows, needs, _first=0, group=None, keeps=False, _divisor=None, _old=None,
+      _parameter=None, _kind=0, stats=False):  # fmt: skip
     results = fake_results(hidden, weight, needs, partial=group is not None, keeps=keeps)
     room = row_weight.new_empty(3, row_weight.shape[0] if stats else 0)
     return torch.empty_like(row_weight), torch.empty_like(pair_weight), *results, room
@@ -306,9 +306,8 @@ class NTPAndMixup(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        *tensors, mu, ntp_divisor, mixup_divisor, ctx.options, old_log_probs, asked = inputs
-        ctx.divided_by = divided_by(tensors[1])
-        asked = (old_log_probs, *asked)
+        *tensors, mu, ntp_divisor, mixup_divisor, ctx.options = inputs[:-4]
+        ctx.divided_by, asked = divided_by(tensors[1]), Asked(*inputs[-4:])
         ntp, row_ntp, pair_mixup, *results, stats = divided_rows(
             tensors, mu, ntp_divisor, mixup_divisor, ctx.options, ctx.divided_by, asked
         )
@@ -334,7 +333,7 @@ def divided_rows(
     mixup_divisor: Tensor,
     options: Options,
     divides: DividedBy,
-    asked: tuple[Any, ...],  # old_log_probs, and what else the op is told of the objective
+    asked: Asked,
 ) -> tuple[Tensor, ...]:
     """Return the NTP term and what `sftmix_rows` does, divided here unless backward does it."""
     if divides is not DividedBy.ROWS:
@@ -392,7 +391,7 @@ def joint_losses(
     tensors, divisors = (hidden, head.weight, head.bias), (ntp_divisor, mixup_divisor)
     if not isinstance(schedule, VocabTiles):
         options = Options.of(head, schedule, hidden.shape[0], tensors)
-        asked = objective.old_log_probs, Asked(objective.kind, objective.parameter, stats)
+        asked = Asked.of(objective, stats)
         return NTPAndMixup.apply(*tensors, *plan, mu, *divisors, options, *asked)  # type: ignore[no-any-return, no-untyped-call]
     no_stats = plan.row_weight.new_empty(3, 0)
     tiles = TileOptions.of(head, schedule)

@@ -12,11 +12,16 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sftmix_kernels import (
+    Clipped,
+    Entropy,
+    Power,
+    Threshold,
     fused_cross_entropy,
     fused_mixup_loss,
     fused_sftmix_loss,
     streaming_perplexity,
 )
+from sftmix_kernels.gates import Gate
 
 from .budget import assert_refused, assert_same_bits, head_inputs, run
 
@@ -42,6 +47,24 @@ def sftmix(hidden: Tensor, weight: Tensor, **options: Any) -> Tensor:
 def perplexity(hidden: Tensor, weight: Tensor, **options: Any) -> Tensor:
     return streaming_perplexity(hidden, weight, LABELS, LABELS % 3, 3, **options).sum().float()
 
+
+def gated(gate: Callable[..., Gate], hidden: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    return fused_cross_entropy(hidden, weight, LABELS, gate=gate(**options))
+
+
+def psft(eps: float) -> Clipped:
+    return Clipped(torch.full((R,), -4.0), eps)
+
+
+# The numbers of objectives.
+OF_OBJECTIVES = {
+    "label_smoothing": cross_entropy,
+    "gem_beta": cross_entropy,
+    "k": partial(gated, Power),
+    "tau": partial(gated, Threshold),
+    "alpha": partial(gated, Entropy),
+    "eps": partial(gated, psft),
+}
 
 # Numbers of the loss become inputs of the graph, numbers of the head are compiled in.
 OF_THE_LOSS = {
@@ -86,6 +109,12 @@ def test_numbers_of_the_loss_are_compiled_for_all_their_values(
 ) -> None:
     """Once as constants, once as inputs."""
     assert compilations(loss, OF_THE_LOSS[loss], dynamic) <= 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("number", OF_OBJECTIVES)
+def test_numbers_of_objectives_are_compiled_for_all_their_values(number: str) -> None:
+    assert compilations(OF_OBJECTIVES[number], (number,)) <= 2
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -28,6 +28,7 @@ from sftmix_kernels import (
 from sftmix_kernels.gates import Kind, Objective
 from sftmix_kernels.mixup_loss import mixup_rows
 from sftmix_kernels.row_chunks import cpu, pytorch
+from sftmix_kernels.row_chunks.pytorch import Row
 from sftmix_kernels.sftmix_loss import sftmix_rows
 
 from .budget import (
@@ -202,6 +203,19 @@ def test_a_weight_of_zero_leaves_a_token_out_but_not_out_of_the_count() -> None:
     assert_same_bits(found, expected)
 
 
+def test_what_was_impossible_before_is_beyond_every_clip() -> None:
+    """An old probability of 0 makes the ratio infinite: no gradient, and no NaN."""
+    old = torch.full((R,), -torch.inf)
+    old[::2] = -9.0
+    options = {"gate": Clipped(old, 0.3), "reduction": "none"}
+    tensors, labels = inputs(), some_labels((R,), V)
+    losses = fused_cross_entropy(**tensors, labels=labels, **options)
+    assert not losses[1::2].any()
+    assert losses.any()
+    expected = reference.cross_entropy(**tensors, labels=labels, **options)
+    torch.testing.assert_close(losses, expected)
+
+
 def assert_sftmix_in_budget(name: str) -> None:
     """The joint loss with a gate or weights, mixed pairs, unmixed ones and single rows."""
     tensors, labels = inputs(), some_labels((R,), V, ignored=0.2)
@@ -283,7 +297,8 @@ def test_opcheck() -> None:
     labels, ones, old = some_labels((12,), 123), torch.ones(12), -torch.rand(12)
     head = (1.5, 3.0, 4, [True, True, True])
     targets, share = labels.unsqueeze(-1), torch.ones(12, 1)
-    asked = {"old_log_probs": old, "kind": int(Kind.CLIPPED), "parameter": 0.2, "stats": True}
+    asked = {"old_log_probs": old, "parameter": torch.tensor(0.2), "stats": True}
+    asked["kind"] = int(Kind.CLIPPED)
     rows = (hidden, None, weight, bias, targets, share, ones, *head)
     torch.library.opcheck(mixup_rows, rows, asked)
     pairs = (torch.arange(4), torch.arange(4, 8), torch.tensor([1.0, 0, 1, 1]), torch.rand(4, 2))
@@ -360,7 +375,14 @@ def undetached_gate(self: Objective, nll: Tensor, evenness: Tensor | None = None
     return torch.exp(-nll) * (1 - nll)
 
 
+def flipped_gate(self: Objective, nll: Tensor, evenness: Tensor | None = None) -> Tensor:
+    """The other side of a threshold."""
+    p = torch.exp(-nll)
+    return (p < self.parameter if self.kind == Kind.ABOVE else p >= self.parameter).to(p)
+
+
 MUTANTS = [(name, mutated_gate) for name in ("dft", "power", "eaft")]
+MUTANTS += [(name, flipped_gate) for name in ("above", "below")]
 
 
 @pytest.mark.parametrize(("name", "mutant"), [*MUTANTS, ("dft", undetached_gate)])
@@ -374,6 +396,78 @@ def test_a_wrong_gate_is_caught(
     monkeypatch.setattr(Objective, "gate", mutant)
     with pytest.raises(AssertionError, match="is over the error budget"):
         assert_loss_in_budget(tensors, labels, **OBJECTIVES[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_smoothing_that_is_not_spread_over_the_vocabulary_is_caught(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judged(row: Row, objective: Objective, sums: Any, log_p: Any, total: Any, _: int) -> Row:
+        return right(row, objective, sums, log_p, total, 1)
+
+    monkeypatch.setattr(cpu, "soft_rows_", pytorch.soft_rows_)
+    tensors, labels, right = inputs(dtype), some_labels((R,), V), Row.judged
+    assert_loss_in_budget(tensors, labels, **OBJECTIVES["smoothed"])
+    monkeypatch.setattr(Row, "judged", judged)
+    with pytest.raises(AssertionError, match="is over the error budget"):
+        assert_loss_in_budget(tensors, labels, **OBJECTIVES["smoothed"])
+
+
+@every_objective
+def test_a_second_backward_gives_the_same_bits(name: str) -> None:
+    tensors, labels = inputs(), some_labels((R,), V, ignored=0.2)
+    for reduction in ("mean", "none"):
+        leaves = {k: v.clone().requires_grad_() for k, v in tensors.items()}
+        loss = fused_cross_entropy(
+            **leaves, labels=labels, reduction=reduction, **OBJECTIVES[name]
+        ).sum()
+        first, second = (
+            torch.autograd.grad(loss, list(leaves.values()), retain_graph=True) for _ in range(2)
+        )
+        assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@every_objective
+def test_layouts_in_memory_change_no_bit(name: str) -> None:
+    """Transposed, strided, and expanded: hidden, labels, weights and old log-probabilities."""
+    hidden, weight, labels = exact(R, D), exact(V, D), some_labels((R,), V, ignored=0.2)
+    old, weights = torch.full((R,), -5.5), torch.full((R,), 1.5)
+    options = dict(OBJECTIVES[name])
+    strange = dict(options)
+    if name == "psft":
+        options["gate"] = Clipped(old, 0.3)
+        strange["gate"] = Clipped(old[:1].expand(R), 0.3)
+    if "row_weight" in options:
+        options["row_weight"], strange["row_weight"] = weights, weights[:1].expand(R)
+    expected = run(
+        lambda **t: fused_cross_entropy(**t, labels=labels, **options),
+        {"hidden": hidden, "weight": weight},
+    )
+    found = run(
+        lambda hidden, weight: fused_cross_entropy(
+            hidden.t(), weight.t(), torch.stack((labels, labels), -1)[:, 0], **strange
+        ),
+        {"hidden": hidden.t().contiguous(), "weight": weight.t().contiguous()},
+    )
+    transposed = {k: g.t() for k, g in found.gradients.items() if g is not None}
+    assert_same_bits(found._replace(gradients=transposed), expected)
+
+
+def test_of_one_token_there_is_nothing_to_learn() -> None:
+    """V = 1: p is 1, the entropy 0, and every gradient."""
+    tensors, labels = head_inputs((5, D), 1, torch.float32), torch.zeros(5, dtype=torch.int64)
+    for name, options in OBJECTIVES.items():
+        if name == "psft" or "row_weight" in options:
+            continue
+        for leaf in tensors.values():
+            leaf.requires_grad_().grad = None
+        loss, stats = fused_cross_entropy(**tensors, labels=labels, stats=True, **options)
+        loss.backward()
+        assert not loss
+        assert not any(leaf.grad is None or leaf.grad.any() for leaf in tensors.values())
+        assert not stats.nll.any()
+        assert not stats.entropy.any()
+        assert stats.is_top.all()
 
 
 @every_objective
