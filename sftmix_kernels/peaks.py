@@ -207,17 +207,24 @@ def group_bytes(task: str, schedule: VocabTiles, shape: Shape) -> int:
     return total
 
 
+def from_needed(args: Sequence[Any]) -> Sequence[Any]:
+    """Return a call's arguments from ``needs_gradient`` on; none where it has no such list."""
+    for at, arg in enumerate(args):
+        if isinstance(arg, list) and isinstance(arg[0], bool):
+            return args[at:]
+    return ()
+
+
 def keeps_all(args: Sequence[Any]) -> bool:
-    """Say whether an op of rows is called with ``keeps``, the one argument that may be True."""
-    return any(arg is True for arg in args)
+    """Say whether an op of rows is called with ``keeps``."""
+    # It follows needs_gradient, first_token and group. Stats, further on, may be True as well.
+    return any(arg is True for arg in from_needed(args)[3:4])
 
 
 def needed_gradients(args: Sequence[Any]) -> list[bool]:
     """Return which gradients a call wants, of hidden, weight and bias; none where it cannot say."""
-    for arg in args:
-        if isinstance(arg, list) and isinstance(arg[0], bool):
-            return arg
-    return [False] * 3
+    needed: list[bool] = next(iter(from_needed(args)), [False] * 3)
+    return needed
 
 
 def op_call(name: str, args: Sequence[Any]) -> tuple[str, Shape]:

@@ -173,6 +173,17 @@ def test_a_plan_holds_what_the_formula_says(rows: int, at_once: bool, frozen_hea
     assert peaks.op_products("mixup_rows", (*args, needs)) == 3 * 2 * rows * weight.numel()
 
 
+@pytest.mark.parametrize("stats", [False, True])
+def test_a_plan_knows_which_argument_keeps_gradients(stats: bool) -> None:
+    needs, after = [True, True, False], (None, None, 0, 0.0, stats)
+    for keeps in (False, True):
+        args = ("tensors", 1.0, None, 512, needs, 0, None, keeps, *after)
+        assert peaks.keeps_all(args) == keeps
+        assert peaks.needed_gradients(args) == needs
+    assert not peaks.keeps_all(("tensors", needs))
+    assert not peaks.keeps_all(("tensors", None))
+
+
 @pytest.mark.interpret
 @pytest.mark.usefixtures("_tidy_launches")
 @every_task
