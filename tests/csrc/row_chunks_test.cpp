@@ -164,6 +164,27 @@ void check_pairs(int64_t columns, LogitTransform f, double tolerance) {
   }
 }
 
+// What multiplies a row's NLL, of the largest entropy that V columns allow.
+double dense_gate(Kind kind, double parameter, double nll, double entropy, int64_t columns,
+                  double old_log_prob) {
+  const double p = std::exp(-nll), ratio = std::exp(-nll - old_log_prob);
+  const double most = std::log(std::max<double>(2.0, columns));
+  switch (kind) {
+    case Kind::kPower:
+      return std::pow(p, parameter);
+    case Kind::kAbove:
+      return p >= parameter;
+    case Kind::kBelow:
+      return p < parameter;
+    case Kind::kEntropy:
+      return std::pow(std::max(0.0, entropy) / most, parameter);
+    case Kind::kClipped:
+      return ratio < 1.0 + parameter ? ratio : 0.0;
+    default:
+      return 1.0;
+  }
+}
+
 // Every objective, with stats that begin and end where their buffers do.
 template <typename Logit>
 void check_objective(int64_t columns, LogitTransform f, Kind kind, double tolerance) {
@@ -208,8 +229,7 @@ void check_objective(int64_t columns, LogitTransform f, Kind kind, double tolera
     require_close(stats[i], nll, tolerance, "stats: nll");
     require_close(stats[num_rows + i], entropy, tolerance, "stats: entropy");
     require_close(stats[2 * num_rows + i], sum == 0.0, 0.0, "stats: top");
-    const Objective& objective = rows.objective;
-    const double gate = gate_of(objective, nll, entropy, columns, i);
+    const double gate = dense_gate(kind, parameter, nll, entropy, columns, old[i]);
     double value = gate * nll;
     if (kind == Kind::kSmoothed) value = nll - parameter * (mean - at_label);
     if (kind == Kind::kGem) value = expected_gap / tempered;
