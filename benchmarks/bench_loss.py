@@ -28,7 +28,7 @@ from sftmix_kernels.schedules import PADDING, RowChunks, Schedule
 from tools.peak_memory import peak_extra_bytes
 
 from . import records as names
-from .errors import Oracle
+from .errors import ROWS, Oracle
 from .inputs import FILTER_EPS, MU, Inputs, Loss, make_inputs, peakedness
 from .measure import interleaved_samples
 from .peers import COMPILES, LIGER_ROWS, HardLabelLoss, find_peers
@@ -346,7 +346,7 @@ def case_inputs(case: Case, settings: Settings, most: int | None = None) -> Inpu
 
 def oracle_of(x: Inputs, task: str, one_lam: bool) -> Oracle:
     """Return what a task is held to, computed with a single lam or one a pair."""
-    return Oracle(task, x.given(one_lam))
+    return Oracle(ROWS[task], x.given(one_lam))
 
 
 def checked(

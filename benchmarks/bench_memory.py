@@ -23,7 +23,7 @@ from sftmix_kernels.schedules import runs_triton
 from tools.peak_memory import peak_extra_bytes, tidy_launches
 
 from .bench_loss import OURS, SCHEDULES, Provider, find_providers, step
-from .errors import Oracle
+from .errors import ROWS, Oracle
 from .inputs import FILTER_EPS, make_inputs
 from .records import BOTH, FILTERED, NTP, ROW_CHUNKS, VOCAB_TILES
 from .result_file import Results
@@ -147,4 +147,4 @@ def oracle_of(
     task: str, one_lam: bool, pairs: int, hidden: int, vocab: int, dtype: torch.dtype, device: str
 ) -> Oracle:
     """Return the oracle, made once for all who are held to it one after the other."""
-    return Oracle(task, make_inputs(pairs, hidden, vocab, dtype, device).given(one_lam))
+    return Oracle(ROWS[task], make_inputs(pairs, hidden, vocab, dtype, device).given(one_lam))

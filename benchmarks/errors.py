@@ -37,10 +37,11 @@ ROWS: dict[str, Loss] = {NTP: ntp_rows, MIXUP: mixup_rows, BOTH: both_rows}
 
 
 class Oracle:
-    """The reference of a task on some inputs, in float64 and in the inputs' own dtype."""
+    """A reference on some inputs, in float64 and in the inputs' own dtype."""
 
-    def __init__(self, task: str, x: Inputs) -> None:
-        self.x, rows = x, ROWS[task]
+    def __init__(self, rows: Loss, x: Inputs) -> None:
+        """Take what gives the numbers that add up to the loss: of a task that of `ROWS`."""
+        self.x = x
         hidden, weight = (t.detach().double().requires_grad_() for t in (x.hidden, x.weight))
         doubles = x._replace(hidden=hidden, weight=weight)
         results = []

@@ -25,7 +25,7 @@ from sftmix_kernels.vocab_tiles.groups import groups
 
 from . import records as names
 from .settings import Case
-from .tables import table
+from .tables import cell, table
 
 # What an H200 was seen to reach of its data sheet: a copy of 8.6 GB moved 4.3 TB/s, a product of
 # 8192 x 8192 x 8192 numbers in bfloat16 ran at 769 to 798 TFLOP/s. Other GPUs are taken to reach as
@@ -95,6 +95,17 @@ class Code(NamedTuple):
 COUNTED = Code(330 + 261, 260 + 196, False, (1.65, 2.2), 10, {NTP: 40, BOTH: 40}, 128, 2**26)
 # A test holds the instructions to the table of what the compiler makes of the kernels.
 TODAY = Code(203 + 171, 2 * (84 + 74), True, (1.0, 1.15), 6, {NTP: 18, BOTH: 44}, 256, 2**28)
+
+
+# The same for rows with one target, by the objective of NTP (`TODAY.soft_rows` is NTP's own), and
+# the programs of `compiled.json` that have its loops: what is done once a row does not count.
+OBJECTIVE_ROWS = {
+    "bf16, PSFT": (90 + 74, (names.DFT, names.POWER, names.THRESHOLD)),
+    "bf16, threshold, stats": (120 + 74, (names.EAFT, names.WATCHED)),
+    "bf16, GEM": (129 + 82, (names.GEM,)),
+    "bf16, smoothed": (108 + 82, (names.SMOOTHED,)),
+    "bf16, one target": (84 + 74, (names.WEIGHTED,)),
+}
 
 
 class Step(NamedTuple):
@@ -294,6 +305,16 @@ def plans(gpu: Gpu, shape: Shape, code: Code = TODAY) -> list[Plan]:
     return [*found, perplexity(gpu, shape)]
 
 
+def objective_plans(gpu: Gpu, shape: Shape, code: Code = TODAY) -> dict[str, Plan]:
+    """Return ``row_chunks`` for each objective of NTP, as the rule of memory chooses."""
+    one_chunk = code.one_chunk and in_one_chunk(shape)
+    return {
+        name: row_chunks(gpu, shape, NTP, code._replace(soft_rows=2 * instructions), one_chunk)
+        for instructions, objectives in OBJECTIVE_ROWS.values()
+        for name in objectives
+    }
+
+
 def first_plan(found: Sequence[Plan], schedule: str, task: str) -> Plan:
     """Return the first plan of a task whose schedule begins so."""
     return next(one for one in found if one.task == task and one.schedule.startswith(schedule))
@@ -340,6 +361,12 @@ def predictions(gpu: Gpu, shape: Shape, code: Code = TODAY) -> dict[tuple[str, s
         ),
         ("loss", "forward of vocab_tiles"): Range(product / forward[1], product / forward[0]),
         ("loss", "exact vocab_tiles"): Range(tiles.low / ours.low, tiles.high / ours.high),
+        **{
+            ("objectives", names.OUR_OBJECTIVES[name]): Range(
+                plan.low / alone.low, plan.high / alone.high
+            )
+            for name, plan in objective_plans(gpu, shape, code).items()
+        },
         ("perplexity", names.STREAMING): Range(stream.low / product, stream.high / product),
         **{
             ("perplexity", f"{names.FOLD}, {place}"): Range(shares[1], shares[0])
@@ -387,11 +414,26 @@ def plan_table(plan: Plan) -> str:
     return f"### {plan.schedule}, {plan.task}\n\n{table(head, rows)}"
 
 
+def objective_table(gpu: Gpu, shape: Shape) -> str:
+    """Return the objectives of NTP as a Markdown table: their row kernel, and all by NTP alone."""
+    alone = first_plan(plans(gpu, shape), "row_chunks", NTP)
+    kernel = alone.steps[1].name
+    rows = []
+    for name, plan in {NTP: alone, **objective_plans(gpu, shape)}.items():
+        (step,) = (one for one in plan.steps if one.name == kernel)
+        times = [f"{1e3 * seconds:.2f}" for seconds in (step.low, step.high, plan.low, plan.high)]
+        quotient = f"{plan.low / alone.low:.3f}-{plan.high / alone.high:.3f}"
+        rows.append([cell(name), *times, quotient])
+    head = ("objective", f"{kernel}, ms, low", "high", "all, ms, low", "high", f"/ {NTP}")
+    return f"### {alone.schedule}, objectives of {NTP}\n\n{table(head, rows)}"
+
+
 def text(gpu: Gpu, shape: Shape) -> str:
     """Return all tables of a GPU and a shape."""
     size = f"N = {shape.rows}, D = {shape.hidden_size}, V = {shape.vocab_size}, bfloat16"
     parts = [f"## {gpu.name}, {size}: predicted, not measured", ""]
     parts += [plan_table(plan) for plan in plans(gpu, shape)]
+    parts += [objective_table(gpu, shape)]
     return "\n".join([*parts, *goals(gpu, shape)])
 
 

@@ -22,6 +22,14 @@ FILTERED = "sftmix, vocab_tiles, filter 2^-12"
 DENSE, COMPILED = "dense PyTorch", "torch.compile of dense"
 TORCH = "torch linear_cross_entropy, chunked"
 BARE = "bare matrix products"
+# Objectives of NTP, by what `fused_cross_entropy` is asked for, and DFT as others compute it.
+OBJECTIVE = "objective"
+DFT, POWER, THRESHOLD = "DFT", "-p^k, k = 2", "threshold, tau = 0.1"
+EAFT, GEM, SMOOTHED = "EAFT", "GEM, beta = 0.7", "label smoothing, 0.1"
+WEIGHTED, WATCHED = "row weights", "stats"
+OBJECTIVES = (NTP, DFT, POWER, THRESHOLD, EAFT, GEM, SMOOTHED, WEIGHTED, WATCHED)
+OUR_OBJECTIVES = {name: f"sftmix, {name}" for name in OBJECTIVES}
+DENSE_DFT = "dense DFT, as in LLaMA-Factory"
 # Row kernels and ceilings.
 COPY, PRODUCT = "copy", "matrix product"
 PAIR_ROWS, SOFT_ROWS = "pair_rows_", "soft_rows_"
@@ -43,6 +51,8 @@ OUR_SFTMIX, OUR_NTP = "SFTMixTrainer, sftmix", "SFTMixTrainer, ntp"
 OUR_TILES = "SFTMixTrainer, sftmix, vocab_tiles"
 THEIR_SFTMIX, THEIR_NTP = "transformers.Trainer, dense sftmix", "transformers.Trainer, ntp"
 LIGER_NTP = "Liger-Kernel, ntp"
+# Of those, one that logs entropy and accuracy and one that does not.
+WATCHING, UNWATCHED = "watching", "SFTMixTrainer, ntp, without entropy and accuracy"
 
 # What tells one training step, or one size of logits, from another.
 STEP_SIZE = ("model", "batch", "length")

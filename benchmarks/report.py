@@ -63,6 +63,11 @@ def loss_title(record: Record) -> str:
     return f"{title}; p(label) {share} on average"
 
 
+def objective_title(record: Record) -> str:
+    """Return the title of a case of objectives."""
+    return f"Objectives, forward + backward: {cell(sizes(record))}"
+
+
 def scoring_title(record: Record) -> str:
     """Return the title of a model that scores."""
     return "Scoring a data set" + (f": {cell(record['case'])}" if record.get("case") else "")
@@ -107,6 +112,22 @@ LOSS: list[Column] = [
     ("relative", field("relative_error")),
     ("loss error", field("loss_error")),
 ]
+OBJECTIVES: list[Column] = [
+    ("", who),
+    *TIMES,
+    (f"/ {names.NTP}", field("of_ntp", ".3f")),
+    (f"/ {names.DENSE_DFT}", over(names.DENSE_DFT, ("case",))),
+    EXTRA_MEMORY,
+    ("gradient error / dense", field("error_of_dense", ".2f")),
+    ("relative", field("relative_error")),
+    ("loss error", field("loss_error")),
+]
+WATCHING: list[Column] = [
+    ("model, batch x length", lambda _, record: cell(step_name(record))),
+    ("trainer", who),
+    *TIMES,
+    ("/ without", field("of_unwatched", ".4f")),
+]
 PERPLEXITY: list[Column] = [
     ("without gradients", who),
     *TIMES,
@@ -149,6 +170,8 @@ TUNING: list[Column] = [("setting", who), *TIMES, ("share", field("share", ".3f"
 TABLES = (
     Table(names.STEP, loss_title, LOSS, "case", left=2, sort=True),
     Table(names.FORWARD, loss_title, LOSS, "case", left=2, sort=True),
+    Table(names.OBJECTIVE, objective_title, OBJECTIVES, "case"),
+    Table(names.WATCHING, lambda _: "Training steps, watched", WATCHING, left=2),
     Table("perplexity", lambda r: f"Perplexity: {cell(r['case'])}", PERPLEXITY, "case", sort=True),
     Table("scoring", scoring_title, SCORING, "case", sort=True),
     Table("step", lambda _: "Training steps", STEPS, left=2),
@@ -222,7 +245,7 @@ def predicted_section(reports: Sequence[Report]) -> str:
     """Return every target on a GPU beside what is predicted of it, and what was measured."""
     gpu, shape = predict.GPUS["H200"], predict.BEST_PEER_SHAPE
     found, rows = predict.predictions(gpu, shape), []
-    for suite in ("loss", "perplexity", "memory"):
+    for suite in ("loss", "objectives", "perplexity", "memory"):
         report = names.newest(reports, suite, "cuda", quick=False)
         nothing = {"suite": suite, "settings": {"device": "cuda", "quick": False}, "records": []}
         for target in targets(report or nothing):

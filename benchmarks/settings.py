@@ -36,6 +36,8 @@ class Case(NamedTuple):
     # Another process computes all the while on the same cores; dense PyTorch takes part too.
     busy: bool = False
     dtype: str | None = None  # of hidden states and weights, where it is not the device's
+    # The first half of the rows are of prompts, which have no label.
+    prompts: bool = False
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -54,11 +56,13 @@ class Case(NamedTuple):
             [self.size, self.inputs]
             + ["beside a busy process"] * self.busy
             + [self.dtype] * (self.dtype is not None)
+            + ["half of them prompts"] * self.prompts
         )
 
 
 SMALL, SMOLLM2 = Case("small", 2048), Case("SmolLM2-135M", 256, full=False)
 BUSY = SMALL._replace(full=False, busy=True)
+PROMPTS = SMALL._replace(full=False, prompts=True)
 # Few rows: without instructions for it, a product in bfloat16 takes up to 250 times as long.
 HALF = Case("small", 128, full=False, dtype="bfloat16")
 CPU_CASES = (SMALL, SMOLLM2, SMOLLM2._replace(inputs=RANDOM), BUSY, HALF)

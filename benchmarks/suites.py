@@ -19,6 +19,7 @@ from .settings import Settings
 # The benchmarks of each suite, in the order in which they run: each a file bench_NAME.py.
 SUITES = {
     "loss": ("ceilings", "row_chunks", "loss"),
+    "objectives": ("objectives", "watching"),
     "perplexity": ("perplexity", "online_softmax", "scoring"),
     "step": ("step",),
     "memory": ("memory",),
@@ -28,7 +29,7 @@ NAMES = tuple(name for names in SUITES.values() for name in names)
 # The search for constants is for those who change kernels.
 ALL = tuple(suite for suite in SUITES if suite != "tune")
 # Trainers and tokenizers need it; a machine without it has all other benchmarks.
-NEEDS = {"scoring": "datasets", "step": "datasets"}
+NEEDS = dict.fromkeys(("scoring", "step", "watching"), "datasets")
 
 
 def run_apart(suite: str, settings: Settings, out: Path, only: str) -> int | None:

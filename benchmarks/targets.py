@@ -14,7 +14,7 @@ from sftmix_kernels.schedules import VocabTiles
 
 from . import records as names
 from .records import BOTH, NTP, STEP, Record, Report, figure, find, first, headline, rate, ratio
-from .settings import BUSY, HALF, SMOLLM2, Case
+from .settings import BUSY, HALF, PROMPTS, SMOLLM2, Case
 
 TOO_SMALL = "sizes too small"
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -57,6 +57,8 @@ def largest(found: Mapping[str, float]) -> tuple[float | None, str]:
 
 
 Found = Callable[[Report], tuple[float | None, str]]  # a value and a note beside it
+# What is promised of every report of a suite: its words, what finds it, the limit.
+Promise = tuple[str, Found, float] | tuple[str, Found, float, bool]
 
 
 def by(
@@ -153,6 +155,24 @@ def float32_fold(report: Report) -> tuple[float | None, str]:
     return ratio(figure(fold), figure(plain)), ""
 
 
+def of_ntp(who: str) -> Found:
+    """Return what finds the time of an objective by that of NTP, of the headline."""
+
+    def found(report: Report) -> tuple[float | None, str]:
+        case = headline(report, names.OBJECTIVE)
+        return figure(first(report, names.OBJECTIVE, who=who, case=case), "of_ntp"), ""
+
+    return found
+
+
+def objective_promises(most: float) -> list[Promise]:
+    """Return that each objective costs at most so much of NTP alone."""
+    ntp = names.OUR_OBJECTIVES[NTP]
+    return [
+        (f"{who} / {ntp}", of_ntp(who), most) for who in names.OUR_OBJECTIVES.values() if who != ntp
+    ]
+
+
 def scoring_by_forward(report: Report) -> tuple[float | None, str]:
     """Return the time of scoring by the faster forward, of the model where that is largest."""
     cases = dict.fromkeys(record.get("case") for record in find(report, "scoring"))
@@ -173,11 +193,12 @@ SCORING = ("scoring", names.SCORE)
 READS = "bytes a second: a fold reads each logit, a copy in HBM reads and writes it"
 PRICE = "SFTMix at the price of NTP"
 SHARE = "share of copy bandwidth"
+DFT, DENSE_DFT = (
+    (names.OBJECTIVE, who) for who in (names.OUR_OBJECTIVES[names.DFT], names.DENSE_DFT)
+)
 HALF_FOLD = {"measure": "fold", "who": names.FOLD, "dtype": "bfloat16"}
 PAIR_ROWS = {"measure": "row kernel", "who": names.PAIR_ROWS}
 LEAST = True
-# What is promised of every report of a suite: its words, what finds it, the limit.
-Promise = tuple[str, Found, float] | tuple[str, Found, float, bool]
 PROMISES: dict[tuple[str, str], tuple[Promise, ...]] = {
     ("cpu", "loss"): (
         (f"{NTP} / {names.BARE}", by(OUR_NTP, BARE), 1.10),
@@ -199,6 +220,13 @@ PROMISES: dict[tuple[str, str], tuple[Promise, ...]] = {
         (f"{SMOLLM2.name}: {BOTH} / {names.BARE}", by(OURS, BARE, at=SMOLLM2), 1.35),
         (f"{HALF.name}: {BOTH} / {names.BARE}", by(OURS, BARE, at=HALF), 1.25),
     ),
+    ("cpu", "objectives"): (
+        *objective_promises(1.05),
+        (f"{DFT[1]} / {DENSE_DFT[1]}", by(DFT, DENSE_DFT), 0.60),
+        (f"{DFT[1]} / {DENSE_DFT[1]}, extra memory", by(DFT, DENSE_DFT, "peak_bytes"), 0.30),
+        (f"{PROMPTS.name}: {DFT[1]} / {DENSE_DFT[1]}", by(DFT, DENSE_DFT, at=PROMPTS), 0.60),
+    ),
+    ("cuda", "objectives"): (*objective_promises(1.03),),
     ("cuda", "loss"): (
         (f"{BOTH} / {names.BARE}", by(OURS, BARE), 1.05),
         (f"{NTP} / best peer on {NTP}", by_best_peer(NTP), 1.0),
@@ -264,6 +292,19 @@ def step_targets(report: Report) -> list[Target]:
     return found
 
 
+def watching_targets(report: Report) -> list[Target]:
+    """Return a promise about each model's step: to find entropy and accuracy costs next to
+    nothing."""
+    return [
+        Target(
+            f"{step_name(record)}: with entropy and accuracy / without",
+            record["of_unwatched"],
+            1.01,
+        )
+        for record in find(report, names.WATCHING, who=names.OUR_NTP)
+    ]
+
+
 def memory_targets(report: Report) -> list[Target]:
     """Return promises about the largest quotient by the formula, and on CUDA the workspace."""
     worst, name = largest(names.over_formula(report))
@@ -292,5 +333,10 @@ def targets(report: Report) -> list[Target]:
     for says, find_value, limit, *least in PROMISES.get((settings["device"], suite), ()):
         value, note = find_value(report)
         found.append(Target(says, value, limit, bool(least), note))
-    found += {"step": step_targets, "memory": memory_targets}.get(suite, lambda _: [])(report)
+    of_records = {
+        "step": step_targets,
+        "memory": memory_targets,
+        "objectives": watching_targets,
+    }
+    found += of_records.get(suite, lambda _: [])(report)
     return judged(found, settings["quick"])

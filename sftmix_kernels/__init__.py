@@ -11,7 +11,7 @@ the kernels. Proofs are below `tests/sftmix_kernels/`, benchmarks below `benchma
 | `streaming_perplexity` | `perplexity/streaming.py` | `csrc/online_softmax_kernels.cuh` | `perplexity/test_streaming.py` | `bench_perplexity.py` |
 
 `gates.py` has the objectives of `fused_cross_entropy` beside NTP, proven in `test_objectives.py`
-and `row_chunks/test_row_objectives.py`.
+and `row_chunks/test_row_objectives.py`, and timed in `bench_objectives.py`.
 
 A schedule is a way to hold no full logits; `schedules.py` chooses one:
 

@@ -9,7 +9,7 @@ Its other objectives (`gates.py`) are made in the same two passes over a row's l
   `tests/sftmix_kernels/test_objectives.py`; of the kernels
   `tests/sftmix_kernels/row_chunks/test_row_chunks.py`,
   `tests/sftmix_kernels/vocab_tiles/test_vocab_tiles.py`.
-- Time: `benchmarks/bench_loss.py`.
+- Time: `benchmarks/bench_loss.py`; of objectives `benchmarks/bench_objectives.py`.
 """
 
 from __future__ import annotations

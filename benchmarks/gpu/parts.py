@@ -106,6 +106,7 @@ def other_parts(run: Run) -> list[Part]:
         Part(name, rest, (run.suite(suite, "", rest * 2 // 3),))
         for name, suite in (
             ("all-losses", "loss"),
+            ("objectives", "objectives"),
             ("all-perplexity", "perplexity"),
             ("step", "step"),
             ("memory", "memory"),

@@ -21,7 +21,7 @@ from benchmarks.bench_loss import (
     step,
 )
 from benchmarks.bench_loss import DENSE as DENSE_LOSSES
-from benchmarks.errors import Oracle
+from benchmarks.errors import ROWS, Oracle
 from benchmarks.inputs import Inputs, make_inputs, peakedness
 from benchmarks.records import (
     BARE,
@@ -52,7 +52,7 @@ def hard_labels(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def test_ours_dense_and_compositions_are_the_reference(task: str) -> None:
     x = make_inputs(16, 8, 50).given(one_lam=True)
     for loss in (OURS[task], DENSE_LOSSES[task], partial(COMPOSED[task], ntp=hard_labels)):
-        Oracle(task, x).check(step(loss, x), 1e-5)
+        Oracle(ROWS[task], x).check(step(loss, x), 1e-5)
 
 
 def test_one_lam_is_one_for_all() -> None:

@@ -102,7 +102,7 @@ def test_a_suite_that_fails_does_not_stop_the_next(
 
     monkeypatch.setattr("benchmarks.__main__.run_apart", fails)
     assert main(["run", "all", "--device", "cpu", "--out", str(tmp_path)]) == 1
-    assert calls == ["loss", "perplexity", "step", "memory"]
+    assert calls == ["loss", "objectives", "perplexity", "step", "memory"]
     assert "failed: loss" in capsys.readouterr().err
 
 

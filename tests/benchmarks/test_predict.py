@@ -14,11 +14,13 @@ from benchmarks.predict import (
     BEST_PEER_SHAPE,
     COUNTED,
     GPUS,
+    OBJECTIVE_ROWS,
     TODAY,
     bare_products,
     first_plan,
     goals,
     in_one_chunk,
+    objective_plans,
     perplexity,
     plans,
     predictions,
@@ -68,6 +70,24 @@ def test_instructions_are_those_of_the_compiled_kernels(
     (program,) = json.loads(COMPILED.read_text("utf-8"))["programs"][kernel]
     ordinary = sum(few for _, few in program["loops"])
     assert counted == pytest.approx(blocks * ordinary, rel=0.03)
+
+
+@pytest.mark.skipif(not COMPILED.exists(), reason="no table of compiled kernels")
+def test_instructions_of_objectives_are_those_of_the_compiled_kernels() -> None:
+    programs = json.loads(COMPILED.read_text("utf-8"))["programs"]
+    for variant, (counted, _) in OBJECTIVE_ROWS.items():
+        (program,) = programs[f"soft_rows_kernel, {variant}, sm_90"]
+        assert counted == pytest.approx(sum(few for _, few in program["loops"]), rel=0.03), variant
+
+
+def test_objectives_cost_what_ntp_does() -> None:
+    alone = first_plan(plans(H200, SHAPE), "row_chunks", NTP)
+    found = objective_plans(H200, SHAPE)
+    assert {NTP, *found} == set(names.OBJECTIVES)
+    assert found[names.WEIGHTED] == alone
+    for plan in found.values():
+        assert 1.0 <= plan.low / alone.low <= plan.high / alone.high <= 1.03
+        assert plan.schedule == alone.schedule
 
 
 def test_one_chunk_is_taken_as_long_as_it_holds_no_more() -> None:
@@ -150,6 +170,8 @@ def test_the_command_prints_every_schedule(capsys: pytest.CaptureFixture[str]) -
         assert f"### {schedule}, {NTP}" in told
         assert f"### {schedule}, {BOTH}" in told
     assert "### streaming_perplexity, 512 x 1003" in told
+    assert f"### row_chunks, one chunk, objectives of {NTP}" in told
+    assert f"| {names.EAFT} | " in told
     with pytest.raises(SystemExit):
         main(["predict", "--rows", "0"])
     assert "argument --rows" in capsys.readouterr().err

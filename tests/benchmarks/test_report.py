@@ -13,7 +13,7 @@ import pytest
 from benchmarks import records as names
 from benchmarks.readme import BEGIN, END, NO_GPU, readme_block
 from benchmarks.report import markdown
-from benchmarks.settings import BUSY
+from benchmarks.settings import BUSY, PROMPTS
 from benchmarks.tables import duration, replace_block
 from benchmarks.targets import Target, targets
 
@@ -91,6 +91,27 @@ def cuda_loss() -> Report:
         timed("row kernel", "pair_rows_", 2.0, bytes=300, ours=True, **size),
     ]
     return report("loss", "cuda", records)
+
+
+def objectives(device: str = "cpu") -> Report:
+    size = {"rows": 8, "hidden_size": 4, "vocab_size": 16, "dtype": "float32"}
+    figures = {"measure": names.OBJECTIVE, "peak_bytes": 2**20, "relative_error": 1e-7}
+    ours = [
+        timed(who=who, seconds=2.0, of_ntp=1.0 + 0.01 * number, case=HEADLINE, **figures, **size)
+        for number, who in enumerate(names.OUR_OBJECTIVES.values())
+    ]
+    dense = timed(who=names.DENSE_DFT, seconds=2.5, case=HEADLINE, of_ntp=1.25, **figures, **size)
+    few = [
+        record | {"case": PROMPTS.name, "median": record["median"] / (2 if record["ours"] else 1)}
+        for record in (ours[1], dense)
+    ]
+    batch = {"model": "1M", "batch": 4, "length": 32}
+    steps = [
+        timed(names.WATCHING, who, 1.0, of_unwatched=times, ours=True, **batch)
+        for who, times in ((names.OUR_NTP, 1.005), (names.UNWATCHED, 1.0))
+    ]
+    dense["peak_bytes"] = 4 * 2**20
+    return report("objectives", device, [*ours, dense, *few, *steps])
 
 
 def perplexity(device: str) -> Report:
@@ -180,6 +201,22 @@ def test_cuda_loss_names_the_peer_and_takes_the_lowest_rate() -> None:
     assert found[5].note == "the slowest: Mixup"
 
 
+def test_objectives_are_judged_by_rounds_and_dft_beside_the_dense_one() -> None:
+    found = targets(objectives())
+    costs = [1.0 + 0.01 * number for number in range(1, 9)]
+    values = [*costs, 0.8, 0.25, 0.4, 1.005]
+    assert [target.value for target in found] == pytest.approx(values)
+    reached = [*[True] * 5, *[False] * 3, False, True, True, True]
+    assert [target.reached for target in found] == reached
+    assert found[0].says == "sftmix, DFT / sftmix, NTP"
+    assert found[-1].says == "1M, 4 x 32: with entropy and accuracy / without"
+    on_gpu = targets(objectives("cuda"))
+    assert [target.limit for target in on_gpu] == [*[1.03] * 8, 1.01]
+    text = markdown([objectives()])
+    assert "| **sftmix, DFT** | 2,000 | 1,800-2,200 | 1.010 | 0.80 | 1 | - | 1e-07 | - |" in text
+    assert "| 1M, 4 x 32 | **SFTMixTrainer, ntp** | 1,000 | 900-1,100 | 1.0050 |" in text
+
+
 def test_perplexity_on_both_devices() -> None:
     cpu, cuda = (targets(perplexity(device)) for device in ("cpu", "cuda"))
     values = [1 / 0.9, 0.05, 0.25, 1 / 1.2, 2.0]
@@ -235,7 +272,7 @@ def test_scoring_is_held_to_the_faster_forward_of_the_model_where_it_is_slower()
 
 
 def test_what_was_not_measured_is_neither_reached_nor_missed() -> None:
-    for suite in ("loss", "perplexity", "memory"):
+    for suite in ("loss", "objectives", "perplexity", "memory"):
         for device in ("cpu", "cuda"):
             found = targets(report(suite, device, []))
             assert found
