@@ -30,7 +30,7 @@ from .settings import PROMPTS, Case, Settings
 
 IGNORED = -100
 # Rows that are checked: the reference in float64 takes three times as long as what is timed.
-CHECKED_ROWS = 256
+CHECKED_ROWS = 128
 OPTIONS: dict[str, dict[str, Any]] = {
     names.NTP: {},
     names.DFT: {"gate": Power(1.0)},
@@ -133,8 +133,8 @@ def race(case: Case, settings: Settings, results: Results) -> None:
             figures[one.who], steps[one.who] = found, call(one, x, names.STEP)
     samples = interleaved_samples(
         steps,
-        # Twice as many as of losses: what is judged differs by a few percent.
-        2 * settings.repeats,
+        # More than of losses: what is judged differs by a few percent.
+        settings.repeats + 2,
         settings.device,
         says=case.name,
         warm=settings.device == "cpu",

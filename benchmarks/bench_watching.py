@@ -40,7 +40,7 @@ from .result_file import Results
 from .settings import Settings
 
 # Rounds of each model: what is judged is a percent.
-ROUNDS = {"quick": 3, "1M": 100, "60M": 20, "0.27B": 30, "1B": 20}
+ROUNDS = {"quick": 3, "1M": 60, "60M": 15, "0.27B": 30, "1B": 20}
 
 
 def without_stats(

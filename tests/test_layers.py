@@ -10,7 +10,7 @@ FLOOR = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 # What sftmix reaches of the kernels besides their public names: the types of schedules, how large
 # a workspace is for `plan`, how the extension was built for `doctor`, and objectives of logits for
 # `--head logits`.
-KERNELS = {"sftmix_kernels.reference", 
+KERNELS = {
     f"sftmix_kernels{name}" for name in ("", ".schedules", ".peaks", ".extension", ".reference")
 }
 

@@ -203,6 +203,19 @@ def test_a_weight_of_zero_leaves_a_token_out_but_not_out_of_the_count() -> None:
     assert_same_bits(found, expected)
 
 
+def test_what_was_impossible_before_is_beyond_every_clip() -> None:
+    """An old probability of 0 makes the ratio infinite: no gradient, and no NaN."""
+    old = torch.full((R,), -torch.inf)
+    old[::2] = -9.0
+    options = {"gate": Clipped(old, 0.3), "reduction": "none"}
+    tensors, labels = inputs(), some_labels((R,), V)
+    losses = fused_cross_entropy(**tensors, labels=labels, **options)
+    assert not losses[1::2].any()
+    assert losses.any()
+    expected = reference.cross_entropy(**tensors, labels=labels, **options)
+    torch.testing.assert_close(losses, expected)
+
+
 def assert_sftmix_in_budget(name: str) -> None:
     """The joint loss with a gate or weights, mixed pairs, unmixed ones and single rows."""
     tensors, labels = inputs(), some_labels((R,), V, ignored=0.2)
