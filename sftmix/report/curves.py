@@ -38,6 +38,12 @@ TERMS = {
         "itself: each target is a mixture of two tokens, which cannot be predicted with certainty.",
         "Mixup loss (nats per position)",
     ),
+    "eval_loss": (
+        "Held-out loss while training",
+        "The NTP loss of the data of --eval_data, at each evaluation: a mean over their response "
+        "tokens. Where it rises while the training loss falls, the model overfits.",
+        "held-out loss (nats per token)",
+    ),
 }
 
 
