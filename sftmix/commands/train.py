@@ -30,6 +30,7 @@ from sftmix.recipe.loading import (
 from sftmix.recipe.lora import add_lora, check_lora
 from sftmix.recipe.manifest import (
     kept_date,
+    lengthen,
     recipe,
     start_manifest,
     versions,
@@ -156,7 +157,8 @@ def train(
     files = {"partition": arguments.partition, "eval_data": arguments.eval_data}
     if arguments.eval_data:
         files["eval_split"] = arguments.eval_split
-    on_main(lambda: start_manifest(run, numbers, **files))
+    if on_main(lambda: start_manifest(run, numbers, **files)):
+        say(on_main(lambda: lengthen(run, numbers)))
     if arguments.resume and on_main(lambda: is_finished(run)):
         say(f"{run} is finished already: all steps are trained, and the model is saved")
         with Saved(run, NOT_PUSHED):
