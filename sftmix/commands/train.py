@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase, TrainerState
 
-from sftmix.conventions import CONFIGS, MODEL_CARD, TRAINER_STATE
+from sftmix.conventions import CONFIGS, MANIFEST, MODEL_CARD, TRAINER_STATE
 from sftmix.data.examples import data_hash
 from sftmix.data.selection import naming_choices
 from sftmix.methods import method_of
@@ -29,6 +29,7 @@ from sftmix.recipe.loading import (
 )
 from sftmix.recipe.lora import add_lora, check_lora
 from sftmix.recipe.manifest import (
+    LENGTHENED,
     kept_date,
     lengthen,
     recipe,
@@ -40,7 +41,7 @@ from sftmix.recipe.model_card import model_card
 from sftmix.runs import interrupts
 from sftmix.runs.checkpoints import list_checkpoints, step_of
 from sftmix.runs.failures import USER_ERRORS, Naming, RankError, RunFailure
-from sftmix.runs.folders import atomic_write
+from sftmix.runs.folders import atomic_write, read_manifest
 from sftmix.runs.out_of_memory import MODEL_WAYS, advising
 from sftmix.runs.ranks import on_main, opened_run, refuse_differences, say, together
 from sftmix.templates.chat import set_template_date
@@ -272,8 +273,10 @@ def write_card(
 ) -> None:
     """Write the model card, all of it or nothing."""
     tokenizer = trainer.processing_class
+    manifest = read_manifest(run / MANIFEST)
+    lengths = {LENGTHENED: manifest[LENGTHENED]} if LENGTHENED in manifest else {}
     card = model_card(
-        numbers,
+        {**numbers, **lengths},
         versions(),
         trainer.state.log_history,
         seconds=trainer.window.seconds,

@@ -272,6 +272,7 @@ def test_a_longer_run_ends_like_one_that_had_this_length_from_the_start(
     assert history(run) == history(whole)
     manifest = json.loads((run / "manifest.json").read_text())
     assert (manifest["num_train_epochs"], manifest["lengthened_from"]) == (2, [1])
+    assert re.search(r"lengthened.from.*\b1\b", (run / "README.md").read_text())
     assert main(longer) == 0
     assert "run is finished already" in capsys.readouterr().out
 
