@@ -22,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "llama-3.1-8b-alpaca.yaml"
+TOY = ("--output", "toy", "--vocab_size", "1024", "--hidden_size", "64")
 
 
 def run(*words: str | Path, folder: Path, **changes: str) -> None:
@@ -94,9 +95,9 @@ def check_installed(built: bool) -> None:
         folder, program = Path(name), Path(sys.executable).with_name("sftmix")
         run(program, "--version", folder=folder)
         run(sys.executable, "-m", "sftmix", "--version", folder=folder)
-        run(sys.executable, "-m", "sftmix.toy", "--output", "toy", folder=folder)
+        run(sys.executable, "-m", "sftmix.toy", *TOY, folder=folder)
         rows = (place / "demo_data/train.jsonl").read_text(encoding="utf-8").splitlines(True)
-        (folder / "data.jsonl").write_text("".join(rows[:16]), encoding="utf-8")
+        (folder / "data.jsonl").write_text("".join(rows[:32]), encoding="utf-8")
         words = ["--model", "toy", "--data", "data.jsonl", "--max_length", "64"]
         words += ["--use_cpu", "true", "--disable_tqdm", "true", "--output"]
         run(program, "score", *words, "score", folder=folder)
