@@ -22,7 +22,7 @@ bench: OUT ?= runs/bench-$(NOW)
 bench-quick: OUT ?= runs/bench-quick-$(NOW)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-all test-isa test-ptx test-versions lint format types docs bench \
+.PHONY: help demo test test-quick test-all test-isa test-ptx test-versions test-installation lint format types docs bench \
 	bench-quick results clean
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo "make test-isa   what computes, capped to plain x86-64, to AVX2, and on the machine's own"
 	@echo "make test-ptx   the compiled GPU kernels, executed on the CPU"
 	@echo "make test-versions   beside the oldest and newest torch, and the newest of Hugging Face"
+	@echo "make test-installation   the distributions, built, installed elsewhere and used"
 	@echo "make lint    ruff and clang-format; make format mends what they can"
 	@echo "make types   mypy --strict"
 	@echo "make docs    the site, in site/; dead links and pages without a place fail"
@@ -99,6 +100,9 @@ test-ptx: $(READY)
 
 test-versions: $(READY)
 	"$(PYTHON)" tests/versions.py
+
+test-installation: $(READY)
+	"$(PYTHON)" tests/installation.py
 
 CLANG_FORMAT = "$(PYTHON)" -c "import clang_format; clang_format.clang_format()"
 CPP := $(foreach e,cpp cu cuh h,$(wildcard csrc/*.$e tests/csrc/*.$e tests/sftmix_kernels/ptx/*.$e))

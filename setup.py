@@ -1,10 +1,12 @@
-"""Build `sftmix_kernels._extension`; everything else is declared in pyproject.toml."""
+"""Build `sftmix_kernels._extension`, and README for an index; pyproject.toml declares the rest."""
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import sysconfig
+from pathlib import Path
 from typing import Any
 
 from setuptools import setup
@@ -42,5 +44,16 @@ def extension() -> dict[str, Any]:
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
 
 
+def readme() -> dict[str, str]:
+    """Return README as an index shows it, where none of the repository's files are beside it.
+
+    Pictures are left out, and of a link to a file or a heading the text is left.
+    """
+    text = Path("README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[[^\]]*\]\((?!https?:)[^)]*\)\n*", "", text)
+    text = re.sub(r"\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", text)
+    return {"long_description": text, "long_description_content_type": "text/markdown"}
+
+
 # Without torch or a compiler the package is pure Python. With both, a failing build is an error.
-setup(**extension() if can_build() else {})
+setup(**readme(), **extension() if can_build() else {})

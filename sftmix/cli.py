@@ -117,7 +117,7 @@ def _main(words: list[str]) -> int:
         return 0
     command = words[0]
     if command not in COMMANDS:
-        hint = near(command, COMMANDS)
+        hint = near(command, [*COMMANDS, "--version", "--help"])
         print(
             f"sftmix: error: no command {printable(repr(command))}{hint}\n\n{usage()}",
             file=sys.stderr,

@@ -39,7 +39,7 @@ BLOCK = re.compile(
 OTHERS = shlex.split(
     "--no-build-isolation --no-deps --multi_gpu --num_processes --nproc_per_node "
     "--document --gsm8k-train --gsm8k-test --alpaca --seeds --systems --quick --out --device "
-    "--largest --seconds --markdown --build --gpu --prepare --kit --renew"
+    "--sdist --no-binary --largest --seconds --markdown --build --gpu --prepare --kit --renew"
 )
 
 

@@ -38,8 +38,8 @@ at the median confidence, and train with NTP and with SFTMix from the same base,
 batches, side by side. The demo ends with a table, DIR/results.json and DIR/report.html.
 
 The demo takes two to three minutes on two cores, without a network or a GPU. The numbers of
-the recipe (steps, learning rates, sizes) are the demo's, not the paper's. It needs matplotlib
-and scikit-learn: pip install 'sftmix[plots]'."""
+the recipe (steps, learning rates, sizes) are the demo's, not the paper's. It needs the
+extra plots: pip install matplotlib scikit-learn scipy."""
 
 EXPECT = (
     "One seed of a tiny model on synthetic data: the demo shows how the method runs, and a "

@@ -14,7 +14,7 @@ DESCRIPTION = """\
 One HTML file about runs of `sftmix score` and `sftmix train`: what they reached beside each other,
 with tests over seeds; the paper's figures; losses, confidence, representations, and what was mixed.
 Runs that differ only in their seed form a row. A part that cannot be made is left out, and the
-page says why. Needs matplotlib and scikit-learn: pip install 'sftmix[plots]'."""
+page says why. Needs the extra plots: pip install matplotlib scikit-learn scipy."""
 
 
 OPTIONS = ("output", "examples", "title")

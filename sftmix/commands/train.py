@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase, TrainerState
 
-from sftmix.conventions import CONFIGS, MODEL_CARD, TRAINER_STATE
+from sftmix.conventions import CONFIGS, MANIFEST, MODEL_CARD, TRAINER_STATE
 from sftmix.data.examples import data_hash
 from sftmix.data.selection import naming_choices
 from sftmix.data.weighting import (
@@ -36,7 +36,9 @@ from sftmix.recipe.loading import (
 )
 from sftmix.recipe.lora import add_lora, check_lora, four_bit
 from sftmix.recipe.manifest import (
+    LENGTHENED,
     kept_date,
+    lengthen,
     recipe,
     start_manifest,
     versions,
@@ -46,7 +48,7 @@ from sftmix.recipe.model_card import model_card
 from sftmix.runs import interrupts
 from sftmix.runs.checkpoints import list_checkpoints, step_of
 from sftmix.runs.failures import USER_ERRORS, Naming, RankError, RunFailure
-from sftmix.runs.folders import atomic_write
+from sftmix.runs.folders import atomic_write, read_manifest
 from sftmix.runs.out_of_memory import MODEL_WAYS, advising
 from sftmix.runs.ranks import array_hash, on_main, opened_run, refuse_differences, say, together
 from sftmix.templates.chat import set_template_date
@@ -169,7 +171,8 @@ def train(
     files = {"partition": arguments.partition, "eval_data": arguments.eval_data}
     if arguments.eval_data:
         files["eval_split"] = arguments.eval_split
-    on_main(lambda: start_manifest(run, numbers, **files))
+    if on_main(lambda: start_manifest(run, numbers, **files)):
+        say(on_main(lambda: lengthen(run, numbers)))
     if arguments.resume and on_main(lambda: is_finished(run)):
         say(f"{run} is finished already: all steps are trained, and the model is saved")
         with Saved(run, NOT_PUSHED):
@@ -310,8 +313,10 @@ def write_card(
 ) -> None:
     """Write the model card, all of it or nothing."""
     tokenizer = trainer.processing_class
+    manifest = read_manifest(run / MANIFEST)
+    lengths = {LENGTHENED: manifest[LENGTHENED]} if LENGTHENED in manifest else {}
     card = model_card(
-        numbers,
+        {**numbers, **lengths},
         versions(),
         trainer.state.log_history,
         seconds=trainer.window.seconds,

@@ -79,7 +79,9 @@ def require_harness() -> None:
         ImportError: lm_eval is not installed, saying how to install it.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise ImportError("evaluation needs lm-evaluation-harness: pip install 'sftmix[eval]'")
+        raise ImportError(
+            "evaluation needs lm-evaluation-harness: pip install 'lm_eval[hf]>=0.4.13'"
+        )
 
 
 def read_questions(name: str, file: str | None = None, ids: str | None = None) -> Questions:

@@ -112,18 +112,21 @@ def switch_lines(rows: list[Alternative]) -> list[str]:
         return ["every switch that saves memory is on"]
     width = max(len(row.says) + 2 * (not row.same) for row in rows)
     last = "longest" if any(row.largest is not None for row in rows) else ""
-    head = f"{'switch':<{width}} {'peak GiB':>9} {'KiB/token saved':>15} {'products':>8} {last:>9}"
+    head = (
+        f"{'switch':<{width}}   {'peak GiB':>8}   {'KiB/token saved':>15}   {'products':>8}   "
+        f"{last:>9}"
+    )
     lines = [head.rstrip()]
     for row in rows:
         says = row.says if row.same else f"{row.says} *"
         if row.error:
-            lines.append(f"{says:<{width}}  {row.error}")
+            lines.append(f"{says:<{width}}   {row.error}")
             continue
         longest = "" if row.largest is None else str(row.largest)
-        host = f"  {row.host / GIB:.1f} GiB on the host" if row.host else ""
+        host = f"   {row.host / GIB:.1f} GiB on the host" if row.host else ""
         lines.append(
-            f"{says:<{width}} {row.peak / GIB:>9.2f} {row.saved / KIB:>15.1f} "
-            f"{row.work:>7.2f}x {longest:>9}{host}".rstrip()
+            f"{says:<{width}}   {row.peak / GIB:>8.2f}   {row.saved / KIB:>15.1f}   "
+            f"{row.work:>7.2f}x   {longest:>9}{host}".rstrip()
         )
     if not all(row.same for row in rows):
         lines.append("* changes what is trained, or its precision")

@@ -26,6 +26,8 @@ from sftmix.runs.reading import read_small
 # The commands that take --config; nothing would read a mapping for another one.
 WITH_CONFIG = ("score", "train", "generate", "evaluate")
 INCLUDE = "include"
+# The recipes of the paper: a link in a checkout, files where the package is installed.
+RECIPES = Path(__file__).parents[1] / "recipes"
 ENDINGS = (".yaml", ".yml")
 # Most files in a chain of includes; the recipes have 4.
 MAX_FILES = 16
@@ -81,6 +83,10 @@ def read_config(path: Path) -> dict[str, Any]:
             itself, or one outside the first one's folder.
         OSError: a file cannot be read.
     """
+    if not path.exists() and (RECIPES / path.name).is_file():
+        raise FileNotFoundError(
+            f"config: no such file: {str(path)!r}; did you mean {RECIPES / path.name}?"
+        )
     return _read(path, path.parent.resolve(), ())
 
 

@@ -97,7 +97,7 @@ def load_trained_model(arguments: ModelArguments, base: str | None = None) -> An
     if not (folder / ADAPTER_CONFIG).exists():
         return load_model(arguments)
     if importlib.util.find_spec("peft") is None:
-        raise ImportError(f"{folder} is an adapter, which needs PEFT: pip install 'sftmix[peft]'")
+        raise ImportError(f"{folder} is an adapter, which needs PEFT: pip install peft")
     from peft import PeftModel
 
     # Without this file PEFT opens adapter_model.bin, a pickle.

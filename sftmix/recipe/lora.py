@@ -164,5 +164,5 @@ def require_peft() -> ModuleType:
     try:
         import peft
     except ImportError as error:
-        raise ImportError("lora_rank: needs PEFT: pip install 'sftmix[peft]'") from error
+        raise ImportError("lora_rank: needs PEFT: pip install peft") from error
     return peft

@@ -19,12 +19,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sftmix import __version__
-from sftmix.conventions import MANIFEST
+from sftmix.conventions import MANIFEST, MODEL_CARD, TRAINER_STATE
 from sftmix.data.examples import data_hash
 from sftmix.data.mixture import ids_by_source
 from sftmix.methods import method_of
 from sftmix.recipe.arguments import RunArguments
 from sftmix.recipe.lora import lora_options
+from sftmix.runs.checkpoints import list_checkpoints
 from sftmix.runs.folders import read_manifest, write_json
 from sftmix.runs.provenance import PARTS, provenance
 from sftmix.runs.redaction import redacted
@@ -54,6 +55,8 @@ BY_CONTENT = {
     "weight": "weight_hash",
 }
 SCORE_AGAIN = "score the data again"
+# What a resumed training may have more of, and where the manifest keeps what it had before.
+EPOCHS, STEPS, LENGTHENED = "num_train_epochs", "max_steps", "lengthened_from"
 SCHEDULES_OF_MU = ("mu_schedule", "mu_warmup_ratio")
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy")
 
@@ -195,8 +198,11 @@ def warn_of_other_template(partition: Path, tokenizer: PreTrainedTokenizerBase) 
         )
 
 
-def start_manifest(run: Path, recipe: dict[str, Any], **files: Any) -> None:
+def start_manifest(run: Path, recipe: dict[str, Any], **files: Any) -> bool:
     """Write `RUN/manifest.json`, or compare it with that of the resumed run.
+
+    Returns:
+        Whether the resumed run is a training that now has more epochs or steps: `lengthen` it.
 
     `files` are recorded for reports but not compared, since they may have been moved. `folder`
     records the directory against which relative paths are resolved.
@@ -210,7 +216,7 @@ def start_manifest(run: Path, recipe: dict[str, Any], **files: Any) -> None:
     if not path.exists():
         places = {"folder": os.getcwd(), **files}
         write_json(path, {**recipe, "versions": versions(), "files": redacted(places)})
-        return
+        return False
     earlier = read_manifest(path, "resume")
     if earlier.get("mu_schedule") == "constant":
         # Versions before this one had schedules of mu; a constant mu is what all runs have now.
@@ -233,8 +239,10 @@ def start_manifest(run: Path, recipe: dict[str, Any], **files: Any) -> None:
             run,
             ", ".join(unknown),
         )
+    longer = is_longer(recipe, earlier)
+    passed = {*NOT_RECIPE, *unknown, LENGTHENED, *((EPOCHS, STEPS) if longer else ())}
     for name in sorted(recipe.keys() | earlier.keys()):
-        if name in (*NOT_RECIPE, *unknown) or (BY_CONTENT.get(name, "") in earlier.keys() & recipe):
+        if name in passed or (BY_CONTENT.get(name, "") in earlier.keys() & recipe):
             continue
         if recipe.get(name) != earlier.get(name):
             raise ValueError(
@@ -244,6 +252,44 @@ def start_manifest(run: Path, recipe: dict[str, Any], **files: Any) -> None:
             )
     if earlier.get("versions") != versions():
         logger.warning("%s was started with other versions: %s", run, earlier.get("versions"))
+    return longer
+
+
+def is_longer(recipe: Mapping[str, Any], earlier: Mapping[str, Any]) -> bool:
+    """Tell whether a training has more epochs than earlier, or more steps where it counts these."""
+    if not {EPOCHS, STEPS} <= recipe.keys() & earlier.keys() or "num_scorings" in recipe:
+        return False
+    counted = STEPS if recipe[STEPS] > 0 else EPOCHS
+    return bool((earlier[STEPS] > 0) == (counted == STEPS) and recipe[counted] > earlier[counted])
+
+
+def lengthen(run: Path, recipe: Mapping[str, Any]) -> str:
+    """Make a training unfinished that goes on to the epochs or steps of `recipe`; say so.
+
+    The manifest keeps what it had before as `lengthened_from`: with a learning rate that decays, a
+    run that was lengthened is none that had its length from the start.
+
+    Raises:
+        ValueError: there is no checkpoint to go on from.
+    """
+    earlier = read_manifest(run / MANIFEST, "resume")
+    counted = STEPS if recipe[STEPS] > 0 else EPOCHS
+    if not list_checkpoints(run):
+        raise ValueError(
+            f"{counted}: {run} was started with {earlier[counted]:g} and has no checkpoint to go "
+            "on from; start anew with another --output, or train its model further with "
+            f"--model {run}"
+        )
+    # The card comes first: without it, the run does not pass for finished.
+    for name in (MODEL_CARD, TRAINER_STATE):
+        (run / name).unlink(missing_ok=True)
+    before = [*earlier.get(LENGTHENED, ()), earlier[counted]]
+    lengths = {EPOCHS: recipe[EPOCHS], STEPS: recipe[STEPS], LENGTHENED: before}
+    write_json(run / MANIFEST, {**earlier, **lengths})
+    return (
+        f"{run} goes on to --{counted} {recipe[counted]:g}, from {earlier[counted]:g}; the "
+        "learning rate is from now on that of the longer run"
+    )
 
 
 def what_differs(name: str, earlier: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:

@@ -50,11 +50,15 @@ def introduction(findings: Findings) -> list[str]:
     trained = sum(not run.scored for run in findings.runs)
     scored = len(findings.runs) - trained
     text = [
-        f"{trained} run(s) of sftmix train in {len(findings.groups)} row(s)"
-        + (f", {scored} of sftmix score." if scored else ".")
+        f"{_counted(trained, 'run')} of sftmix train in {_counted(len(findings.groups), 'row')}"
+        + (f", {_counted(scored, 'run')} of sftmix score." if scored else ".")
         + " SFTMix adds to next-token prediction (NTP) a Mixup loss between examples that a "
         "reference model is sure of and examples that it is not sure of (arXiv 2410.05248)."
     ]
     models = dict.fromkeys(last_part(run.recipe["model"]) for run in findings.runs)
     data = dict.fromkeys(last_part(name) for run in findings.runs for name in run.recipe["data"])
     return [*text, f"Model: {', '.join(models)}. Data: {', '.join(data)}."]
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

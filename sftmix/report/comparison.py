@@ -82,7 +82,7 @@ def paired_test(first: list[float], second: list[float]) -> tuple[tuple[float, f
     try:
         from scipy.stats import ttest_rel  # an optional extra
     except ImportError as error:
-        raise ImportError("a paired test needs scipy: pip install 'sftmix[plots]'") from error
+        raise ImportError("a paired test needs scipy: pip install scipy") from error
     result = ttest_rel(first, second)
     interval = result.confidence_interval(LEVEL)
     return (float(interval.low), float(interval.high)), float(result.pvalue)

@@ -50,6 +50,12 @@ TERMS = {
         "the point before.",
         "accuracy (share of tokens)",
     ),
+    "eval_loss": (
+        "Held-out loss while training",
+        "The NTP loss of the data of --eval_data, at each evaluation: a mean over their response "
+        "tokens. Where it rises while the training loss falls, the model overfits.",
+        "held-out loss (nats per token)",
+    ),
 }
 
 

@@ -84,7 +84,7 @@ def require_plots() -> None:
     """
     for module, name in (("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")):
         if importlib.util.find_spec(module) is None:
-            raise ImportError(f"pictures need {name}: pip install 'sftmix[plots]'")
+            raise ImportError(f"pictures need {name}: pip install {name}")
 
 
 def draw(name: str, plot: Callable[[Axes], None], height: float = 3.1) -> Markup:

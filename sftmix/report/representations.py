@@ -38,7 +38,7 @@ def places_of(representations: NDArray[np.float32]) -> NDArray[np.float32]:
     try:
         from sklearn.manifold import TSNE  # an optional extra
     except ImportError as error:
-        raise ImportError("t-SNE needs scikit-learn: pip install 'sftmix[plots]'") from error
+        raise ImportError("t-SNE needs scikit-learn: pip install scikit-learn") from error
     tsne = TSNE(perplexity=min(30.0, (number - 1) / 3), init="pca", random_state=SEED)
     with warnings.catch_warnings():
         # Its start divides by a spread, which is zero if all examples are alike.

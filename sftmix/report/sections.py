@@ -66,16 +66,21 @@ def results_section(findings: Findings) -> Section:
 
 def curves_section(findings: Findings) -> Section:
     """Return the section of losses, entropy and accuracy while training."""
+    groups = findings.groups
+
+    def term(key: str) -> Picture | LeftOut:
+        return attempt(curves.TERMS[key][0], curves.term_picture, groups, key)
+
     parts: Parts = []
-    for key in ("ntp_loss", "loss", "mixup_loss", *WATCHED) if findings.groups else ():
-        # Runs of earlier versions have not logged what is watched.
-        if key in WATCHED and not any(run.curve(key)[0] for run in findings.runs):
-            continue
-        title = curves.TERMS[key][0]
-        parts.append(attempt(title, curves.term_picture, findings.groups, key))
-    if findings.groups:
-        title = "The two halves while training"
-        parts.insert(1, attempt(title, curves.halves_picture, findings.groups))
+    if groups:
+        halves = attempt("The two halves while training", curves.halves_picture, groups)
+        parts = [term("ntp_loss"), halves, term("loss"), term("mixup_loss")]
+    # A single evaluation, that at the end, is in the tables.
+    if any(len({*run.curve("eval_loss")[0]}) > 1 for group in groups for run in group.runs):
+        parts.insert(0, term("eval_loss"))
+    # Runs of earlier versions have not logged what is watched.
+    runs = findings.runs if groups else ()
+    parts += [term(key) for key in WATCHED if any(run.curve(key)[0] for run in runs)]
     return Section("While training", parts=parts)
 
 

@@ -96,8 +96,10 @@ def near(word: str, known: Iterable[str], otherwise: str = "") -> str:
     >>> near("trian", ["score", "train"])
     '; did you mean train?'
     """
-    found = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {found[0]}?" if found else otherwise
+    # Dashes that all flags begin with would make any two short ones alike.
+    bare = {one.lstrip("-"): one for one in known}
+    found = difflib.get_close_matches(word.lstrip("-"), bare, n=1)
+    return f"; did you mean {bare[found[0]]}?" if found else otherwise
 
 
 def spelt(text: str, words: Sequence[str]) -> str:

@@ -175,7 +175,7 @@ def test_without_matplotlib_nothing_starts(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cli.main(["demo", "--output", str(tmp_path / "out")]) == 2
-    assert "pip install 'sftmix[plots]'" in capsys.readouterr().err
+    assert "pip install matplotlib" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -112,6 +112,7 @@ def test_nothing_is_loaded_before_the_options_are_known_to_fit(
     ("words", "hint"),
     [
         ("train --modle x", "--modle: sftmix train has no such option; did you mean --model?"),
+        ("split r --lvels 3", "--lvels: sftmix split has no such option; `sftmix split --help` li"),
         ("report r --ouput x", "--ouput: sftmix report has no such option; did you mean --output?"),
         ("split r --sed=1", "--sed: sftmix split has no such option; did you mean --seed?"),
         ("split r output", "'output': sftmix split has no such option; `sftmix split --help` lis"),
@@ -127,9 +128,14 @@ def test_what_was_meant(words: str, hint: str, capsys: pytest.CaptureFixture[str
     assert "mixap" not in found or found.endswith("; did you mean mixup?")
 
 
-def test_a_command_that_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["trian"]) == 2
-    assert "no command 'trian'; did you mean train?\n" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("word", "meant"), [("trian", "train"), ("version", "--version"), ("--verison", "--version")]
+)
+def test_a_command_that_was_meant(
+    word: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word]) == 2
+    assert f"no command {word!r}; did you mean {meant}?\n" in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_there_to_include(

@@ -217,7 +217,7 @@ def test_adapters(tmp_path: Path, model: Path) -> None:
 
 def test_a_missing_harness(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'sftmix\[eval\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'lm_eval\[hf\]>=0.4.13'"):
         require_harness()
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from sftmix.cli import main
-from sftmix.recipe.config_file import config_words, read_config
+from sftmix.recipe.config_file import RECIPES, config_words, read_config
 
 OPTIONS = ("model", "data", "bf16", "output", "mu", "lr_scheduler_kwargs")
 SINGLE = tuple(name for name in OPTIONS if name != "data")
@@ -98,6 +98,15 @@ def test_files_that_are_refused(content: Any, message: str, tmp_path: Path) -> N
     path = written(tmp_path / "config.yaml", content)
     with pytest.raises(ValueError, match=f"config: {path}.*{message}"):
         config_words(path, "train", [*OPTIONS, "max_steps"], single=SINGLE)
+
+
+def test_a_recipe_that_lies_elsewhere_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "recipes" / "paper.yaml"
+    with pytest.raises(FileNotFoundError) as raised:
+        read_config(path)
+    found = str(raised.value).removeprefix(f"config: no such file: {str(path)!r}; did you mean ")
+    assert Path(found.removesuffix("?")) == RECIPES / "paper.yaml"
+    assert read_config(RECIPES / "llama-3.1-8b-alpaca.yaml")["train"]
 
 
 def test_a_value_cannot_pass_for_a_flag(tmp_path: Path) -> None:

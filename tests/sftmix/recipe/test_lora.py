@@ -158,7 +158,7 @@ def test_without_peft(
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     assert train() == 2
-    assert "lora_rank: needs PEFT: pip install 'sftmix[peft]'" in capsys.readouterr().err
+    assert "lora_rank: needs PEFT: pip install peft" in capsys.readouterr().err
 
 
 def test_drawing_the_updates_leaves_the_devices_alone(

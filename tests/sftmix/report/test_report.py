@@ -49,6 +49,7 @@ def run(name: str, *, mixup: bool = True, paired: bool = True, shift: float = 0.
             log[-1] |= {"ntp_loss_confident": 1 / step, "ntp_loss_unconfident": 5 / step}
         if mixup:
             log[-1]["mixup_loss"] = float("nan") if step == 20 else 4 / step
+        log.append({"step": step, "eval_loss": shift + 6 / step})
     return Run(Path(name), name, {"method": "ntp", "seed": 0}, {}, {}, log, {}, True)
 
 
@@ -243,5 +244,5 @@ def test_without_a_package(module: str, name: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == module else find(name)
     )
-    with pytest.raises(ImportError, match=rf"{name}: pip install 'sftmix\[plots\]'"):
+    with pytest.raises(ImportError, match=rf"{name}: pip install {name}"):
         require_plots()

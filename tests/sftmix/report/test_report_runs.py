@@ -20,6 +20,9 @@ from sftmix.pairs.partition import (
 )
 from sftmix.report import runs as report_runs
 from sftmix.report import tables
+from sftmix.report.assembly import introduction
+from sftmix.report.curves import TERMS
+from sftmix.report.findings import find
 from sftmix.report.runs import (
     Group,
     baseline_of,
@@ -28,6 +31,7 @@ from sftmix.report.runs import (
     read_run,
     read_runs,
 )
+from sftmix.report.sections import curves_section
 from tests.sftmix.report_runs import log_lines, make_run, write
 
 pytest.importorskip("scipy")
@@ -100,6 +104,26 @@ def test_a_significant_difference_is_called_so(tmp_path: Path) -> None:
     table = tables.differences_table(*rows_of(folders))
     assert table is not None
     assert table.rows[0][:2] == ["IR-DRO: held-out loss", "significant"]
+
+
+def test_the_held_out_loss_is_drawn_where_it_was_logged_while_training(tmp_path: Path) -> None:
+    once = make_run(tmp_path / "once", log=log_lines(2.0))
+    log = [*log_lines(3.0, steps=(10,)), *log_lines(2.0, steps=(20,))]
+    often = make_run(tmp_path / "often", method="sftmix", log=log)
+
+    def titles(*folders: Path) -> list[str]:
+        return [part.title for part in curves_section(find(read_runs(folders), 0)).parts]
+
+    title = TERMS["eval_loss"][0]
+    assert title not in titles(once)
+    assert titles(once, often)[0] == title
+
+
+def test_runs_are_counted_in_words(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / f"{seed}", seed=seed) for seed in range(2)]
+    one, both = (introduction(find(read_runs(some), 0))[0] for some in (folders[:1], folders))
+    assert one.startswith("1 run of sftmix train in 1 row. ")
+    assert both.startswith("2 runs of sftmix train in 1 row. ")
 
 
 def test_one_seed_is_warned_of(study: list[Path]) -> None:

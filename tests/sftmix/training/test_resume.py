@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import pytest
 from transformers import Trainer
 
 from sftmix.cli import main
+from sftmix.report.runs import read_run
 from sftmix.runs.checkpoints import STAGING
 from sftmix.training.metrics import MEASURED
+from sftmix.training.trainer import SFTMixTrainer
 from tests.sftmix.conftest import write_gpt2_with_dropout, write_rows
 
 ROOT = Path(__file__).parents[3]
@@ -243,6 +246,57 @@ def test_another_recipe_is_refused(
     error = capsys.readouterr().err
     assert f"resume: {run} was started with {message}" in error
     assert "Traceback" not in error
+    assert contents(run) == before
+
+
+def test_a_longer_run_ends_like_one_that_had_this_length_from_the_start(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a constant learning rate, to the bit; also if it ends before its first step."""
+    command = [*command, "--lr_scheduler_type", "constant", "--output"]
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    longer = [*command, str(run), "--num_train_epochs", "2", "--resume"]
+    assert main([*command, str(whole), "--num_train_epochs", "2"]) == 0
+    assert main([*command, str(run), "--num_train_epochs", "1"]) == 0
+    short = (run / "model.safetensors").read_bytes()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(SFTMixTrainer, "train", lambda *_, **__: sys.exit(9))
+        with pytest.raises(SystemExit):
+            main(longer)
+    assert "goes on to --num_train_epochs 2, from 1; " in capsys.readouterr().out
+    assert not read_run(run).finished
+    assert main(longer) == 0
+    assert "goes on to" not in capsys.readouterr().out
+    assert (run / "model.safetensors").read_bytes() != short
+    assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert history(run) == history(whole)
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert (manifest["num_train_epochs"], manifest["lengthened_from"]) == (2, [1])
+    assert re.search(r"lengthened.from.*\b1\b", (run / "README.md").read_text())
+    assert main(longer) == 0
+    assert "run is finished already" in capsys.readouterr().out
+
+
+def test_no_run_gets_shorter_or_longer_without_a_checkpoint(
+    finished: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    words = [*finished[1], "--output", str(run), "--resume"]
+    for flags, message in (
+        (["--num_train_epochs", "0.5"], "num_train_epochs = 1.0, now it is 0.5"),
+        (["--max_steps", "99"], "max_steps = -1, now it is 99"),
+    ):
+        assert main([*words, *flags]) == 2
+        assert f"was started with {message}" in capsys.readouterr().err
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    before = contents(run)
+    assert main([*words, "--num_train_epochs", "2"]) == 2
+    assert "--num_train_epochs: " in (error := capsys.readouterr().err)
+    assert error.endswith(
+        f"has no checkpoint to go on from; start anew with another --output, or "
+        f"train its model further with --model {run}\n"
+    )
     assert contents(run) == before
 
 
