@@ -81,7 +81,7 @@ def check_lora(arguments: RunArguments, config: TrainingArguments) -> None:
             "one of the two"
         )
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError("load_in_4bit: needs bitsandbytes: pip install 'sftmix[qlora]'")
+        raise ImportError("load_in_4bit: needs bitsandbytes: pip install peft bitsandbytes")
 
 
 def four_bit(arguments: RunArguments, device: torch.device) -> dict[str, Any]:

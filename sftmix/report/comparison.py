@@ -5,8 +5,8 @@ value[s] - baseline[s] over the common seeds s:
 
     t = mean(d) / (std(d) / sqrt(n))        n - 1 degrees of freedom, two-sided
 
-Standard deviations are those of a sample (n - 1). The test needs scipy
-(`pip install 'sftmix[plots]'`).
+Standard deviations are those of a sample (n - 1). The test needs scipy, one
+of the extra plots.
 """
 
 from __future__ import annotations
