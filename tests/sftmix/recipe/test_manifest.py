@@ -24,5 +24,5 @@ def test_new_options_that_change_nothing_are_passed_over(
 
 def test_a_new_option_that_is_heeded_is_another_recipe(tmp_path: Path) -> None:
     start_manifest(tmp_path, EARLIER)
-    with pytest.raises(ValueError, match="with label_smoothing_factor = None, now it is 0.2"):
+    with pytest.raises(ValueError, match=r"with label_smoothing_factor = None, now it is 0.2"):
         start_manifest(tmp_path, {**EARLIER, "label_smoothing_factor": 0.2})
