@@ -55,7 +55,11 @@ UNSUPPORTED = (
     "layer_offloading",
 )
 # Pairs are laid out by the collator, which keeps them whole.
-INSTEAD = {"sample_packing": "packed", "batch_flattening": "padding_free"}
+INSTEAD = {
+    "sample_packing": "sftmix_layout: packed",
+    "batch_flattening": "sftmix_layout: padding_free",
+    "use_eaft": "sftmix_method: eaft",
+}
 PARALLEL = ("context_parallel_size", "tensor_parallel_size", "expert_parallel_size")
 
 
@@ -98,7 +102,7 @@ class SFTMixPlugin(BasePlugin):  # type: ignore[misc]
         """
         for name in UNSUPPORTED:
             if cfg.get(name):
-                hint = f"; set sftmix_layout: {INSTEAD[name]}" if name in INSTEAD else ""
+                hint = f"; set {INSTEAD[name]}" if name in INSTEAD else ""
                 raise ValueError(f"{name}: not supported with SFTMix, got {cfg.get(name)!r}{hint}")
         for name in PARALLEL:
             if (cfg.get(name) or 1) > 1:
