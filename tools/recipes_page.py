@@ -38,7 +38,8 @@ one model and data share the scored run, so score once: `-ntp`, `-equal`, `-mixu
 train on the same batches. Flags override a recipe: another model is `--model`, with `--output` and
 `--partition` of its own where the recipe's runs are there already. `paper.yaml` holds what all
 share, a comment on each value saying whether it is the paper's or ours; `medalpaca.yaml` says what
-is not known of those data.
+is not known of those data. An installed package holds the recipes too:
+`sftmix train --config llama-3.1-8b-alpaca.yaml` says where.
 
 The tests run every recipe on the CPU with a tiny model of its family. Nobody has trained the models
 below with them yet: the figures are the paper's.

@@ -206,12 +206,15 @@ def parse_bytes(text: str) -> int:
     """Return the bytes of a text such as `80GiB`, `80GB` or `80e9`.
 
     Raises:
-        ValueError: it is none of these, or not above 0.
+        ValueError: it is none of these, not above 0, or more than any address.
     """
     found = re.fullmatch(r"(\d+(?:\.\d*)?(?:[eE]\d+)?) ?([KMGT]?)(i?)B?", text.strip())
     if not found or float(found[1]) <= 0 or (found[3] and not found[2]):
         raise ValueError(f"gpu_memory: expected bytes such as 80GiB, 80GB or 80e9, got {text!r}")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** UNITS[found[2]])
+    size = float(found[1]) * (1024 if found[3] else 1000) ** UNITS[found[2]]
+    if size >= 2**63:
+        raise ValueError(f"gpu_memory: expected less than 2^63 bytes, got {text!r}")
+    return int(size)
 
 
 def row_of(

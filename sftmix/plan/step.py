@@ -46,6 +46,8 @@ from sftmix_kernels.peaks import op_products, op_workspace
 # Layers of the short models; a model that has no more is traced as it is. From the second layer on
 # each one more adds the same.
 SHORT = (2, 3)
+# Of a batch: its arrays take 50 bytes a token of the host's memory.
+MOST_TOKENS = 2**26
 
 
 @dataclass(frozen=True)
@@ -289,12 +291,22 @@ def fill(model: nn.Module) -> None:
 
 
 def planned_batch(options: SFTMixConfig, length: int) -> dict[str, Any]:
-    """Return the collator's batch of equal sequences, in pairs if the method mixes them."""
+    """Return the collator's batch of equal sequences, in pairs if the method mixes them.
+
+    Raises:
+        ValueError: it has more tokens than are laid out in a few seconds.
+    """
+    size = options.per_device_train_batch_size
+    if size * length > MOST_TOKENS:
+        raise ValueError(
+            f"per_device_train_batch_size: expected at most {MOST_TOKENS:,} tokens in a batch, got "
+            f"{size:,} sequences of {length:,}; take a smaller one, or a smaller --max_length"
+        )
     tokens = np.zeros(length, dtype=np.int64)
     example: dict[str, Any] = {"input_ids": tokens, "labels": tokens}
     if method_of(options.method).mixed:
         example["lam"] = 0.5
-    return make_collator(None, options)([example] * options.per_device_train_batch_size)
+    return make_collator(None, options)([example] * size)
 
 
 def follow(

@@ -184,10 +184,10 @@ class RunArguments:
         if self.columns is not None:
             parse_columns(self.columns)
         check_encoding(self.encoding)
-        if self.max_length < 2:
+        if not 2 <= self.max_length < 2**31:
             raise ValueError(
-                f"max_length: expected at least 2, a token of prompt and one of response, "
-                f"got {self.max_length}"
+                f"max_length: expected at least 2, a token of prompt and one of response, and "
+                f"below 2^31, got {self.max_length}"
             )
 
 

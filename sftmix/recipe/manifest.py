@@ -222,7 +222,7 @@ def start_manifest(run: Path, recipe: dict[str, Any], **files: Any) -> bool:
         # Versions before this one had schedules of mu; a constant mu is what all runs have now.
         earlier = {name: earlier[name] for name in earlier if name not in SCHEDULES_OF_MU}
     # Nor had they every option: one that is off, or that the method does not read, says nothing.
-    idle = method_of(recipe["method"]).idle_options
+    idle = method_of(recipe["method"]).idle_options if "method" in recipe else set[str]()
     recipe = {
         name: value
         for name, value in recipe.items()

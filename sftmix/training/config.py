@@ -297,8 +297,8 @@ class SFTMixOptions(ConfigBase):
             )
         for name in ("mlp_tile_tokens", "loss_max_bytes"):
             number = getattr(self, name)
-            if number is not None and number < 1:
-                raise ValueError(f"{name}: expected at least 1, got {number}")
+            if number is not None and not 1 <= number < 2**63:
+                raise ValueError(f"{name}: expected at least 1 and below 2^63, got {number}")
         if self.loss_max_bytes is not None and self.head == "logits":
             raise ValueError(
                 "loss_max_bytes: expected head='fused'; head='logits' holds all logits"

@@ -87,6 +87,9 @@ ABOVE: dict[str, float] = {"neftune_noise_alpha": 0, "gem_beta": 0}
 BELOW: dict[str, float] = {
     **{"adam_beta1": 1, "adam_beta2": 1, "label_smoothing_factor": 1},
     "seed": 2**32,
+    # Beyond what any machine does; larger numbers overflow in libraries, which name nothing.
+    **{"per_device_train_batch_size": 2**24, "per_device_eval_batch_size": 2**24},
+    **{"gradient_accumulation_steps": 2**31, "row_length": 2**31},
 }
 WHOLE = {
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),

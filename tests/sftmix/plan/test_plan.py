@@ -428,6 +428,9 @@ def test_the_command_reads_what_train_reads(
         (["--fsdp", "full_shard"], "expected one process"),
         (["--use_liger_kernel", "true"], "--use_liger_kernel: not supported here, got True"),
         (["--max-length", "1"], "--max-length: expected at least 2"),
+        (["--max_length", str(10**30)], "and below 2^31, got 1000"),
+        (["--max_length", str(10**8)], "expected at most 67,108,864 tokens"),
+        (["--gpu_memory", "1e400"], "--gpu_memory: expected less than 2^63 bytes"),
         (["--layout", "packed", "--row_length", "100"], "row_length"),
     ],
 )

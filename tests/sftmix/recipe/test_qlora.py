@@ -21,7 +21,7 @@ from sftmix.recipe.lora import check_lora, four_bit, lora_options
 from sftmix.training.config import SFTMixConfig
 from sftmix.training.parallelism import check_parallelism
 from tests.sftmix import tiny
-from tests.sftmix.training.test_methods import MU, dense_loss
+from tests.sftmix.training.test_methods import OPTIONS, dense_loss
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
@@ -77,7 +77,7 @@ def test_a_step_is_that_of_the_dense_loss_of_the_quantised_model(
         tiny.examples(6),
         confident=tiny.halves(6),
         per_device_train_batch_size=6,
-        mu=MU,
+        mu=OPTIONS["mu"],
         head=head,
     )
     batch = next(iter(made.get_train_dataloader()))

@@ -122,8 +122,8 @@ def test_a_reentrant_checkpoint_gives_the_same_gradients(tmp_path: Path) -> None
     ("options", "message"),
     [
         ({"memory": "leaner"}, "memory: expected plain, lean; got 'leaner'"),
-        ({"mlp_tile_tokens": 0}, "mlp_tile_tokens: expected at least 1, got 0"),
-        ({"loss_max_bytes": -1}, "loss_max_bytes: expected at least 1, got -1"),
+        ({"mlp_tile_tokens": 0}, "mlp_tile_tokens: expected at least 1 .*, got 0"),
+        ({"loss_max_bytes": -1}, "loss_max_bytes: expected at least 1 .*, got -1"),
         ({"loss_max_bytes": 9, "head": "logits"}, "loss_max_bytes: expected head='fused'"),
         ({"memory": "lean", "torch_compile": True}, "torch_compile: not supported with layout"),
         ({"activation_offload": True}, "activation_offload: expected activation_checkpointing"),

@@ -143,6 +143,8 @@ NAN, INF = float("nan"), float("inf")
         ("logging_steps", -1, "a whole number of steps"),
         ("logging_steps", 2.5, "a whole number of steps"),
         ("row_length", 1, "at least 2"),
+        ("per_device_train_batch_size", 10**19, "at least 1 and below 16777216, got 1000"),
+        ("loss_max_bytes", 10**25, "at least 1 and below 2^63, got 1000"),
     ],
 )
 def test_numbers_out_of_range(name: str, value: Any, expected: str) -> None:

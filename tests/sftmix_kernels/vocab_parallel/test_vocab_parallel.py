@@ -252,7 +252,7 @@ def test_shard_refused(
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"weight": torch.randn(8, 4)}, ValueError, r"weight: .* V >= 9, got \(8, 4\)"),
+        ({"weight": torch.randn(8, 4)}, ValueError, r"weight: .* V >= 9 and D >= 1, got \(8, 4\)"),
         ({"bias": torch.randn(8)}, ValueError, r"bias: expected shape \(9,\)"),
         ({"vocab_parallel": (0, 9)}, TypeError, "vocab_parallel: expected a VocabShard, got tuple"),
         ({"schedule": "vocab_tiles"}, ValueError, "schedule: .* got 'vocab_tiles'"),
