@@ -31,6 +31,7 @@ from transformers import TrainerCallback
 from sftmix.commands.train import finish
 from sftmix.model.head import HeadAdapter
 from sftmix.pairs.collator import PairedCollator
+from sftmix.recipe.manifest import start_manifest
 from sftmix.runs import interrupts
 from sftmix.runs.checkpoints import list_checkpoints
 from sftmix.runs.failures import RankError
@@ -253,6 +254,7 @@ def resumed(folder: Path, *, fsdp: bool) -> Found:
         dist.barrier()
     made.processing_class = SimpleNamespace(save_pretrained=lambda folder: None)
     recipe = {"model": "org/base", "data": ["org/rows"], "method": "sftmix"}
+    on_main(lambda: start_manifest(folder, recipe))
     finish(made, folder, recipe, None, None)
     return {"trainings": found, "saved": load_file(folder / "model.safetensors")}
 

@@ -44,7 +44,7 @@ def _away(offline: None, monkeypatch: pytest.MonkeyPatch) -> None:
         ("--model", "--model: expected one argument"),
         (
             "--gradient_accumulation_steps 0",
-            "--gradient_accumulation_steps: expected at least 1, g",
+            "--gradient_accumulation_steps: expected at least 1 a",
         ),
         ("--lr_scheduler_type wsd", "--lr_scheduler_type: expected one of linear"),
         ("--report_to tensorboard wandbx", "--report_to: expected one of azure_ml"),
