@@ -125,6 +125,12 @@ def check_real(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r:.60}")
+
+
 def is_finite(value: float) -> bool:
     """Say whether a number is finite in float32, by comparisons: ``torch.compile`` keeps a number
     that changes from call to call symbolic, which ``math.isfinite`` does not take."""

@@ -23,6 +23,7 @@ from .checks import (
     autocast,
     check_constant,
     check_divisor,
+    check_flag,
     check_ids,
     check_ignore_index,
     check_label_values,
@@ -129,6 +130,7 @@ def fused_cross_entropy(  # type: ignore[misc]
     check_divisor("divisor", divisor)
     check_ids("labels", labels, hidden)
     check_ignore_index(ignore_index)
+    check_flag("stats", stats)
     if validate:
         check_label_values("labels", labels, head.vocab_size, ignore_index)
     chosen = resolve_schedule(schedule, hidden, head.widest)

@@ -28,6 +28,7 @@ import enum
 import math
 import numbers
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -129,18 +130,22 @@ class Clipped:
 
 
 # Of float32, in which the row kernels take numbers.
-LARGEST = torch.finfo(torch.float32).max
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 Gate: TypeAlias = Power | Threshold | Entropy | Clipped
 
 
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Refuse what is not a finite Python number in ``[low, high]``."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+def check_range(
+    name: str, value: float, low: float, high: float, *, open_end: bool = False
+) -> None:
+    """Refuse what is no finite float32 number in ``[low, high]``, or ``[low, high)``."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool | Fraction):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     # By comparisons: `torch.compile` may keep the number symbolic.
-    if not (low <= value <= high and abs(value) <= LARGEST):
-        bounds = f"of at least {low}" if high == math.inf else f"in [{low}, {high}]"
+    is_inside = low <= value <= high and abs(value) <= LARGEST
+    if not is_inside or (open_end and value == high):
+        end = ")" if open_end else "]"
+        bounds = f"of at least {low:.3g}" if high == math.inf else f"in [{low}, {high}{end}"
         raise ValueError(f"{name}: expected a finite float32 number {bounds}, got {value}")
 
 
@@ -242,13 +247,10 @@ def objective_of(
         TypeError, ValueError: a gate that is none, numbers out of range, or more than one of the
             three, which exclude each other.
     """
-    check_range("label_smoothing", label_smoothing, 0.0, 1.0)
-    if label_smoothing == 1.0:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
+    check_range("label_smoothing", label_smoothing, 0.0, 1.0, open_end=True)
     if gem_beta is not None:
-        check_range("gem_beta", gem_beta, 0.0, math.inf)
-        if gem_beta < torch.finfo(torch.float32).tiny:
-            raise ValueError(f"gem_beta: expected a finite float32 number above 0, got {gem_beta}")
+        # The temperature divides logits in float32.
+        check_range("gem_beta", gem_beta, SMALLEST, math.inf)
     asked = {
         "gate": gate is not None,
         "label_smoothing": label_smoothing != 0.0,

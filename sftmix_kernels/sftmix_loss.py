@@ -34,6 +34,7 @@ from torch import Tensor
 from .checks import (
     autocast,
     check_divisor,
+    check_flag,
     check_ids,
     check_ignore_index,
     check_label_values,
@@ -533,6 +534,7 @@ def fused_sftmix_loss(  # type: ignore[misc]
     head = checked_head(hidden, weight, bias, logit_scale, softcap, vocab_parallel, schedule)
     check_ids("labels", labels, hidden)
     check_ignore_index(ignore_index)
+    check_flag("stats", stats)
     check_number("mu", mu, 0.0)
     check_divisor("ntp_divisor", ntp_divisor)
     check_divisor("mixup_divisor", mixup_divisor)

@@ -87,6 +87,8 @@ ABOVE: dict[str, float] = {"neftune_noise_alpha": 0, "gem_beta": 0}
 BELOW: dict[str, float] = {
     **{"adam_beta1": 1, "adam_beta2": 1, "label_smoothing_factor": 1},
     "seed": 2**32,
+    # The loss takes them in float32.
+    **dict.fromkeys(("power_k", "eaft_alpha", "gem_beta", "neftune_noise_alpha"), 1e30),
     # Beyond what any machine does; larger numbers overflow in libraries, which name nothing.
     **{"per_device_train_batch_size": 2**24, "per_device_eval_batch_size": 2**24},
     **{"gradient_accumulation_steps": 2**31, "row_length": 2**31},
@@ -239,11 +241,13 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a finite number, got {value}")
     if name in WHOLE and value != int(value):
         raise ValueError(f"{name}: expected a whole number, got {value}")
-    if name in ABOVE and value <= ABOVE[name]:
-        raise ValueError(f"{name}: expected a number above {ABOVE[name]}, got {value}")
-    least, below = AT_LEAST.get(name, -math.inf), BELOW.get(name)
-    if value < least or (below is not None and value >= below):
-        end = "" if below is None else f" and below {below}"
+    below = BELOW.get(name)
+    end = "" if below is None else f" and below {below}"
+    is_high = below is not None and value >= below
+    if name in ABOVE and (value <= ABOVE[name] or is_high):
+        raise ValueError(f"{name}: expected a number above {ABOVE[name]}{end}, got {value}")
+    least = AT_LEAST.get(name, -math.inf)
+    if value < least or is_high:
         raise ValueError(f"{name}: expected at least {least}{end}, got {value}")
 
 

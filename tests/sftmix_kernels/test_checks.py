@@ -51,6 +51,7 @@ PLAIN_CASES: list[Case] = [
     ({"hidden": torch.ones(4, 8).long()}, TypeError, "hidden: .*got torch.int64"),
     ({"hidden": "x"}, TypeError, "hidden: expected a Tensor, got str"),
     ({"labels": IDS.int()}, TypeError, "labels: expected int64, got torch.int32"),
+    ({"stats": "yes"}, TypeError, "stats: expected True or False, got 'yes'"),
     ({"labels": IDS[:3]}, ValueError, r"labels: .*\(4,\).*got \(3,\)"),
     ({"labels": [1, 2, 3, 4]}, TypeError, "labels: expected a Tensor, got list"),
     ({"labels": IDS.to("meta")}, ValueError, "labels: expected device cpu, got meta"),

@@ -315,7 +315,7 @@ OUTSIDE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"gem_beta": 0.7, "label_smoothing": 0.1}, ValueError, "label_smoothing: .* beside gem_beta"),
     ({"gem_beta": 0.0}, ValueError, "gem_beta: .*got 0.0"),
     ({"gem_beta": float("nan")}, ValueError, "gem_beta: .*got nan"),
-    ({"label_smoothing": 1.0}, ValueError, r"label_smoothing: .*\[0, 1\), got 1.0"),
+    ({"label_smoothing": 1.0}, ValueError, r"label_smoothing: .*\[0.0, 1.0\), got 1.0"),
     ({"label_smoothing": -0.1}, ValueError, "label_smoothing: .*got -0.1"),
     ({"label_smoothing": "x"}, TypeError, "label_smoothing: expected a number, got str"),
     ({"gate": Clipped(torch.zeros(3))}, ValueError, r"old_log_probs: .*got \(3,\)"),
@@ -339,7 +339,7 @@ def test_refused(changed: dict[str, Any], error: type[Exception], message: str) 
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: Power(-1.0), ValueError, "k: .*at least 0.0, got -1.0"),
+        (lambda: Power(-1.0), ValueError, "k: .*at least 0, got -1.0"),
         (lambda: Power("1"), TypeError, "k: expected a number, got str"),
         (lambda: Threshold(1.5), ValueError, r"tau: .*\[0.0, 1.0\], got 1.5"),
         (lambda: Threshold(0.5, "over"), ValueError, "keep: expected 'above' or 'below', got"),

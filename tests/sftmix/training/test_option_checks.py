@@ -134,6 +134,8 @@ NAN, INF = float("nan"), float("inf")
         ("warmup_steps", NAN, "a finite number"),
         ("num_train_epochs", INF, "a finite number above 0"),
         ("neftune_noise_alpha", -3.0, "a number above 0"),
+        ("neftune_noise_alpha", 1e300, "a number above 0 and below 1e+30"),
+        ("power_k", 1e100, "at least 0 and below 1e+30"),
         ("label_smoothing_factor", -0.1, "at least 0 and below 1"),
         ("label_smoothing_factor", 1.0, "at least 0 and below 1"),
         ("label_smoothing_factor", "0.1", "a number"),
