@@ -54,7 +54,7 @@ INTERPRETED = tests/sftmix_kernels $(shell grep -l 'mark[.]interpret' tests/benc
 
 test: $(READY)
 	if "$(PYTHON)" -c "import triton" 2>/dev/null; then \
-		TRITON_INTERPRET=1 $(PYTEST) -m interpret $(INTERPRETED); fi
+		TRITON_INTERPRET=1 $(PYTEST) -m "interpret$(if $(NOT_SLOW), and not slow)" $(INTERPRETED); fi
 	$(MAKE) --no-print-directory test-isa-default ISA_TESTS="$(ISA_FEW)"
 	$(PYTEST) $(NOT_SLOW) --durations 25 --durations-min 4
 

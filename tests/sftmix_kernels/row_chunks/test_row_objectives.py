@@ -23,6 +23,9 @@ from .test_rows import ON_CPU
 
 OPERATIONS = "operations"
 PLACES = (ON_CPU, pytest.param(OPERATIONS), INTERPRETER, CUDA)
+# What the interpreter takes a minute for, and the compiled kernels' executor has a part of.
+SLOWLY = pytest.param("cpu", marks=(pytest.mark.interpret, pytest.mark.slow))
+LESS_OFTEN = pytest.mark.parametrize("device", [ON_CPU, pytest.param(OPERATIONS), SLOWLY, CUDA])
 HEADS = (PLAIN, TRANSFORMS[-1])
 
 
@@ -157,6 +160,7 @@ def test_every_objective_is_in_budget(device: str, name: str, transform: LogitTr
     assert_in_budget(run(rows, options, transform, device), rows, options, transform)
 
 
+@LESS_OFTEN
 @every_objective
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_objective_in_half_precision(device: str, name: str, dtype: torch.dtype) -> None:
@@ -166,6 +170,7 @@ def test_every_objective_in_half_precision(device: str, name: str, dtype: torch.
     assert_in_budget(run(rows, options, PLAIN, device), rows, options, PLAIN)
 
 
+@LESS_OFTEN
 @every_objective
 @pytest.mark.parametrize("vocab_size", [1, 2, 4099])
 def test_ragged_vocabularies(device: str, name: str, vocab_size: int) -> None:
@@ -249,6 +254,7 @@ def test_confident_rows_are_relatively_exact(device: str, name: str) -> None:
     assert found.is_top.all()
 
 
+@LESS_OFTEN
 @every_objective
 @pytest.mark.parametrize("size", [1e4, 1e30])
 def test_huge_logits_leave_no_doubt_and_no_nan(device: str, name: str, size: float) -> None:
