@@ -38,7 +38,7 @@ from .settings import TRAINED, Case, Settings
 
 # Bytes of the float64 logits that errors are held to: at any size here two of our chunks at least.
 CHECKED_BYTES = 2**33
-GRID_REPEATS = 5
+GRID_REPEATS = {"cpu": 9, "cuda": 5}
 # The most relative error of a gradient, by norms against float64. A filter leaves out what is
 # small; a peer that sums dW in bfloat16 is rough: both count as right up to here, and the error
 # stands beside the time.
@@ -289,7 +289,7 @@ def time_direction(
     with busy_process() if case.busy else nullcontext():
         samples = interleaved_samples(
             steps,
-            settings.repeats if case.full else min(settings.repeats, GRID_REPEATS),
+            settings.repeats if case.full else min(settings.repeats, GRID_REPEATS[settings.device]),
             settings.device,
             says=f"{case.name}, {direction}",
             warm=True,

@@ -9,8 +9,6 @@ checked against float64 first. Figures: "objectives" in RESULTS.md.
 from __future__ import annotations
 
 import functools
-import statistics
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -133,8 +131,7 @@ def race(case: Case, settings: Settings, results: Results) -> None:
             figures[one.who], steps[one.who] = found, call(one, x, names.STEP)
     samples = interleaved_samples(
         steps,
-        # More than of losses: what is judged differs by a few percent.
-        settings.repeats + 2,
+        settings.repeats,
         settings.device,
         says=case.name,
         warm=settings.device == "cpu",
@@ -147,20 +144,5 @@ def race(case: Case, settings: Settings, results: Results) -> None:
         **settings.sizes(case.rows, *case.sizes),
         "inputs": case.inputs,
     }
-    quotients = by_rounds(samples, names.OUR_OBJECTIVES[names.NTP])
     for who, seconds in samples.items():
-        results.add_times(seconds, **shared, who=who, of_ntp=quotients.get(who), **figures[who])
-
-
-def by_rounds(samples: Mapping[str, list[float]], other: str) -> dict[str, float]:
-    """Return the median, over rounds, of each one's time by another's in the same round.
-
-    A slow minute is in both of a round's times, and so in neither quotient: on a shared machine
-    this tells a percent, which a quotient of medians does not.
-    """
-    if other not in samples:
-        return {}
-    return {
-        who: statistics.median(a / b for a, b in zip(seconds, samples[other], strict=True))
-        for who, seconds in samples.items()
-    }
+        results.add_times(seconds, **shared, who=who, **figures[who])

@@ -72,7 +72,7 @@ BATCH_SHAPE = ("batch", "length")
 QUICK = ModelSize(512, 64, 128, 2, 2, 1, False, batch=4, length=32)
 MODELS: dict[str, dict[str, ModelSize]] = {
     "cpu": {
-        "1M": ModelSize(2000, 192, 512, 2, 4, 4, False, batch=16, length=128, turns=5),
+        "1M": ModelSize(2000, 192, 512, 2, 4, 4, False, batch=16, length=128, turns=2),
         "20M": ModelSize(8192, 384, 1024, 8, 6, 6, False, batch=8, length=512),
         "60M": ModelSize(32000, 576, 1536, 12, 9, 3, True, batch=4, length=128),
     },

@@ -20,7 +20,6 @@ import sftmix.training.loss
 from sftmix_kernels import TokenStats, fused_cross_entropy
 
 from . import records as names
-from .bench_objectives import by_rounds
 from .bench_step import (
     LIMITS,
     MODELS,
@@ -102,7 +101,6 @@ def measure_steps(name: str, size: ModelSize, settings: Settings, results: Resul
             says=f"watched step of {name}",
             stop=lambda: settings.out_of_time,
         )
-    quotients = by_rounds(samples, names.UNWATCHED)
     size_of = {"model": name, "batch": size.batch, "length": size.length}
     for who, seconds in samples.items():
         results.add_times(
@@ -112,5 +110,4 @@ def measure_steps(name: str, size: ModelSize, settings: Settings, results: Resul
             **size_of,
             who=who,
             ours=True,
-            of_unwatched=quotients[who],
         )

@@ -15,6 +15,8 @@ import torch
 from tqdm import tqdm
 
 Key = TypeVar("Key")
+# Who takes so many times as long as the fastest sits out, after so many rounds.
+SLOW, SLOW_ROUNDS = 4, 4
 # The packages whose versions a figure depends on.
 PACKAGES = (
     "numpy",
@@ -42,6 +44,8 @@ def interleaved_samples(
 ) -> dict[Key, list[float]]:
     """Return the seconds of each step; steps take turns, so that a slow minute hits all alike.
 
+    Who is slow (`SLOW`) takes part in the first rounds only, to leave time for more of the others.
+
     Args:
         repeats: rounds; one without times goes before, unless ``warm``.
         device: on CUDA a time is that between two events.
@@ -56,8 +60,11 @@ def interleaved_samples(
     for number in tqdm(range(first, repeats), desc=says, unit="round", disable=not says):
         # Read only after the round: waiting for each step would leave the device idle before the
         # next, whose launch would then count as its time.
-        pending = {}
+        pending, enough = {}, number >= SLOW_ROUNDS
+        fastest = min(min(found) for found in samples.values()) if enough else 0.0
         for name, step in steps.items():
+            if enough and min(samples[name]) > SLOW * fastest:
+                continue
             if prepare:
                 prepare()
             pending[name] = started(step, device)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 
 from . import records as names
-from .records import Record, Report, beside, by_time, figure, find, first, headline, ratio
+from .records import Record, Report, beside, by_time, figure, find, first, headline, times
 from .report import EXTRA_MEMORY, sizes
 from .tables import cell, cpu_text, duration, mib, number, over, records_table, table, who
 from .targets import step_name, targets
@@ -52,7 +52,7 @@ def readme_loss(report: Report) -> str:
 
 def timed(record: Record | None, other: Record | None) -> list[str]:
     """Return time, the quotient by the other's time, and extra memory."""
-    quotient = number(ratio(figure(record), figure(other)))
+    quotient = number(times(record, other))
     return [duration(figure(record)), quotient, mib(figure(record, "peak_bytes"))]
 
 
@@ -85,11 +85,11 @@ def readme_steps(report: Report) -> str:
     for ours in find(report, "step", who=names.OUR_SFTMIX):
         ntp = beside(report, ours, names.OUR_NTP, names.STEP_SIZE)
         if ntp is not None:
-            times = f"{duration(ours['median'])} and {duration(ntp['median'])}"
-            theirs = figure(beside(report, ours, names.THEIR_NTP, names.STEP_SIZE))
-            than = f", {ours['median'] / theirs:.2f} of `{names.THEIR_NTP}`" if theirs else ""
-            share = number(ratio(figure(ours), figure(ntp)))
-            said.append(f"{share} of an NTP step for {cell(step_name(ours))} ({times}){than}")
+            both = f"{duration(ours['median'])} and {duration(ntp['median'])}"
+            theirs = times(ours, beside(report, ours, names.THEIR_NTP, names.STEP_SIZE))
+            than = f", {theirs:.2f} of `{names.THEIR_NTP}`" if theirs else ""
+            share = number(times(ours, ntp))
+            said.append(f"{share} of an NTP step for {cell(step_name(ours))} ({both}){than}")
     device = report["settings"]["device"].upper()
     return f"{device}: a whole SFTMix training step takes {'; '.join(said)}.\n" if said else ""
 

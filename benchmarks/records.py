@@ -6,6 +6,7 @@ A report is what a suite wrote as JSON; a record is one of its figures, a flat d
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -103,6 +104,24 @@ def ratio(one: float | None, other: float | None) -> float | None:
     return one / other if other else math.nan
 
 
+def quotients(one: Record, other: Record) -> list[float]:
+    """Return one's seconds by another's, round by round, as far as both took part.
+
+    A slow minute is in both of a round's times, and so in neither quotient: on a shared machine
+    their median tells a percent, which a quotient of medians does not.
+    """
+    pairs = zip(one.get("seconds", ()), other.get("seconds", ()), strict=False)
+    return [ratio(*pair) or 0.0 for pair in pairs]
+
+
+def times(one: Record | None, other: Record | None) -> float | None:
+    """Return one's time by another's: the median over rounds, of medians where none were kept."""
+    if one is None or other is None:
+        return None
+    by_rounds = quotients(one, other)
+    return statistics.median(by_rounds) if by_rounds else ratio(figure(one), figure(other))
+
+
 def rate(record: Record | None, amount: str) -> float | None:
     """Return operations or bytes a second."""
     return ratio(figure(record, amount), figure(record))
@@ -110,11 +129,12 @@ def rate(record: Record | None, amount: str) -> float | None:
 
 def by_best_forward(report: Report, case: str | None) -> float | None:
     """Return the time of scoring a case by the faster forward with logits of the same examples."""
-    seconds = [
-        figure(first(report, "scoring", who=who, case=case)) for who in (SCORE_FORWARD, SCORE_EQUAL)
+    ours = first(report, "scoring", who=SCORE, case=case)
+    found = [
+        times(ours, first(report, "scoring", who=who, case=case))
+        for who in (SCORE_FORWARD, SCORE_EQUAL)
     ]
-    best = min((value for value in seconds if value is not None), default=None)
-    return ratio(figure(first(report, "scoring", who=SCORE, case=case)), best)
+    return max((value for value in found if value is not None), default=None)
 
 
 def is_ours(record: Record) -> bool:

@@ -8,6 +8,7 @@ reader judges.
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ RULES: tuple[tuple[str, str | None, str, tuple[str, ...], tuple[str, ...]], ...]
 
 
 class Interval(NamedTuple):
-    """A ratio of medians, and what the quartiles of both allow."""
+    """A ratio of times: the median of rounds and its quartiles, or what those of both allow."""
 
     low: float
     middle: float
@@ -77,7 +78,10 @@ class Line(NamedTuple):
 
 
 def interval(one: Record, other: Record) -> Interval:
-    """Return the ratio of two records' times; NaN where a time is 0."""
+    """Return the ratio of two records' times, round by round if kept; NaN where a time is 0."""
+    by_rounds = names.quotients(one, other)
+    if len(by_rounds) > 1:
+        return Interval(*statistics.quantiles(by_rounds, n=4, method="inclusive"))
     ends = (("q1", "q3"), ("median", "median"), ("q3", "q1"))
     return Interval(*(one[a] / other[b] if other[b] else math.nan for a, b in ends))
 

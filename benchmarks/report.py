@@ -115,7 +115,7 @@ LOSS: list[Column] = [
 OBJECTIVES: list[Column] = [
     ("", who),
     *TIMES,
-    (f"/ {names.NTP}", field("of_ntp", ".3f")),
+    (f"/ {names.NTP}", over(names.OUR_OBJECTIVES[names.NTP], ("case",), ".3f")),
     (f"/ {names.DENSE_DFT}", over(names.DENSE_DFT, ("case",))),
     EXTRA_MEMORY,
     ("gradient error / dense", field("error_of_dense", ".2f")),
@@ -126,7 +126,7 @@ WATCHING: list[Column] = [
     ("model, batch x length", lambda _, record: cell(step_name(record))),
     ("trainer", who),
     *TIMES,
-    ("/ without", field("of_unwatched", ".4f")),
+    ("/ without", over(names.UNWATCHED, names.STEP_SIZE, ".4f")),
 ]
 PERPLEXITY: list[Column] = [
     ("without gradients", who),

@@ -75,7 +75,8 @@ class Results:
         if len(seconds) > 1:
             low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
         times = {"median": middle, "q1": low, "q3": high, "rounds": len(seconds)}
-        self.add(**record, **times)
+        # Each round's too, for quotients by rounds.
+        self.add(**record, **times, seconds=[round(one, 9) for one in seconds])
         names = ("measure", "case", "kind", "task", "who")
         said = ", ".join(str(record[name]) for name in names if name in record)
         print(f"{duration(middle):>9} ({duration(low)} to {duration(high)}): {said}", flush=True)

@@ -102,7 +102,7 @@ class Settings:
         """Return the rounds of a measurement."""
         if self.quick:
             return 3
-        return 4 if self.device == "cpu" else 15
+        return 9 if self.device == "cpu" else 15
 
     @property
     def left(self) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .records import Record, Report, beside, figure, is_ours, rate, ratio
+from .records import Record, Report, beside, is_ours, rate, ratio, times
 
 # The text of a record's cell; the report has what stands beside the record.
 Text = Callable[[Report, Record], str]
@@ -65,9 +65,7 @@ def who(_: Report, record: Record) -> str:
 
 def over(other: str, shared: Sequence[str], form: str = ".2f") -> Text:
     """Return a column's text: a record's time by that of another who shares these fields."""
-    return lambda report, record: number(
-        ratio(figure(record), figure(beside(report, record, other, shared))), form
-    )
+    return lambda report, record: number(times(record, beside(report, record, other, shared)), form)
 
 
 def per_second(amount: str, unit: float) -> Text:

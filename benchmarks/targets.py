@@ -13,7 +13,20 @@ from typing import NamedTuple
 from sftmix_kernels.schedules import VocabTiles
 
 from . import records as names
-from .records import BOTH, NTP, STEP, Record, Report, figure, find, first, headline, rate, ratio
+from .records import (
+    BOTH,
+    NTP,
+    STEP,
+    Record,
+    Report,
+    figure,
+    find,
+    first,
+    headline,
+    rate,
+    ratio,
+    times,
+)
 from .settings import BUSY, HALF, PROMPTS, SMOLLM2, Case
 
 TOO_SMALL = "sizes too small"
@@ -78,8 +91,10 @@ def by(
         for measure, who, *task in (one, other):
             fields = {"task": task[0]} if task else {}
             case = headline(report, measure) if at is None else at.name
-            pair.append(figure(first(report, measure, who=who, case=case, **fields), name))
-        return ratio(*pair), note
+            pair.append(first(report, measure, who=who, case=case, **fields))
+        if name == "median":
+            return times(*pair), note
+        return ratio(*(figure(record, name) for record in pair)), note
 
     return found
 
@@ -152,24 +167,16 @@ def float32_fold(report: Report) -> tuple[float | None, str]:
     """Return the compiled fold's time by that of PyTorch operations with the same options."""
     fold = first(report, "fold", who=names.FOLD, dtype="float32")
     plain = fold and names.beside(report, fold, names.FOLD_OPERATIONS, names.FOLD_SIZE)
-    return ratio(figure(fold), figure(plain)), ""
-
-
-def of_ntp(who: str) -> Found:
-    """Return what finds the time of an objective by that of NTP, of the headline."""
-
-    def found(report: Report) -> tuple[float | None, str]:
-        case = headline(report, names.OBJECTIVE)
-        return figure(first(report, names.OBJECTIVE, who=who, case=case), "of_ntp"), ""
-
-    return found
+    return times(fold, plain), ""
 
 
 def objective_promises(most: float) -> list[Promise]:
     """Return that each objective costs at most so much of NTP alone."""
     ntp = names.OUR_OBJECTIVES[NTP]
     return [
-        (f"{who} / {ntp}", of_ntp(who), most) for who in names.OUR_OBJECTIVES.values() if who != ntp
+        (f"{who} / {ntp}", by((names.OBJECTIVE, who), (names.OBJECTIVE, ntp)), most)
+        for who in names.OUR_OBJECTIVES.values()
+        if who != ntp
     ]
 
 
@@ -283,10 +290,8 @@ def step_targets(report: Report) -> list[Target]:
         )
         peaks = ratio(figure(ntp, "peak_bytes"), figure(theirs, "peak_bytes"))
         found += [
-            Target(f"{name}: sftmix / ntp, of ours", ratio(figure(sftmix), figure(ntp)), 1.05),
-            Target(
-                f"{name}: ntp of ours / {names.THEIR_NTP}", ratio(figure(ntp), figure(theirs)), 1.0
-            ),
+            Target(f"{name}: sftmix / ntp, of ours", times(sftmix, ntp), 1.05),
+            Target(f"{name}: ntp of ours / {names.THEIR_NTP}", times(ntp, theirs), 1.0),
             Target(f"{name}: peak of ours / {names.THEIR_NTP}", peaks, 1.0),
         ]
     return found
@@ -298,7 +303,7 @@ def watching_targets(report: Report) -> list[Target]:
     return [
         Target(
             f"{step_name(record)}: with entropy and accuracy / without",
-            record["of_unwatched"],
+            times(record, names.beside(report, record, names.UNWATCHED, names.STEP_SIZE)),
             1.01,
         )
         for record in find(report, names.WATCHING, who=names.OUR_NTP)

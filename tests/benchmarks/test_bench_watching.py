@@ -36,8 +36,7 @@ def test_every_other_step_is_without_stats(
     assert asked == [True, False] * 5
     found = {record["who"]: record for record in results.report["records"]}
     assert found.keys() == {OUR_NTP, UNWATCHED}
-    assert found[UNWATCHED]["of_unwatched"] == 1.0
-    assert found[OUR_NTP]["of_unwatched"] > 0
+    assert len(found[UNWATCHED]["seconds"]) == len(found[OUR_NTP]["seconds"]) > 0
 
 
 def test_steps_that_train_otherwise_are_not_timed(

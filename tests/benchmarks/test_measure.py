@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import benchmarks.measure
-from benchmarks.measure import facts, interleaved_samples
+from benchmarks.measure import SLOW_ROUNDS, facts, interleaved_samples
 from tools.peak_memory import peak_extra_bytes
 
 
@@ -62,6 +62,22 @@ def test_times_are_of_the_step_and_not_of_what_prepares_it(
     order.clear()
     assert len(interleaved_samples(steps, 3, device, prepare, warm=True)["b"]) == 3
     assert len(order) == 12
+
+
+def test_who_is_slow_sits_out_when_its_time_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(benchmarks.measure, "time", clock)
+    seconds = {"fast": 1.0, "four": 4.0, "slow": 4.5}
+
+    def step(name: str) -> None:
+        clock.now += seconds[name]
+
+    samples = interleaved_samples({name: partial(step, name) for name in seconds}, 9)
+    assert {name: len(found) for name, found in samples.items()} == {
+        "fast": 9,
+        "four": 9,
+        "slow": SLOW_ROUNDS,
+    }
 
 
 def test_peak_counts_what_is_alive_at_once() -> None:
