@@ -323,8 +323,8 @@ class SFTMixMixin(WholeCheckpoints):
             device=self.args.device,
             context=self.accelerator.autocast,
             disable_progress=self.args.disable_tqdm,
+            prefix=metric_key_prefix,
         )
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         handler = self.callback_handler
         self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
