@@ -231,7 +231,10 @@ def check_reduction(reduction: str) -> None:
 def values_are_free(tensor: Tensor) -> bool:
     """Say whether a tensor's values can be read without waiting and without breaking a graph."""
     on_cpu = tensor.device.type == "cpu" and not is_fake(tensor)
-    return on_cpu and not torch.compiler.is_compiling()
+    if not on_cpu or torch.compiler.is_compiling():
+        return False
+    # Nor while `make_fx` traces, for inputs with other values.
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
 
 
 def checked_lam(lam: float | Tensor, labels: Tensor, *, validate: bool) -> Tensor:
