@@ -1,69 +1,108 @@
-"""The fused loss in a training loop of your own, without the rest of sftmix: seconds on a CPU.
+"""The fused loss in a training loop of your own, such as nanoGPT's: seconds on a CPU.
 
 python examples/loss_in_a_loop.py [STEPS]
 
-A small transformer learns to count on: each row of the data counts up by its own step. Rows of a
-batch come in pairs, [confident, unconfident, confident, ...]. Here the confident half is simply
-that of the small steps; `sftmix score` finds it by perplexity.
+A small GPT learns to count on: each row of the data counts up by its own step, and begins with a
+prompt whose targets are -1, as in nanoGPT. Rows of a batch come in pairs, [confident, unconfident,
+confident, ...]. Here the confident half is simply that of the small steps; `sftmix score` finds it
+by perplexity.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from sftmix_kernels import fused_sftmix_loss
-
-VOCABULARY, WIDTH, LENGTH, PAIRS = 256, 64, 16, 4
+from sftmix_kernels import SFTMixLoss, fused_sftmix_loss
 
 
-class Model(nn.Module):
-    """A causal transformer that returns what its head would read: the loss multiplies the head."""
+@dataclass
+class GPTConfig:
+    """Sizes, under nanoGPT's names."""
 
-    def __init__(self) -> None:
+    block_size: int = 16
+    vocab_size: int = 256
+    n_layer: int = 2
+    n_head: int = 4
+    n_embd: int = 64
+
+
+class GPT(nn.Module):
+    """A causal transformer whose loss never makes the logits."""
+
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(VOCABULARY, WIDTH)
-        self.positions = nn.Embedding(LENGTH, WIDTH)
-        layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True)
-        self.layers = nn.TransformerEncoder(layer, 2)
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        size = config.n_embd
+        self.wte = nn.Embedding(config.vocab_size, size)
+        self.wpe = nn.Embedding(config.block_size, size)
+        block = nn.TransformerEncoderLayer(
+            size, config.n_head, 4 * size, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.h = nn.TransformerEncoder(block, config.n_layer, enable_nested_tensor=False)
+        self.ln_f = nn.LayerNorm(size)
+        self.lm_head = nn.Linear(size, config.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return hidden states (B, L, D)."""
-        length = tokens.shape[1]
+    def forward(self, idx: Tensor, targets: Tensor, lam: Tensor, mu: float = 0.2) -> SFTMixLoss:
+        """Return the loss of rows (B, T), of which each pair has its lam (B / 2,)."""
+        length = idx.shape[1]
         mask = nn.Transformer.generate_square_subsequent_mask(length)
-        hidden = self.tokens(tokens) + self.positions.weight[:length]
-        hidden = self.layers(hidden, mask=mask, is_causal=True)
-        assert isinstance(hidden, Tensor)
-        return hidden
+        x = self.h(self.wte(idx) + self.wpe.weight[:length], mask=mask, is_causal=True)
+        x = self.ln_f(x)
+        # nanoGPT: F.cross_entropy(self.lm_head(x).view(-1, V), targets.view(-1), ignore_index=-1)
+        confident, unconfident, counts = mixed_tokens(targets)
+        return fused_sftmix_loss(
+            x,
+            self.lm_head.weight,
+            targets,
+            confident,
+            unconfident,
+            lam.repeat_interleave(counts),
+            mu=mu,
+            ignore_index=-1,
+        )
 
 
-def batch() -> tuple[Tensor, Tensor]:
-    """Return tokens and labels, already shifted; even rows are confident, odd ones are not."""
-    steps = torch.stack([torch.randint(1, 4, (PAIRS,)), torch.randint(4, 32, (PAIRS,))], 1)
-    rows = steps.reshape(-1, 1) * torch.arange(LENGTH + 1) + torch.randint(99, (2 * PAIRS, 1))
-    rows %= VOCABULARY
-    return rows[:, :-1], rows[:, 1:]
+def mixed_tokens(targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return which tokens are mixed, numbered through the batch, and how many of each pair.
+
+    The n-th target of a confident row goes with the n-th of the row after it, up to the shorter.
+    """
+    numbers = torch.arange(targets.numel()).view_as(targets)
+    responses = [row[target != -1] for row, target in zip(numbers, targets, strict=True)]
+    both = list(zip(responses[::2], responses[1::2], strict=True))
+    counts = [min(len(c), len(u)) for c, u in both]
+    confident = torch.cat([c[:n] for (c, _), n in zip(both, counts, strict=True)])
+    unconfident = torch.cat([u[:n] for (_, u), n in zip(both, counts, strict=True)])
+    return confident, unconfident, torch.tensor(counts)
+
+
+def get_batch(config: GPTConfig, pairs: int = 4) -> tuple[Tensor, Tensor]:
+    """Return idx and targets (B, T), already shifted; even rows are confident, odd ones are not."""
+    steps = torch.stack([torch.randint(1, 4, (pairs,)), torch.randint(4, 32, (pairs,))], 1)
+    begins = torch.randint(99, (2 * pairs, 1))
+    rows = steps.reshape(-1, 1) * torch.arange(config.block_size + 1) + begins
+    rows %= config.vocab_size
+    targets = rows[:, 1:].clone()
+    prompts = torch.randint(1, config.block_size // 2, (2 * pairs, 1))
+    targets[torch.arange(config.block_size) < prompts] = -1
+    return rows[:, :-1], targets
 
 
 def main(steps: int = 100) -> float:
     """Train, and return the last NTP loss."""
     torch.manual_seed(0)
-    model = Model()
+    config = GPTConfig()
+    model = GPT(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     beta = torch.distributions.Beta(0.5, 0.5)
-    # The n-th token of a confident row is mixed with the n-th of the row after it.
-    numbers = torch.arange(2 * PAIRS * LENGTH).view(PAIRS, 2, LENGTH)
-    pair_c, pair_u = numbers[:, 0].reshape(-1), numbers[:, 1].reshape(-1)
     for step in range(steps):
-        tokens, labels = batch()
-        lam = beta.sample((PAIRS,)).repeat_interleave(LENGTH)  # one for each pair of rows
-        loss, ntp, mixup = fused_sftmix_loss(
-            model(tokens), model.head.weight, labels, pair_c, pair_u, lam, mu=0.2
-        )
-        optimizer.zero_grad()
+        idx, targets = get_batch(config)
+        lam = beta.sample((len(idx) // 2,))  # one for each pair of rows
+        loss, ntp, mixup = model(idx, targets, lam)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         if step % 10 == 0 or step == steps - 1:

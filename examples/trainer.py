@@ -1,4 +1,4 @@
-"""SFTMix from Python: score the data, split them, train. Toy model, a CPU, half a minute.
+"""SFTMix in a script of transformers' Trainer: score the data, train. A toy, half a minute.
 
 python examples/trainer.py FOLDER [EXAMPLES]
 
@@ -12,47 +12,37 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sftmix import SFTMixConfig, SFTMixTrainer, make_collator
+from sftmix import ScoreConfig, SFTMixConfig, SFTMixTrainer, score
 from sftmix.data.examples import load_examples
 from sftmix.demo_data import TRAIN
-from sftmix.pairs.partition import from_scores, summary
+from sftmix.pairs.partition import summary
 from sftmix.templates.tokenizing import tokenize_examples
 from sftmix.toy import build_toy_model
-from sftmix.training.config import ScoreConfig
-from sftmix.training.reference import finished_scores, reference_trainer
-
-SCORINGS = 5
 
 
 def main(folder: Path, number: int = 256) -> float:
     """Train into the folder and return the mean training loss."""
     build_toy_model(folder / "toy", [TRAIN], vocab_size=1024, hidden_size=64)
+    model = AutoModelForCausalLM.from_pretrained(folder / "toy")
     tokenizer = AutoTokenizer.from_pretrained(folder / "toy")
+    # input_ids, and labels that are -100 outside of responses.
     dataset = tokenize_examples(load_examples([TRAIN])[:number], tokenizer, max_length=128)
-    collator = make_collator(tokenizer)
 
-    # One epoch of next-token prediction; every example is scored at 5 points of it.
-    reference, scores = reference_trainer(
-        AutoModelForCausalLM.from_pretrained(folder / "toy"),
-        dataset,
-        collator,
-        ScoreConfig(str(folder / "score"), num_scorings=SCORINGS, learning_rate=1e-3),
+    # One epoch of a copy of the model; every example is scored at 5 points of it.
+    confident = score(
+        model,
+        ScoreConfig(str(folder / "score"), learning_rate=1e-3),
+        train_dataset=dataset,
+        processing_class=tokenizer,
     )
-    reference.train()
-    partition = from_scores(
-        dataset["id"][:], dataset["content_hash"][:], *finished_scores(scores, SCORINGS)
-    )
-    print(summary(partition))
+    print(summary(confident))
 
     trainer = SFTMixTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder / "toy"),
-        args=SFTMixConfig(
-            str(folder / "sftmix"), mu=0.2, alpha=0.5, learning_rate=1e-3, num_train_epochs=1
-        ),
+        model=model,
+        args=SFTMixConfig(str(folder / "sftmix"), learning_rate=1e-3, num_train_epochs=1),
         train_dataset=dataset,
-        data_collator=collator,
         processing_class=tokenizer,
-        confident=partition,
+        confident=confident,
     )
     result = trainer.train()
     trainer.save_model()

@@ -8,6 +8,7 @@ otherwise a bad value makes its row NaN on the device and the host never waits.
 from __future__ import annotations
 
 import numbers
+import warnings
 from typing import TypeGuard
 
 import torch
@@ -35,8 +36,12 @@ def check_head(
     """Check hidden (..., D), weight (V, D), bias (V,), and the two numbers of the head."""
     check_tensor(name, hidden)
     check_tensor("weight", weight)
+    check_no_transform(name)
     if hidden.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {hidden.dtype}")
+        raise TypeError(
+            f"{name}: expected float32, bfloat16 or float16, got {hidden.dtype}"
+            + ("; sftmix_kernels.reference takes it" if hidden.dtype == torch.float64 else "")
+        )
     if weight.dim() != 2 or weight.shape[0] < fewest_tokens or weight.shape[1] < 1:
         raise ValueError(
             f"weight: expected shape (V, D) with V >= {fewest_tokens} and D >= 1, "
@@ -69,6 +74,19 @@ def check_tensor(name: str, tensor: Tensor) -> None:
     """Refuse what is not a Tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+
+
+def check_no_transform(name: str) -> None:
+    """Refuse to run inside of `torch.func`'s transforms, which cannot enter the kernels."""
+    # A compiler's graph breaks at the question, and has no kernels to enter.
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    transform = torch._C._functorch.peek_interpreter_stack().key().name.lower()
+    raise TypeError(
+        f"{name}: expected a plain tensor, got one inside of torch.func's {transform}; its leading "
+        "dimensions may be any, reduction='none' gives a loss of each token, and .backward() the "
+        "gradients; the losses of sftmix_kernels.reference can be transformed"
+    )
 
 
 def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -104,14 +122,43 @@ def check_ignore_index(ignore_index: int) -> None:
         raise ValueError(f"ignore_index: expected an int64 number, got {ignore_index}")
 
 
-def check_label_values(name: str, labels: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """Refuse labels outside ``[0, V)`` other than ``ignore_index``; this waits for the device."""
-    bad = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
-    if bad.any():
-        position = bad.nonzero()[0].tolist()
+# Arguments whose labels outside of the vocabulary have been told of.
+TOLD: set[str] = set()
+
+
+def check_label_values(
+    name: str, labels: Tensor, vocab_size: int, ignore_index: int, *, validate: bool
+) -> None:
+    """Look for labels outside ``[0, V)`` other than ``ignore_index``, whose rows become NaN.
+
+    With ``validate`` they are refused, and the host waits for the device to see them. Without, a
+    warning tells of the first one where their values are free, once in the process.
+    """
+    if validate and labels.device.type == "meta":
         raise ValueError(
-            f"{name}: expected values in [0, {vocab_size}) or {ignore_index}, "
-            f"got {int(labels[tuple(position)])} at position {position}"
+            "validate: expected False for tensors on the meta device, which have no values"
+        )
+    if not (validate or values_are_free(labels)):
+        return
+    bad = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
+    if not bad.any():
+        return
+    position = bad.nonzero()[0].tolist()
+    label = int(labels[tuple(position)])
+    found = (
+        f"{name}: expected values in [0, {vocab_size}) or {ignore_index}, "
+        f"got {label} at position {position}"
+    )
+    if validate:
+        raise ValueError(found)
+    if name not in TOLD:
+        TOLD.add(name)
+        way = f"ignore_index={label} leaves such tokens out" if label < 0 else "mend the labels"
+        warnings.warn(
+            f"{found}: its loss and gradients are NaN, and so is a mean; {way}, validate=True "
+            "makes this an error (it is said once)",
+            RuntimeWarning,
+            stacklevel=3,
         )
 
 
@@ -160,7 +207,10 @@ def check_reduction(reduction: str) -> None:
 def values_are_free(tensor: Tensor) -> bool:
     """Say whether a tensor's values can be read without waiting and without breaking a graph."""
     on_cpu = tensor.device.type == "cpu" and not is_fake(tensor)
-    return on_cpu and not torch.compiler.is_compiling()
+    if not on_cpu or torch.compiler.is_compiling():
+        return False
+    # Nor while `make_fx` traces, for inputs with other values.
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
 
 
 def checked_lam(lam: float | Tensor, labels: Tensor, *, validate: bool) -> Tensor:
@@ -241,7 +291,8 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     Anything else than a tensor of one of our dtypes is returned too, for the checks to refuse.
     """
     device_types = [t.device.type for t in tensors if takes_part(t)]
-    if not device_types or not torch.is_autocast_enabled(device_types[0]):
+    # The meta device, whose tensors have no values, knows no autocast.
+    if device_types[:1] in ([], ["meta"]) or not torch.is_autocast_enabled(device_types[0]):
         return tensors
     dtype = torch.get_autocast_dtype(device_types[0])
     return tuple(t.to(dtype) if takes_part(t) else t for t in tensors)

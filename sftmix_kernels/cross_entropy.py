@@ -14,7 +14,7 @@ Its other objectives (`gates.py`) are made in the same two passes over a row's l
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -33,35 +33,40 @@ from .checks import (
 )
 from .gates import Gate, Kind, Objective, objective_of
 from .mixup_loss import reduced_loss
-from .reference import TokenStats, present, weighted_labels, weighted_loss
+from .reference import Reduction, TokenStats, present, weighted_labels, weighted_loss
 from .schedules import Schedule, VocabTiles, resolve_schedule
 from .terms import label_terms
 from .vocab_parallel.shard import HeadPart, VocabShard, checked_head
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .keywords import CrossEntropyKeywords
+
 
 @overload
 def fused_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (...) int64, already shifted
     *,
     stats: Literal[False] = ...,
-    **options: Any,
+    **options: Unpack[CrossEntropyKeywords],
 ) -> Tensor: ...
 
 
 @overload
 def fused_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (...) int64, already shifted
     *,
     stats: Literal[True],
-    **options: Any,
+    **options: Unpack[CrossEntropyKeywords],
 ) -> tuple[Tensor, TokenStats]: ...
 
 
-def fused_cross_entropy(  # type: ignore[misc]
+def fused_cross_entropy(
     hidden: Tensor,  # (..., D)
     weight: Tensor,  # (V, D)
     labels: Tensor,  # (...) int64, already shifted
@@ -70,7 +75,7 @@ def fused_cross_entropy(  # type: ignore[misc]
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     divisor: float | Tensor | None = None,
     row_weight: Tensor | None = None,  # (...) float32
     gate: Gate | None = None,
@@ -84,8 +89,8 @@ def fused_cross_entropy(  # type: ignore[misc]
     """Return the cross-entropy of the LM head's logits, without ever holding all of them.
 
     ``a = f(W h + b)`` with ``f(x) = softcap * tanh(logit_scale * x / softcap)``, and
-    ``loss = LSE(a) - a[y]`` in nats. Arguments, errors and the empty case are those of
-    `fused_mixup_loss`; ``labels[t]`` is the token that ``hidden[t]`` predicts.
+    ``loss = LSE(a) - a[y]`` in nats, for D the hidden size, V the vocabulary and tokens in any
+    shape (...), such as (batch, length).
 
     Example:
         The loss of DFT, with the plain NLL beside it; the last token is ignored.
@@ -103,10 +108,23 @@ def fused_cross_entropy(  # type: ignore[misc]
         tensor([0.5883, 2.0883, 0.0000]) tensor([ True, False, False])
 
     Args:
-        row_weight: multiplies the loss of each token: finite and at least 0, where 0 leaves a token
-            out of the products, too. Not differentiated: one that requires a gradient is refused.
-            The divisor of ``"mean"`` stays the count of valid labels, as ``num_items_in_batch`` of
-            transformers and TRL is; for a weighted mean pass ``divisor=row_weight.sum()``.
+        hidden: (..., D), what the LM head reads; float32, bfloat16 or float16.
+        weight: (V, D), the LM head, in hidden's dtype and on its device.
+        labels: (...) int64, already shifted: ``labels[t]`` is what ``hidden[t]`` predicts.
+            ``ignore_index`` leaves a token out; another label outside ``[0, V)`` makes the row's
+            loss and gradients NaN, of which a warning tells on the CPU.
+        bias: (V,), in hidden's dtype, or None.
+        logit_scale: multiplies the raw logits.
+        softcap: bounds them as above; None for no bound.
+        ignore_index: the label that leaves a token out.
+        reduction: ``"mean"`` over the tokens that count, ``"sum"``, or ``"none"``.
+        divisor: replaces the count of tokens in ``"mean"`` (a global count over ranks, say), a
+            number or a tensor () of one; a tensor of 0 counts as 1.
+        row_weight: (...) float32, multiplies the loss of each token: finite and at least 0, where 0
+            leaves a token out of the products, too. Not differentiated: one that requires a
+            gradient is refused. The divisor of ``"mean"`` stays the count of valid labels, as
+            ``num_items_in_batch`` of transformers and TRL is; for a weighted mean pass
+            ``divisor=row_weight.sum()``.
         gate: one of `Power` (DFT), `Threshold`, `Entropy` (EAFT) and `Clipped` (PSFT): the loss of
             a token is the gate, detached, times its NLL.
         label_smoothing: in [0, 1), the share of the label that is spread over all V tokens.
@@ -114,12 +132,17 @@ def fused_cross_entropy(  # type: ignore[misc]
             exclude each other.
         stats: return ``(loss, TokenStats)``, made in the same pass: of each token NLL and entropy
             of the plain softmax, and whether no other token has a larger logit than the label.
+        schedule: how full logits are avoided: ``"auto"``, ``"row_chunks"``, ``"vocab_tiles"``
+            (CUDA), or `RowChunks` or `VocabTiles` with other numbers.
+        vocab_parallel: which part of the head this rank holds, as in `fused_mixup_loss`.
+        validate: refuse labels and weights out of range, which waits for the device.
 
     Of vocabulary tiles and a head shared out over ranks (``vocab_parallel``) there are
     ``row_weight`` and the gates of the label's probability: `Power`, `Threshold`, `Clipped`.
 
     Returns:
-        A float32 scalar, or labels' shape for ``reduction="none"``; with ``stats`` a pair.
+        A float32 scalar in nats, or labels' shape (...) for ``reduction="none"``; with ``stats`` a
+        pair. Nothing to average: 0, with gradients 0.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected, and what came.
@@ -131,8 +154,7 @@ def fused_cross_entropy(  # type: ignore[misc]
     check_ids("labels", labels, hidden)
     check_ignore_index(ignore_index)
     check_flag("stats", stats)
-    if validate:
-        check_label_values("labels", labels, head.vocab_size, ignore_index)
+    check_label_values("labels", labels, head.vocab_size, ignore_index, validate=validate)
     chosen = resolve_schedule(schedule, hidden, head.widest)
     objective = checked_objective(gate, label_smoothing, gem_beta, labels, ignore_index)
     refuse_missing(objective, stats, head, chosen)

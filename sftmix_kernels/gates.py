@@ -38,6 +38,8 @@ from .number_checks import SMALLEST, check_number
 class Power:
     """``p^k``: tokens count the less the less likely they are. ``k = 1`` is DFT.
 
+    For ``gate=`` of `fused_cross_entropy` and `fused_sftmix_loss`, as the other three.
+
     Its gradient is that of ``-p^k / k`` (arXiv 2510.00526); the value is ``p^k * nll`` as in DFT
     (arXiv 2508.05629). ``k = 0`` is NTP.
 

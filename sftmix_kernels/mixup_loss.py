@@ -46,7 +46,7 @@ from .gradients import (
     unit_of,
     unwritten,
 )
-from .reference import both, present, weighted_loss
+from .reference import Reduction, both, present, weighted_loss
 from .row_chunks import cpu
 from .row_chunks.chunks import (
     count_of,
@@ -406,7 +406,7 @@ def reduced_loss(
     targets: Tensor,  # (..., T) in [0, V)
     share: Tensor,  # (..., T)
     row_weight: Tensor,  # (...)
-    reduction: str,
+    reduction: Reduction,
     divisor: float | Tensor | None,
     schedule: int | VocabTiles,
     objective: Objective = PLAIN,  # of (...) rows with one target
@@ -464,7 +464,7 @@ def fused_mixup_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     divisor: float | Tensor | None = None,
     schedule: Schedule = "auto",
     vocab_parallel: VocabShard | None = None,
@@ -487,26 +487,33 @@ def fused_mixup_loss(
         tensor(0.7758)
 
     Args:
-        hidden_c, hidden_u: what the LM head reads; float32, bfloat16 or float16.
-        weight, bias: the LM head, in hidden's dtype.
-        labels_c, labels_u: a position counts only where both are valid. ``ignore_index`` leaves it
-            out; a label outside ``[0, V)`` makes the position's loss and gradients NaN.
-        lam: share of ``c``, in ``[0, 1]``. Not differentiated: one that requires a gradient is
-            refused, as such a divisor is.
+        hidden_c, hidden_u: (..., D), what the LM head reads, in any shape such as
+            (batch, length, D); float32, bfloat16 or float16.
+        weight: (V, D), the LM head, in hidden's dtype and on its device.
+        labels_c, labels_u: (...) int64, already shifted; a position counts only where both are
+            valid. ``ignore_index`` leaves it out; another label outside ``[0, V)`` makes the
+            position's loss and gradients NaN, of which a warning tells on the CPU.
+        lam: share of ``c``, in ``[0, 1]``: a number, or floating-point in a shape that labels'
+            shape begins with: (), (batch,) or (batch, length). Not differentiated: one that
+            requires a gradient is refused, as such a divisor is.
+        bias: (V,), in hidden's dtype, or None.
+        logit_scale, softcap: of the head, as above; no bound where ``softcap`` is None.
+        ignore_index: the label that leaves a position out.
         reduction: ``"mean"`` over the positions that count, ``"sum"``, or ``"none"``.
-        divisor: replaces the count of positions in ``"mean"`` (a global count over ranks, say); a
-            tensor of 0 counts as 1.
-        schedule: ``"auto"``, ``"row_chunks"``, ``"vocab_tiles"``, or `RowChunks` or `VocabTiles`
-            with other numbers.
+        divisor: replaces the count of positions in ``"mean"`` (a global count over ranks, say), a
+            number or a tensor () of one; a tensor of 0 counts as 1.
+        schedule: ``"auto"``, ``"row_chunks"``, ``"vocab_tiles"`` (CUDA), or `RowChunks` or
+            `VocabTiles` with other numbers.
         vocab_parallel: which tokens' rows weight and bias hold, where the head is shared out over
             ranks (`VocabShard`): labels are global, and hidden, labels, lam, the options and what
             needs a gradient are the same on every rank of the group. The loss is then the same on
             every rank too; so are hidden's gradients, whole: reduce neither again. Of weight and
             bias each rank gets its own. ``row_chunks`` only.
-        validate: also check the values of labels and lam, which waits for the device.
+        validate: refuse labels and lam out of range, which waits for the device.
 
     Returns:
-        A float32 scalar, or labels' shape for ``"none"``. Nothing to average: 0, with gradients 0.
+        A float32 scalar in nats, or labels' shape (...) for ``"none"``. Nothing to average: 0,
+        with gradients 0.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected, and what came.
@@ -527,8 +534,7 @@ def fused_mixup_loss(
     check_ignore_index(ignore_index)
     for name, labels in (("labels_c", labels_c), ("labels_u", labels_u)):
         check_ids(name, labels, hidden_c)
-        if validate:
-            check_label_values(name, labels, vocab_size, ignore_index)
+        check_label_values(name, labels, vocab_size, ignore_index, validate=validate)
     share_c = checked_lam(lam, labels_c, validate=validate)
     targets, counts = label_terms(labels_c, labels_u, vocab_size, ignore_index)
     loss, _ = reduced_loss(

@@ -41,7 +41,7 @@ smoothing, GEM.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -49,21 +49,41 @@ from torch import Tensor
 
 from .gates import Clipped, Entropy, Gate, Power, Threshold, objective_of
 
+Reduction: TypeAlias = Literal["mean", "sum", "none"]
+
 
 class SFTMixLoss(NamedTuple):
-    """The three scalars of a loss: ``loss = ntp + mu * mixup``; ``ntp`` and ``mixup`` detached."""
+    """The three terms of a loss, ``loss = ntp + mu * mixup``: float32 scalars in nats.
 
-    loss: Tensor
-    ntp: Tensor
-    mixup: Tensor
+    ``loss`` is what goes backward; ``ntp`` and ``mixup`` are detached.
+
+    Example:
+        >>> loss, ntp, mixup = SFTMixLoss(*torch.tensor([1.7, 1.5, 1.0]))
+        >>> torch.allclose(loss, ntp + 0.2 * mixup)
+        True
+    """
+
+    loss: Tensor  # ()
+    ntp: Tensor  # ()
+    mixup: Tensor  # ()
 
 
 class TokenStats(NamedTuple):
-    """What people watch of each token, in labels' shape and detached; 0 where left out."""
+    """What people watch of each token, in labels' shape (...) and detached; 0 where left out.
 
-    nll: Tensor  # float32: of the label, unweighted and ungated
-    entropy: Tensor  # float32, in nats, over the whole vocabulary
-    is_top: Tensor  # bool: no other token has a larger logit than the label
+    - ``nll`` (...) float32: ``-log p`` of the label in nats, unweighted and ungated;
+    - ``entropy`` (...) float32: in nats, over the whole vocabulary;
+    - ``is_top`` (...) bool: no other token has a larger logit than the label.
+
+    Example:
+        >>> stats = TokenStats(torch.ones(4), torch.ones(4), torch.tensor([True, False] * 2))
+        >>> stats.is_top.float().mean()  # the accuracy
+        tensor(0.5000)
+    """
+
+    nll: Tensor  # (...)
+    entropy: Tensor  # (...)
+    is_top: Tensor  # (...)
 
 
 def log_probabilities(
@@ -106,7 +126,7 @@ def nll(log_probs: Tensor, labels: Tensor) -> Tensor:
 
 
 def reduce(
-    losses: Tensor, weight: Tensor, reduction: str, divisor: float | Tensor | None
+    losses: Tensor, weight: Tensor, reduction: Reduction, divisor: float | Tensor | None
 ) -> Tensor:
     """Return ``sum`` or ``mean`` over the rows whose weight is not 0, or the rows as they are."""
     if reduction == "none":
@@ -197,7 +217,7 @@ def cross_entropy(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     divisor: float | Tensor | None = None,
     row_weight: Tensor | None = None,  # (...)
     gate: Gate | None = None,
@@ -239,7 +259,7 @@ def mixup_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     divisor: float | Tensor | None = None,
 ) -> Tensor:
     """Return Mixup: ``LSE(m) - lam m[y_c] - (1 - lam) m[y_u]`` where both labels count."""

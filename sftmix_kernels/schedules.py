@@ -9,7 +9,7 @@ from __future__ import annotations
 import numbers
 import os
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -50,6 +50,19 @@ class RowChunks:
     With V = 151,936 in bfloat16 on a GPU, ``2**30 // (2 * 151936)`` is 3,533 rows, rounded to
     3,456. A batch of 16,384 rows goes in five chunks of 3,276 or 3,278 rows, which hold 1.0 GB of
     logits at a time in place of 5.0 GB.
+
+    Example:
+        For ``schedule=``, a quarter of the memory:
+
+        >>> RowChunks(max_bytes=2**28)
+        RowChunks(rows=None, max_bytes=268435456)
+
+    Args:
+        rows: the most rows of a chunk, at least 1; None for the number above.
+        max_bytes: the most bytes of a chunk's logits, at least 1.
+
+    Raises:
+        TypeError, ValueError: a number that is no integer of at least 1.
     """
 
     rows: int | None = None
@@ -83,6 +96,19 @@ class VocabTiles:
 
     In half precision a hidden size that 16 does not divide is right but slow: operands are then
     read 2 bytes at a time in place of 16, with eight times as many loads. Use `RowChunks` there.
+
+    Example:
+        For ``schedule=``:
+
+        >>> VocabTiles(filter_eps=2**-12)
+        VocabTiles(filter_eps=0.000244140625, max_bytes=268435456)
+
+    Args:
+        filter_eps: in [0, 1), the probability below which backward leaves tiles out.
+        max_bytes: the most bytes of the workspace, at least 1.
+
+    Raises:
+        TypeError, ValueError: a number out of these bounds.
     """
 
     filter_eps: float = 0.0
@@ -94,7 +120,7 @@ class VocabTiles:
         check_size("VocabTiles: max_bytes", self.max_bytes)
 
 
-Schedule: TypeAlias = str | RowChunks | VocabTiles
+Schedule: TypeAlias = Literal["auto", "row_chunks", "vocab_tiles"] | RowChunks | VocabTiles
 
 
 def resolve_schedule(schedule: Schedule, hidden: Tensor, vocab_size: int) -> int | VocabTiles:

@@ -26,7 +26,7 @@ a pair was cut, or unpaired.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -81,6 +81,11 @@ from .vocab_tiles.groups import (
     live_flags,
     live_of,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .keywords import SFTMixKeywords
 
 
 @torch.library.custom_op("sftmix_kernels::sftmix_rows", mutates_args=())
@@ -433,33 +438,33 @@ def mixup_value(
 
 @overload
 def fused_sftmix_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    pair_c: Tensor,
-    pair_u: Tensor,
-    lam: float | Tensor,
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (...) int64, already shifted
+    pair_c: Tensor,  # (P,) int64 rows of hidden.reshape(-1, D)
+    pair_u: Tensor,  # (P,) int64
+    lam: float | Tensor,  # () or (P,)
     *,
     stats: Literal[False] = ...,
-    **options: Any,
+    **options: Unpack[SFTMixKeywords],
 ) -> SFTMixLoss: ...
 
 
 @overload
 def fused_sftmix_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    pair_c: Tensor,
-    pair_u: Tensor,
-    lam: float | Tensor,
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (...) int64, already shifted
+    pair_c: Tensor,  # (P,) int64 rows of hidden.reshape(-1, D)
+    pair_u: Tensor,  # (P,) int64
+    lam: float | Tensor,  # () or (P,)
     *,
     stats: Literal[True],
-    **options: Any,
+    **options: Unpack[SFTMixKeywords],
 ) -> tuple[SFTMixLoss, TokenStats]: ...
 
 
-def fused_sftmix_loss(  # type: ignore[misc]
+def fused_sftmix_loss(
     hidden: Tensor,  # (..., D)
     weight: Tensor,  # (V, D)
     labels: Tensor,  # (...) int64, already shifted: labels[t] is what hidden[t] predicts
@@ -502,30 +507,36 @@ def fused_sftmix_loss(  # type: ignore[misc]
         [True, True, True, False]
 
     Args:
-        hidden: what the LM head reads; float32, bfloat16 or float16.
-        weight, bias: the LM head, in hidden's dtype.
-        labels: ``ignore_index`` leaves a token out; a label outside ``[0, V)`` makes the row NaN,
-            and the partner it is mixed with.
-        pair_c, pair_u: rows mixed with each other, each row at most once: one that is there twice
-            makes loss and gradients NaN, where values are not read. A pair of which one token is
-            ignored is not mixed.
-        lam: share of ``c``, in ``[0, 1]``. Not differentiated: one that requires a gradient is
-            refused, as such a divisor is.
+        hidden: (..., D), what the LM head reads, in any shape such as (batch, length, D); float32,
+            bfloat16 or float16.
+        weight: (V, D), the LM head, in hidden's dtype and on its device.
+        labels: (...) int64, already shifted: ``labels[t]`` is what ``hidden[t]`` predicts.
+            ``ignore_index`` leaves a token out; another label outside ``[0, V)`` makes the row NaN,
+            and the partner it is mixed with, of which a warning tells on the CPU.
+        pair_c, pair_u: (P,) int64, rows of ``hidden.reshape(-1, D)`` mixed with each other, each
+            row at most once: one that is there twice makes loss and gradients NaN, where values are
+            not read. A pair of which one token is ignored is not mixed.
+        lam: share of ``c``, in ``[0, 1]``: a number, or (P,) floating-point. Not differentiated:
+            one that requires a gradient is refused, as such a divisor is.
         mu: weight of Mixup, at least 0. With 0, loss and gradients are bitwise NTP's.
-        ntp_divisor, mixup_divisor: replace the count of valid tokens and of mixed pairs; a tensor
-            of 0 counts as 1.
-        row_weight, gate: those of `fused_cross_entropy`, for the NTP term; a pair with a token of
-            weight 0 is not mixed. Vocabulary tiles have no gate.
+        bias: (V,), in hidden's dtype, or None.
+        logit_scale, softcap: of the head, ``softcap * tanh(logit_scale * x / softcap)``.
+        ignore_index: the label that leaves a token out.
+        ntp_divisor, mixup_divisor: replace the count of valid tokens and of mixed pairs, a number
+            or a tensor () of one; a tensor of 0 counts as 1.
+        row_weight, gate: those of `fused_cross_entropy`, (...) float32 and one of four, for the NTP
+            term; a pair with a token of weight 0 is not mixed. Vocabulary tiles have no gate.
         stats: return ``(SFTMixLoss, TokenStats)``, as `fused_cross_entropy` does.
-        schedule: ``"auto"``, ``"row_chunks"``, ``"vocab_tiles"``, or `RowChunks` or `VocabTiles`
-            with other numbers.
+        schedule: ``"auto"``, ``"row_chunks"``, ``"vocab_tiles"`` (CUDA), or `RowChunks` or
+            `VocabTiles` with other numbers.
         vocab_parallel: which part of the head this rank holds, as in `fused_mixup_loss`.
-        row_ntp_out: filled with every token's NTP loss (0 where ignored), for logging.
-        validate: also check the values of labels, pairs and lam, which waits for the device.
+        row_ntp_out: (...) float32, filled with every token's NTP loss (0 where ignored), for
+            logging.
+        validate: refuse labels, pairs and lam out of range, which waits for the device.
 
     Returns:
-        ``(loss, ntp, mixup)``, float32 scalars in nats; ``ntp`` and ``mixup`` are detached. With
-        ``stats`` that and the stats.
+        `SFTMixLoss`, ``(loss, ntp, mixup)``: float32 scalars in nats; ``ntp`` and ``mixup`` are
+        detached. With ``stats`` that and the stats.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected, and what came.
@@ -538,11 +549,10 @@ def fused_sftmix_loss(  # type: ignore[misc]
     check_number("mu", mu, 0.0)
     check_divisor("ntp_divisor", ntp_divisor)
     check_divisor("mixup_divisor", mixup_divisor)
+    vocab_size = head.vocab_size
+    check_label_values("labels", labels, vocab_size, ignore_index, validate=validate)
     check_pairs(pair_c, pair_u, labels, validate=validate)
     check_row_out("row_ntp_out", row_ntp_out, labels)
-    vocab_size = head.vocab_size
-    if validate:
-        check_label_values("labels", labels, vocab_size, ignore_index)
     lam = checked_lam(lam, pair_c, validate=validate)
     flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     targets, counts = label_terms(flat_labels, None, vocab_size, ignore_index)

@@ -220,7 +220,7 @@ def _require_columns(columns: Any, place: str) -> None:
         raise ValueError(
             f"{place}expected the columns input_ids and labels (-100: not learnt), got "
             f"{sorted(columns)} without {' and '.join(missing)}; `tokenize_examples` makes them "
-            "from text"
+            "from text, and where all tokens are learnt, labels are a copy of input_ids"
         )
     for key, way in REFUSED.items():
         if key in columns:

@@ -150,6 +150,10 @@ class SFTMixAxolotlTrainer(SFTMixMixin, AxolotlTrainer):  # type: ignore[misc]
                 )
         super().__init__(*args, **kwargs)
 
+    def _matched(self, confident: Any) -> Any:
+        # `find_halves` has found the rows by their contents.
+        return confident
+
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         # Axolotl's own only adds sample packing, and asks the data set for its columns.
         return Trainer._get_dataloader(self, *args, **kwargs)

@@ -194,9 +194,10 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
         learnt = has_targets(prepared)
         return prepared if learnt.all() else prepared.select(learnt.nonzero()[0])
 
-    def _pair(self, confident: Confident) -> None:
-        ids = require_all(self.examples, len(confident), self.args)
-        super()._pair(chosen(confident, ids))
+    def _matched(self, confident: Confident | str | Path) -> Confident:
+        # It is of the user's rows, in their order, and TRL may have left some out.
+        assert not isinstance(confident, str | Path)
+        return chosen(confident, require_all(self.examples, len(confident), self.args))
 
     def evaluate(
         self,

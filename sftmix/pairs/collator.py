@@ -116,7 +116,10 @@ def check_collator(collator: Any, layout: str, row_length: int | None) -> None:
         ValueError: it does not.
     """
     if not isinstance(collator, PairedCollator):
-        raise TypeError(f"data_collator: expected a PairedCollator, got {type(collator).__name__}")
+        raise TypeError(
+            f"data_collator: expected a PairedCollator, got {type(collator).__name__}; leave it "
+            "out, and the trainer makes one"
+        )
     found = collator.layout
     for name, given, wanted in (
         ("layout", found.name, layout),

@@ -261,6 +261,7 @@ def match(
     order = np.argsort(partition.id)
     rows = order[np.searchsorted(partition.id, wanted, sorter=order).clip(max=len(order) - 1)]
     known = partition.id[rows] == wanted
+    _refuse_another_order(partition, hashes, known & (partition.content_hash[rows] == hashes))
     for i in np.flatnonzero(~known | (partition.content_hash[rows] != hashes))[:1]:
         scored = partition.content_hash[rows[i]][:12] if known[i] else "absent"
         raise _changed(int(wanted[i]), hashes[i][:12], scored)
@@ -341,6 +342,19 @@ def _require(
 ) -> None:
     for row in np.flatnonzero(~holds)[:1]:
         raise ValueError(f"{expected}, got {values[row]} for example {id[row]}")
+
+
+def _refuse_another_order(
+    partition: Partition, hashes: NDArray[np.str_], same: NDArray[np.bool_]
+) -> None:
+    """Refuse examples that are all there, but under other ids."""
+    if same.all() or not np.array_equal(np.sort(hashes), np.sort(partition.content_hash)):
+        return
+    raise ValueError(
+        f"partition: the data were put into another order after scoring: {np.sum(~same)} of "
+        f"{len(same)} examples have the content of others; keep the columns id and content_hash, "
+        "which `tokenize_examples` makes, while you shuffle, or score the data as they are now"
+    )
 
 
 def _changed(id: int, data_hash: str, scored_hash: str) -> ValueError:

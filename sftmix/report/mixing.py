@@ -47,7 +47,7 @@ class Drawn:
         return np.repeat(self.tokens.reshape(-1, 2).min(axis=1) * ~np.isnan(self.lam), 2)
 
     @property
-    def truncated_fraction(self) -> float:
+    def unmixed_fraction(self) -> float:
         """Share of the response tokens that are not mixed, as training logs it."""
         return 1 - float(self.mixed_tokens.sum() / self.tokens.sum())
 

@@ -259,7 +259,7 @@ def mixing_section(findings: Findings) -> Section:
 
 
 def _truncation(findings: Findings, group: Group) -> Picture:
-    logged = [run.curve("truncated_fraction")[1] for run in group.runs]
+    logged = [run.curve("unmixed_fraction")[1] for run in group.runs]
     finite = [value for values in logged for value in values if np.isfinite(value)]
     check = float(np.mean(finite)) if finite else None
     return mixing.truncation_picture(group.name, _drawn(findings, group), check)

@@ -347,6 +347,30 @@ class SFTMixOptions(ConfigBase):
             )
 
 
+def require_options(args: Any) -> None:
+    """Refuse options of training without SFTMix's own, and say what takes their place.
+
+    They are not converted: the other defaults of the paper would come in unasked.
+
+    Raises:
+        TypeError: with the class to use.
+    """
+    if isinstance(args, SFTMixOptions):
+        return
+    name = type(args).__name__
+    if any(kind.__name__ == "SFTConfig" for kind in type(args).__mro__):
+        way = "sftmix.integrations.trl has SFTMixSFTConfig, and SFTMixSFTTrainer with it"
+    elif type(args) is TrainingArguments:
+        way = "SFTMixConfig takes the same options; its defaults are the paper's"
+    elif isinstance(args, TrainingArguments):
+        way = f"a dataclass that derives from SFTMixOptions and {name} has the options of both"
+    else:
+        way = "args=SFTMixConfig(output_dir=...)"
+    raise TypeError(
+        f"args: expected SFTMixConfig, or a config derived from SFTMixOptions, got {name}; {way}"
+    )
+
+
 def choices() -> dict[str, tuple[str, ...]]:
     """Return the values of SFTMix's own options that are one of several words."""
     hints = get_type_hints(SFTMixOptions)

@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from transformers.trainer_utils import speed_metrics
 
 from sftmix.model.head import HeadAdapter
 from sftmix.pairs.collator import PairedCollator
@@ -32,16 +33,18 @@ def evaluated(
     device: torch.device,
     context: Callable[[], contextlib.AbstractContextManager[Any]],
     disable_progress: bool | None,
+    prefix: str = "eval",
 ) -> dict[str, float]:
-    """Return the figures of a data set, which all ranks evaluate together, by name.
+    """Return the figures of a data set, which all ranks evaluate together, by ``prefix_`` and name.
 
     ``loss`` (nats), ``entropy`` (nats) and ``mean_token_accuracy`` are means over its
-    ``num_tokens`` response tokens; ``perplexity`` is ``exp(loss)``, ``runtime`` in seconds.
+    ``num_tokens`` response tokens; ``perplexity`` is ``exp(loss)``. Runtime (seconds), examples and
+    steps a second are those of transformers: a step is a batch of each rank.
 
     Raises:
         ValueError: as `score_examples`.
     """
-    start = time.perf_counter()
+    start = time.time()
     watched = TokenSums(device)
     scores = score_examples(
         model,
@@ -60,13 +63,12 @@ def evaluated(
     entropy, num_top = summed(watched.sums).tolist()
     with np.errstate(over="ignore"):
         perplexity = float(np.exp(loss))  # infinite from a loss of 710 on
-    seconds = time.perf_counter() - start
-    return {
+    found = {
         "loss": loss,
         "perplexity": perplexity,
         "entropy": entropy / num_tokens,
         "mean_token_accuracy": num_top / num_tokens,
         "num_tokens": num_tokens,
-        "runtime": round(seconds, 4),
-        "samples_per_second": round(len(examples) / seconds, 3),
     }
+    speed: dict[str, float] = speed_metrics(prefix, start, len(examples), watched.batches)
+    return {f"{prefix}_{name}": value for name, value in found.items()} | speed

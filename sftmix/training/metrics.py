@@ -60,7 +60,7 @@ MEANS = (
 # Names of a log line that depend on the machine: of a resumed run they are not the same.
 MEASURED = (
     *("tokens_per_second", "trained_tokens_per_second", "mfu", "peak_memory_gib"),
-    *("eval_runtime", "eval_samples_per_second"),
+    *("eval_runtime", "eval_samples_per_second", "eval_steps_per_second"),
 )
 
 
@@ -116,7 +116,7 @@ class LossWindow:
         if mixed:
             tokens = total["tokens_confident"] + total["tokens_unconfident"]
             logs["mixup_loss"] = total["mixup_loss"] / steps
-            logs["truncated_fraction"] = 1 - 2 * pairs / tokens
+            logs["unmixed_fraction"] = 1 - 2 * pairs / tokens
             logs["lam_mean"] = total["lam"] / max(pairs, 1)
         if router:
             logs["router_loss"] = total["router_loss"] / steps

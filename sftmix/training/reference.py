@@ -2,18 +2,60 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
 import numpy as np
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sftmix.pairs.collator import PairedCollator
+from sftmix.pairs.partition import Partition
 from sftmix.runs.failures import RunFailure
 from sftmix.training.config import ScoreConfig
+from sftmix.training.partitions import Examples, partition_of
 from sftmix.training.scoring import ScoringCallback, score_examples, scoring_autocast, scoring_steps
 from sftmix.training.trainer import SFTMixMixin, SFTMixTrainer
 from sftmix_kernels import StreamingPerplexity
+
+
+def score(
+    model: nn.Module, args: ScoreConfig, *, train_dataset: Examples, **kwargs: Any
+) -> Partition:
+    """Train a reference model for one epoch of next-token prediction, scoring the data meanwhile.
+
+    It takes what `SFTMixTrainer` takes, and returns what that takes as ``confident``:
+
+        confident = score(model, ScoreConfig("runs/score"), train_dataset=data)
+        SFTMixTrainer(model, SFTMixConfig("runs/sftmix"), train_dataset=data, confident=confident)
+
+    What is trained is a copy of the model. `sftmix.write_partition` keeps the partition.
+
+    Args:
+        model: the reference model, the target's own base model or another one.
+        args: the options of training, with ``num_scorings`` (C) scorings of every example.
+        train_dataset: the S examples to score, as the trainer will get them.
+        kwargs: ``processing_class``, ``data_collator``, ... of the trainer.
+
+    Returns:
+        The partition at the median of ``-(1/C) sum_c perplexity_c`` (arXiv 2410.05248).
+
+    Raises:
+        TypeError: ``args`` is no `ScoreConfig`.
+        ValueError: fewer steps than scorings, or an argument that `SFTMixTrainer` refuses.
+        RunFailure: training ended before its last scoring.
+    """
+    if not isinstance(args, ScoreConfig):
+        raise TypeError(
+            f"args: expected ScoreConfig, got {type(args).__name__}; it has the options of "
+            "SFTMixConfig, and trains one epoch of next-token prediction"
+        )
+    trainer = SFTMixTrainer(copy.deepcopy(model), args, train_dataset=train_dataset, **kwargs)
+    scores = score_while_training(trainer, args.num_scorings)
+    trainer.train()
+    finished_scores(scores, args.num_scorings)  # refuses fewer
+    return partition_of(scores, train_dataset)
 
 
 def reference_trainer(

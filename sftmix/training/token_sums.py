@@ -22,11 +22,13 @@ DENSE_ROWS = 128
 class TokenSums:
     """Sums of entropy (nats) and of top choices over an evaluation's tokens, on the device.
 
-    ``sums`` is (2,) float64. The losses go into a `StreamingPerplexity`.
+    ``sums`` is (2,) float64, and ``batches`` how often tokens were added. The losses go into a
+    `StreamingPerplexity`.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self.batches = 0
 
     def add(
         self,
@@ -45,15 +47,16 @@ class TokenSums:
             schedule=CHUNK,
             **options,
         )
-        self.add_stats(stats)
+        self._add_stats(stats)
+        self.batches += 1
         return stats.nll
 
     def add_logits(self, logits: Tensor, targets: Tensor) -> None:
         """Add tokens by their logits (N, V), some rows at a time: each makes several copies."""
         for some, own in zip(logits.split(DENSE_ROWS), targets.split(DENSE_ROWS), strict=True):
             every = torch.ones_like(own, dtype=torch.float32)
-            self.add_stats(reference.token_stats(some.log_softmax(-1), own, every))
+            self._add_stats(reference.token_stats(some.log_softmax(-1), own, every))
+        self.batches += 1
 
-    def add_stats(self, stats: TokenStats) -> None:
-        """Add what is known of tokens."""
+    def _add_stats(self, stats: TokenStats) -> None:
         self.sums += torch.stack([stats.entropy.double().sum(), stats.is_top.double().sum()])

@@ -46,7 +46,7 @@ from sftmix.runs.ranks import (
     weights_hash,
 )
 from sftmix.templates.turn_ends import TurnEnds
-from sftmix.training.config import EVALUATED, SFTMixOptions
+from sftmix.training.config import EVALUATED, SFTMixOptions, require_options
 from sftmix.training.evaluation import evaluated
 from sftmix.training.example_weights import training_weights
 from sftmix.training.loss import Counts, batch_counts, batch_loss
@@ -57,6 +57,7 @@ from sftmix.training.parallelism import (
     loads_on_main_alone,
     sharded_weights,
 )
+from sftmix.training.partitions import matched
 from sftmix.training.precision import HalfPrecisionUpdates
 from sftmix.training.saving import DueEvaluation, Resumption, WholeCheckpoints
 from sftmix.training.spikes import Spikes
@@ -65,20 +66,24 @@ from sftmix.training.utilisation import Utilisation, utilisation_of
 # Training arguments that do not decide a training's results, or that differ from rank to rank.
 OF_RANK = ("local_rank", "output_dir", "logging_dir", "run_name", "disable_tqdm")
 
+# What a trainer takes by position.
+POSITIONAL = ("model", "args", "data_collator", "train_dataset", "eval_dataset")
+
 
 class SFTMixMixin(WholeCheckpoints):
     """Trains by a method of `sftmix.methods` on any trainer derived from `transformers.Trainer`.
 
     ``train_dataset`` has ``input_ids`` and ``labels`` (-100 outside of responses, not shifted), and
     ``id`` for messages. A column ``weight`` multiplies the losses of its examples' tokens
-    (docs/methods.md). ``confident`` (S,) says of each example whether it is in the confident half,
-    or is the examples' `Partition`, which may have more levels. Methods that mix need it; with the
-    others it fixes the same batches and order, so that only the loss differs.
+    (docs/methods.md). ``confident`` says of each of the S examples whether it is in the confident
+    half. Methods that mix need it; with the others it fixes the same batches and order, so that
+    only the loss differs.
 
         args = SFTMixConfig(output_dir="run", method="sftmix", mu=0.2)
-        partition = read_partition(Path("runs/score/confidence.parquet"))
-        partition = match(partition, data["id"], data["content_hash"])
-        SFTMixTrainer(model, args, train_dataset=data, confident=partition).train()
+        confident = score(model, ScoreConfig("score"), train_dataset=data)
+        SFTMixTrainer(
+            model, args, train_dataset=data, processing_class=tokenizer, confident=confident
+        ).train()
     """
 
     args: SFTMixOptions
@@ -90,20 +95,21 @@ class SFTMixMixin(WholeCheckpoints):
     def __init__(
         self,
         *args: Any,
-        confident: Confident | None = None,
+        confident: Confident | str | Path | None = None,
         checkpoint_extras: Sequence[Any] = (),
         **kwargs: Any,
     ) -> None:
         """Check everything that can be checked before training; see the class.
 
         Args:
-            confident: which examples of ``train_dataset`` are in the confident half; or a partition
-                of as many examples in the same order (see `sftmix.pairs.partition.match`).
+            confident: which examples of ``train_dataset`` are in the confident half: (S,) booleans
+                in their order; or their `Partition`, which may have more levels, or the path of its
+                file, ``confidence.parquet``: both are matched by ids and content hashes.
             checkpoint_extras: objects with ``save(folder)`` and ``load(folder)`` whose state
                 travels with checkpoints, in the file ``FILE``, which they may write again later.
 
         Raises:
-            ValueError: no partition for a method with Mixup, one of another length, a model whose
+            ValueError: no partition for a method with Mixup, one of other examples, a model whose
                 head is not understood, examples too few for one batch, a row of ``train_dataset``
                 or ``eval_dataset`` that the model cannot read or learn from (`check_examples`), a
                 column of weights (`training_weights`) or an option that would not be heeded.
@@ -113,17 +119,14 @@ class SFTMixMixin(WholeCheckpoints):
         for name in ("model_init", "compute_metrics", "compute_loss_func"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: not supported here")
-        own_collator = kwargs.get("data_collator") is None and len(args) < 3
-        self.loaded_config = as_loaded(args[0] if args else kwargs.get("model"))
+        given = dict(zip(POSITIONAL, args, strict=False)) | kwargs
+        own_collator = given.get("data_collator") is None
+        self.loaded_config = as_loaded(given.get("model"))
         data = ("train_dataset", "eval_dataset")
-        require_rows(**{name: kwargs.get(name) for name in data})
-        options = args[1] if len(args) > 1 else kwargs.get("args")
+        require_rows(**{name: given.get(name) for name in data})
+        options = given.get("args")
         self.handles_signals = bool(getattr(options, "enable_jit_checkpoint", False))
-        if not isinstance(options, SFTMixOptions):
-            raise TypeError(
-                "args: expected SFTMixConfig, or a config derived from SFTMixOptions, got "
-                f"{type(options).__name__}"
-            )
+        require_options(options)
         check_processes(options)
         with _without_jit_checkpoint(options):
             super().__init__(*args, **kwargs)
@@ -154,7 +157,7 @@ class SFTMixMixin(WholeCheckpoints):
         if self.args.world_size > 1 and self.train_dataset is not None:
             self.train_dataset = FilledExamples(self.train_dataset)
         if confident is not None:
-            self._pair(confident)
+            self._pair(self._matched(confident))
         elif method.mixed:
             raise ValueError(
                 f"confident: method={self.args.method!r} needs a partition of the training data"
@@ -198,6 +201,12 @@ class SFTMixMixin(WholeCheckpoints):
             known = ("logit_scale", "softcap", "router_coefficient")
             vars(head).update(on_main(lambda: {name: vars(head)[name] for name in known}))
         return head
+
+    def _matched(self, confident: Confident | str | Path) -> Confident:
+        """Return ``confident`` in the order of the examples to train on."""
+        if self.examples is None:
+            raise ValueError("confident: expected train_dataset, whose examples it is of, got None")
+        return matched(confident, self.examples)
 
     def _pair(self, confident: Confident) -> None:
         dataset = self.train_dataset
@@ -323,8 +332,8 @@ class SFTMixMixin(WholeCheckpoints):
             device=self.args.device,
             context=self.accelerator.autocast,
             disable_progress=self.args.disable_tqdm,
+            prefix=metric_key_prefix,
         )
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         handler = self.callback_handler
         self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -186,6 +186,24 @@ class StreamingPerplexity:
     `end_checkpoint` once the whole data set has been seen; repeat for each of the C checkpoints.
     Token losses are rounded to 2^-32 nats before they are added, so that sums below 2^21 nats are
     exact: batches, order and ranks do not change their bits.
+
+    Example:
+        Two examples at one checkpoint:
+
+        >>> hidden, weight = torch.eye(3), torch.arange(12.0).reshape(4, 3) / 4
+        >>> labels, sample_ids = torch.tensor([3, 2, 0]), torch.tensor([0, 0, 1])
+        >>> scores = StreamingPerplexity(num_samples=2, device="cpu")
+        >>> scores.update(hidden, weight, labels, sample_ids)
+        >>> scores.end_checkpoint()
+        >>> scores.num_tokens.tolist(), scores.confidence
+        ([2, 1], tensor([ -2.6203, -17.0864], dtype=torch.float64))
+
+    Args:
+        num_samples: S, the examples of the data set.
+        device: where the sums are, and what `update` is given.
+
+    Raises:
+        TypeError, ValueError: ``num_samples`` is no integer of at least 0.
     """
 
     def __init__(self, num_samples: int, device: torch.device | str) -> None:
@@ -215,11 +233,17 @@ class StreamingPerplexity:
     ) -> None:
         """Add a batch's token losses to its examples.
 
-        Arguments and errors are those of `streaming_perplexity`, but a sample id outside ``[0, S)``
+        Arguments, with their shapes, and errors are those of `streaming_perplexity`: hidden
+        (..., D), weight (V, D), labels and sample_ids (...) int64. A sample id outside ``[0, S)``
         that is not refused here is refused by `end_checkpoint`.
         """
         hidden, weight, bias = autocast(hidden, weight, bias)  # type: ignore[assignment]
         check_head(hidden, weight, bias, logit_scale, softcap)
+        if hidden.device.type == "meta":
+            raise ValueError(
+                "hidden: expected values, whose perplexity is asked for, got the meta device; the "
+                "three losses take it"
+            )
         check_ids("labels", labels, hidden)
         check_ignore_index(ignore_index)
         check_ids("sample_ids", sample_ids, hidden)
@@ -236,8 +260,7 @@ class StreamingPerplexity:
                 f"sample_ids: expected values in [0, {self.num_samples}), "
                 f"got {int(sample_ids[outside][0])}"
             )
-        if validate:
-            check_label_values("labels", labels, weight.shape[0], ignore_index)
+        check_label_values("labels", labels, weight.shape[0], ignore_index, validate=validate)
         add = add_sample_losses_op if torch.compiler.is_compiling() else add_sample_losses
         with torch.no_grad():
             add(
@@ -387,12 +410,36 @@ def streaming_perplexity(
 ) -> Tensor:  # (S,) float64
     """Return the perplexity of each example, ``exp(mean token loss)``, without (N, V) logits.
 
-    No gradient. ``vocab_chunk`` is how many vocabulary entries are projected at a time, rounded up
-    to a multiple of 16; by default 8,192 on the CPU, and on CUDA 64 for each SM, so that products
-    keep all SMs busy (`block_rows`). An example without a token that counts gets NaN, and so does
-    one with a label outside ``[0, V)``. A sample id outside ``[0, S)`` of a token that counts is
-    refused, or makes every perplexity NaN where the host would have to wait to see it (on an
-    accelerator, without ``validate``).
+    No gradient. Tokens are in any shape (...), in any order; D is the hidden size, V the
+    vocabulary, S the number of examples.
+
+    Example:
+        Two tokens of example 0 and one of example 1:
+
+        >>> hidden, weight = torch.eye(3), torch.arange(12.0).reshape(4, 3) / 4
+        >>> labels, sample_ids = torch.tensor([3, 2, 0]), torch.tensor([0, 0, 1])
+        >>> streaming_perplexity(hidden, weight, labels, sample_ids, num_samples=2)
+        tensor([ 2.6203, 17.0864], dtype=torch.float64)
+
+    Args:
+        hidden: (..., D), what the LM head reads; float32, bfloat16 or float16.
+        weight: (V, D), the LM head, in hidden's dtype and on its device.
+        labels: (...) int64, already shifted. ``ignore_index`` leaves a token out; another label
+            outside ``[0, V)`` makes its example NaN, of which a warning tells on the CPU.
+        sample_ids: (...) int64, which example each token belongs to. One outside ``[0, S)`` of a
+            token that counts is refused, or makes every perplexity NaN where the host would have to
+            wait to see it (on an accelerator, without ``validate``).
+        num_samples: S.
+        bias: (V,), in hidden's dtype, or None.
+        logit_scale, softcap: of the head, ``softcap * tanh(logit_scale * x / softcap)``.
+        ignore_index: the label that leaves a token out.
+        vocab_chunk: how many vocabulary entries are projected at a time, rounded up to a multiple
+            of 16; by default 8,192 on the CPU, and on CUDA 64 for each SM, so that products keep
+            all SMs busy (`block_rows`).
+        validate: refuse labels out of range, which waits for the device.
+
+    Returns:
+        (S,) float64; NaN for an example without a token that counts.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected, and what came.

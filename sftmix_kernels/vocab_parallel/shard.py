@@ -20,7 +20,14 @@ class VocabShard:
 
     Making one is a collective call of the group, as ``torch.distributed.new_group`` is: the ranks
     tell each other their bounds once, and no loss has to ask again. Make it beside the head and
-    keep it. Shards may be of any size, also empty, and in any order.
+    keep it. Shards may be of any size, also empty, and in any order. The head of this rank is
+    (W, D) with W >= stop - start, in place of (V, D).
+
+    Example:
+        The second of two ranks, of a vocabulary of 32,000 (``torch.distributed`` is initialised):
+
+            shard = VocabShard(16_000, 32_000)
+            loss = fused_cross_entropy(hidden, weight, labels, vocab_parallel=shard)
 
     Args:
         start, stop: the tokens whose rows the head of this rank begins with. Rows beyond

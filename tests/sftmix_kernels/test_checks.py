@@ -7,8 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from sftmix_kernels import fused_cross_entropy, fused_mixup_loss, fused_sftmix_loss
+from sftmix_kernels import (
+    checks,
+    fused_cross_entropy,
+    fused_mixup_loss,
+    fused_sftmix_loss,
+    reference,
+    streaming_perplexity,
+)
 
 from .budget import FAR, assert_refused
 
@@ -47,7 +55,11 @@ HEAD_CASES: list[Case] = [
 ]
 PLAIN_CASES: list[Case] = [
     ({"hidden": torch.randn(4, 7)}, ValueError, r"hidden: .*got \(4, 7\)"),
-    ({"hidden": torch.randn(4, 8).double()}, TypeError, "hidden: .*got torch.float64"),
+    (
+        {"hidden": torch.randn(4, 8).double()},
+        TypeError,
+        "hidden: .*got torch.float64; sftmix_kernels.reference takes it",
+    ),
     ({"hidden": torch.ones(4, 8).long()}, TypeError, "hidden: .*got torch.int64"),
     ({"hidden": "x"}, TypeError, "hidden: expected a Tensor, got str"),
     ({"labels": IDS.int()}, TypeError, "labels: expected int64, got torch.int32"),
@@ -141,6 +153,109 @@ def test_validate_says_position_and_value(label: int) -> None:
         ValueError,
         message,
     )
+
+
+CALLS: list[tuple[Any, dict[str, Any], str]] = [
+    (fused_cross_entropy, PLAIN, "labels"),
+    (fused_mixup_loss, MIXUP, "labels_u"),
+    (fused_sftmix_loss, {**PLAIN, **PAIRS}, "labels"),
+    (streaming_perplexity, {**PLAIN, "sample_ids": IDS - 1, "num_samples": 4}, "labels"),
+]
+
+
+@pytest.mark.parametrize(("function", "arguments", "name"), CALLS)
+def test_a_label_outside_the_vocabulary_is_told_of_once(
+    function: Any, arguments: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nanoGPT's -1 with its way out; the row is NaN as ever."""
+    monkeypatch.setattr(checks, "TOLD", set())
+    bad = IDS.clone()
+    bad[2] = -1
+    message = (
+        rf"^{name}: expected values in \[0, 9\) or -100, got -1 at position \[2\]: its loss and "
+        "gradients are NaN, .*; ignore_index=-1 leaves such tokens out, validate=True makes this"
+    )
+    with pytest.warns(RuntimeWarning, match=message):
+        found = function(**{**arguments, name: bad})
+    assert torch.as_tensor(found[0] if isinstance(found, tuple) else found).isnan().any()
+    function(**{**arguments, name: bad})
+    assert function(**{**arguments, name: bad}, ignore_index=-1) is not None
+
+
+def test_a_label_beyond_the_vocabulary_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "TOLD", set())
+    with pytest.warns(RuntimeWarning, match=r"got 9 at position \[3\]: .*; mend the labels, vali"):
+        fused_cross_entropy(**{**PLAIN, "labels": IDS + 5})
+
+
+@pytest.mark.parametrize(("function", "arguments", "name"), CALLS)
+def test_transforms_of_torch_func_are_refused_by_name(
+    function: Any, arguments: dict[str, Any], name: str
+) -> None:
+    weight = arguments["weight"]
+
+    def loss(weight: Tensor) -> Tensor:
+        found = function(**{**arguments, "weight": weight})
+        return found[0] if isinstance(found, tuple) else found
+
+    for transformed, given, what in (
+        (torch.vmap(loss), torch.stack([weight, weight]), "vmap"),
+        (torch.func.grad(loss), weight, "grad"),
+    ):
+        with pytest.raises(TypeError, match=rf"^hidden(_c)?: .* inside of torch.func's {what}"):
+            transformed(given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("function", "arguments", "name"), CALLS[:3])
+def test_the_meta_device_gives_shapes_and_dtypes(
+    function: Any, arguments: dict[str, Any], name: str, dtype: torch.dtype
+) -> None:
+    found = {
+        key: value.to("meta", dtype if value.is_floating_point() else None)
+        if isinstance(value, Tensor)
+        else value
+        for key, value in arguments.items()
+    }
+    leaves = {key: value for key, value in found.items() if key.startswith(("hidden", "weight"))}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    result = function(**found)
+    loss = result[0] if isinstance(result, tuple) else result
+    assert (loss.device.type, loss.dtype, loss.shape) == ("meta", torch.float32, ())
+    loss.backward()
+    for leaf in leaves.values():
+        assert leaf.grad is not None
+        assert leaf.grad.device.type == "meta"
+    with pytest.raises(ValueError, match=r"^validate: expected False for tensors on the meta dev"):
+        function(**found, validate=True)
+
+
+def test_a_perplexity_needs_values() -> None:
+    arguments = {name: value.to("meta") for name, value in PLAIN.items()}
+    with pytest.raises(ValueError, match=r"^hidden: expected values, .* got the meta device; the"):
+        streaming_perplexity(**arguments, sample_ids=IDS.to("meta"), num_samples=5)
+
+
+def test_the_reference_can_be_transformed() -> None:
+    """What the refusal says; each of the batch as by itself."""
+    weights = torch.randn(3, 9, 8)
+    for function, arguments in (
+        (reference.cross_entropy, PLAIN),
+        (reference.mixup_loss, MIXUP),
+        (lambda **given: reference.sftmix_loss(**given).loss, {**PLAIN, **PAIRS}),
+    ):
+
+        def loss(weight: Tensor, function: Any = function, arguments: Any = arguments) -> Tensor:
+            found = function(**{**arguments, "weight": weight})
+            assert isinstance(found, Tensor)
+            return found
+
+        together = torch.vmap(torch.func.grad(loss))(weights)
+        for weight, gradient in zip(weights, together, strict=True):
+            leaf = weight.clone().requires_grad_()
+            loss(leaf).backward()
+            torch.testing.assert_close(gradient, leaf.grad)
 
 
 def test_autocast_does_not_hide_a_wrong_dtype() -> None:

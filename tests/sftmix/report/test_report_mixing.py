@@ -62,14 +62,14 @@ def test_counts_are_those_that_training_logged(
     run = read_run(tmp_path / "run")
     partition = find_partition(run, [run])
     drawn = drawn_pairs(run, partition)
-    logged = [line for line in run.log if "truncated_fraction" in line]
+    logged = [line for line in run.log if "unmixed_fraction" in line]
     assert logged
     first = 0
     for line in logged:
         inside = (drawn.steps > first) & (drawn.steps <= line["step"])
         window = Drawn(partition, drawn.rows[inside], drawn.lam[inside[::2]], drawn.steps[inside])
-        fraction = window.truncated_fraction
-        assert fraction == pytest.approx(line["truncated_fraction"], rel=1e-12)
+        fraction = window.unmixed_fraction
+        assert fraction == pytest.approx(line["unmixed_fraction"], rel=1e-12)
         tokens = window.mixed_tokens[::2]
         lam = float((np.nan_to_num(window.lam) * tokens).sum() / tokens.sum())
         assert lam == pytest.approx(line["lam_mean"], rel=1e-6)  # training's lam is float32
@@ -124,7 +124,7 @@ def test_truncation_worked_out_by_hand() -> None:
         partition, np.array([0, 1, 2, 3, 2, 1]), np.array([0.5, 0.9, np.nan]), np.ones(6, int)
     )
     assert drawn.mixed_tokens.tolist() == [2, 2, 6, 6, 0, 0]
-    assert drawn.truncated_fraction == pytest.approx(1 - 16 / 40)
+    assert drawn.unmixed_fraction == pytest.approx(1 - 16 / 40)
     found = truncation([drawn, drawn])
     assert list(found.subsets) == ["confident", "unconfident"]
     assert found.tokens.sum(axis=1).tolist() == [28, 52]

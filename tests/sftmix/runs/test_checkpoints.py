@@ -27,7 +27,7 @@ from sftmix.training.trainer import SFTMixTrainer
 from tests.sftmix import tiny
 from tests.sftmix.full_disk import small_disk
 
-LOGGED = ("loss", "step", "ntp_loss", "mixup_loss", "truncated_fraction", "lam_mean", "grad_norm")
+LOGGED = ("loss", "step", "ntp_loss", "mixup_loss", "unmixed_fraction", "lam_mean", "grad_norm")
 
 FILES = (
     "model.safetensors",

@@ -148,7 +148,7 @@ def test_an_example_of_weight_0_has_no_part(tmp_path: Path) -> None:
     assert 0 < counts.pairs == batch["pair_c"].numel()
     made.train()
     line = made.state.log_history[0]
-    assert line["truncated_fraction"] == pytest.approx(1 - 2 * float(counts.pairs / counts.tokens))
+    assert line["unmixed_fraction"] == pytest.approx(1 - 2 * float(counts.pairs / counts.tokens))
 
 
 def test_evaluation_has_no_weights(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ TRAINED = (
     "mean_token_accuracy",
     "mean_token_accuracy_confident",
     "mean_token_accuracy_unconfident",
-    "truncated_fraction",
+    "unmixed_fraction",
     "lam_mean",
     "num_tokens",
     "tokens_per_second",
@@ -49,6 +49,7 @@ EVALUATED = (
     "eval_num_tokens",
     "eval_runtime",
     "eval_samples_per_second",
+    "eval_steps_per_second",
 )
 
 

@@ -149,7 +149,7 @@ def test_what_is_logged(method: str, tmp_path: Path) -> None:
     )
     made.train()
     line = made.state.log_history[0]
-    mixed = {"mixup_loss", "truncated_fraction", "lam_mean"}
+    mixed = {"mixup_loss", "unmixed_fraction", "lam_mean"}
     ntp = {"ntp_loss", "ntp_loss_confident", "ntp_loss_unconfident"}
     expected = (mixed if methods.METHODS[method].mixed else set()) | (
         ntp if method != "mixup" else set()

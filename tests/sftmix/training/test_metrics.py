@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import sftmix.training.metrics
 from sftmix.pairs.collator import PairedCollator
 from sftmix.training.loss import BatchLoss, FusedHead
 from sftmix.training.metrics import HALVES, MEASURED, LossWindow, micro_batch
+from sftmix.training.scoring import MOST_PADDING, batches_by_length, most_tokens
 from sftmix.training.trainer import SFTMixTrainer
 from tests.sftmix import tiny
+from tools import families
 
 NAMES = ("ntp_loss", "entropy", "mean_token_accuracy")
 
@@ -236,23 +239,75 @@ def test_an_evaluation(head: str, tmp_path: Path) -> None:
     assert found["eval_num_tokens"] == expected["trained"]
     rate = found["eval_samples_per_second"] * found["eval_runtime"]
     assert rate == pytest.approx(9, rel=0.1)
+    lengths = [len(ids) for ids in held_out["input_ids"]]
+    batches = batches_by_length(lengths, most_tokens(made.args.device), padding=MOST_PADDING)
+    steps = found["eval_steps_per_second"] / found["eval_samples_per_second"]
+    assert steps == pytest.approx(len(batches) / 9, rel=0.01)
 
 
-def test_the_page_tells_of_all_that_is_logged(tmp_path: Path) -> None:
-    """Of a method with every term, and of an evaluation; a half's name as that of the whole."""
+def test_the_page_has_exactly_what_is_logged(tmp_path: Path) -> None:
+    """By a method with every term, of a model with every loss, that is evaluated."""
     page = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
-    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
-    told = {name for cell in cells for name in re.findall(r"`([a-z_]+)`", cell)}
+    table = page.split("## What is logged")[1].split("\n\n")[2]
+    cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    told = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
     made = tiny.trainer(
-        tiny.build("Llama"),
+        families.build("mixtral"),
         tmp_path,
         tiny.examples(8),
         eval_dataset=tiny.examples(4),
         eval_strategy="epoch",
     )
     made.train()
-    logged = {name for line in made.state.log_history for name in line if "train_loss" not in line}
-    assert {re.sub("_(un)?confident$", "", name) for name in logged} - {"step"} <= told
+    logged = {name for line in made.state.log_history for name in line}
+    assert sorted(told) == sorted(logged - {"step"})
+
+
+class Plain(PairedCollator):
+    """Gives what any other trainer reads."""
+
+    def __call__(self, examples: Any) -> dict[str, Any]:
+        batch = super().__call__(examples)
+        return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+
+
+def test_the_ntp_loss_is_what_transformers_logs_as_loss(tmp_path: Path) -> None:
+    """Of two steps that have all the data, each in two micro-batches."""
+    options: dict[str, Any] = {
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "learning_rate": 0.0,
+        "eval_strategy": "epoch",
+    }
+    data, held_out = tiny.examples(8), tiny.examples(6, seed=5)
+    ours = tiny.trainer(tiny.build("Llama"), tmp_path, data, eval_dataset=held_out, **options)
+    theirs = Trainer(
+        tiny.build("Llama"),
+        TrainingArguments(
+            str(tmp_path / "theirs"),
+            **options,
+            per_device_train_batch_size=4,
+            logging_steps=1,
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            report_to="none",
+        ),
+        train_dataset=data,
+        eval_dataset=held_out,
+        data_collator=Plain(0),
+    )
+    theirs.remove_callback(PrinterCallback)
+    ours.train()
+    theirs.train()
+    found = [ntp for ntp, loss in tiny.losses(ours, "ntp_loss", "loss") if loss > ntp]
+    lines = [line for line in theirs.state.log_history if "loss" in line]
+    assert found == pytest.approx([line["loss"] for line in lines], rel=1e-5)
+    evaluated = [line for line in theirs.state.log_history if "eval_loss" in line][-1]
+    assert evaluated.keys() <= set().union(*ours.state.log_history)
 
 
 def test_an_evaluation_of_several_sets(tmp_path: Path) -> None:

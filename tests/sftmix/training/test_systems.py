@@ -88,7 +88,7 @@ def test_partitions_and_pairings(by: str, pairing: str, train: Train, scored: Pa
     lam = np.array(lams[::2])
     mixed = np.minimum(tokens[list(rows[::2])], tokens[list(rows[1::2])]) * ~np.isnan(lam)
     share = 1 - 2 * mixed.sum() / tokens[list(rows)].sum()
-    assert line["truncated_fraction"] == pytest.approx(share, rel=1e-9)
+    assert line["unmixed_fraction"] == pytest.approx(share, rel=1e-9)
     mean = (np.nan_to_num(lam) * mixed).sum() / mixed.sum()
     assert line["lam_mean"] == pytest.approx(mean, rel=1e-6)
 

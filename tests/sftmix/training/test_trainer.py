@@ -206,7 +206,7 @@ def expected_log(
         "mixup_loss": sum(mixup for _, mixup in steps) / len(steps),
         "ntp_loss_confident": nll[True] / tokens[True],
         "ntp_loss_unconfident": nll[False] / tokens[False],
-        "truncated_fraction": 1 - 2 * mixed / (tokens[True] + tokens[False]),
+        "unmixed_fraction": 1 - 2 * mixed / (tokens[True] + tokens[False]),
         "lam_mean": lam / mixed,
     }
 

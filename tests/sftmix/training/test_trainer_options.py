@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import datasets
 import pytest
 import transformers
 
-from sftmix import SFTMixTrainer
+from sftmix import SFTMixOptions, SFTMixTrainer
 from sftmix.pairs.collator import PairedCollator
 from tests.sftmix import tiny
 
@@ -52,14 +53,70 @@ def test_arguments_of_another_kind_are_refused(tmp_path: Path) -> None:
     model, args, data = tiny.build("Llama"), tiny.config(tmp_path), tiny.examples(8)
     with pytest.raises(TypeError, match=r"^model: expected a model, got 'toy'; AutoModelForCausal"):
         SFTMixTrainer("toy", args, train_dataset=data)
-    with pytest.raises(TypeError, match=r"^args: expected SFTMixConfig, .* got NoneType"):
-        SFTMixTrainer(model, train_dataset=data)
-    with pytest.raises(TypeError, match=r"^args: expected SFTMixConfig, .* got TrainingArguments"):
-        SFTMixTrainer(model, transformers.TrainingArguments(str(tmp_path), use_cpu=True))
     with pytest.raises(
         TypeError, match=r"^train_dataset: expected one data set, got DatasetDict of"
     ):
         SFTMixTrainer(model, args, train_dataset=datasets.DatasetDict(train=data, test=data))
+
+
+class SFTConfig(transformers.TrainingArguments):
+    """Stands for TRL's."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        (None, r"NoneType; args=SFTMixConfig\(output_dir=...\)"),
+        (dict, "dict; args=SFTMixConfig"),
+        (
+            transformers.TrainingArguments,
+            "TrainingArguments; SFTMixConfig takes the same options; its defaults are the paper's",
+        ),
+        (
+            transformers.Seq2SeqTrainingArguments,
+            "Seq2SeqTrainingArguments; a dataclass that derives from SFTMixOptions and Seq2Seq",
+        ),
+        (SFTConfig, r"SFTConfig; sftmix.integrations.trl has SFTMixSFTConfig, and SFTMixSFTTra"),
+    ],
+)
+def test_options_without_ours_are_refused_with_what_to_take(
+    kind: Any, way: str, tmp_path: Path
+) -> None:
+    options = kind(str(tmp_path), use_cpu=True) if kind not in (None, dict) else kind and kind()
+    with pytest.raises(TypeError, match=rf"^args: expected SFTMixConfig, .* got {way}"):
+        SFTMixTrainer(tiny.build("Llama"), options, train_dataset=tiny.examples(8))
+
+
+def test_a_dataclass_of_both_options_is_taken(tmp_path: Path) -> None:
+    """What the refusal of other arguments says."""
+
+    @dataclasses.dataclass
+    class Both(SFTMixOptions, transformers.Seq2SeqTrainingArguments):
+        pass
+
+    options = Both(str(tmp_path), use_cpu=True, per_device_train_batch_size=4, mu=0.5)
+    made = SFTMixTrainer(
+        tiny.build("Llama"), options, train_dataset=tiny.examples(8), confident=tiny.halves(8)
+    )
+    assert made.args.mu == 0.5
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_data_of_another_kind_are_one_message(name: str, tmp_path: Path) -> None:
+    """Data without labels, and streams, by position too."""
+    model, args, good = tiny.build("Llama"), tiny.config(tmp_path, method="ntp"), tiny.examples(8)
+    unlabelled, stream = good.remove_columns("labels"), good.to_iterable_dataset()
+    place = ["train_dataset", "eval_dataset"].index(name)
+    for bad, error, message in (
+        (unlabelled, ValueError, "without labels; `tokenize_examples` makes them from text, and w"),
+        (list(unlabelled), ValueError, "row 0: .*without labels; `tokenize_examples` makes them"),
+        (stream, TypeError, "expected a datasets.Dataset or a list, .*got IterableDataset; of a s"),
+    ):
+        data: list[Any] = [good] * place + [bad]
+        with pytest.raises(error, match=rf"^{name}: .*{message}"):
+            SFTMixTrainer(model, args, None, *data)
+        with pytest.raises(error, match=rf"^{name}: .*{message}"):
+            SFTMixTrainer(model, args, **{"train_dataset": good, name: bad})
 
 
 @pytest.mark.parametrize("value", ["no", None, 0.5, float("nan")])
@@ -100,7 +157,7 @@ def test_layouts_are_trained_and_evaluated_alike(head: str, tmp_path: Path) -> N
         made.model.zero_grad()
         made.train()
         evaluated = made.evaluate(tiny.examples(5, seed=1))["eval_loss"]
-        found[layout] = [*tiny.losses(made, "loss", "lam_mean", "truncated_fraction"), (evaluated,)]
+        found[layout] = [*tiny.losses(made, "loss", "lam_mean", "unmixed_fraction"), (evaluated,)]
     assert len(found["padded"]) == 3
     for layout in ("padding_free", "packed", "sequential"):
         for ours, padded in zip(found[layout], found["padded"], strict=True):
@@ -130,7 +187,7 @@ def test_a_collator_of_another_row_length_is_refused(tmp_path: Path) -> None:
             data_collator=PairedCollator(0, layout="packed", row_length=64),
             confident=tiny.halves(8),
         )
-    with pytest.raises(TypeError, match="data_collator: expected a PairedCollator, got function"):
+    with pytest.raises(TypeError, match=r"data_collator: .* PairedCollator, got function; leave"):
         SFTMixTrainer(
             model=tiny.build("Llama"),
             args=tiny.config(tmp_path),
