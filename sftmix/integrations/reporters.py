@@ -48,7 +48,7 @@ def own_runs(trainer: Any) -> Iterator[None]:
     """Let a trainer log into a folder and runs of its own, which end with the block."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, RunTensorBoard):
-            callback.logging_dir = str(Path(callback.logging_dir) / REFERENCE)
+            callback.logging_dir = str(Path(str(callback.logging_dir)) / REFERENCE)
     try:
         yield
     finally:

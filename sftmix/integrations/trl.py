@@ -66,7 +66,7 @@ class SFTMixSFTConfig(SFTMixOptions, SFTConfig):
     ``activation_offloading`` is ``activation_offload``.
     """
 
-    assistant_only_loss: bool | None = dataclasses.field(
+    assistant_only_loss: bool | None = dataclasses.field(  # type: ignore[assignment]
         default=None,
         metadata={
             "help": "None: of conversations the responses are learnt, found as by `sftmix train`; "
@@ -250,7 +250,7 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
     ) -> dict[str, float]:
         """Evaluate as `SFTMixMixin` does; data given here are prepared like the trainer's own."""
         own = self.eval_dataset
-        given = own if eval_dataset is None else eval_dataset
+        given: Any = own if eval_dataset is None else eval_dataset
         if given is None or isinstance(given, dict):  # evaluated one by one, each by a call of this
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         known = list(own.values()) if isinstance(own, dict) else [own]
@@ -335,7 +335,7 @@ def reference_options(args: SFTMixSFTConfig) -> SFTMixSFTConfig:
         save_strategy="no",
         load_best_model_at_end=False,
         push_to_hub=False,
-        report_to=reporters_apart(args.report_to),
+        report_to=reporters_apart(list(args.report_to or ())),
         run_name=f"{args.run_name or args.output_dir}-{REFERENCE}",
     )
 
