@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import GenerationConfig
 from trl import LogCompletionsCallback
 
+from sftmix.integrations.reporters import reporters_apart
 from sftmix.integrations.trl import SFTMixSFTConfig, score
 from tests.sftmix import over_trl
 from tests.sftmix.integrations.test_trl import options, ours
@@ -160,6 +161,16 @@ def test_a_run_of_wandb_that_is_active_stays_the_trainings(
         "report_to: the reference model's training is not reported to wandb, where it would be "
         "part of the run that is active, or of the training's own"
     ]
+
+
+def test_a_reporter_without_a_run_for_each_training_is_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert reporters_apart(["tensorboard", "trackio"]) == ["tensorboard", "trackio"]
+    assert not caplog.messages
+    assert reporters_apart(["mlflow", "tensorboard", "swanlab"]) == ["tensorboard"]
+    (line,) = caplog.messages
+    assert "is not reported to mlflow, swanlab, " in line
 
 
 @pytest.mark.parametrize("held", ["one", "several"])
