@@ -38,7 +38,6 @@ from .checks import (
     check_ids,
     check_ignore_index,
     check_label_values,
-    check_number,
     check_pairs,
     check_row_out,
     checked_lam,
@@ -55,6 +54,7 @@ from .gradients import (
     unwritten,
 )
 from .mixup_loss import Asked, Options, RowInputs, TileOptions, TileRows, reduced_loss
+from .number_checks import check_number
 from .reference import SFTMixLoss, TokenStats, both, present
 from .row_chunks.chunks import (
     chunk_sizes,
