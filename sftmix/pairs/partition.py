@@ -261,7 +261,8 @@ def match(
     order = np.argsort(partition.id)
     rows = order[np.searchsorted(partition.id, wanted, sorter=order).clip(max=len(order) - 1)]
     known = partition.id[rows] == wanted
-    _refuse_another_order(partition, hashes, known & (partition.content_hash[rows] == hashes))
+    if known.all():
+        _refuse_another_order(partition, hashes, partition.content_hash[rows] == hashes)
     for i in np.flatnonzero(~known | (partition.content_hash[rows] != hashes))[:1]:
         scored = partition.content_hash[rows[i]][:12] if known[i] else "absent"
         raise _changed(int(wanted[i]), hashes[i][:12], scored)
@@ -347,7 +348,7 @@ def _require(
 def _refuse_another_order(
     partition: Partition, hashes: NDArray[np.str_], same: NDArray[np.bool_]
 ) -> None:
-    """Refuse examples that are all there, but under other ids."""
+    """Refuse known ids of which some have the contents of others, and none is new."""
     if same.all() or not np.array_equal(np.sort(hashes), np.sort(partition.content_hash)):
         return
     raise ValueError(
