@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import random
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -44,7 +45,9 @@ def interleaved_samples(
 ) -> dict[Key, list[float]]:
     """Return the seconds of each step; steps take turns, so that a slow minute hits all alike.
 
-    Who is slow (`SLOW`) takes part in the first rounds only, to leave time for more of the others.
+    Each round has an order of its own, the same in every run: what a step leaves behind, as memory
+    to be given back, is not always the same one's to bear. Who is slow (`SLOW`) takes part in the
+    first rounds only, to leave time for more of the others.
 
     Args:
         repeats: rounds; one without times goes before, unless ``warm``.
@@ -62,12 +65,12 @@ def interleaved_samples(
         # next, whose launch would then count as its time.
         pending, enough = {}, number >= SLOW_ROUNDS
         fastest = min(min(found) for found in samples.values()) if enough else 0.0
-        for name, step in steps.items():
+        for name in random.Random(number).sample(list(steps), len(steps)):
             if enough and min(samples[name]) > SLOW * fastest:
                 continue
             if prepare:
                 prepare()
-            pending[name] = started(step, device)
+            pending[name] = started(steps[name], device)
         for name, seconds in pending.items():
             spent = seconds()
             if number >= 0:

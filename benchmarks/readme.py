@@ -63,7 +63,8 @@ def readme_facts(report: Report, measure: str) -> str:
     driver = f"driver {facts['driver']}" if facts.get("driver") else ""
     words = [gpu_or_cpu, driver, f"torch {facts['torch']}", f"triton {facts['triton']}"]
     words = [*filter(None, words), report["settings"]["dtype"], facts["date"][:10]]
-    return cell("; ".join([size, *words, f"commit {facts['commit']}", "medians"])) + ":"
+    words += [f"commit {facts['commit']}", "medians, ratios by round"]
+    return cell("; ".join([size, *words])) + ":"
 
 
 def readme_perplexity(report: Report) -> str:

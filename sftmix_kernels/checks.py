@@ -7,23 +7,19 @@ otherwise a bad value makes its row NaN on the device and the host never waits.
 
 from __future__ import annotations
 
-import math
 import numbers
 import warnings
-from fractions import Fraction
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
+from .number_checks import LARGEST, SMALLEST, check_number, check_real, is_finite
 from .reference import expand_lam
 from .schedules import is_fake
 from .terms import filled
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Of the numbers above 0 that float32, in which kernels take numbers, holds in full precision.
-SMALLEST = torch.finfo(torch.float32).tiny
-LARGEST = torch.finfo(torch.float32).max
 INT64 = torch.iinfo(torch.int64)
 
 
@@ -166,22 +162,10 @@ def check_label_values(
         )
 
 
-def check_real(name: str, value: object) -> None:
-    """Refuse what is not a number that PyTorch takes: a bool and a fraction are none."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool | Fraction):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-
-
 def check_flag(name: str, value: object) -> None:
     """Refuse what is neither True nor False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {value!r:.60}")
-
-
-def is_finite(value: float) -> bool:
-    """Say whether a number is finite in float32, by comparisons: ``torch.compile`` keeps a number
-    that changes from call to call symbolic, which ``math.isfinite`` does not take."""
-    return -LARGEST <= value <= LARGEST
 
 
 def check_constant(name: str, tensor: Tensor) -> None:
@@ -198,14 +182,6 @@ def check_count(name: str, value: int, low: int) -> None:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     check_number(name, value, low)
-
-
-def check_number(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """Refuse what is not a finite float32 number in ``[low, high]``."""
-    check_real(name, value)
-    if not (is_finite(value) and low <= value <= high):
-        bounds = f"of at least {low}" if high == math.inf else f"in [{low}, {high}]"
-        raise ValueError(f"{name}: expected a finite float32 number {bounds}, got {value}")
 
 
 def check_divisor(name: str, divisor: float | Tensor | None) -> None:

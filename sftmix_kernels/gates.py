@@ -25,14 +25,13 @@ kernels of ``csrc/row_objectives.h`` follow it, and `reference.py` has each in d
 from __future__ import annotations
 
 import enum
-import math
-import numbers
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+from .number_checks import SMALLEST, check_number
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Power:
     k: float = 1.0
 
     def __post_init__(self) -> None:
-        check_range("k", self.k, 0.0, math.inf)
+        check_number("k", self.k, 0.0)
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Threshold:
     keep: Literal["above", "below"] = "above"
 
     def __post_init__(self) -> None:
-        check_range("tau", self.tau, 0.0, 1.0)
+        check_number("tau", self.tau, 0.0, 1.0)
         if self.keep not in ("above", "below"):
             raise ValueError(f"keep: expected 'above' or 'below', got {self.keep!r}")
 
@@ -99,7 +98,7 @@ class Entropy:
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        check_range("alpha", self.alpha, 0.0, math.inf)
+        check_number("alpha", self.alpha, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,27 +127,10 @@ class Clipped:
             raise TypeError(f"old_log_probs: expected a Tensor, got {got}")
         if self.old_log_probs.dtype != torch.float32:
             raise TypeError(f"old_log_probs: expected float32, got {self.old_log_probs.dtype}")
-        check_range("eps", self.eps, 0.0, math.inf)
+        check_number("eps", self.eps, 0.0)
 
-
-# Of float32, in which the row kernels take numbers.
-SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 Gate: TypeAlias = Power | Threshold | Entropy | Clipped
-
-
-def check_range(
-    name: str, value: float, low: float, high: float, *, open_end: bool = False
-) -> None:
-    """Refuse what is no finite float32 number in ``[low, high]``, or ``[low, high)``."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool | Fraction):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    # By comparisons: `torch.compile` may keep the number symbolic.
-    is_inside = low <= value <= high and abs(value) <= LARGEST
-    if not is_inside or (open_end and value == high):
-        end = ")" if open_end else "]"
-        bounds = f"of at least {low:.3g}" if high == math.inf else f"in [{low}, {high}{end}"
-        raise ValueError(f"{name}: expected a finite float32 number {bounds}, got {value}")
 
 
 class Kind(enum.IntEnum):
@@ -249,10 +231,10 @@ def objective_of(
         TypeError, ValueError: a gate that is none, numbers out of range, or more than one of the
             three, which exclude each other.
     """
-    check_range("label_smoothing", label_smoothing, 0.0, 1.0, open_end=True)
+    check_number("label_smoothing", label_smoothing, 0.0, 1.0, open_end=True)
     if gem_beta is not None:
         # The temperature divides logits in float32.
-        check_range("gem_beta", gem_beta, SMALLEST, math.inf)
+        check_number("gem_beta", gem_beta, SMALLEST)
     asked = {
         "gate": gate is not None,
         "label_smoothing": label_smoothing != 0.0,

@@ -33,7 +33,7 @@ def test_every_other_step_is_without_stats(
         monkeypatch.setattr(module, "fused_cross_entropy", watched)
     measure_steps("quick", TINY, SETTINGS, results)
     # To be compared, to warm up, and three rounds.
-    assert asked == [True, False] * 5
+    assert [sorted(asked[first : first + 2]) for first in range(0, 10, 2)] == [[False, True]] * 5
     found = {record["who"]: record for record in results.report["records"]}
     assert found.keys() == {OUR_NTP, UNWATCHED}
     assert len(found[UNWATCHED]["seconds"]) == len(found[OUR_NTP]["seconds"]) > 0

@@ -127,7 +127,7 @@ def test_numbers_of_the_head_may_change(loss: Loss) -> None:
     ("loss", "number", "value", "message"),
     [
         (mixup, "lam", 1.5, r"lam: expected a finite float32 number in \[0.0, 1.0\], got 1.5"),
-        (sftmix, "mu", -0.5, "mu: expected a finite float32 number of at least 0.0, got -0.5"),
+        (sftmix, "mu", -0.5, "mu: expected a finite float32 number of at least 0, got -0.5"),
         (
             cross_entropy,
             "divisor",
