@@ -53,8 +53,7 @@ def test_the_block_says_what_the_runs_say(tmp_path: Path) -> None:
     records = read(tmp_path)
     said = markdown(records, joined(records), ["a.svg", "b.svg"])
     planned = len(Plan(DATA, SEEDS, Sizes(), Path()).runs())
-    # Two rates and one mu of the plan, and 16 runs, for each of two data sets.
-    assert f"So far {len(records) - 4} of {planned} runs." in said
+    assert f"So far {len(records)} of {planned} runs." in said
     assert "SFTMix beside NTP, held-out loss (nats/token, 95 % interval): GSM8K -0.1000 (" in said
     assert "SFTMix beside SFTMix over random halves" in said
     assert "GSM8K -0.0500 (-0.0537 to -0.0463; significant)" in said
