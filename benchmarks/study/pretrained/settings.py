@@ -44,7 +44,7 @@ class Sizes:
     epochs: int = 3
     evaluations: int = 2  # an epoch
     num_scorings: int = 3
-    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    learning_rates: tuple[float, ...] = (2e-4, 4e-4, 8e-4)
     # Beside SFTMix's 0.2, and the 1 of `equal`.
     mus: tuple[float, ...] = (0.05, 0.5, 2.0)
 
