@@ -58,10 +58,10 @@ def test_the_block_says_what_the_runs_say(tmp_path: Path) -> None:
     assert "SFTMix beside SFTMix over random halves" in said
     assert "GSM8K -0.0500 (-0.0537 to -0.0463; significant)" in said
     assert "SFTMix on Alpaca is better by 0.1000 nats/token" in said
-    assert "| gsm8k | 2.7000 | **2.2000** |" in said
-    assert "| gsm8k | 2.6000 | **2.4000** |" in said
+    assert "| GSM8K | 2.7000 | **2.2000** |" in said
+    assert "| GSM8K | 2.6000 | **2.4000** |" in said
     assert "| base, not tuned | 4.1500 ± 0.1291 | 4 |" in said
-    assert "PubMedQA" not in said
+    assert "| PubMedQA |" not in said
 
 
 def test_a_curve_begins_with_the_base(tmp_path: Path) -> None:

@@ -220,11 +220,12 @@ def searches(records: Sequence[Mapping[str, Any]]) -> str:
                 losses.setdefault(record["data"], {})[number] = record["measures"][measure]
         numbers = sorted({number for own in losses.values() for number in own})
         lines = []
-        for data, own in losses.items():
+        for data in (name for name in SOURCES if name in losses):
+            own = losses[data]
             best = min(own, key=own.__getitem__)
             cells = [f"{own[n]:.4f}" if n in own else "-" for n in numbers]
             cells[numbers.index(best)] = f"**{cells[numbers.index(best)]}**"
-            lines.append([data, *cells])
+            lines.append([SOURCES[data], *cells])
         parts.append(table([head, *(f"{number:g}" for number in numbers)], lines))
     return "\n".join(parts)
 
