@@ -139,7 +139,7 @@ def plan(tmp_path: Path, seeds: tuple[int, ...] = (0, 1)) -> Plan:
 
 
 def finish(own: Plan, run: Run, seconds: float = 10.0, **measures: float) -> None:
-    record = {"seconds": seconds, "measures": measures}
+    record = {"cpu_seconds": seconds, "measures": measures}
     own.file(run).write_text(json.dumps(record), encoding="utf-8")
     if (kept := own.kept(run)) is not None:
         kept.touch()

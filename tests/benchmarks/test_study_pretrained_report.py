@@ -27,7 +27,7 @@ def write_run(folder: Path, data: str, seed: int, what: str, loss: float, **more
     measures = {"held_out_loss": loss, "held_out_loss_min": loss - 0.3, "epoch_of_lowest": 2.0}
     measures |= {"confidence_std": 10.0 + seed + loss, "held_out_accuracy": 0.5}
     record = {"data": data, "seed": seed, "what": what, "sizes": asdict(Sizes()), "facts": FACTS}
-    record |= {"seconds": 60.0, "learning_rate": 1e-3, "options": {}, "curve": curve}
+    record |= {"cpu_seconds": 60.0, "learning_rate": 1e-3, "options": {}, "curve": curve}
     name = "search" if seed == SEARCH_SEED else seed
     text = json.dumps({**record, "measures": measures, **more})
     (folder / f"{data}-{name}-{what}.json").write_text(text, encoding="utf-8")

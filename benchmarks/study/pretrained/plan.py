@@ -25,7 +25,7 @@ from .settings import ANOTHER_MU, BASE, SEARCH_SEED, TRAINED, Sizes
 
 PREPARE, REFERENCE, RATE, MU = "prepare", "reference", "rate", "mu"
 LOCKS = "locks"
-# Seconds of a run of which none is done yet, to begin with.
+# CPU seconds of a run of which none is done yet, to begin with.
 SECONDS = {PREPARE: 150.0, REFERENCE: 110.0, BASE: 30.0}
 OTHERS = 180.0
 
@@ -134,11 +134,11 @@ class Plan:
         return sorted(able, key=lambda run: (turns[run.seed], -seconds(run)))
 
     def seconds(self) -> Callable[[Run], float]:
-        """Return a function that estimates a run's seconds by those that are done."""
+        """Return a function that estimates a run's CPU seconds by those that are done."""
         known: dict[tuple[str, str], list[float]] = {}
         for run in self.runs():
             if self.file(run).exists():
-                known.setdefault((run.data, run.kind), []).append(self.record(run)["seconds"])
+                known.setdefault((run.data, run.kind), []).append(self.record(run)["cpu_seconds"])
 
         def estimate(run: Run) -> float:
             same = known.get((run.data, run.kind))
@@ -176,11 +176,11 @@ class Plan:
             lines.append(f"{data:<10}{len(done):>4} of {len(own)} runs done")
         running = [run.name for run in left if self._is_held(run)]
         seconds = sum(map(estimate, left))
-        spent = sum(self.record(run)["seconds"] for run in runs if run not in left)
+        spent = sum(self.record(run)["cpu_seconds"] for run in runs if run not in left)
         lines.append(f"running: {', '.join(running) or 'none'}")
         lines.append(
-            f"{len(left)} left: {seconds / 3600:.1f} core-hours, with {processes} processes "
-            f"{seconds / 3600 / processes:.1f} h; {spent / 3600:.1f} core-hours spent"
+            f"{len(left)} left: {seconds / 3600:.1f} core-hours, {seconds / 3600 / processes:.1f} "
+            f"h on {processes} free cores; {spent / 3600:.1f} core-hours spent"
         )
         return "\n".join(lines)
 

@@ -178,7 +178,7 @@ def origin(records: Sequence[Mapping[str, Any]]) -> str:
     """Return on what the runs were made, by which code, and in what time."""
     facts = records[0]["facts"]
     commits = sorted({record["facts"]["commit"] for record in records})
-    hours = sum(record["seconds"] for record in records) / 3600
+    hours = sum(record["cpu_seconds"] for record in records) / 3600
     machines = sorted({record["facts"]["cpu"] for record in records})
     return (
         f"{' and '.join(machines)} ({facts['cpu_capability']}), {facts['torch_threads']} thread "
