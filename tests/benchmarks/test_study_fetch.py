@@ -35,5 +35,5 @@ def test_other_bytes_are_refused(tmp_path: Path) -> None:
 def test_a_model_that_knows_nothing_is_refused(tmp_path: Path) -> None:
     folder = toy_model(tmp_path / "toy")
     arguments = RunArguments(folder, [], "")
-    with pytest.raises(ValueError, match="expected 'The capital of France is' to continue with"):
-        fetch.check_answer(load_model(arguments), load_tokenizer(arguments))
+    with pytest.raises(ValueError, match="expected 'The city of' to continue with Paris"):
+        fetch.check_answer(load_model(arguments), load_tokenizer(arguments), "The city of")
