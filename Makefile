@@ -143,7 +143,9 @@ bench-quick: $(READY)
 results: $(READY)
 	"$(PYTHON)" -m benchmarks plot benchmarks/results --markdown benchmarks/RESULTS.md \
 		--readme README.md
-	"$(PYTHON)" -m benchmarks.study report benchmarks/study/results --document docs/study.md
+	"$(PYTHON)" -m benchmarks.study report --document docs/study.md
+	"$(PYTHON)" -m benchmarks.study small report benchmarks/study/results \
+		--document docs/study_small.md
 	"$(PYTHON)" -m benchmarks.long_sequence plot benchmarks/long_sequence/results \
 		--document docs/memory.md
 	"$(PYTHON)" -m benchmarks.half_precision report benchmarks/half_precision/results \

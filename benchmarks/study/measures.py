@@ -49,12 +49,20 @@ def calibration_error(
 
 @torch.no_grad()
 def on_held_out(
-    model: Any, head: HeadAdapter, dataset: datasets.Dataset, collator: PairedCollator
+    model: Any,
+    head: HeadAdapter,
+    dataset: datasets.Dataset,
+    collator: PairedCollator,
+    max_tokens: int = MAX_TOKENS,
+    padding: float = 0.0,
 ) -> dict[str, float]:
-    """Return loss in nats, accuracy and calibration error of response tokens."""
+    """Return loss in nats, accuracy and calibration error of response tokens.
+
+    Batches have at most ``max_tokens``, of which padding takes the share ``padding`` at most.
+    """
     model.eval()
     losses, confidences, hits = [], [], []
-    batches = batches_by_length(sequence_lengths(dataset), MAX_TOKENS)
+    batches = batches_by_length(sequence_lengths(dataset), max_tokens, padding=padding)
     for _, batch in collated(dataset.with_format("arrow"), batches, collator):
         output = model(
             input_ids=batch["input_ids"],

@@ -48,14 +48,16 @@ class Parts:
 
 def gsm8k(train: Path, test: Path) -> Source:
     """Return GSM8K from its two files."""
-    pool, held_out = (load_examples([file], on_bad_row="skip") for file in (train, test))
+    pool, held_out = (
+        load_examples([file], on_bad_row="skip", disable_progress=True) for file in (train, test)
+    )
     return Source("gsm8k", pool, held_out)
 
 
 def alpaca(file: Path) -> Source:
     """Return Alpaca or a sample of it, held-out examples by their content hash."""
     parts: dict[bool, list[Example]] = {False: [], True: []}
-    for example in load_examples([file], on_bad_row="skip"):
+    for example in load_examples([file], on_bad_row="skip", disable_progress=True):
         # Equal contents are treated alike.
         parts[int(example.content_hash, 16) * HELD_OUT_SHARE < 2**256].append(example)
     return Source("alpaca", parts[False], parts[True])

@@ -1,6 +1,6 @@
-"""Write the study's tables and picture, and its block in a document, from result files.
+"""Write tables and picture of the study of small models, and its block in a document.
 
-python -m benchmarks.study report DIR [--document FILE]
+python -m benchmarks.study small report DIR [--document FILE]
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .findings import (
     BASE,
     MEASURES,
     PRIMARY,
+    SMALL,
     SOURCES,
     SPREAD,
     Finding,
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BEGIN = (
-    "<!-- study: begin (python -m benchmarks.study report benchmarks/study/results"
-    " --document docs/study.md) -->"
+    "<!-- study: begin (python -m benchmarks.study small report benchmarks/study/results"
+    " --document docs/study_small.md) -->"
 )
 END = "<!-- study: end -->"
 PICTURE = "study.svg"
@@ -72,7 +73,7 @@ def write(folder: Path, document: Path | None = None) -> None:
 
 def markdown(results: Sequence[Results], picture: str) -> str:
     """Return everything that the results say."""
-    found = {measure: findings(results, measure) for measure in MEASURES}
+    found = {measure: findings(results, measure) for measure in SMALL}
     parts = [origin(results), headline(found), verdict(found[PRIMARY]), f"![{ALT}]({picture})\n"]
     parts += ["### Held-out loss, the primary measure\n"]
     parts += [comparison_table(one, PRIMARY, found[PRIMARY]) for one in results]
@@ -155,6 +156,8 @@ def comparison_table(one: Results, measure: str, found: Sequence[Finding]) -> st
     lines = []
     for system in (BASE, *one.systems):
         values, said = one.values(system, measure), ["-"] * 4
+        if not values:
+            continue
         if system in own:
             said = [*tested(own[system].test, how), p_text(own[system].corrected)]
         lines.append([label(system), spread(values, how), str(len(values)), *said])
@@ -184,19 +187,23 @@ def p_text(p_value: float | None) -> str:
 
 
 def spread(values: Mapping[int, float], how: Measure) -> str:
-    """Return mean ± sample standard deviation."""
+    """Return mean ± sample standard deviation, a dash where there is nothing."""
     numbers = list(values.values())
+    if not numbers:
+        return "-"
     mean = f"{statistics.fmean(numbers):.{how.digits}f}"
     return f"{mean} ± {statistics.stdev(numbers):.{how.digits}f}" if len(numbers) > 1 else mean
 
 
 def means_table(one: Results, found: Mapping[str, Sequence[Finding]]) -> str:
-    """Return a table of all measures of a data set's systems."""
-    head = [how.label + (f" ({how.unit})" if how.unit else "") for how in MEASURES.values()]
+    """Return a table of the measures of a data set's systems, those that it has."""
+    has = [name for name in found if any(one.values(s, name) for s in (BASE, *one.systems))]
+    hows = [MEASURES[name] for name in has]
+    head = [how.label + (f" ({how.unit})" if how.unit else "") for how in hows]
     lines = []
     for system in (BASE, *one.systems):
         cells = [label(system)]
-        for name, how in MEASURES.items():
+        for name, how in zip(has, hows, strict=True):
             own = [f for f in found[name] if (f.source, f.system) == (one.source, system)]
             text = spread(one.values(system, name), how)
             cells.append(f"**{text}**" if any(f.significant for f in own) else text)
@@ -217,11 +224,10 @@ def search_table(results: Sequence[Results]) -> str:
     return table(["loss of NTP (nats/token)", *(f"{rate:g}" for rate in rates)], lines)
 
 
-def picture(results: Sequence[Results]) -> Figure:
+def picture(results: Sequence[Results], shown: Sequence[str] = (PRIMARY, SPREAD)) -> Figure:
     """Draw a line of panels for each measure, a column for each data set."""
     from benchmarks import figures
 
-    shown = (PRIMARY, SPREAD)
     systems = [
         name for name in SYSTEMS if name != BASELINE and any(name in one.systems for one in results)
     ]

@@ -30,6 +30,20 @@ from .parts import Parts, Source, as_tokens, draw, write_messages
 from .settings import BASELINE, SEARCH_SEED, SYSTEMS, Sizes, System
 
 
+def config_options(folder: Path, seed: int, batch_size: int, **changes: Any) -> dict[str, Any]:
+    """Return the arguments of a config for one quiet run on the CPU."""
+    return {
+        "output_dir": str(folder / "trainer"),
+        "seed": seed,
+        "per_device_train_batch_size": batch_size,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        **changes,
+    }
+
+
 @dataclass(frozen=True)
 class Case:
     """A base model in ``folder`` and the data beside it, of one seed."""
@@ -47,16 +61,7 @@ class Case:
 
     def options(self, **changes: Any) -> dict[str, Any]:
         """Return a config's arguments: the paper's, except for the sizes and ``changes``."""
-        return {
-            "output_dir": str(self.folder / "trainer"),
-            "seed": self.seed,
-            "per_device_train_batch_size": self.sizes.batch_size,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "dataloader_pin_memory": False,
-            **changes,
-        }
+        return config_options(self.folder, self.seed, self.sizes.batch_size, **changes)
 
     def trainer(
         self, dataset: datasets.Dataset, confident: Partition | None = None, **options: Any
@@ -210,6 +215,12 @@ def run_seed(
             print(f"{source.name}, seed {seed}: {name}, loss {loss:.4f}", flush=True)
 
 
+def facts() -> dict[str, str]:
+    """Return where numbers come from: commit, processor, versions and threads."""
+    found = {"commit": git_commit(), "cpu": cpu_name(), **versions()}
+    return {**found, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+
+
 def start(path: Path, source: Source, seed: int, sizes: Sizes, **more: Any) -> dict[str, Any]:
     """Return what the file has, or a new record of where its numbers come from.
 
@@ -224,9 +235,7 @@ def start(path: Path, source: Source, seed: int, sizes: Sizes, **more: Any) -> d
         **more,
     }
     if not path.exists():
-        facts = {"commit": git_commit(), "cpu": cpu_name(), **versions()}
-        facts["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
-        return {**identity, "facts": facts}
+        return {**identity, "facts": facts()}
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     for name, value in identity.items():
         if record.get(name) != value:

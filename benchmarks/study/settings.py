@@ -1,4 +1,4 @@
-"""The systems that the study compares, and its sizes."""
+"""The systems that the studies compare, and the sizes of the one of small models."""
 
 from __future__ import annotations
 
@@ -76,6 +76,12 @@ SYSTEMS = {
     ),
     "rank": System("SFTMix, pairs by rank", {"pairing": "rank"}),
     "lam-batch": System("SFTMix, one lam a batch", {"lambda_scope": "batch"}),
+    "sftmix-mu": System("SFTMix, another mu"),
+    "label_smoothing": System("Label smoothing", {"method": "label_smoothing"}),
+    "dft": System("DFT", {"method": "dft"}),
+    "noise": System("NTP, noise on activations", {"method": "ntp"}),
 }
-# The paper's, with controls of its partition and of the batches' order.
-FIRST = tuple(SYSTEMS)[:8]
+# Of small models: those of the first study, of which the first eight are the paper's, with controls
+# of its partition and of the batches' order.
+SMALL = tuple(SYSTEMS)[:12]
+FIRST = SMALL[:8]

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.study.__main__ import main
 from benchmarks.study.measures import BINS, calibration_error, on_held_out, on_training_data
 from benchmarks.study.parts import Source, alpaca, as_tokens, demo, draw
 from benchmarks.study.runs import Case, choose_learning_rate, prepare, study
 from benchmarks.study.settings import QUICK, SEARCH_SEED, Sizes
+from benchmarks.study.small import main
 
 SMALL = Sizes(**{**vars(QUICK), "base_steps": 2, "train_examples": 16, "held_out_examples": 8})
 

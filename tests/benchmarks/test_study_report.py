@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.study.__main__ import main
 from benchmarks.study.findings import MEASURES, PRIMARY, SPREAD, findings, holm, read
 from benchmarks.study.report import markdown
 from benchmarks.study.settings import QUICK
+from benchmarks.study.small import main
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks/study/results"
@@ -114,9 +114,9 @@ def test_the_document_and_the_picture_are_those_of_the_committed_results(tmp_pat
     folder.mkdir(parents=True)
     for file in RESULTS.glob("*.json"):
         shutil.copy(file, folder)
-    document = tmp_path / "docs/study.md"
+    document = tmp_path / "docs/study_small.md"
     document.parent.mkdir()
-    text = (ROOT / "docs/study.md").read_text("utf-8")
+    text = (ROOT / "docs/study_small.md").read_text("utf-8")
     document.write_text(text, encoding="utf-8")
     main(["report", str(folder), "--document", str(document)])
     assert document.read_text("utf-8") == text

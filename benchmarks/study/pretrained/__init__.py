@@ -1,0 +1,1 @@
+"""The study of pretrained models: see `docs/study.md`."""

@@ -1,0 +1,334 @@
+"""Make the runs of the study, one after the other, each into a file of its own."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+
+from benchmarks.study.measures import on_held_out, on_training_data
+from benchmarks.study.parts import write_messages
+from benchmarks.study.runs import config_options, facts
+from benchmarks.study.settings import SYSTEMS
+from sftmix.model.head import HeadAdapter
+from sftmix.pairs.collator import PairedCollator
+from sftmix.pairs.partition import Partition, from_scores, read_partition, split, write_partition
+from sftmix.recipe.arguments import RunArguments
+from sftmix.recipe.loading import load_model, load_tokenizer
+from sftmix.runs.folders import write_json
+from sftmix.toy import build_toy_model
+from sftmix.training.config import ScoreConfig, SFTMixConfig
+from sftmix.training.reference import reference_trainer
+from sftmix.training.scoring import batches_by_length
+from sftmix.training.trainer import SFTMixTrainer
+
+from .data import Prepared, read_material, read_prepared, write_prepared
+from .frozen import PAD, upper_part
+from .plan import MU, PREPARE, RATE, REFERENCE, Plan, Run
+from .settings import ANOTHER_MU, BASE, NOISE, NOISE_ALPHA
+
+COLLATOR = PairedCollator(PAD)
+# Of a batch of an evaluation: 1,024 x V logits are held at most, 200 MB of V = 49,152.
+BATCHES: Any = {"max_tokens": 1024, "padding": 0.12}
+WAIT_SECONDS = 20.0  # for a run that others need and another process makes
+
+
+@dataclass(frozen=True)
+class Study:
+    """A plan, and what its runs are made of."""
+
+    plan: Plan
+    model: str
+    data_folder: Path | None
+
+    def identity(self, run: Run) -> str:
+        """Return what a prepared file belongs to: the model, the seed's data and the sizes."""
+        sizes = self.plan.sizes
+        shape = {name: getattr(sizes, name) for name in ("trained_layers", "train_examples")}
+        shape |= {name: getattr(sizes, name) for name in ("held_out_examples", "kept_examples")}
+        shape |= {"questions": sizes.questions, "max_length": sizes.max_length[run.data]}
+        return json.dumps(
+            {"model": weights_hash(self.model), "data": run.data, "seed": run.seed, **shape}
+        )
+
+    def prepared(self, run: Run) -> Prepared:
+        """Return the data of a run's seed."""
+        path = self.plan.kept(Run(run.data, run.seed, PREPARE))
+        assert path is not None
+        return read_prepared(path, self.identity(run))
+
+    def partition(self, run: Run) -> Partition:
+        """Return the scored partition of a run's seed."""
+        path = self.plan.kept(Run(run.data, run.seed, REFERENCE))
+        assert path is not None
+        return read_partition(path)
+
+    def upper(self, prepared: Prepared) -> Any:
+        """Return a copy of the part of the model that is trained."""
+        model = load_model(RunArguments(self.model, [], ""))
+        return upper_part(model, self.plan.sizes.trained_layers, prepared.read)
+
+    def learning_rate(self, data: str) -> float:
+        """Return the rate with which NTP reached the lowest loss, at whichever evaluation."""
+        return self._chosen(data, RATE, "held_out_loss_min")
+
+    def another_mu(self, data: str) -> float:
+        """Return the mu with which SFTMix ended at the lowest loss."""
+        return self._chosen(data, MU, "held_out_loss")
+
+    def _chosen(self, data: str, kind: str, measure: str) -> float:
+        runs = self.plan.searched(data, kind)
+        return min(runs, key=lambda run: self.plan.record(run)["measures"][measure]).number
+
+
+@functools.cache
+def weights_hash(model: str) -> str:
+    """Return the first 16 digits of the SHA-256 of a model's weights.
+
+    Raises:
+        ValueError: the folder has none.
+    """
+    file = Path(model) / "model.safetensors"
+    if not file.is_file():
+        raise ValueError(f"--model: no file {file}; `fetch` makes such a folder")
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def make_next(study: Study) -> Run | None:
+    """Make the next run that nobody makes, and return it; None if there is none to make now."""
+    for run in study.plan.ready():
+        with study.plan.claimed(run) as free:
+            if free:
+                make(study, run)
+                return run
+    return None
+
+
+def make_all(study: Study) -> None:
+    """Make runs until none is left; wait for those that another process has to make first."""
+    while any(map(study.plan.wanted, study.plan.runs())):
+        if make_next(study) is None:
+            time.sleep(WAIT_SECONDS)
+
+
+def make(study: Study, run: Run) -> None:
+    """Make a run and write its file."""
+    for other in study.plan.needs(run)[:1]:
+        check_sizes(study, other)
+    start, used = time.perf_counter(), time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        found = MAKERS.get(run.kind, make_system)(study, run, Path(folder))
+    record = {
+        "data": run.data,
+        "seed": run.seed,
+        "what": run.what,
+        "sizes": json.loads(json.dumps(asdict(study.plan.sizes))),
+        "facts": facts(),
+        "seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(time.process_time() - used, 1),
+        **found,
+    }
+    write_json(study.plan.file(run), record)
+    loss = found.get("measures", {}).get("held_out_loss")
+    said = "" if loss is None else f", held-out loss {loss:.4f}"
+    print(f"{run.name}: {record['seconds']:.0f} s{said}", flush=True)
+
+
+def check_sizes(study: Study, run: Run) -> None:
+    """Refuse to go on with results of other sizes.
+
+    Raises:
+        ValueError: the result of a run was made with other sizes than those of the plan.
+    """
+    sizes = json.loads(json.dumps(asdict(study.plan.sizes)))
+    if (found := study.plan.record(run)["sizes"]) != sizes:
+        raise ValueError(
+            f"--out: {study.plan.file(run)} was made with {found}, now the sizes are {sizes}; "
+            "give another folder"
+        )
+
+
+def make_prepared(study: Study, run: Run, folder: Path) -> dict[str, Any]:
+    """Draw a seed's data, and compute what the lower layers give for it."""
+    path = study.plan.kept(run)
+    assert path is not None
+    arguments = RunArguments(study.model, [], "")
+    model, tokenizer = load_model(arguments), load_tokenizer(arguments)
+    material = read_material(run.data, study.data_folder)
+    source = material.source
+    tokens = write_prepared(
+        path, model, tokenizer, material, run.seed, study.plan.sizes, study.identity(run)
+    )
+    examples = {"pool": len(source.pool), "held_out": len(source.held_out)}
+    return {"tokens": tokens, "examples": examples, "identity": json.loads(study.identity(run))}
+
+
+def make_reference(study: Study, run: Run, folder: Path) -> dict[str, Any]:
+    """Score the training examples over one epoch of NTP, and write the partition."""
+    path, prepared = study.plan.kept(run), study.prepared(run)
+    assert path is not None
+    rate, sizes = study.learning_rate(run.data), study.plan.sizes
+    options = {"num_scorings": sizes.num_scorings, "checkpoint_scorings": False}
+    config = ScoreConfig(
+        **config_options(folder, run.seed, sizes.batch_size, learning_rate=rate, **options)
+    )
+    train = prepared.parts["train"]
+    trainer, scores = reference_trainer(study.upper(prepared), train, COLLATOR, config)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    tokens, nll_sum = scores.num_tokens.numpy(), scores.nll_sum.numpy()
+    partition = from_scores(train["id"][:], train["content_hash"][:], tokens, nll_sum)
+    write_partition(path, partition)
+    return {"learning_rate": rate, "median_confidence": float(_median(partition))}
+
+
+def _median(partition: Partition) -> float:
+    return float(torch.tensor(partition.confidence).quantile(0.5))
+
+
+def make_base(study: Study, run: Run, folder: Path) -> dict[str, Any]:
+    """Measure the model before it is tuned."""
+    prepared = study.prepared(run)
+    model = study.upper(prepared)
+    head = HeadAdapter(model)
+    held_out = on_held_out(model, head, prepared.parts["held_out"], COLLATOR, **BATCHES)
+    return {"measures": {**held_out, **at_the_end(model, head, prepared)}}
+
+
+def make_rate(study: Study, run: Run, folder: Path) -> dict[str, Any]:
+    """Train by NTP with one of the learning rates."""
+    return trained(study, run, folder, run.number, None, {"method": "ntp"})
+
+
+def make_mu(study: Study, run: Run, folder: Path) -> dict[str, Any]:
+    """Train by SFTMix with one of the mus."""
+    rate = study.learning_rate(run.data)
+    return trained(study, run, folder, rate, study.partition(run), {"mu": run.number})
+
+
+def make_system(study: Study, run: Run, folder: Path) -> dict[str, Any]:
+    """Train one of the systems."""
+    system, options = SYSTEMS[run.what], dict(SYSTEMS[run.what].options)
+    if run.what == ANOTHER_MU:
+        options["mu"] = study.another_mu(run.data)
+    confident = split(study.partition(run), system.by, run.seed)
+    return trained(study, run, folder, study.learning_rate(run.data), confident, options)
+
+
+def trained(
+    study: Study,
+    run: Run,
+    folder: Path,
+    learning_rate: float,
+    confident: Partition | None,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Train the upper part, and return its losses by epoch and its measures at the end."""
+    sizes, prepared = study.plan.sizes, study.prepared(run)
+    model, held_out = study.upper(prepared), prepared.parts["held_out"]
+    if run.what == NOISE:
+        options["neftune_noise_alpha"] = NOISE_ALPHA * prepared.scale
+    common = {"learning_rate": learning_rate, "num_train_epochs": sizes.epochs}
+    trainer = SFTMixTrainer(
+        model=model,
+        args=SFTMixConfig(
+            **config_options(folder, run.seed, sizes.batch_size, **common, **options)
+        ),
+        train_dataset=prepared.parts["train"],
+        data_collator=COLLATOR,
+        confident=confident,
+    )
+    trainer.remove_callback(PrinterCallback)
+    curve = Curve(
+        sizes.evaluations * sizes.epochs,
+        lambda: on_held_out(model, trainer.head, held_out, COLLATOR, **BATCHES),
+    )
+    trainer.add_callback(curve)
+    trainer.train()
+    lowest = min(curve.points, key=lambda point: point["held_out_loss"])
+    measures = {name: value for name, value in curve.points[-1].items() if name != "epoch"}
+    measures |= {"held_out_loss_min": lowest["held_out_loss"], "epoch_of_lowest": lowest["epoch"]}
+    if run.kind not in (RATE, MU):
+        measures |= at_the_end(model, trainer.head, prepared)
+    return {**common, "options": options, "curve": curve.points, "measures": measures}
+
+
+class Curve(TrainerCallback):
+    """Measures at so many evenly spaced steps of a training, the last at its end."""
+
+    def __init__(self, number: int, measure: Callable[[], dict[str, float]]) -> None:
+        self.number, self.measure = number, measure
+        self.points: list[dict[str, float]] = []
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure if it is time to."""
+        due = round(state.max_steps * (len(self.points) + 1) / self.number)
+        if state.global_step == due:
+            epoch = state.num_train_epochs * (len(self.points) + 1) / self.number
+            self.points.append({"epoch": round(epoch, 3), **self.measure()})
+
+
+def at_the_end(model: Any, head: HeadAdapter, prepared: Prepared) -> dict[str, float]:
+    """Return what is measured of a finished model only."""
+    found = on_training_data(model, head, prepared.parts["train"], COLLATOR)
+    if "kept" in prepared.parts:
+        kept = on_held_out(model, head, prepared.parts["kept"], COLLATOR, **BATCHES)
+        found["kept_loss"] = kept["held_out_loss"]
+    if prepared.questions:
+        found["question_accuracy"] = accuracy(model, prepared)
+    return found
+
+
+@torch.no_grad()
+def accuracy(model: Any, prepared: Prepared) -> float:
+    """Return the share of questions whose right choice is the likeliest after the prompt."""
+    model.eval()
+    lengths, right = [len(prompt) for prompt in prepared.questions], 0
+    for batch in batches_by_length(lengths, 2 * BATCHES["max_tokens"], padding=1.0):
+        longest = lengths[batch[0]]
+        rows = torch.full((len(batch), longest), PAD)
+        for place, number in enumerate(batch):
+            rows[place, : lengths[number]] = torch.tensor(prepared.questions[number])
+        last = torch.tensor([place * longest + lengths[n] - 1 for place, n in enumerate(batch)])
+        logits = model(
+            input_ids=rows, use_cache=False, rows=last, head_input=lambda hidden: hidden
+        ).value
+        chosen = logits[:, prepared.choices].argmax(-1)
+        right += int((chosen == prepared.right[torch.tensor(batch)]).sum())
+    return right / len(lengths)
+
+
+def toy_model(folder: Path) -> str:
+    """Return the folder of a random model of the bundled data, made if it is not there."""
+    if not (folder / "config.json").exists():
+        examples = read_material("demo", None).source.pool
+        with tempfile.TemporaryDirectory() as place:
+            file = Path(place) / "messages.jsonl"
+            write_messages(file, examples)
+            sizes = {"vocab_size": 300, "hidden_size": 16, "num_layers": 2}
+            build_toy_model(folder, [file], **sizes, max_length=96)
+    return str(folder)
+
+
+MAKERS: dict[str, Callable[[Study, Run, Path], dict[str, Any]]] = {
+    PREPARE: make_prepared,
+    REFERENCE: make_reference,
+    BASE: make_base,
+    RATE: make_rate,
+    MU: make_mu,
+}

@@ -1,0 +1,61 @@
+"""What the study of pretrained models compares: systems, data sets, sizes and grids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from benchmarks.study.settings import BASELINE, SEARCH_SEED, SEEDS
+
+BASE = "base"  # the model before it is tuned
+ANOTHER_MU, NOISE = "sftmix-mu", "noise"
+# Systems of `benchmarks.study.settings.SYSTEMS`, in the order in which they are run.
+TRAINED = (
+    BASELINE,
+    "sftmix",
+    ANOTHER_MU,
+    "sftmix-random",
+    "equal",
+    "mixup",
+    "label_smoothing",
+    "dft",
+    NOISE,
+)
+# NEFTune's alpha, for noise as large beside activations as it is beside embeddings there.
+NOISE_ALPHA = 5.0
+DATA = ("gsm8k", "alpaca", "pubmedqa")
+__all__ = ["SEARCH_SEED", "SEEDS"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of every run; the same for all systems."""
+
+    trained_layers: int = 3
+    train_examples: int = 128
+    held_out_examples: int = 64
+    kept_examples: int = 48  # of Alpaca, that a grader kept
+    questions: int = 64  # of PubMedQA, for each seed
+    # Of prompt and response together: longer examples are not drawn.
+    max_length: Mapping[str, int] = field(
+        default_factory=lambda: {"gsm8k": 144, "alpaca": 112, "pubmedqa": 112, "demo": 96}
+    )
+    batch_size: int = 8
+    epochs: int = 3
+    evaluations: int = 2  # an epoch
+    num_scorings: int = 3
+    learning_rates: tuple[float, ...] = (2e-4, 4e-4, 8e-4)
+    # Beside SFTMix's 0.2, and the 1 of `equal`.
+    mus: tuple[float, ...] = (0.05, 0.5, 2.0)
+
+
+QUICK = Sizes(
+    trained_layers=1,
+    train_examples=16,
+    held_out_examples=8,
+    batch_size=8,
+    epochs=1,
+    num_scorings=1,
+    learning_rates=(1e-3, 4e-3),
+    mus=(0.5, 2.0),
+)

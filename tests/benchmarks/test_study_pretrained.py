@@ -1,0 +1,396 @@
+"""The study of pretrained models: its frozen lower layers, its plan, its data and its runs."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.study.__main__ import main
+from benchmarks.study.pretrained import runs
+from benchmarks.study.pretrained.data import (
+    Prepared,
+    draw,
+    draw_questions,
+    pubmedqa,
+    read_material,
+    read_prepared,
+    write_prepared,
+)
+from benchmarks.study.pretrained.frozen import activations, put_back, upper_part
+from benchmarks.study.pretrained.plan import Plan, Run
+from benchmarks.study.pretrained.settings import QUICK, SEARCH_SEED, TRAINED, Sizes
+from sftmix.evaluation.medical import Questions
+from sftmix.model.head import HeadAdapter
+from sftmix.pairs.collator import PairedCollator
+from sftmix.recipe.arguments import RunArguments
+from sftmix.recipe.loading import load_model, load_tokenizer
+from sftmix.training.config import SFTMixConfig
+from sftmix.training.loss import Counts, batch_counts, batch_loss
+
+VOCAB = 40
+LENGTHS = (9, 5, 7, 12)
+
+
+@pytest.fixture
+def whole() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_attention_heads=2,
+        num_hidden_layers=3,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def examples() -> list[dict[str, Any]]:
+    random = torch.Generator().manual_seed(1)
+    found = []
+    for number, length in enumerate(LENGTHS):
+        tokens = torch.randint(1, VOCAB, (length,), generator=random).tolist()
+        labels = [-100, -100, *tokens[2:]]
+        found.append({"id": number, "input_ids": tokens, "labels": labels, "lam": 0.3})
+    return found
+
+
+def as_rows(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the examples with the rows of the table for tokens."""
+    found, start = [], 1
+    for one in given:
+        length = len(one["input_ids"])
+        found.append({**one, "input_ids": list(range(start, start + length))})
+        start += length
+    return found
+
+
+def loss_of(model: Any, given: list[dict[str, Any]], tmp_path: Path) -> torch.Tensor:
+    """Return SFTMix's loss of one batch, after its gradients were made."""
+    batch = PairedCollator(0)(given)
+    counts = Counts(*torch.stack(batch_counts([batch], torch.device("cpu"))))
+    options = SFTMixConfig(output_dir=str(tmp_path), method="sftmix", use_cpu=True)
+    loss = batch_loss(model, HeadAdapter(model), batch, options, counts).loss
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("trained_layers", [1, 2])
+def test_losses_and_gradients_are_those_of_the_whole_model(
+    whole: LlamaForCausalLM, trained_layers: int, tmp_path: Path
+) -> None:
+    given = examples()
+    read = activations(whole, trained_layers, [one["input_ids"] for one in given])
+    upper = upper_part(copy.deepcopy(whole), trained_layers, read)
+    for part in (whole.model.embed_tokens, *whole.model.layers[:-trained_layers]):
+        part.requires_grad_(False)
+    expected = loss_of(whole, given, tmp_path)
+    torch.testing.assert_close(loss_of(upper, as_rows(given), tmp_path), expected)
+    trained = {n: p for n, p in upper.named_parameters() if p.requires_grad}
+    assert len(trained) == 9 * trained_layers + 1
+    own = dict(whole.model.layers[-trained_layers:].named_parameters(prefix="model.layers"))
+    own["model.norm.weight"] = whole.model.norm.weight
+    for name, parameter in trained.items():
+        torch.testing.assert_close(parameter.grad, own[name].grad)
+
+
+def test_the_whole_model_gets_what_its_upper_part_learnt(whole: LlamaForCausalLM) -> None:
+    tokens = examples()[0]["input_ids"]
+    upper = upper_part(copy.deepcopy(whole), 2, activations(whole, 2, [tokens]))
+    with torch.no_grad():
+        for parameter in upper.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+        before = whole(torch.tensor([tokens])).logits
+        put_back(whole, upper)
+        after = whole(torch.tensor([tokens])).logits
+        found = upper(torch.arange(1, len(tokens) + 1)[None], use_cache=False).logits
+    torch.testing.assert_close(after, found)
+    assert (after - before).abs().max() > 0.1
+
+
+def test_activations_do_not_depend_on_who_shares_a_batch(whole: LlamaForCausalLM) -> None:
+    tokens = [one["input_ids"] for one in examples()]
+    alone = torch.cat([activations(whole, 1, [ids]) for ids in tokens])
+    torch.testing.assert_close(activations(whole, 1, tokens), alone)
+    assert len(whole.model.layers) == whole.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("trained_layers", [0, 3])
+def test_a_model_is_parted_between_two_layers(whole: LlamaForCausalLM, trained_layers: int) -> None:
+    with pytest.raises(ValueError, match=rf"expected 1 to 2 .* got {trained_layers}"):
+        activations(whole, trained_layers, [[1, 2]])
+    with pytest.raises(ValueError, match="trained_layers"):
+        upper_part(whole, trained_layers, torch.zeros(2, 16))
+
+
+def plan(tmp_path: Path, seeds: tuple[int, ...] = (0, 1)) -> Plan:
+    for name in ("out", "cache"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    return Plan(("gsm8k", "alpaca"), seeds, QUICK, tmp_path / "out", tmp_path / "cache")
+
+
+def finish(own: Plan, run: Run, seconds: float = 10.0, **measures: float) -> None:
+    record = {"cpu_seconds": seconds, "measures": measures}
+    own.file(run).write_text(json.dumps(record), encoding="utf-8")
+    if (kept := own.kept(run)) is not None:
+        kept.touch()
+
+
+def test_runs_come_in_an_order_in_which_each_has_what_it_needs(tmp_path: Path) -> None:
+    own = plan(tmp_path)
+    order = []
+    while ready := own.ready():
+        order.append(ready[0])
+        finish(own, ready[0])
+    assert sorted(order, key=str) == sorted(own.runs(), key=str)
+    assert len(order) == 2 * (2 + 2 + 2) + 2 * 2 * (3 + len(TRAINED))
+    seeds = [run.seed for run in order]
+    assert seeds == sorted(seeds, key=[SEARCH_SEED, 0, 1].index)
+    for place, run in enumerate(order):
+        assert set(own.needs(run)) <= set(order[:place])
+    assert own.status().splitlines()[0] == "gsm8k       30 of 30 runs done"
+
+
+def test_the_longest_run_of_a_seed_comes_first(tmp_path: Path) -> None:
+    own = plan(tmp_path, (0,))
+    for run in own.runs():
+        if run.seed == SEARCH_SEED or run.what in ("prepare", "reference"):
+            finish(own, run)
+    finish(own, Run("alpaca", 0, "dft"), seconds=5.0)
+    finish(own, Run("alpaca", 0, "mixup"), seconds=500.0)
+    assert own.ready()[0] == Run("gsm8k", 0, "mixup")
+    assert own.ready()[-1] == Run("gsm8k", 0, "dft")
+
+
+def test_a_run_is_claimed_once_and_free_again_when_its_process_ends(tmp_path: Path) -> None:
+    own = plan(tmp_path)
+    run = own.ready()[0]
+    with own.claimed(run) as first, own.claimed(run) as second:
+        assert (first, second) == (True, False)
+        assert f"running: {run.name}" in own.status()
+    # What a killed process leaves is the file of its lock.
+    assert (tmp_path / "out/locks" / run.name / ".lock").exists()
+    assert "running: none" in own.status()
+    with own.claimed(run) as again:
+        assert again
+    finish(own, run)
+    with own.claimed(run) as made_meanwhile:
+        assert not made_meanwhile
+
+
+def test_a_lost_cache_is_filled_again_for_those_who_need_it(tmp_path: Path) -> None:
+    own = plan(tmp_path, (0,))
+    for run in own.runs():
+        finish(own, run)
+    assert own.ready() == []
+    for file in (tmp_path / "cache").iterdir():
+        file.unlink()
+    assert own.ready() == []
+    own.file(Run("gsm8k", 0, "dft")).unlink()
+    assert own.ready() == [Run("gsm8k", 0, "prepare")]
+    finish(own, Run("gsm8k", 0, "prepare"))
+    assert own.ready() == [Run("gsm8k", 0, "reference")]
+    finish(own, Run("gsm8k", 0, "reference"))
+    assert own.ready() == [Run("gsm8k", 0, "dft")]
+
+
+def test_status_says_what_is_left(tmp_path: Path) -> None:
+    own = plan(tmp_path, (0,))
+    run = Run("gsm8k", SEARCH_SEED, "prepare")
+    finish(own, run, seconds=3600)
+    lines = own.status().splitlines()
+    assert lines[0] == "gsm8k        1 of 18 runs done"
+    assert lines[1] == "alpaca       0 of 18 runs done"
+    assert lines[-1].startswith("35 left: ")
+    assert lines[-1].endswith("1.0 core-hours spent")
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return runs.toy_model(tmp_path_factory.mktemp("toy") / "model")
+
+
+def prepared(toy: str, tmp_path: Path, seed: int = 0, **changes: Any) -> Prepared:
+    arguments = RunArguments(toy, [], "")
+    model, tokenizer = load_model(arguments), load_tokenizer(arguments)
+    material = read_material("demo", None)
+    sizes = Sizes(**{**vars(QUICK), **changes})
+    path = tmp_path / "prepared.safetensors"
+    tokens = write_prepared(path, model, tokenizer, material, seed, sizes, "this")
+    found = read_prepared(path, "this")
+    assert len(found.read) == tokens
+    with pytest.raises(ValueError, match=r"--cache: .* was made for this, expected that"):
+        read_prepared(path, "that")
+    return found
+
+
+def test_what_is_prepared_is_what_was_drawn(toy: str, tmp_path: Path) -> None:
+    found = prepared(toy, tmp_path)
+    tokenizer = load_tokenizer(RunArguments(toy, [], ""))
+    pool = read_material("demo", None).source.pool
+    train = draw(pool, QUICK.train_examples, 0, tokenizer, QUICK.max_length["demo"])
+    assert found.parts["train"]["labels"][:] == train["labels"][:]
+    model = load_model(RunArguments(toy, [], ""))
+    expected = activations(model, QUICK.trained_layers, train["input_ids"][:])
+    torch.testing.assert_close(found.read[: len(expected)], expected)
+    rows = [row for part in found.parts.values() for ids in part["input_ids"] for row in ids]
+    assert rows == list(range(1, len(found.read) + 1))
+    assert found.scale > 0
+
+
+def test_a_search_measures_on_what_may_be_trained_on(toy: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(RunArguments(toy, [], ""))
+    material = read_material("demo", None)
+    number = QUICK.train_examples + QUICK.held_out_examples
+    both = draw(material.source.pool, number, SEARCH_SEED, tokenizer, 96)
+    found = prepared(toy, tmp_path, SEARCH_SEED)
+    assert list(found.parts) == ["train", "held_out"]
+    ids = [*found.parts["train"]["id"][:], *found.parts["held_out"]["id"][:]]
+    assert ids == both["id"][:]
+    assert len(set(ids)) == number
+
+
+def test_examples_that_are_too_long_are_not_drawn(toy: str) -> None:
+    tokenizer = load_tokenizer(RunArguments(toy, [], ""))
+    pool = read_material("demo", None).source.pool
+    assert max(map(len, draw(pool, 5, 0, tokenizer, 60)["input_ids"])) <= 60
+    with pytest.raises(ValueError, match=r"expected (\d+) of \1 examples to have at most 60"):
+        draw(pool, len(pool), 0, tokenizer, 60)
+
+
+def test_pubmedqa_keeps_its_test_questions_apart(tmp_path: Path) -> None:
+    row = {"CONTEXTS": ["a", "b"], "final_decision": "yes", "LONG_ANSWER": "It does."}
+    rows = {str(n): {**row, "QUESTION": f"Does {n}?"} for n in range(5)}
+    file, ids = tmp_path / "rows.json", tmp_path / "ids.json"
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    ids.write_text(json.dumps({"1": "yes", "3": "yes"}), encoding="utf-8")
+    found = pubmedqa(file, ids)
+    assert [one.id for one in found.source.held_out] == [1, 3]
+    assert [one.id for one in found.source.pool] == [0, 2, 4]
+    assert found.questions is not None
+    assert found.questions.documents["QUESTION"][:] == ["Does 1?", "Does 3?"]
+    assert found.source.pool[0].messages == [
+        {"role": "user", "content": "Does 0?"},
+        {"role": "assistant", "content": "It does."},
+    ]
+
+
+def questions() -> Questions:
+    config = {"doc_to_choice": ["a", "b", "c"], "doc_to_target": "right", "doc_to_text": "{{Q}}:"}
+    rows = [{"Q": f"word {n} and {n * n}", "right": "abc"[n % 3]} for n in range(7)]
+    return Questions(config, datasets.Dataset.from_list(rows), "here")
+
+
+def test_seeds_share_the_questions_out(toy: str) -> None:
+    tokenizer = load_tokenizer(RunArguments(toy, [], ""))
+    drawn = [draw_questions(questions(), seed, tokenizer, 2)[0] for seed in range(4)]
+    distinct = {tuple(prompt) for share in drawn for prompt in share}
+    assert len(distinct) == 7
+    config = {**questions().config, "doc_to_choice": ["a", "a"]}
+    same = Questions(config, questions().documents, "here")
+    with pytest.raises(ValueError, match="to begin with another token"):
+        draw_questions(same, 0, tokenizer, 2)
+
+
+def test_accuracy_is_that_of_the_whole_model(toy: str) -> None:
+    arguments = RunArguments(toy, [], "")
+    model, tokenizer = load_model(arguments), load_tokenizer(arguments)
+    prompts, known = draw_questions(questions(), 0, tokenizer, 7)
+    choices, right = known["questions.choices"], known["questions.right"]
+    with torch.no_grad():
+        logits = torch.stack([model(torch.tensor([ids])).logits[0, -1] for ids in prompts])
+    expected = (logits[:, choices].argmax(-1) == right).double().mean().item()
+    read = activations(model, 1, prompts)
+    upper = upper_part(model, 1, read)
+    HeadAdapter(upper)
+    rows = [one["input_ids"] for one in as_rows([{"input_ids": ids} for ids in prompts])]
+    given: Any = SimpleNamespace(questions=rows, right=right, choices=choices)
+    assert runs.accuracy(upper, given) == pytest.approx(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
+def test_a_quick_study_from_end_to_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("scipy")
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    words = ["--quick", "--seeds", "0", "--out", str(out)]
+    main(["run", "--next", *words, "--cache", str(cache)])
+    assert [file.name for file in out.glob("*.json")] == ["demo-search-prepare.json"]
+    main(["run", "--all", *words, "--cache", str(cache)])
+    made = {file.name: file.read_text("utf-8") for file in out.glob("*.json")}
+    assert len(made) == 18
+    records = {name: json.loads(text) for name, text in made.items()}
+    ntp, base = records["demo-0-ntp.json"], records["demo-0-base.json"]
+    assert [point["epoch"] for point in ntp["curve"]] == [0.5, 1.0]
+    assert ntp["measures"]["train_loss"] < base["measures"]["train_loss"]
+    assert ntp["measures"]["held_out_loss"] == ntp["curve"][-1]["held_out_loss"]
+    losses = {
+        name: record["measures"]["held_out_loss"]
+        for name, record in records.items()
+        if record["what"] in TRAINED
+    }
+    assert len(set(losses.values())) == len(TRAINED)
+    # Made again it is the same.
+    (out / "demo-0-ntp.json").unlink()
+    main(["run", "--next", *words, "--cache", str(cache)])
+    again = json.loads((out / "demo-0-ntp.json").read_text("utf-8"))
+    assert again["curve"] == ntp["curve"]
+    assert again["measures"] == ntp["measures"]
+    main(["status", *words])
+    assert "18 of 18 runs done" in capsys.readouterr().out
+    main(["report", str(out)])
+    said = capsys.readouterr().out
+    assert "| NTP, noise on activations |" in said
+    assert (out / "curves.svg").exists()
+    main(["run", "--next", *words, "--cache", str(cache)])
+    assert "no run to make now" in capsys.readouterr().out
+
+
+def test_results_of_other_sizes_are_refused(tmp_path: Path) -> None:
+    own = plan(tmp_path)
+    run = own.ready()[0]
+    record = {"sizes": {"epochs": 7}}
+    own.file(run).write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"--out: .* give another folder"):
+        runs.check_sizes(runs.Study(own, "nowhere", None), run)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["run", "--next", "--out", "o", "--cache", "c"], "--model: expected the folder"),
+        (["run", "--out", "o", "--cache", "c"], "one of the arguments --next --all is required"),
+        (["status"], "--out"),
+        (["fetch", "gpt5", "--output", "x"], "invalid choice: 'gpt5'"),
+    ],
+)
+def test_wrong_words_are_refused(
+    words: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_wrong_command_and_missing_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected one of fetch, run, status, report, small"):
+        main(["walk"])
+    with pytest.raises(ValueError, match=r"--data-folder: no file .*gsm8k_train.jsonl"):
+        read_material("gsm8k", tmp_path)
+    with pytest.raises(ValueError, match=r"--data-folder: expected a folder with alpaca_9k.json"):
+        read_material("alpaca", None)
+    with pytest.raises(ValueError, match=r"--model: no file .*model.safetensors; `fetch` makes"):
+        runs.weights_hash(str(tmp_path))

@@ -1,0 +1,105 @@
+"""The study of pretrained models: its tables, and that the page is the committed data's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.study.__main__ import main
+from benchmarks.study.pretrained.plan import Plan
+from benchmarks.study.pretrained.report import RESULTS, joined, markdown, points, read
+from benchmarks.study.pretrained.settings import BASE, DATA, SEARCH_SEED, SEEDS, Sizes
+
+ROOT = Path(__file__).parent.parent.parent
+FACTS = {"commit": "c", "cpu": "x", "cpu_capability": "AVX2", "torch_threads": "1"}
+FACTS |= {"torch": "2", "transformers": "5"}
+
+pytest.importorskip("scipy")
+
+
+def write_run(folder: Path, data: str, seed: int, what: str, loss: float, **more: Any) -> None:
+    curve = [{"epoch": e, "held_out_loss": loss + off} for e, off in ((1, -0.2), (2, -0.3), (3, 0))]
+    measures = {"held_out_loss": loss, "held_out_loss_min": loss - 0.3, "epoch_of_lowest": 2.0}
+    measures |= {"confidence_std": 10.0 + seed + loss, "held_out_accuracy": 0.5}
+    record = {"data": data, "seed": seed, "what": what, "sizes": asdict(Sizes()), "facts": FACTS}
+    record |= {"cpu_seconds": 60.0, "learning_rate": 1e-3, "options": {}, "curve": curve}
+    name = "search" if seed == SEARCH_SEED else seed
+    text = json.dumps({**record, "measures": measures, **more})
+    (folder / f"{data}-{name}-{what}.json").write_text(text, encoding="utf-8")
+
+
+def some(folder: Path, seeds: int = 4) -> None:
+    """Results in which SFTMix ends 0.1 below NTP and 0.05 below random halves."""
+    for data in DATA[:2]:
+        for rate, loss in ((0.0002, 3.0), (0.0004, 2.5)):
+            write_run(folder, data, SEARCH_SEED, f"rate-{rate:g}", loss)
+        for mu, loss in ((0.5, 2.6), (2, 2.4)):
+            write_run(folder, data, SEARCH_SEED, f"mu-{mu:g}", loss)
+        for seed in range(seeds):
+            level, chance = 3.0 + seed / 10, (-1) ** seed / 1000
+            write_run(folder, data, seed, BASE, level + 1)
+            write_run(folder, data, seed, "ntp", level)
+            write_run(folder, data, seed, "sftmix", level - 0.1 + chance)
+            write_run(folder, data, seed, "sftmix-random", level - 0.05 - chance)
+
+
+def test_the_block_says_what_the_runs_say(tmp_path: Path) -> None:
+    some(tmp_path)
+    records = read(tmp_path)
+    said = markdown(records, joined(records), ["a.svg", "b.svg"])
+    planned = len(Plan(DATA, SEEDS, Sizes(), Path()).runs())
+    assert f"So far {len(records)} of {planned} runs." in said
+    assert "SFTMix beside NTP, held-out loss (nats/token, 95 % interval): GSM8K -0.1000 (" in said
+    assert "SFTMix beside SFTMix over random halves" in said
+    assert "GSM8K -0.0500 (-0.0537 to -0.0463; significant)" in said
+    assert "SFTMix on Alpaca is better by 0.1000 nats/token" in said
+    assert "| GSM8K | 2.7000 | **2.2000** |" in said
+    assert "| GSM8K | 2.6000 | **2.4000** |" in said
+    assert "| base, not tuned | 4.1500 ± 0.1291 | 4 |" in said
+    assert "| PubMedQA |" not in said
+
+
+def test_a_curve_begins_with_the_base(tmp_path: Path) -> None:
+    some(tmp_path)
+    found = points(joined(read(tmp_path))[0], "ntp")
+    assert found[1] == pytest.approx({0.0: 4.1, 1: 2.9, 2: 2.8, 3: 3.1})
+
+
+def test_some_runs_of_a_seed_are_enough(tmp_path: Path) -> None:
+    some(tmp_path, seeds=1)
+    (tmp_path / "gsm8k-0-base.json").unlink()
+    (tmp_path / "alpaca-0-ntp.json").unlink()
+    records = read(tmp_path)
+    (one,) = joined(records)
+    assert one.systems == ("ntp", "sftmix", "sftmix-random")
+    assert 0.0 not in points(one, "ntp")[0]
+    assert "| SFTMix | 2.9010 | 1 | -0.0990 | - | - | - |" in markdown(records, [one], ["a", "b"])
+
+
+def test_nothing_yet_is_said_and_other_sizes_are_refused(tmp_path: Path) -> None:
+    assert markdown([], [], []).startswith("So far 0 of ")
+    some(tmp_path, seeds=1)
+    write_run(tmp_path, "gsm8k", 0, "dft", 3.0, sizes={"epochs": 1})
+    with pytest.raises(ValueError, match="the results differ in their sizes"):
+        read(tmp_path)
+
+
+def test_the_page_and_its_pictures_are_those_of_the_committed_results(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "benchmarks/study/results/pretrained"
+    folder.mkdir(parents=True)
+    for file in RESULTS.glob("*.json"):
+        shutil.copy(file, folder)
+    document = tmp_path / "docs/study.md"
+    document.parent.mkdir()
+    text = (ROOT / "docs/study.md").read_text("utf-8")
+    document.write_text(text, encoding="utf-8")
+    main(["report", str(folder), "--document", str(document)])
+    assert document.read_text("utf-8") == text
+    drawn = {file.name: file.read_bytes() for file in folder.glob("*.svg")}
+    assert drawn == {file.name: file.read_bytes() for file in RESULTS.glob("*.svg")}
