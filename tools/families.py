@@ -35,6 +35,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sftmix.model.head import HeadAdapter
+from sftmix.model.known_types import BROUGHT_BY
 from sftmix.pairs.collator import PairedCollator
 from sftmix.training.config import SFTMixConfig
 from sftmix.training.loss import MODEL_INPUTS, BatchLoss, batch_counts, batch_loss
@@ -338,6 +339,20 @@ def compare(name: str) -> Family:
     return Family(name, kind, describe(model, head), loss, gradient, verdict)
 
 
+def known() -> tuple[str, ...]:
+    """The families that the installed transformers has; the others came later."""
+    return tuple(name for name in FAMILIES if name in CONFIG_MAPPING or name not in BROUGHT_BY)
+
+
+def since() -> str:
+    """Which families came after the lowest transformers, as a paragraph of the page."""
+    late = [f"{name} {BROUGHT_BY[name]}" for name in FAMILIES if name in BROUGHT_BY]
+    return (
+        f"Of a type that the installed transformers does not know, the message names the version "
+        f"that it needs: {', '.join(late)}. All others are in the lowest that is allowed."
+    )
+
+
 def is_as_expected(family: Family) -> bool:
     """Whether a family is right, or refused as it should be."""
     if family.name in REFUSED:
@@ -364,7 +379,7 @@ def page(families: Sequence[Family]) -> str:
     return (
         f"{HEADING}\n\n{right} of {len(families)} families with transformers "
         f"{transformers.__version__}, PyTorch {pytorch}, on the CPU:\n\n"
-        f"{table(families)}\n"
+        f"{table(families)}\n\n{since()}\n"
     )
 
 
@@ -378,7 +393,7 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     transformers.logging.set_verbosity_error()
     families = []
-    for name in arguments.names or FAMILIES:
+    for name in arguments.names or known():
         families.append(compare(name))
         print(table(families[-1:]).splitlines()[-1], flush=True)
     if arguments.markdown is not None:
