@@ -1,7 +1,7 @@
 """Run the tests that other libraries' versions can break, beside sets of versions.
 
     python -m tests.versions [--venvs FOLDER] [--build] [--record] [SET ...] [-- PYTEST OPTIONS]
-    python -m tests.versions --resolve
+    python -m tests.versions --newest
 
 Each set gets a virtual environment of its own in FOLDER, with the pins of constraints.txt but for
 what the set names; it is kept, so that a second run installs nothing. One with the pinned torch
@@ -9,8 +9,8 @@ lies over the environment that runs this, and holds what differs. The compiled e
 checkout is used as it is: what is built beside one torch has to load beside another. With --build
 it is built beside the set's torch, in a copy of the checkout, and the kernels' tests run there.
 
---record writes what came into tests/versions.json, --resolve what pip would install on each Python;
-both write the tables of docs/integrations.md.
+--record writes what came into tests/versions.json, --newest the newest versions for each Python; both
+write the tables of docs/integrations.md.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ SETS = {
     "pinned": Set(),
     "newest": Set(LIBRARIES[1:]),
     # The newest that Python 3.10 has of each, whichever Python runs them.
-    "newest on Python 3.10": Set(["transformers<5.23", "trl<1.15", *LIBRARIES[3:]]),
+    "newest on Python 3.10": Set(["transformers==5.20.2", "trl==1.14.2", *LIBRARIES[3:]]),
     "axolotl 0.19.0": Set(
         [
             *("transformers==5.16.1", "trl==1.9.0", "peft==0.20.0", "datasets==4.8.4"),
@@ -288,21 +288,22 @@ def run(name: str, folder: Path, options: list[str], build: bool) -> dict[str, A
     return {**found, **counted(report)}
 
 
-def resolved(python: str) -> dict[str, str]:
-    """Return the versions that pip would install on a Python; nothing is installed.
+def newest(python: str) -> dict[str, str]:
+    """Return the newest versions that are allowed and run on a Python, by what they say of it.
+
+    torch is left out: pip would fetch gigabytes to look at it.
 
     Raises:
-        subprocess.CalledProcessError: no versions fit together; pip has said why.
+        subprocess.CalledProcessError: there is none; pip has said why.
     """
     where = ["--python-version", python, "--only-binary", ":all:", "--target", "unused"]
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--report", "-"]
-    needed = map(str, requirements().values())
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--dry-run"]
+    wanted = [str(requirements()[name]) for name in LIBRARIES[1:]]
     said = subprocess.run(
-        [*command, *where, *needed], stdout=subprocess.PIPE, text=True, check=True
+        [*command, "--report", "-", *where, *wanted], stdout=subprocess.PIPE, text=True, check=True
     )
     packages = [one["metadata"] for one in json.loads(said.stdout)["install"]]
-    found = {one["name"].lower(): one["version"] for one in packages}
-    return {name: found[name].partition("+")[0] for name in LIBRARIES}
+    return {one["name"]: one["version"] for one in packages}
 
 
 def row(*cells: object) -> str:
@@ -311,12 +312,13 @@ def row(*cells: object) -> str:
 
 
 def tables(record: dict[str, Any]) -> str:
-    """Return the page's tables: what is allowed and taken, and what ran."""
+    """Return the page's tables: what is allowed and there is, and what ran."""
     rule = "|---" * (1 + len(LIBRARIES)) + "|"
     ranges = {name: str(one.specifier) or "any" for name, one in requirements().items()}
     lines = [row("", *LIBRARIES), rule, row("allowed", *(ranges[name] for name in LIBRARIES))]
-    for python, taken in record["resolved"].items():
-        lines.append(row(f"pip, Python {python}", *(taken[name] for name in LIBRARIES)))
+    for python, taken in record["newest"].items():
+        found = (taken.get(name, "") for name in LIBRARIES)
+        lines.append(row(f"newest on Python {python}", *found))
     lines += ["", row("set", "Python", *LIBRARIES, "passed", "failed"), rule + "---|---:|---:|"]
     for name in SETS:
         one = record["sets"].get(name)
@@ -347,7 +349,7 @@ def main() -> int:
     end = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(prog="python -m tests.versions", description=__doc__)
     parser.add_argument("--venvs", type=Path, default=ROOT / ".venvs")
-    for flag in ("--build", "--record", "--resolve"):
+    for flag in ("--build", "--record", "--newest"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("sets", nargs="*", default=list(SETS), metavar="SET", help=str(list(SETS)))
     arguments = parser.parse_args(words[:end])
@@ -355,8 +357,8 @@ def main() -> int:
     if unknown:
         parser.error(f"SET: expected some of {', '.join(SETS)}, got {' '.join(unknown)}")
     record, failed = read_record(), []
-    if arguments.resolve:
-        record["resolved"] = {python: resolved(python) for python in PYTHONS}
+    if arguments.newest:
+        record["newest"] = {python: newest(python) for python in PYTHONS}
         write_record(record)
         return 0
     for name in arguments.sets:

@@ -29,13 +29,14 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sftmix.model.head import HeadAdapter
-from sftmix.model.known_types import BROUGHT_BY
+from sftmix.model.known_types import NEEDED, ROUTERS, needed
 from sftmix.pairs.collator import PairedCollator
 from sftmix.training.config import SFTMixConfig
 from sftmix.training.loss import MODEL_INPUTS, BatchLoss, batch_counts, batch_loss
@@ -340,16 +341,19 @@ def compare(name: str) -> Family:
 
 
 def known() -> tuple[str, ...]:
-    """The families that the installed transformers has; the others came later."""
-    return tuple(name for name in FAMILIES if name in CONFIG_MAPPING or name not in BROUGHT_BY)
+    """The families that the installed transformers has right; the others need a newer one."""
+    installed = Version(transformers.__version__)
+    return tuple(name for name in FAMILIES if Version(needed(name, router=True)) <= installed)
 
 
 def since() -> str:
-    """Which families came after the lowest transformers, as a paragraph of the page."""
-    late = [f"{name} {BROUGHT_BY[name]}" for name in FAMILIES if name in BROUGHT_BY]
+    """Which families need a newer transformers than the lowest, as a paragraph of the page."""
+    late = [f"{name} {NEEDED[name]}" for name in FAMILIES if name in NEEDED]
+    routers = [f"{name} {version}" for name, version in ROUTERS.items()]
     return (
-        f"Of a type that the installed transformers does not know, the message names the version "
-        f"that it needs: {', '.join(late)}. All others are in the lowest that is allowed."
+        "A model whose type came later than the lowest transformers that is allowed, or was wrong in "
+        f"it, is refused with the version that it needs: {', '.join(late)}; with the loss of its "
+        f"routers {', '.join(routers)}. All others have been compared beside the lowest, too."
     )
 
 

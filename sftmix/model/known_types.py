@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from packaging.version import Version
 from transformers import CONFIG_MAPPING
 from transformers import __version__ as installed
 
-# The version that brought each, of those that came after the lowest of pyproject.toml; read off the
-# distributions of every minor version up to 5.24.
-_BROUGHT = {
+# From which version on each is there and right, of those that are not in the lowest that is allowed;
+# when they came is read off the distributions of every minor version up to 5.24.
+_NEEDED = {
     "5.7": "laguna",
     "5.8": "deepseek_v4 gemma4_assistant",
     "5.9": "cohere2_moe hrm_text hyperclovax",
@@ -20,14 +21,27 @@ _BROUGHT = {
     "5.13": "mimo_v2_flash minicpm3 zaya",
     "5.14": "inkling_text",
     "5.15": "axk1 axk2 granite_swa granitemoe_swa",
-    "5.16": "cohere_compass_text qwen4_exp qwen4_exp_text",
+    "5.16": "cohere_compass_text diffllama qwen4_exp qwen4_exp_text",
     "5.17": "hy_v4 kimi_linear",
     "5.20": "bailing_hybrid kolibri1 moss_transcribe_diarize",
-    "5.21": "beam flint",
+    "5.21": "beam flint moshi",
     "5.23": "dots3_note dots3_note_text inkling2_text internlm3 iquestcoder lfm3",
     "5.24": "apertus1p5_text dory exaone inkling2_loop_text lara_mini sarvam_mla sarvam_moe",
 }
-BROUGHT_BY = {name: version for version, names in _BROUGHT.items() for name in names.split()}
+# Before it, their routers' loss fails inside of transformers; without that loss they are right.
+ROUTERS = {
+    **dict.fromkeys(("granitemoe", "granitemoehybrid", "granitemoeshared"), "5.18"),
+    "doge": "5.23",
+}
+NEEDED = {name: version for version, names in _NEEDED.items() for name in names.split()}
+
+
+def needed(kind: str, *, router: bool) -> str:
+    """Return the first transformers that has a type of models right, "0" for the lowest allowed.
+
+    ``router`` says whether the loss of the model's routers is on.
+    """
+    return max(NEEDED.get(kind, "0"), ROUTERS.get(kind, "0") if router else "0", key=Version)
 
 
 def check_type(place: object, config: Mapping[str, Any]) -> None:
@@ -36,15 +50,16 @@ def check_type(place: object, config: Mapping[str, Any]) -> None:
     A model that brings code of its own is let through, and so is a config without a type.
 
     Raises:
-        ValueError: it does not know it; the message names the version that does.
+        ValueError: it does not know it, or has it wrong; the message names the version that is right.
     """
     kind = config.get("model_type")
     if kind is None or "auto_map" in config:
         return
-    if isinstance(kind, str) and kind in CONFIG_MAPPING:
+    version = needed(str(kind), router=bool(config.get("output_router_logits")))
+    if Version(installed) < Version(version):
+        why = f"needs transformers {version} or newer, got {installed}"
+    elif str(kind) not in CONFIG_MAPPING:
+        why = f"transformers {installed} does not know; a newer one may"
+    else:
         return
-    needed = BROUGHT_BY.get(str(kind))
-    raise ValueError(
-        f"model: {place} is of type {kind!r}, which transformers {installed} does not know; "
-        + (f"it needs transformers {needed} or newer" if needed else "a newer one may")
-    )
+    raise ValueError(f"model: {place} is of type {kind!r}, which {why}")

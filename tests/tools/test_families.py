@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", MOST_USED)
 def test_a_family_is_right(name: str) -> None:
     if name not in families.known():
-        pytest.skip(f"needs transformers {families.BROUGHT_BY[name]}")
+        pytest.skip(f"needs transformers {families.needed(name, router=True)}")
     family = families.compare(name)
     assert families.is_as_expected(family), family
 
