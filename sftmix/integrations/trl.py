@@ -1,7 +1,8 @@
 """SFTMix in TRL: `trl.SFTConfig` and `trl.SFTTrainer` with SFTMix's options, loss and pairs.
 
 TRL prepares the data as ever (chat template, end token, ``completion_only_loss``,
-``assistant_only_loss``, ``max_length``). What the loss or the sampler would not heed is refused.
+``assistant_only_loss``, ``max_length``), but prompts are learnt only where that is asked for
+(`trl_data.py`). What the loss or the sampler would not heed is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from sftmix.data.examples import content_hash
 from sftmix.data.weighting import WEIGHT
+from sftmix.integrations.reporters import REFERENCE, own_runs, reporters_apart
 from sftmix.integrations.tokens import has_targets, named_rows
+from sftmix.integrations.trl_data import ROW, TOKENS, with_ids, with_responses
 from sftmix.model.head import HeadAdapter, without_peft
 from sftmix.pairs.collator import PairedCollator
 from sftmix.pairs.partition import Partition, from_scores, match, read_partition
@@ -30,27 +33,47 @@ from sftmix.training.example_weights import weights_of
 from sftmix.training.reference import finished_scores, score_while_training
 from sftmix.training.trainer import SFTMixMixin
 
-# Options of TRL that the loss, the pairs or the collator would not heed, and what they must be.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "packing": (False,),
-    "eval_packing": (False, None),
-    "padding_free": (False,),
-    "loss_type": ("nll", "chunked_nll", "dft"),  # the second is the first, by TRL's older name
-    "activation_offloading": (False,),
-    "use_liger_kernel": (False,),
-    "parallelism_config": (None,),
+# Options of TRL that the loss, the pairs or the collator would not heed: what they may be, and why
+# they may be nothing else.
+UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "packing": ((False,), "it cuts pairs apart; layout='packed' packs them whole"),
+    "eval_packing": (
+        (False, None),
+        "evaluation fills its batches by their tokens; leave it out",
+    ),
+    "padding_free": ((False,), "pairs are laid out here; take layout='padding_free'"),
+    "loss_type": (("nll", "dft"), "expected 'nll' or 'dft'; other losses are a method"),
+    "parallelism_config": (
+        (None,),
+        "a pair's tokens would be on several devices; fsdp with version 2 shards the weights",
+    ),
 }
-# Pairs are laid out by the collator, which keeps them whole.
-INSTEAD = {"packing": "packed", "padding_free": "padding_free"}
-ROW = "sftmix_row"  # the column in which a row's number goes through TRL's preparation
+# Arguments of TRL's trainer that would not be heeded, and why.
+ARGUMENTS = {
+    "compute_loss_func": "the loss is that of method",
+    "compute_metrics": "evaluation makes no logits; a callback's on_evaluate gets its metrics",
+    "preprocess_logits_for_metrics": "evaluation makes no logits; leave it out",
+    "data_collator": "pairs are laid out by a collator of their own, as layout says; leave it out",
+}
 
 
 @dataclasses.dataclass
 class SFTMixSFTConfig(SFTMixOptions, SFTConfig):
-    """`trl.SFTConfig` with SFTMix's options; every default of TRL's stays.
+    """`trl.SFTConfig` with SFTMix's options; defaults of TRL's stay, but that of one option.
 
+    ``assistant_only_loss`` is None by default: of conversations the responses are learnt.
     ``loss_type="dft"`` is ``method="dft"``, also where ``method`` is left at its default.
+    ``activation_offloading`` is ``activation_offload``.
     """
+
+    assistant_only_loss: bool | None = dataclasses.field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "None: of conversations the responses are learnt, found as by `sftmix train`; "
+            "True: what the chat template marks, or TRL's own template for training; False: whole "
+            "conversations, prompts too."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.loss_type == "dft":
@@ -60,11 +83,14 @@ class SFTMixSFTConfig(SFTMixOptions, SFTConfig):
                     "method of its own, method='dft'"
                 )
             self.method = "dft"
+        self._take_offloading()
         super().__post_init__()
-        for name, allowed in UNSUPPORTED.items():
-            if getattr(self, name) not in allowed:
-                hint = f"; set layout={INSTEAD[name]!r}" if name in INSTEAD else ""
-                raise ValueError(f"{name}: not supported here, got {getattr(self, name)!r}{hint}")
+        if self.loss_type == "chunked_nll":  # the default until TRL 1.14, and "nll" by another name
+            self.loss_type = "nll"
+        for name, (allowed, why) in UNSUPPORTED.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}: not supported here, got {value!r}: {why}")
         if isinstance(self.dataset_kwargs, dict) and self.dataset_kwargs.get(
             "skip_prepare_dataset"
         ):
@@ -73,16 +99,27 @@ class SFTMixSFTConfig(SFTMixOptions, SFTConfig):
                 "are only cut at max_length"
             )
 
+    def _take_offloading(self) -> None:
+        """Take TRL's name for the offloading of activations, whose own hooks are not used."""
+        if self.activation_offloading:
+            if not self.checkpoints_activations and self.memory != "lean":
+                raise ValueError(
+                    "activation_offloading: expected gradient_checkpointing=True with it, or every "
+                    "activation would go to the host"
+                )
+            self.activation_offload, self.activation_offloading = True, False
+
 
 class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
     """`trl.SFTTrainer` with the loss, the pairs and the checkpoints of `SFTMixMixin`.
 
-    It logs ``entropy``, ``mean_token_accuracy`` and ``num_tokens`` under TRL's names; but
-    ``eval_num_tokens`` is the number of tokens that the evaluation's means are over. The loss of a
-    mixture of experts' router is added with TRL's ``router_aux_loss_coef``.
+    It logs ``entropy``, ``mean_token_accuracy``, ``num_tokens`` and a router's ``aux_loss`` under
+    TRL's names; but ``eval_num_tokens`` is the number of tokens that the evaluation's means are
+    over. The loss of a mixture of experts' router is added with TRL's ``router_aux_loss_coef``.
     """
 
     args: SFTMixSFTConfig
+    _is_prepared = False  # the data to train on
 
     _tag_names = ["trl", "sft", "sftmix"]  # noqa: RUF012
     _name = "SFTMix"
@@ -115,15 +152,14 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
         Raises:
             TypeError: options that are not an `SFTMixSFTConfig`, or a data set that is a stream.
             ValueError: as `SFTMixMixin`; a vision model; an argument that would not be heeded,
-                ``router_aux_loss_coef`` of a model without a router's loss too; a partition of
-                other data; a row's weight that is none; or rows that TRL leaves out while
-                ``confident`` has them.
+                ``router_aux_loss_coef`` of a model without a router's loss too; data that do not
+                tell responses from prompts (`with_responses`); a partition of other data; a row's
+                weight that is none; or rows that TRL leaves out while ``confident`` has them.
         """
-        if not isinstance(args, SFTMixSFTConfig):
-            raise TypeError(f"args: expected an SFTMixSFTConfig, got {type(args).__name__}")
-        for name in ("data_collator", "preprocess_logits_for_metrics"):
+        require_config(args)
+        for name, why in ARGUMENTS.items():
             if kwargs.get(name) is not None:
-                raise ValueError(f"{name}: not supported here")
+                raise ValueError(f"{name}: not supported here: {why}")
         rows = None
         if confident is not None:
             require_dataset(train_dataset, "train_dataset")
@@ -139,10 +175,12 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
         # TRL writes its coefficient into the config, which the model has read already.
         model: Any = without_peft(self._inner_model)
         if hasattr(model, "router_aux_loss_coef"):
-            model.router_aux_loss_coef = self.router_aux_loss_coef
+            model.router_aux_loss_coef = model.config.get_text_config().router_aux_loss_coef
         head = super()._find_head(checked)
         wanted, found = self.args.router_aux_loss_coef, head.router_coefficient
-        if wanted is not None and not math.isclose(wanted, found, rel_tol=1e-5):
+        # Until TRL 1.12 the default is a number, which means nothing to most models.
+        default = SFTConfig.__dataclass_fields__["router_aux_loss_coef"].default
+        if wanted not in (None, default) and not math.isclose(wanted, found, rel_tol=1e-5):
             raise ValueError(
                 f"router_aux_loss_coef: expected what the loss of {type(model).__name__} adds its "
                 f"router's with, {found:.6g}, got {wanted}"
@@ -150,13 +188,9 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
         return head
 
     def _make_collator(self) -> PairedCollator:
-        # TRL has found the padding token by now, and made its own collator with it.
-        if self._is_vlm:
-            raise ValueError(
-                "model: vision-language models are not supported; give a tokenizer as "
-                "processing_class, not a processor"
-            )
-        # "auto" is a number by now, or None.
+        self._refuse_vision()
+        # TRL has found the padding token by now, and made its own collator with it; "auto" is a
+        # number by now, or None.
         return PairedCollator(
             self.data_collator.pad_token_id,
             int(self.args.pad_to_multiple_of or 1),
@@ -175,24 +209,34 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
     ) -> datasets.Dataset:
         """Return TRL's tokens and labels, with the number of the user's row as ``id``.
 
-        Rows to train on keep their ``weight``, if they have one.
+        Rows to train on keep their ``weight``, if they have one, and rows to evaluate the columns
+        that callbacks read, such as ``prompt``.
         """
-        require_dataset(dataset, f"{dataset_name}_dataset")
-        weights = weights_of(dataset) if dataset_name == "train" else None
-        prepared = super()._prepare_dataset(
-            dataset.add_column(ROW, np.arange(len(dataset))),
-            processing_class,
-            args,
-            packing,
-            formatting_func,
-            dataset_name,
-        )
-        prepared = prepared.select_columns([ROW, "input_ids", "labels"]).with_format(None)
-        prepared = prepared.rename_column(ROW, "id")
+        self._refuse_vision()
+        # TRL begins with the data to train on; one of several to evaluate may be named like it.
+        is_train, self._is_prepared = not self._is_prepared, True
+        name = "train_dataset" if is_train else "eval_dataset"
+        if not is_train and dataset_name != "eval":
+            name += f"[{dataset_name!r}]"
+        require_dataset(dataset, name)
+        weights = weights_of(dataset) if is_train else None
+        dataset = with_responses(dataset, processing_class, args, formatting_func, name)
+        # TRL decides by the data to train on, and asks only of data with a mask.
+        self.completion_only_loss = args.completion_only_loss is not False
+        numbered = dataset.add_column(ROW, np.arange(len(dataset)))
+        given = (processing_class, args, packing, formatting_func, dataset_name)
+        prepared = with_ids(super()._prepare_dataset(numbered, *given), is_train=is_train)
         if weights is not None:
             prepared = prepared.add_column(WEIGHT, weights[prepared["id"][:]])
         learnt = has_targets(prepared)
         return prepared if learnt.all() else prepared.select(learnt.nonzero()[0])
+
+    def _refuse_vision(self) -> None:
+        if self._is_vlm:
+            raise ValueError(
+                "model: vision-language models are not supported; give a tokenizer as "
+                "processing_class, not a processor"
+            )
 
     def _pair(self, confident: Confident) -> None:
         ids = require_all(self.examples, len(confident), self.args)
@@ -206,13 +250,21 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
     ) -> dict[str, float]:
         """Evaluate as `SFTMixMixin` does; data given here are prepared like the trainer's own."""
         own = self.eval_dataset
+        given: Any = own if eval_dataset is None else eval_dataset
+        if given is None or isinstance(given, dict):  # evaluated one by one, each by a call of this
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         known = list(own.values()) if isinstance(own, dict) else [own]
-        is_dict = isinstance(eval_dataset, dict)  # evaluated one by one, each by a call of this
-        if not is_dict and all(eval_dataset is not part for part in [None, *known]):
-            eval_dataset = self._prepare_dataset(
-                eval_dataset, self.processing_class, self.args, False, self._formatting_func, "eval"
+        if all(given is not part for part in known):
+            given = self._prepare_dataset(
+                given, self.processing_class, self.args, False, self._formatting_func, "eval"
             )
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return super().evaluate(given.select_columns(TOKENS), ignore_keys, metric_key_prefix)
+
+    def _log_line(self) -> dict[str, float]:
+        line = super()._log_line()
+        if "router_loss" in line:
+            line["aux_loss"] = line.pop("router_loss")
+        return line
 
 
 def score(
@@ -228,6 +280,8 @@ def score(
     It takes what the trainer takes, so that a script calls it with the same arguments. ``model``
     and ``peft_config`` are copied where they are objects: what is trained afterwards starts afresh.
     Nothing is saved but by ``write_partition(path, partition)``. A column ``weight`` is not used.
+    Reporters get a run of the reference model's own (`reporters.py`): TensorBoard the folder
+    ``reference`` in the run's, W&B and Trackio a run whose name ends in ``-reference``.
 
     Args:
         model: the reference model, a name or a model.
@@ -241,11 +295,35 @@ def score(
         each row of ``train_dataset``.
 
     Raises:
+        TypeError: options that are not an `SFTMixSFTConfig`, or a data set that is a stream.
         ValueError: rows without a token to learn, fewer steps than scorings, or as
             `SFTMixSFTTrainer`.
         RunFailure: training ended before its last scoring.
     """
-    reference = dataclasses.replace(
+    require_config(args)
+    require_dataset(train_dataset, "train_dataset")
+    if WEIGHT in train_dataset.column_names:
+        train_dataset = train_dataset.remove_columns(WEIGHT)
+    if kwargs.get("peft_config") is not None:
+        kwargs["peft_config"] = copy.deepcopy(kwargs["peft_config"])
+    trainer = SFTMixSFTTrainer(
+        model=model if isinstance(model, str) else copy.deepcopy(model),
+        args=reference_options(args),
+        train_dataset=train_dataset,
+        **kwargs,
+    )
+    ids = require_all(trainer.train_dataset, len(train_dataset), args)
+    scores = score_while_training(trainer, num_scorings)
+    with own_runs(trainer):
+        trainer.train()
+    hashes = [content_hash(row) for row in train_dataset]
+    found = finished_scores(scores, num_scorings)
+    return from_scores(ids, [hashes[row] for row in ids], *found)
+
+
+def reference_options(args: SFTMixSFTConfig) -> SFTMixSFTConfig:
+    """Return the options of a reference model's training: one epoch of NTP that saves nothing."""
+    return dataclasses.replace(
         args,
         method="ntp",
         loss_type="nll",
@@ -257,23 +335,9 @@ def score(
         save_strategy="no",
         load_best_model_at_end=False,
         push_to_hub=False,
+        report_to=reporters_apart(list(args.report_to or ())),
+        run_name=f"{args.run_name or args.output_dir}-{REFERENCE}",
     )
-    if isinstance(train_dataset, datasets.Dataset) and WEIGHT in train_dataset.column_names:
-        train_dataset = train_dataset.remove_columns(WEIGHT)
-    if kwargs.get("peft_config") is not None:
-        kwargs["peft_config"] = copy.deepcopy(kwargs["peft_config"])
-    trainer = SFTMixSFTTrainer(
-        model=model if isinstance(model, str) else copy.deepcopy(model),
-        args=reference,
-        train_dataset=train_dataset,
-        **kwargs,
-    )
-    ids = require_all(trainer.train_dataset, len(train_dataset), args)
-    scores = score_while_training(trainer, num_scorings)
-    trainer.train()
-    hashes = [content_hash(row) for row in train_dataset]
-    found = finished_scores(scores, num_scorings)
-    return from_scores(ids, [hashes[row] for row in ids], *found)
 
 
 def confident_rows(dataset: datasets.Dataset, confident: Confident | str | Path) -> Confident:
@@ -293,6 +357,19 @@ def confident_rows(dataset: datasets.Dataset, confident: Confident | str | Path)
             f"got shape {halves.shape}"
         )
     return halves
+
+
+def require_config(args: Any) -> None:
+    """Refuse options without SFTMix's own.
+
+    Raises:
+        TypeError: not an `SFTMixSFTConfig`.
+    """
+    if not isinstance(args, SFTMixSFTConfig):
+        raise TypeError(
+            f"args: expected an SFTMixSFTConfig, got {type(args).__name__}; it takes the same "
+            "options"
+        )
 
 
 def require_dataset(dataset: Any, name: str) -> None:

@@ -165,11 +165,8 @@ class SFTMixOptions(ConfigBase):
         self._check_steps()
         if self.memory == "lean":
             self._turn_lean()
-        if METHODS[self.method].mixed and self.per_device_train_batch_size % 2:
-            raise ValueError(
-                "per_device_train_batch_size: expected an even number (pairs of examples), "
-                f"got {self.per_device_train_batch_size}"
-            )
+        if METHODS[self.method].mixed:
+            require_pairs(self.per_device_train_batch_size)
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: the trainer needs every column; leave it off")
         # transformers knows the flag without a value, while a YAML file says true.
@@ -345,6 +342,20 @@ class SFTMixOptions(ConfigBase):
                 "num_train_epochs: expected a finite number above 0, got "
                 f"{self.num_train_epochs}, which trains {trained}"
             )
+
+
+def require_pairs(batch_size: int) -> None:
+    """Check that a batch of a device holds pairs of examples.
+
+    Raises:
+        ValueError: its number of examples is odd.
+    """
+    if batch_size % 2:
+        raise ValueError(
+            "per_device_train_batch_size: expected an even number (pairs of examples), got "
+            f"{batch_size}; layout='sequential' or memory='lean' runs the examples of a batch one "
+            "by one, in the memory of one"
+        )
 
 
 def choices() -> dict[str, tuple[str, ...]]:

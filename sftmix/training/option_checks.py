@@ -37,7 +37,10 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "train_sampling_strategy": (("random",), "pairs and order are drawn by --seed"),
     "data_seed": ((None,), "pairs and order are drawn by --seed"),
     "auto_find_batch_size": ((False,), "another batch size is another training"),
-    "save_only_model": ((False,), "a run could not go on from such a checkpoint"),
+    "save_only_model": (
+        (False,),
+        "a run could not go on from such a checkpoint; save_total_limit=1 keeps one at a time",
+    ),
     "average_tokens_across_devices": ((True,), "the loss is a mean over all devices"),
     "prediction_loss_only": ((False,), NO_LOGITS),
     "bf16_full_eval": ((False,), "evaluation computes as training does"),
@@ -50,7 +53,10 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "label_names": ((None, ["labels"]), "the labels are those of `labels`"),
     "dataloader_in_order": ((True,), "batches out of order would not be those of the seed"),
     "deepspeed": ((None, ""), "its checkpoints hold pickles that run code; use FSDP2, --fsdp"),
-    "use_liger_kernel": ((False,), "it replaces the forward that the loss goes through"),
+    "use_liger_kernel": (
+        (False,),
+        "it replaces the forward that the loss goes through, which makes no logits either",
+    ),
 }
 # Options that change no result here; who sets one is told so.
 WITHOUT_EFFECT = {

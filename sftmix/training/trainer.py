@@ -46,7 +46,7 @@ from sftmix.runs.ranks import (
     weights_hash,
 )
 from sftmix.templates.turn_ends import TurnEnds
-from sftmix.training.config import EVALUATED, SFTMixOptions
+from sftmix.training.config import EVALUATED, SFTMixOptions, require_pairs
 from sftmix.training.evaluation import evaluated
 from sftmix.training.example_weights import training_weights
 from sftmix.training.loss import Counts, batch_counts, batch_loss
@@ -212,11 +212,7 @@ class SFTMixMixin(WholeCheckpoints):
                 "confident: expected a boolean for each training example, got "
                 f"{next(one for one in values.tolist() if one not in (0, 1))!r}"
             )
-        if self.args.train_batch_size % 2:
-            raise ValueError(
-                "per_device_train_batch_size: expected an even number (pairs of examples), "
-                f"got {self.args.train_batch_size}"
-            )
+        require_pairs(self.args.train_batch_size)
         self.pools = pools_of(confident, self.args.pairing)
         self.confident_rows = np.concatenate([pool.confident for pool in self.pools])
         self.unconfident_rows = np.concatenate([pool.unconfident for pool in self.pools])
@@ -276,21 +272,23 @@ class SFTMixMixin(WholeCheckpoints):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Replace Trainer's loss by the window's exact mean, and add what is watched."""
         if "loss" in logs and self.is_in_train:
-            step = self.state.global_step
-            sums = self.accelerator.reduce(self.window.sums, "sum")
-            method = method_of(self.args.method)
-            report = self.window.report(
-                sums,
-                step,
-                paired=self.paired,
-                mixed=method.mixed,
-                ntp=method.ntp,
-                router=self.head.router_coefficient != 0,
-                utilisation=self.utilisation,
-            )
+            report = self._log_line()
             logs = {**logs, **report}
-            self.window.reset(step, int(report["num_tokens"]))
+            self.window.reset(self.state.global_step, int(report["num_tokens"]))
         super().log(logs, start_time)
+
+    def _log_line(self) -> dict[str, float]:
+        """Return what the steps since the last line were like, over all ranks."""
+        method = method_of(self.args.method)
+        return self.window.report(
+            self.accelerator.reduce(self.window.sums, "sum"),
+            self.state.global_step,
+            paired=self.paired,
+            mixed=method.mixed,
+            ntp=method.ntp,
+            router=self.head.router_coefficient != 0,
+            utilisation=self.utilisation,
+        )
 
     def evaluate(
         self,

@@ -106,9 +106,12 @@ def marked_tokenizer(toy_model: Path) -> Any:
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "completion": ("pairs", {}),
     "whole sequence": ("pairs", {"completion_only_loss": False}),
-    "text": ("text", {"pad_to_multiple_of": 16, "shuffle_dataset": True}),
+    "text": (
+        "text",
+        {"pad_to_multiple_of": 16, "shuffle_dataset": True, "completion_only_loss": False},
+    ),
     "assistant": ("chats", {"assistant_only_loss": True}),
-    "conversation": ("chats", {"max_length": 60}),
+    "conversation": ("chats", {"max_length": 60, "assistant_only_loss": False}),
 }
 
 
@@ -496,5 +499,12 @@ def test_arguments_that_do_not_fit_are_refused(
     )
     refused(ValueError, "of 16 rows have no token to learn within max_length=9", max_length=9)
     refused(ValueError, "not training-compatible", chats, assistant_only_loss=True)
+    for name in ("compute_loss_func", "preprocess_logits_for_metrics"):
+        refused(ValueError, f"^{name}: not supported here: ", given={name: len})
     with pytest.raises(TypeError, match=r"^args: expected an SFTMixSFTConfig, got SFTConfig"):
         SFTMixSFTTrainer(str(toy_model), SFTConfig(**options(tmp_path)), train_dataset=pairs)
+    with pytest.raises(TypeError, match=r"^args: expected an SFTMixSFTConfig, got SFTConfig"):
+        score(str(toy_model), SFTConfig(**options(tmp_path)), train_dataset=pairs)
+    stream = pairs.to_iterable_dataset()
+    with pytest.raises(TypeError, match=r"^train_dataset: expected a datasets\.Dataset"):
+        score(str(toy_model), SFTMixSFTConfig(**options(tmp_path)), train_dataset=stream)

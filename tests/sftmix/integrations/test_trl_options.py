@@ -1,26 +1,32 @@
-"""Options of TRL: those that would not be heeded, and the coefficient of a router's loss."""
+"""Options of TRL: heeded, or refused with a reason; and the coefficient of a router's loss."""
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from sftmix.integrations.trl import SFTMixSFTConfig, score
+from sftmix.integrations.trl import ARGUMENTS, UNSUPPORTED, SFTMixSFTConfig, score
+from sftmix.training import option_checks
 from tests.sftmix import over_trl, tiny
 from tests.sftmix.training.test_methods import dense_loss, flat_gradients
 from tools import families
 
 # TRL's own defaults use a name that transformers gives up.
-pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`loss_type='chunked_nll'` is deprecated:FutureWarning"),
+]
 
 REFUSED: dict[str, Any] = {
     "packing": True,
     "eval_packing": True,
     "loss_type": "other",
-    "activation_offloading": True,
     "use_liger_kernel": True,
     "padding_free": True,
     "label_smoothing_factor": 0.1,
@@ -30,10 +36,82 @@ REFUSED: dict[str, Any] = {
 }
 
 
+# What TRL does with them, and what this trainer does in its place; the page says how.
+HEEDED = {
+    *("model_init_kwargs", "trust_remote_code", "chat_template_path", "eos_token", "pad_token"),
+    *("dataset_text_field", "max_length", "truncation_mode", "shuffle_dataset"),
+    *("pad_to_multiple_of", "dataset_num_proc", "dataset_kwargs", "completion_only_loss"),
+    *("assistant_only_loss", "router_aux_loss_coef", "activation_offloading", "packing_strategy"),
+}
+PAGE = Path(__file__).parents[3] / "docs" / "integrations.md"
+
+
+def config(folder: Path, **options: Any) -> SFTMixSFTConfig:
+    return SFTMixSFTConfig(str(folder), use_cpu=True, bf16=False, **options)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_an_option_that_would_not_be_heeded_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"^{name}: "):
-        SFTMixSFTConfig(str(tmp_path), use_cpu=True, bf16=False, **{name: REFUSED[name]})
+    with pytest.raises(ValueError, match=f"^{name}: ") as caught:
+        config(tmp_path, **{name: REFUSED[name]})
+    # What came, why it is refused, and the way out.
+    assert re.search(r"; |, which |expected ", str(caught.value))
+
+
+def test_every_option_of_trl_is_heeded_or_refused() -> None:
+    """Those of transformers are sorted by `test_option_checks`; a new one has to be looked at."""
+    fields = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
+    of_transformers = {field.name for field in dataclasses.fields(TrainingArguments)}
+    known = HEEDED | UNSUPPORTED.keys()
+    assert fields - of_transformers - known == set()
+    assert HEEDED - fields == set()
+    assert HEEDED & UNSUPPORTED.keys() == set()
+    # In the table of the page, and what is refused under a reason of TRL's users.
+    lines = PAGE.read_text(encoding="utf-8").partition("### Options")[2].partition("###")[0]
+    rows = {
+        line.split("|")[1]: line.split("|")[2] for line in lines.splitlines() if line[:3] == "| `"
+    }
+    names = {name for cell in rows for name in re.findall(r"`(\w+)`", cell)}
+    assert (fields - of_transformers) <= names <= fields
+    refused = {
+        name
+        for cell, says in rows.items()
+        if says.strip().startswith("refused")
+        for name in re.findall(r"`(\w+)`", cell)
+    }
+    own = UNSUPPORTED.keys() - of_transformers - {"loss_type"}
+    assert refused == own | {"dataset_kwargs", "use_liger_kernel", "save_only_model"}
+    assert {"use_liger_kernel", "save_only_model"} <= option_checks.UNSUPPORTED.keys()
+    for name in ARGUMENTS:
+        assert f"`{name}`" in lines
+
+
+def test_the_defaults_of_trl_train(tmp_path: Path) -> None:
+    """Whatever TRL's own default loss is called, plain NTP is meant."""
+    made = config(tmp_path)
+    assert made.loss_type == "nll"
+    assert made.assistant_only_loss is None
+    assert dataclasses.replace(made).loss_type == "nll"
+
+
+def test_a_batch_of_one_has_a_way_out(tmp_path: Path) -> None:
+    words = r"^per_device_train_batch_size: expected an even number .* got 1; layout='sequential'"
+    with pytest.raises(ValueError, match=words):
+        config(tmp_path, per_device_train_batch_size=1)
+    assert config(tmp_path, per_device_train_batch_size=1, method="ntp").method == "ntp"
+
+
+def test_activation_offloading_is_ours(tmp_path: Path) -> None:
+    for options in ({"gradient_checkpointing": True}, {"memory": "lean"}):
+        made = config(tmp_path, activation_offloading=True, **options)
+        assert made.activation_offload
+        assert not made.activation_offloading
+        assert dataclasses.replace(made).activation_offload
+    with pytest.raises(
+        ValueError, match=r"^activation_offloading: expected gradient_checkpointing"
+    ):
+        config(tmp_path, activation_offloading=True, gradient_checkpointing=False)
+    assert not config(tmp_path).activation_offload
 
 
 @pytest.mark.parametrize("coefficient", [None, 0.0, 4.0])
@@ -48,11 +126,11 @@ def test_the_routers_loss_is_that_of_trl(
         model.config.output_router_logits = False
         return model
 
-    given = {"method": "ntp", "router_aux_loss_coef": coefficient}
-    mine = over_trl.trainer(experts(), tmp_path, tiny.examples(8), 4, **given)
+    given = {} if coefficient is None else {"router_aux_loss_coef": coefficient}
+    mine = over_trl.trainer(experts(), tmp_path, tiny.examples(8), 4, method="ntp", **given)
     theirs = SFTTrainer(
         experts(),
-        SFTConfig(**over_trl.options(tmp_path, 4), router_aux_loss_coef=coefficient),
+        SFTConfig(**over_trl.options(tmp_path, 4), **given),
         train_dataset=mine.examples.remove_columns("id"),
         processing_class=mine.processing_class,
     )
@@ -60,7 +138,8 @@ def test_the_routers_loss_is_that_of_trl(
     found = mine.compute_loss(mine.model, batch)
     own = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     expected = theirs.compute_loss(theirs.model, own)
-    assert mine.head.router_coefficient == (2.0 if coefficient is None else coefficient)
+    wanted = mine.args.router_aux_loss_coef  # until TRL 1.12 its default is a number
+    assert mine.head.router_coefficient == (2.0 if wanted is None else wanted)
     assert tiny.relative_difference(found, expected) < 1e-6
     found.backward()
     expected.backward()
@@ -99,8 +178,7 @@ def test_loss_types(tmp_path: Path) -> None:
         return SFTMixSFTConfig(str(tmp_path), use_cpu=True, bf16=False, **options).method
 
     assert method(loss_type="nll") == method() == "sftmix"
-    with pytest.warns(FutureWarning, match="chunked_nll"):
-        assert method(loss_type="chunked_nll") == "sftmix"
+    assert method(loss_type="chunked_nll") == "sftmix"
     for given in ({}, {"method": "ntp"}, {"method": "dft"}):
         assert method(loss_type="dft", **given) == "dft"
     for other in ("gem", "mixup"):
