@@ -21,10 +21,10 @@ REPORT = """<testsuites><testsuite>
 </testsuite></testsuites>"""
 
 
-def test_every_library_has_a_lowest_version_and_it_has_run() -> None:
-    ran = RECORD["sets"]["lowest"]["versions"]
-    for name in LIBRARIES[1:]:
-        assert ran[name] == versions.lowest(name), name
+@pytest.mark.parametrize("name", LIBRARIES[1:])
+def test_every_library_has_a_lowest_version_and_it_has_run(name: str) -> None:
+    one = RECORD["sets"]["axolotl 0.19.0" if name == "trl" else "lowest"]
+    assert Version(one["versions"][name]) == Version(versions.lowest(name))
 
 
 @pytest.mark.parametrize("name", RECORD["sets"])
@@ -39,12 +39,6 @@ def test_a_recorded_set_is_allowed_and_no_test_failed(name: str) -> None:
         assert version is None or wanted.specifier.contains(version), wanted
     assert found["failed"] == []
     assert found["passed"] > 100
-
-
-def test_the_recorded_pins_are_those_of_the_constraints() -> None:
-    pins = versions.pins()
-    for name, version in RECORD["sets"]["pinned"]["versions"].items():
-        assert name not in pins or Requirement(pins[name]).specifier.contains(version), name
 
 
 @pytest.mark.parametrize("name", RECORD["sets"])

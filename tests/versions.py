@@ -9,8 +9,8 @@ lies over the environment that runs this, and holds what differs. The compiled e
 checkout is used as it is: what is built beside one torch has to load beside another. With --build
 it is built beside the set's torch, in a copy of the checkout, and the kernels' tests run there.
 
---record writes what came into tests/versions.json, --newest the newest versions for each Python; both
-write the tables of docs/integrations.md.
+--record writes what came into tests/versions.json, --newest the newest versions for each Python;
+both write the tables of docs/integrations.md.
 """
 
 from __future__ import annotations
@@ -72,8 +72,19 @@ def lowest(name: str) -> str:
     return version
 
 
+def read_record() -> dict[str, Any]:
+    """Return what was recorded."""
+    record: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
+    return record
+
+
+def newest_of(python: str) -> list[str]:
+    """Return the newest versions there are for a Python, as --newest found them."""
+    return [f"{name}=={version}" for name, version in read_record()["newest"][python].items()]
+
+
 class Set(NamedTuple):
-    """What a set asks for instead of the pins; a name without a version is the newest there is."""
+    """What a set asks for instead of the pins."""
 
     wants: Sequence[str] = ()
     trl: bool = True  # false where the set's TRL is too old for our integration
@@ -81,18 +92,13 @@ class Set(NamedTuple):
 
 
 SETS = {
-    "lowest": Set([f"{name}=={lowest(name)}" for name in LIBRARIES[1:] if name != "trl"], trl=False),
-    # With the lowest datasets that it allows itself.
-    "lowest with TRL": Set(
-        [
-            *(f"{name}=={lowest(name)}" for name in LIBRARIES[1:] if name != "datasets"),
-            "datasets==4.7.0",
-        ]
+    # Of TRL axolotl has the lowest.
+    "lowest": Set(
+        [f"{name}=={lowest(name)}" for name in LIBRARIES[1:] if name != "trl"], trl=False
     ),
-    "pinned": Set(),
-    "newest": Set(LIBRARIES[1:]),
-    # The newest that Python 3.10 has of each, whichever Python runs them.
-    "newest on Python 3.10": Set(["transformers==5.20.2", "trl==1.14.2", *LIBRARIES[3:]]),
+    "newest": Set(newest_of("3.13")),
+    # Whichever Python runs them.
+    "newest of Python 3.10": Set(newest_of("3.10")),
     "axolotl 0.19.0": Set(
         [
             *("transformers==5.16.1", "trl==1.9.0", "peft==0.20.0", "datasets==4.8.4"),
@@ -111,7 +117,7 @@ SETS = {
 FILES = {
     "commands": "end_to_end refused_models",
     "data": "sources",
-    "integrations": "trl trl_options",
+    "integrations": "trl trl_data trl_options trl_reporting",
     "model": "head saved_config",
     "pairs": "layouts",
     "recipe": "lora",
@@ -198,11 +204,10 @@ def imported() -> dict[str, list[str]]:
         known = {name: at for node in nodes for name, at in imports(node)}
         for module, name in known.values():
             found.setdefault(module, set()).add(name)
-        for node in nodes:
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                if node.value.id in known:
-                    module, name = known[node.value.id]
-                    found[module].add(f"{name}.{node.attr}".lstrip("."))
+        for node in (one for one in nodes if isinstance(one, ast.Attribute)):
+            if isinstance(node.value, ast.Name) and node.value.id in known:
+                module, name = known[node.value.id]
+                found[module].add(f"{name}.{node.attr}".lstrip("."))
     return {module: sorted(names - {""}) for module, names in sorted(found.items())}
 
 
@@ -283,9 +288,10 @@ def run(name: str, folder: Path, options: list[str], build: bool) -> dict[str, A
         subprocess.run([*command, *(options or tests)], cwd=root, env=environment, check=False)
         if not report.exists():
             return None
+        counts = counted(report)
     if not SETS[name].trl:
         del found["versions"]["trl"]  # of the environment below
-    return {**found, **counted(report)}
+    return {**found, **counts}
 
 
 def newest(python: str) -> dict[str, str]:
@@ -320,6 +326,9 @@ def tables(record: dict[str, Any]) -> str:
         found = (taken.get(name, "") for name in LIBRARIES)
         lines.append(row(f"newest on Python {python}", *found))
     lines += ["", row("set", "Python", *LIBRARIES, "passed", "failed"), rule + "---|---:|---:|"]
+    # The gate runs beside these.
+    gate = (str(Requirement(pins()[name]).specifier).removeprefix("==") for name in LIBRARIES)
+    lines.append(row("pinned", "3.11", *gate, "whole suite", 0))
     for name in SETS:
         one = record["sets"].get(name)
         if one is None:
@@ -328,12 +337,6 @@ def tables(record: dict[str, Any]) -> str:
         versions = (one["versions"].get(key, "-") for key in ("python", *LIBRARIES))
         lines.append(row(name, *versions, one["passed"], len(one["failed"])))
     return "\n".join(lines)
-
-
-def read_record() -> dict[str, Any]:
-    """Return what was recorded."""
-    record: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
-    return record
 
 
 def write_record(record: dict[str, Any]) -> None:
@@ -356,16 +359,16 @@ def main() -> int:
     unknown = [name for name in arguments.sets if name not in SETS]
     if unknown:
         parser.error(f"SET: expected some of {', '.join(SETS)}, got {' '.join(unknown)}")
-    record, failed = read_record(), []
     if arguments.newest:
-        record["newest"] = {python: newest(python) for python in PYTHONS}
-        write_record(record)
+        write_record({**read_record(), "newest": {python: newest(python) for python in PYTHONS}})
         return 0
+    failed = []
     for name in arguments.sets:
         found = run(name, arguments.venvs.resolve(), words[end + 1 :], arguments.build)
         if found is None or found["failed"]:
             failed.append(name)
         if arguments.record and found is not None:
+            record = read_record()
             record["sets"][name] = found
             write_record(record)
     print("failed:", ", ".join(failed) or "none")

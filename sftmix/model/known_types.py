@@ -9,8 +9,8 @@ from packaging.version import Version
 from transformers import CONFIG_MAPPING
 from transformers import __version__ as installed
 
-# From which version on each is there and right, of those that are not in the lowest that is allowed;
-# when they came is read off the distributions of every minor version up to 5.24.
+# From which version on each is there and right, of those that the lowest allowed has not, or wrong.
+# When they came is read off the distributions of every minor version up to 5.24.
 _NEEDED = {
     "5.7": "laguna",
     "5.8": "deepseek_v4 gemma4_assistant",
@@ -50,7 +50,7 @@ def check_type(place: object, config: Mapping[str, Any]) -> None:
     A model that brings code of its own is let through, and so is a config without a type.
 
     Raises:
-        ValueError: it does not know it, or has it wrong; the message names the version that is right.
+        ValueError: it does not know it, or has it wrong; the message names the version that has it.
     """
     kind = config.get("model_type")
     if kind is None or "auto_map" in config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +140,7 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
                 f"model: {path} is damaged: expected a mapping, got a {type(content).__name__}"
             )
         if name == MODEL_CONFIG:
-            if content.get("model_type") is None and "auto_map" not in content:
-                raise ValueError(
-                    f"model: {path} has no model_type; expected that of a saved model"
-                )
-            check_type(path, content)
+            check_config(path, content)
     if not weights:
         return
     has_tokenizer = any(any(folder.glob(pattern)) for pattern in TOKENIZERS)
@@ -156,6 +153,13 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
     own = (folder / MODEL_CONFIG).exists()
     expected = "model.safetensors, nor its index" if own else "adapter_model.safetensors"
     raise OSError(f"model: {folder} has no {expected}{why}")
+
+
+def check_config(path: Path, content: Mapping[str, Any]) -> None:
+    """Check that a folder's config has a type of models, and that transformers knows it."""
+    if content.get("model_type") is None and "auto_map" not in content:
+        raise ValueError(f"model: {path} has no model_type; expected that of a saved model")
+    check_type(path, content)
 
 
 def check_name(model: str) -> None:
