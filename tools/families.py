@@ -351,9 +351,9 @@ def since() -> str:
     late = [f"{name} {NEEDED[name]}" for name in FAMILIES if name in NEEDED]
     routers = [f"{name} {version}" for name, version in ROUTERS.items()]
     return (
-        "A model whose type came after the lowest transformers that is allowed, or is wrong in it, is "
-        f"refused with the version that it needs: {', '.join(late)}; with the loss of its routers "
-        f"{', '.join(routers)}."
+        "A model whose type came after the lowest transformers that is allowed, or is wrong in it, "
+        f"is refused with the version that it needs: {', '.join(late)}; with the loss of its "
+        f"routers {', '.join(routers)}."
     )
 
 
