@@ -31,7 +31,7 @@ help:
 	@echo "make test-quick   the losses, partition, collator, methods and config: under a minute"
 	@echo "make test-isa   what computes, capped to plain x86-64, to AVX2, and on the machine's own"
 	@echo "make test-ptx   the compiled GPU kernels, executed on the CPU"
-	@echo "make test-versions   beside the oldest and newest torch, and the newest of Hugging Face"
+	@echo "make test-versions   the lowest, pinned and newest versions of other libraries"
 	@echo "make test-installation   the distributions, built, installed elsewhere and used"
 	@echo "make lint    ruff and clang-format; make format mends what they can"
 	@echo "make types   mypy --strict"
@@ -99,7 +99,7 @@ test-ptx: $(READY)
 	$(PYTEST) -m ptx tests/sftmix_kernels/ptx
 
 test-versions: $(READY)
-	"$(PYTHON)" tests/versions.py
+	"$(PYTHON)" -m tests.versions
 
 test-installation: $(READY)
 	"$(PYTHON)" tests/installation.py

@@ -29,12 +29,14 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sftmix.model.head import HeadAdapter
+from sftmix.model.known_types import NEEDED, ROUTERS, needed
 from sftmix.pairs.collator import PairedCollator
 from sftmix.training.config import SFTMixConfig
 from sftmix.training.loss import MODEL_INPUTS, BatchLoss, batch_counts, batch_loss
@@ -338,6 +340,23 @@ def compare(name: str) -> Family:
     return Family(name, kind, describe(model, head), loss, gradient, verdict)
 
 
+def known() -> tuple[str, ...]:
+    """The families that the installed transformers has right; the others need a newer one."""
+    installed = Version(transformers.__version__)
+    return tuple(name for name in FAMILIES if Version(needed(name, router=True)) <= installed)
+
+
+def since() -> str:
+    """Which families need a newer transformers than the lowest, as a paragraph of the page."""
+    late = [f"{name} {NEEDED[name]}" for name in FAMILIES if name in NEEDED]
+    routers = [f"{name} {version}" for name, version in ROUTERS.items()]
+    return (
+        "A model whose type came after the lowest transformers that is allowed, or is wrong in it, "
+        f"is refused with the version that it needs: {', '.join(late)}; with the loss of its "
+        f"routers {', '.join(routers)}."
+    )
+
+
 def is_as_expected(family: Family) -> bool:
     """Whether a family is right, or refused as it should be."""
     if family.name in REFUSED:
@@ -364,7 +383,7 @@ def page(families: Sequence[Family]) -> str:
     return (
         f"{HEADING}\n\n{right} of {len(families)} families with transformers "
         f"{transformers.__version__}, PyTorch {pytorch}, on the CPU:\n\n"
-        f"{table(families)}\n"
+        f"{table(families)}\n\n{since()}\n"
     )
 
 
@@ -378,7 +397,7 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     transformers.logging.set_verbosity_error()
     families = []
-    for name in arguments.names or FAMILIES:
+    for name in arguments.names or known():
         families.append(compare(name))
         print(table(families[-1:]).splitlines()[-1], flush=True)
     if arguments.markdown is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils._validators import validate_repo_id
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from sftmix.conventions import (
@@ -27,6 +28,7 @@ from sftmix.conventions import (
     WEIGHTS,
     WEIGHTS_INDEX,
 )
+from sftmix.model.known_types import check_type
 from sftmix.runs.failures import Naming
 
 JSON_FILES = (
@@ -107,6 +109,9 @@ def check_model(
     else:
         check_name(model)
         check_reached(model, revision or "main")
+        with ReadingModel(model, "the config"):
+            content, _ = PretrainedConfig.get_config_dict(model, revision=revision or "main")
+        check_type(model, content)
     with ReadingModel(model, "the config"):
         config = AutoConfig.from_pretrained(
             model, revision=revision or "main", trust_remote_code=trust_remote_code
@@ -134,7 +139,8 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
             raise ValueError(
                 f"model: {path} is damaged: expected a mapping, got a {type(content).__name__}"
             )
-    check_type(folder)
+        if name == MODEL_CONFIG:
+            check_config(path, content)
     if not weights:
         return
     has_tokenizer = any(any(folder.glob(pattern)) for pattern in TOKENIZERS)
@@ -149,19 +155,11 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
     raise OSError(f"model: {folder} has no {expected}{why}")
 
 
-def check_type(folder: Path) -> None:
-    """Check that transformers knows the type of a model in a folder."""
-    path = folder / MODEL_CONFIG
-    if not path.exists():
-        return
-    content = json.loads(path.read_text(encoding="utf-8"))
-    kind = content.get("model_type")
-    if kind not in CONFIG_MAPPING and "auto_map" not in content:
-        if kind is None:
-            raise ValueError(f"model: {path} has no model_type; expected that of a saved model")
-        raise ValueError(
-            f"model: {path} is of type {kind!r}, which transformers does not know; a newer one may"
-        )
+def check_config(path: Path, content: Mapping[str, Any]) -> None:
+    """Check that a folder's config has a type of models, and that transformers knows it."""
+    if content.get("model_type") is None and "auto_map" not in content:
+        raise ValueError(f"model: {path} has no model_type; expected that of a saved model")
+    check_type(path, content)
 
 
 def check_name(model: str) -> None:

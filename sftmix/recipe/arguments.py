@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 # The commands have flags of their own in place of these of transformers.
 ELSEWHERE = {"output_dir": "the folder as --output", "resume_from_checkpoint": "--resume"}
 
-# Names of options in other tools or in older versions of transformers, and ours.
+# Names of options in other tools or in other versions of transformers, and ours.
 CALLED = {
     "--warmup_ratio": "--warmup_steps, a share of all steps where below 1",
     "--batch_size": "--per_device_train_batch_size",
@@ -41,6 +41,8 @@ CALLED = {
     "--lr": "--learning_rate",
     "--max_seq_length": "--max_length",
     "--no_cuda": "--use_cpu true",
+    # Before transformers 5.23.
+    "--activation_checkpointing": "--gradient_checkpointing",
 }
 
 # argparse's words for an option that takes several values.

@@ -28,6 +28,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 @pytest.mark.parametrize("name", MOST_USED)
 def test_a_family_is_right(name: str) -> None:
+    if name not in families.known():
+        pytest.skip(f"needs transformers {families.needed(name, router=True)}")
     family = families.compare(name)
     assert families.is_as_expected(family), family
 
@@ -42,11 +44,13 @@ def test_what_is_not_causal_is_refused() -> None:
 def test_the_page_lists_what_the_code_knows() -> None:
     rows = re.findall(r"^\| (\S+) \| (\w+) \|.*\| (right|refused: .*) \|$", PAGE.read_text(), re.M)
     assert [name for name, _, _ in rows] == list(families.FAMILIES)
-    known = families.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    assert [(name, known[name]) for name, _, _ in rows] == [row[:2] for row in rows]
+    classes = families.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    known = [row for row in rows if row[0] in families.known()]
+    assert [(name, classes[name]) for name, _, _ in known] == [row[:2] for row in known]
     assert {name for name, _, verdict in rows if verdict != "right"} == families.REFUSED
     assert set(MOST_USED) < set(families.FAMILIES)
     assert PAGE.read_text().startswith(families.HEADING)
+    assert PAGE.read_text().endswith(f"\n\n{families.since()}\n")
 
 
 def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

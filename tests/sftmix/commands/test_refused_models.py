@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from packaging.version import Version
 
+from sftmix.model import known_types, source
 from sftmix.model.source import ReadingModel
 from tests.sftmix.refusals import refused
 
@@ -115,7 +118,8 @@ DAMAGED: dict[str, tuple[Edit, str]] = {
     "no type": (file("config.json", "{}"), "MODEL/config.json has no model_type"),
     "an unknown type": (
         config(model_type="nonsense"),
-        "MODEL/config.json is of type 'nonsense', which transformers does not know",
+        f"MODEL/config.json is of type 'nonsense', which transformers {transformers.__version__} "
+        "does not know; a newer one may",
     ),
     "a type that is no text": (config(model_type=3), "MODEL/config.json is of type 3"),
     "text for a number": (config(hidden_size="eight"), "the config in MODEL cannot be loaded: "),
@@ -185,3 +189,22 @@ def test_a_run_is_no_model_but_its_checkpoint_is(
     assert refused(capsys, [*words, "--model", str(tmp_path / "old")]).endswith(
         f"it has no config.json; did you mean {tmp_path / 'old' / 'checkpoint-4'}?"
     )
+
+
+def test_a_type_that_a_newer_transformers_knows_is_refused_with_its_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a name on the hub, whose config is not read from a folder."""
+    monkeypatch.setattr(source, "check_reached", lambda *_: None)
+    monkeypatch.setattr(known_types, "installed", "5.6.1")
+    content = {"model_type": "lfm3"}
+    monkeypatch.setattr(source.PretrainedConfig, "get_config_dict", lambda *_, **__: (content, {}))
+    message = "model: org/x is of type 'lfm3', which needs transformers 5.23 or newer, got 5.6.1"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        source.check_model("org/x")
+
+
+def test_types_are_known_from_the_version_on_that_they_need() -> None:
+    installed = Version(transformers.__version__)
+    due = {name for name, one in known_types.NEEDED.items() if Version(one) <= installed}
+    assert due <= set(transformers.CONFIG_MAPPING.keys())

@@ -213,5 +213,5 @@ def test_a_reference_model_is_trained_without_the_targets_objective(
 
 def test_a_coefficient_that_the_models_loss_does_not_have_is_refused(tmp_path: Path) -> None:
     model, data = families.build("jetmoe"), tiny.examples(8)
-    with pytest.raises(ValueError, match=r"^router_aux_loss_coef: .*adds .* 0.01, got 0.5"):
+    with pytest.raises(ValueError, match=r"^router_aux_loss_coef: .*adds .*, got 0.5"):
         over_trl.trainer(model, tmp_path, data, 4, router_aux_loss_coef=0.5)

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sftmix.cli import main
+from sftmix.training.config import CHECKPOINTING
 from tests.sftmix import tiny
 from tools import families
 
@@ -44,7 +45,7 @@ def test_a_mixture_of_experts_generates_after_training(kind: str, tmp_path: Path
         max_steps=1,
         save_strategy="steps",
         save_steps=1,
-        activation_checkpointing=True,
+        **{CHECKPOINTING: True},
     )
     made.train()
     assert tiny.losses(made, "router_loss")

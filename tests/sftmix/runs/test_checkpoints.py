@@ -281,6 +281,8 @@ def test_what_is_being_deleted_is_no_checkpoint(
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Could not find a config file in  - will assume:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize("copied", [None, ["lm_head"]], ids=["alone", "head copied"])
 def test_a_checkpoint_of_an_adapter(copied: list[str] | None, tmp_path: Path) -> None:
     """PEFT: neither the model nor its optimizer's states of frozen weights are written."""

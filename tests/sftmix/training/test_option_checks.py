@@ -15,10 +15,12 @@ from transformers import TrainingArguments
 from sftmix.integrations.trl import SFTMixSFTConfig
 from sftmix.methods import METHODS
 from sftmix.recipe.arguments import TrainRunArguments, parse
-from sftmix.training.config import SFTMixConfig
+from sftmix.training.config import CHECKPOINTING, SFTMixConfig
 from sftmix.training.option_checks import NAMES, UNSUPPORTED, WITHOUT_EFFECT
 from sftmix.training.parallelism import check_parallelism
 
+# Older versions of transformers do not have every option.
+FIELDS = {field.name for field in dataclasses.fields(SFTMixConfig)}
 # What this trainer, or transformers' below it, does as the option says.
 HEEDED = {
     *("output_dir", "per_device_train_batch_size", "num_train_epochs", "max_steps"),
@@ -42,6 +44,8 @@ HEEDED = {
     *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"),
     *("ddp_static_graph", "ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "debug"),
     *("skip_memory_metrics", "enable_jit_checkpoint", "label_smoothing_factor"),
+    # Of older versions, which heed them.
+    *("logging_dir", "warmup_ratio"),
 }
 # Refused elsewhere than in `option_checks.UNSUPPORTED`: by the config, the devices, the parser.
 REFUSED = {"remove_unused_columns", "save_on_each_node", "parallelism_config"}
@@ -79,7 +83,7 @@ def refused(error: type[Exception] = ValueError, **options: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", UNSUPPORTED)
+@pytest.mark.parametrize("name", sorted(FIELDS & UNSUPPORTED.keys()))
 def test_what_would_not_be_heeded_is_refused(name: str) -> None:
     allowed = UNSUPPORTED[name][0][0]
     value = not allowed if isinstance(allowed, bool) else {"data_seed": 3}.get(name, ["x"])
@@ -165,7 +169,7 @@ def test_an_infinite_gradient_norm_is_a_limit_that_is_never_reached() -> None:
     assert SFTMixConfig(use_cpu=True, max_grad_norm=INF).max_grad_norm == INF
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(FIELDS & NAMES.keys()))
 def test_unknown_names(name: str) -> None:
     known = next(iter(NAMES[name]))
     message = refused(**{name: f"{known}x"})
@@ -214,12 +218,12 @@ def test_unknown_names(name: str) -> None:
             "accelerator_config: sync_each_batch: expected true or false, got 'off'",
         ),
         (
-            {"activation_checkpointing_kwargs": {"use_reentrant": "no"}},
-            "activation_checkpointing_kwargs: use_reentrant: expected true or false, got 'no'",
+            {f"{CHECKPOINTING}_kwargs": {"use_reentrant": "no"}},
+            f"{CHECKPOINTING}_kwargs: use_reentrant: expected true or false, got 'no'",
         ),
         (
-            {"activation_checkpointing_kwargs": {"use_reentrant": "maybe"}},
-            "activation_checkpointing_kwargs: use_reentrant: expected true or false, got 'maybe'",
+            {f"{CHECKPOINTING}_kwargs": {"use_reentrant": "maybe"}},
+            f"{CHECKPOINTING}_kwargs: use_reentrant: expected true or false, got 'maybe'",
         ),
         (
             {"fsdp": True, "fsdp_config": {"activation_checkpoint": True}},
@@ -252,8 +256,8 @@ def test_unknown_names(name: str) -> None:
         ({"dataloader_prefetch_factor": 2}, "dataloader_prefetch_factor: expected --dataloader_n"),
         ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers: expected --data"),
         (
-            {"activation_checkpointing_kwargs": {"reentrant": True}},
-            "activation_checkpointing_kwargs: expected one of use_reentrant",
+            {f"{CHECKPOINTING}_kwargs": {"reentrant": True}},
+            f"{CHECKPOINTING}_kwargs: expected one of use_reentrant",
         ),
         ({"optim": "lomo"}, "optim: lomo is not supported: it updates weights in backward"),
         ({"optim": "galore_adamw_layerwise"}, "optim: galore_adamw_layerwise is not supported"),
@@ -344,7 +348,7 @@ def test_packages_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
         {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
         {"lr_scheduler_type": "constant", "warmup_steps": 0.0},
         {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 0.0}},
-        {"activation_checkpointing_kwargs": {"use_reentrant": "false"}},
+        {f"{CHECKPOINTING}_kwargs": {"use_reentrant": "false"}},
         {"fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": False}},
         {"accelerator_config": '{"even_batches": true}', "logging_steps": 0.1},
         {"report_to": ["tensorboard"], "debug": "underflow_overflow", "fsdp": "false"},
@@ -382,8 +386,8 @@ def test_reentrant_checkpointing_of_an_adapter_on_several_devices_is_refused() -
     model = torch.nn.Linear(2, 2)
     options: dict[str, Any] = {
         "use_cpu": True,
-        "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": {"use_reentrant": True},
+        CHECKPOINTING: True,
+        f"{CHECKPOINTING}_kwargs": {"use_reentrant": True},
     }
 
     def args(ranks: int, **changes: Any) -> Any:
@@ -397,8 +401,8 @@ def test_reentrant_checkpointing_of_an_adapter_on_several_devices_is_refused() -
     adapter: Any = torch.nn.Linear(2, 2)
     adapter.peft_config = {}
     check_parallelism(args(1), accelerator, adapter)
-    check_parallelism(args(2, activation_checkpointing_kwargs=None), accelerator, adapter)
-    check_parallelism(args(2, activation_checkpointing=False), accelerator, adapter)
+    check_parallelism(args(2, **{f"{CHECKPOINTING}_kwargs": None}), accelerator, adapter)
+    check_parallelism(args(2, **{CHECKPOINTING: False}), accelerator, adapter)
     with pytest.raises(ValueError, match=r"_checkpointing_kwargs: expected use_reentrant false"):
         check_parallelism(args(2), accelerator, adapter)
 
@@ -407,7 +411,7 @@ def test_options_can_be_copied() -> None:
     """What transformers makes of mappings is accepted again."""
     config = SFTMixConfig(use_cpu=True, fsdp_config={"version": 2})
     kept = config.to_dict()
-    names = ("fsdp_config", "accelerator_config", "activation_checkpointing_kwargs")
+    names = ("fsdp_config", "accelerator_config", f"{CHECKPOINTING}_kwargs")
     again = SFTMixConfig(use_cpu=True, **{name: kept[name] for name in names})
     assert again.fsdp_config == config.fsdp_config
     assert again.accelerator_config == config.accelerator_config

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 import sftmix.training.loss
@@ -27,10 +28,16 @@ pytestmark = [
         ".*gradient_checkpointing.* is deprecated:FutureWarning",
         "Model has `tie_word_embeddings=True`:UserWarning",
         "Setting `save_embedding_layers` to `True`:UserWarning",
+        "Could not find a config file in  - will assume:UserWarning",
     )
 ]
 COPIED = {"modules_to_save": ["lm_head"]}
-TIED = {**COPIED, "ensure_weight_tying": True}
+TIED = pytest.param(
+    *("Gemma2", {**COPIED, "ensure_weight_tying": True}, "fused"),
+    marks=pytest.mark.skipif(
+        Version(peft.__version__) < Version("0.19"), reason="PEFT 0.18 makes no such model"
+    ),
+)
 ON_HEAD = {"target_modules": ["q_proj", "lm_head"]}
 
 
@@ -70,7 +77,7 @@ def taken(model: nn.Module) -> dict[str, Tensor]:
         ("Llama", {}, "fused"),
         ("Llama", COPIED, "fused"),
         ("Gemma2", COPIED, "fused"),
-        ("Gemma2", TIED, "fused"),
+        TIED,
         ("Llama", ON_HEAD, "logits"),
     ],
     ids=["frozen", "copied", "copied-tied", "copied-kept-tied", "adapted"],
@@ -153,7 +160,7 @@ def test_disabled_and_merged_adapters_leave_their_logits(changes: dict[str, Any]
         ("Llama", {}, "fused"),
         ("Llama", COPIED, "fused"),
         ("Gemma2", COPIED, "fused"),
-        ("Gemma2", TIED, "fused"),
+        TIED,
         ("Llama", ON_HEAD, "logits"),
     ],
     ids=["frozen", "copied", "copied-tied", "copied-kept-tied", "adapted"],
