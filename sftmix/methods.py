@@ -1,21 +1,6 @@
 """Every training method, one entry each: the only place that describes them.
 
-How to add a method:
-
-1. Add an entry to `METHODS`. Its key is what `--method` takes; choices, help, model card, report
-   and the integrations read the rest from the entry.
-2. Write its loss as a function of a head, which has ``ntp()``, ``mixup()``, ``joint(weight)``,
-   ``cross_entropy(...)`` (an objective of the kernels), ``tokens()`` (each token's NTP loss) and
-   ``of_tokens(loss, tokens)``; see `hard_examples`, and `sftmix.training.loss.Head`. One function
-   serves `--head fused` and `--head logits`.
-3. Say with ``ntp`` and ``mixed`` which of the two kinds of rows the loss reads, with ``whole_rows``
-   that it needs more of a token than its probability, and with ``weighs`` whether it heeds weights
-   of examples, as ``ntp()``, ``joint(weight)`` and ``cross_entropy()`` do by themselves.
-4. Name options that not every method reads in ``own_options``, and declare them in
-   `sftmix.training.config.SFTMixOptions` and in `sftmix.recipe.manifest.RECIPE_FIELDS`.
-5. Add its line to the table of `docs/methods.md`; `tests/sftmix/test_methods.py` says which.
-6. Add its formula over full logits to `tests/sftmix/training/test_methods.py`, which holds loss
-   and gradients of every method beside it, with both heads.
+`docs/methods.md` says how to add one. Its loss is a function of a `sftmix.training.loss.Head`.
 """
 
 from __future__ import annotations
@@ -124,7 +109,7 @@ METHODS = {
         "token loss of example i",
         says="next-token prediction, each example weighted by the softmax over the batch of its "
         "mean token loss, divided by `kl_reg`",
-        source="paper (a relative): IR-DRO, kl_reg = 1",
+        source="paper, for comparison: IR-DRO, kl_reg = 1",
         loss=hard_examples,
         own_options=("kl_reg",),
     ),

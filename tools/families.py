@@ -57,8 +57,8 @@ logits, and compares. What it finds:
 
 **Mixtures of experts.** Where the model's config has `output_router_logits` on, the router's
 auxiliary loss times the model's own coefficient is added, as a mean over the micro-batches of all
-ranks, and logged as `router_loss`, before the coefficient. Padding of packed rows is tokens to
-the router, that of padded batches is not. TRL switches the loss on by itself, and its
+ranks, and logged as `router_loss`, before the coefficient. The router counts the padding of packed
+rows as tokens, that of padded batches not. TRL switches the loss on by itself, and its
 `router_aux_loss_coef` is heeded. Models and checkpoints are saved with it off: generation fails
 with it on padded prompts. Turn it on again to train such a model further.
 
@@ -68,8 +68,7 @@ with it on padded prompts. Turn it on again to train such a model further.
 
 **Quantised heads** (bitsandbytes) are refused by `fused`: leave the head out of the quantisation.
 
-[What is refused](gaps.md) by family, layout, adapter and way to use several devices is found out by
-asking.
+[What is refused](gaps.md) lists it by family, layout, adapter and way to use several devices.
 
 ## Compared
 

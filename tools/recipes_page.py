@@ -54,7 +54,7 @@ OTHERS = """## Others
 |---|---|
 | `llama-3.1-8b-ultrachat`, `-ntp` | UltraChat-200K |
 | `llama-3.1-8b-tulu3`, `-ntp` | Tulu3-939K |
-| `llama-3.1-8b-alpaca-ir-dro` | IR-DRO, a relative that weights examples |
+| `llama-3.1-8b-alpaca-ir-dro` | IR-DRO, which weights examples by their loss |
 | `llama-3.1-8b-alpaca-alpagasus` | SFTMix on the rows that AlpaGasus keeps |
 | `llama-3.1-8b-alpaca-long` | SFTMix on the 1,000 longest responses |
 | `llama-3.1-8b-alpaca-weak` | Gemma 2 2B scores, Llama 3.1 8B is trained |
