@@ -162,6 +162,18 @@ def check_examples(model: Any, **data: Any) -> None:
 
 
 class _Column(NamedTuple):
+def check_beside(dataset: datasets.Dataset, name: str) -> None:
+    """Check that no column beside tokens and labels says what is not read: packing, or a mask.
+
+    Raises:
+        ValueError: naming the column, and the row where it is a mask beside labels.
+    """
+    _refuse_columns(dataset.column_names, f"{name}: ")
+    if "labels" in dataset.column_names:
+        for start, columns in _scanned(dataset, name):
+            _check_beside(name, start, columns)
+
+
     """Lists of integers, one after another, and how many each row has."""
 
     values: Integers
@@ -223,6 +235,10 @@ def _require_columns(columns: Any, place: str) -> None:
             "from text, and where all tokens are learnt, labels are a copy of input_ids"
         )
     for key, way in REFUSED.items():
+    _refuse_columns(columns, place)
+
+
+def _refuse_columns(columns: Any, place: str) -> None:
         if key in columns:
             raise ValueError(f"{place}expected no column {key!r}, which is not read; {way}")
 
