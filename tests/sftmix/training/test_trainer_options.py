@@ -129,6 +129,16 @@ def test_halves_that_are_no_booleans_are_refused(value: Any, tmp_path: Path) -> 
 def test_pairs_need_an_even_batch_for_the_baseline_too(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"even number .*got 3"):
         tiny.trainer(
+@pytest.mark.parametrize("value", ["a", None, 1.5, [1]])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_ids_that_no_batch_carries_are_refused(value: Any, as_list: bool, tmp_path: Path) -> None:
+    data: Any = tiny.examples(8).select_columns(["input_ids", "labels"])
+    data = data.add_column("id", [value] * 8)
+    words = r"^train_dataset: row 0: expected id, .* to be an integer, .*; leave the column out, or"
+    with pytest.raises(ValueError, match=words):
+        tiny.trainer(tiny.build("Llama"), tmp_path, list(data) if as_list else data)
+
+
             tiny.build("Llama"),
             tmp_path,
             tiny.examples(8),
