@@ -27,7 +27,8 @@ from sftmix.integrations.trl_data import ROW, TOKENS, with_ids, with_responses
 from sftmix.model.head import HeadAdapter, without_peft
 from sftmix.pairs.collator import PairedCollator
 from sftmix.pairs.partition import Partition, from_scores, match, read_partition
-from sftmix.pairs.pools import Confident, chosen
+from sftmix.pairs.pools import Confident, chosen, halves
+from sftmix.runs.failures import Naming
 from sftmix.training.config import SFTMixOptions
 from sftmix.training.example_weights import weights_of
 from sftmix.training.reference import finished_scores, score_while_training
@@ -252,6 +253,8 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
         """Evaluate as `SFTMixMixin` does; data given here are prepared like the trainer's own."""
         own = self.eval_dataset
         given: Any = own if eval_dataset is None else eval_dataset
+        if isinstance(eval_dataset, str):
+            eval_dataset = self._named_eval_dataset(eval_dataset)
         if given is None or isinstance(given, dict):  # evaluated one by one, each by a call of this
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         known = list(own.values()) if isinstance(own, dict) else [own]
@@ -317,8 +320,8 @@ def score(
     scores = score_while_training(trainer, num_scorings)
     with own_runs(trainer):
         trainer.train()
-    hashes = [content_hash(row) for row in train_dataset]
     found = finished_scores(scores, num_scorings)
+    hashes = content_hashes(train_dataset)  # before an epoch is spent
     return from_scores(ids, [hashes[row] for row in ids], *found)
 
 
@@ -345,19 +348,21 @@ def confident_rows(dataset: datasets.Dataset, confident: Confident | str | Path)
     """Return ``confident`` for each row of the user's data, (S,).
 
     Raises:
-        ValueError: another number of rows, or a partition of other data.
+        ValueError: another number of rows, a value that is no boolean, or a partition of other
+            data.
     """
     if isinstance(confident, str | Path):
-        confident = read_partition(Path(confident))
-    if isinstance(confident, Partition):
-        return match(confident, np.arange(len(dataset)), [content_hash(row) for row in dataset])
-    halves = np.asarray(confident, dtype=bool)
-    if halves.shape != (len(dataset),):
-        raise ValueError(
-            f"confident: expected one value for each of {len(dataset)} rows of train_dataset, "
-            f"got shape {halves.shape}"
-        )
-    return halves
+        with Naming("confident"):
+            confident = read_partition(Path(confident))
+    if not isinstance(confident, Partition):
+        return halves(confident, len(dataset))
+    with Naming("confident", other="partition"):
+        return match(confident, np.arange(len(dataset)), content_hashes(dataset))
+
+
+def content_hashes(dataset: datasets.Dataset) -> list[str]:
+    """Return the content hashes of the user's rows, (S,), whatever format they are looked up in."""
+    return [content_hash(row) for row in dataset.with_format(None)]
 
 
 def require_config(args: Any) -> None:
@@ -379,8 +384,14 @@ def require_dataset(dataset: Any, name: str) -> None:
     Raises:
         TypeError: not a `datasets.Dataset`.
     """
-    if not isinstance(dataset, datasets.Dataset):
-        raise TypeError(f"{name}: expected a datasets.Dataset, got {type(dataset).__name__}")
+    if isinstance(dataset, datasets.Dataset):
+        return
+    way = ""
+    if isinstance(dataset, datasets.IterableDataset):
+        way = "; datasets.Dataset.from_list(list(stream.take(n))) makes one of a stream"
+    elif isinstance(dataset, dict):
+        way = f"; pass one of {', '.join(map(str, dataset))}"
+    raise TypeError(f"{name}: expected a datasets.Dataset, got {type(dataset).__name__}{way}")
 
 
 def require_all(prepared: datasets.Dataset, number: int, args: SFTMixSFTConfig) -> list[int]:

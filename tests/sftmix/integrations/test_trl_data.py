@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from sftmix.data.examples import load_examples
-from sftmix.integrations.trl import SFTMixSFTTrainer
+from sftmix.integrations.trl import SFTMixSFTTrainer, content_hashes
 from sftmix.integrations.trl_data import with_responses
 from sftmix.templates.tokenizing import tokenize_examples
 from tests.sftmix.integrations.test_trl import MARKED, ours
@@ -278,6 +278,19 @@ def test_what_is_not_read_of_messages_is_said(
     with caplog.at_level(logging.WARNING, logger="sftmix"):
         made(toy_model, tmp_path, rows)
     assert any("train_dataset: not used: " in line and "mood" in line for line in caplog.messages)
+
+
+def test_rows_have_one_content_in_every_format() -> None:
+    """The text of a long tensor leaves most of it out."""
+    rows = [
+        {"input_ids": [*range(2000), 5], "labels": [*range(1000), one, *range(1000)]}
+        for one in (1, 2)
+    ]
+    data = datasets.Dataset.from_list(rows)
+    found = content_hashes(data)
+    assert len({*found}) == 2
+    for kind in ("torch", "numpy"):
+        assert content_hashes(data.with_format(kind)) == found
 
 
 def test_the_rest_of_trls_preparation_stays(toy_model: Path, tmp_path: Path) -> None:

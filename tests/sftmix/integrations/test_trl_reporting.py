@@ -197,6 +197,15 @@ def test_trls_callback_writes_completions(
     toy_model: Path, rows: datasets.Dataset, tmp_path: Path
 ) -> None:
     trainer = ours(toy_model, tmp_path, rows, {"eval_dataset": rows})
+def test_a_set_to_evaluate_has_a_name(
+    toy_model: Path, rows: datasets.Dataset, tmp_path: Path
+) -> None:
+    trainer = ours(toy_model, tmp_path, rows, {"eval_dataset": {"near": rows, "far": rows}})
+    assert trainer.evaluate("near")["eval_loss"] == trainer.evaluate()["eval_near_loss"]
+    with pytest.raises(ValueError, match=r"^eval_dataset: .*own \(near, far\), got 'nar'"):
+        trainer.evaluate("nar")
+
+
     short = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0)
     callback = LogCompletionsCallback(trainer, generation_config=short, num_prompts=2, freq=1)
     trainer.add_callback(callback)
