@@ -11,17 +11,18 @@ import copy
 import dataclasses
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+from transformers import EarlyStoppingCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from sftmix.data.examples import content_hash
 from sftmix.data.weighting import WEIGHT
-from sftmix.integrations.reporters import REFERENCE, own_runs, reporters_apart
 from sftmix.integrations.tokens import has_targets, named_rows
 from sftmix.integrations.trl_data import ROW, TOKENS, with_ids, with_responses
 from sftmix.model.head import HeadAdapter, without_peft
@@ -31,7 +32,8 @@ from sftmix.pairs.pools import Confident, chosen, halves
 from sftmix.runs.failures import Naming
 from sftmix.training.config import SFTMixOptions
 from sftmix.training.example_weights import weights_of
-from sftmix.training.reference import finished_scores, score_while_training
+from sftmix.training.reference import finished_scores, refuse_optimizers, score_while_training
+from sftmix.training.reporters import REFERENCE, own_runs, reporters_apart
 from sftmix.training.trainer import SFTMixMixin
 
 # Options of TRL that the loss, the pairs or the collator would not heed: what they may be, and why
@@ -251,10 +253,10 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Evaluate as `SFTMixMixin` does; data given here are prepared like the trainer's own."""
-        own = self.eval_dataset
-        given: Any = own if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, str):
             eval_dataset = self._named_eval_dataset(eval_dataset)
+        own = self.eval_dataset
+        given: Any = own if eval_dataset is None else eval_dataset
         if given is None or isinstance(given, dict):  # evaluated one by one, each by a call of this
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         known = list(own.values()) if isinstance(own, dict) else [own]
@@ -283,9 +285,10 @@ def score(
 
     It takes what the trainer takes, so that a script calls it with the same arguments. ``model``
     and ``peft_config`` are copied where they are objects: what is trained afterwards starts afresh.
-    Nothing is saved but by ``write_partition(path, partition)``. A column ``weight`` is not used.
-    Reporters get a run of the reference model's own (`reporters.py`): TensorBoard the folder
-    ``reference`` in the run's, W&B and Trackio a run whose name ends in ``-reference``.
+    Nothing is saved but by ``write_partition(path, partition)``. A column ``weight`` is not used,
+    nor is `EarlyStoppingCallback`, which waits for evaluations. Reporters get a run of the
+    reference model's own (`reporters.py`): TensorBoard the folder ``reference`` in the run's, W&B
+    and Trackio a run whose name ends in ``-reference``.
 
     Args:
         model: the reference model, a name or a model.
@@ -300,12 +303,14 @@ def score(
 
     Raises:
         TypeError: options that are not an `SFTMixSFTConfig`, or a data set that is a stream.
-        ValueError: rows without a token to learn, fewer steps than scorings, or as
+        ValueError: rows without a token to learn, fewer steps than scorings, ``optimizers``, or as
             `SFTMixSFTTrainer`.
         RunFailure: training ended before its last scoring.
     """
     require_config(args)
     require_dataset(train_dataset, "train_dataset")
+    refuse_optimizers(kwargs)
+    kwargs["callbacks"] = without_early_stopping(kwargs.get("callbacks") or ())
     if WEIGHT in train_dataset.column_names:
         train_dataset = train_dataset.remove_columns(WEIGHT)
     if kwargs.get("peft_config") is not None:
@@ -317,11 +322,11 @@ def score(
         **kwargs,
     )
     ids = require_all(trainer.train_dataset, len(train_dataset), args)
+    hashes = content_hashes(train_dataset)  # before an epoch is spent
     scores = score_while_training(trainer, num_scorings)
     with own_runs(trainer):
         trainer.train()
     found = finished_scores(scores, num_scorings)
-    hashes = content_hashes(train_dataset)  # before an epoch is spent
     return from_scores(ids, [hashes[row] for row in ids], *found)
 
 
@@ -342,6 +347,13 @@ def reference_options(args: SFTMixSFTConfig) -> SFTMixSFTConfig:
         report_to=reporters_apart(list(args.report_to or ())),
         run_name=f"{args.run_name or args.output_dir}-{REFERENCE}",
     )
+
+
+def without_early_stopping(callbacks: Sequence[Any]) -> list[Any]:
+    """Return callbacks, or their classes, but those that need evaluations to train at all."""
+    kinds = [one if isinstance(one, type) else type(one) for one in callbacks]
+    pairs = zip(callbacks, kinds, strict=True)
+    return [one for one, kind in pairs if not issubclass(kind, EarlyStoppingCallback)]
 
 
 def confident_rows(dataset: datasets.Dataset, confident: Confident | str | Path) -> Confident:
