@@ -100,14 +100,14 @@ def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
         )
 
 
-def check_ids(name: str, ids: Tensor, hidden: Tensor) -> None:
+def check_ids(name: str, ids: Tensor, hidden: Tensor, other_name: str = "hidden") -> None:
     """Refuse what is not an int64 tensor of hidden's leading shape, on hidden's device."""
     check_tensor(name, ids)
     if ids.dtype != torch.int64:
         raise TypeError(f"{name}: expected int64, got {ids.dtype}")
     if ids.shape != hidden.shape[:-1]:
         raise ValueError(
-            f"{name}: expected shape {tuple(hidden.shape[:-1])} to match hidden, "
+            f"{name}: expected shape {tuple(hidden.shape[:-1])} to match {other_name}, "
             f"got {tuple(ids.shape)}"
         )
     if ids.device != hidden.device:

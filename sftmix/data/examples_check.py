@@ -136,8 +136,8 @@ def check_examples(model: Any, **data: Any) -> None:
 
     Raises:
         TypeError: as `require_rows`.
-        ValueError: no rows, a missing column, or a row that the model cannot read or learn from:
-            its number, the position in it and the value.
+        ValueError: no rows, a missing column, ids that are no integers, or a row that the model
+            cannot read or learn from: its number, the position in it and the value.
     """
     require_rows(**data)
     limits = model_limits(model)
@@ -153,12 +153,25 @@ def check_examples(model: Any, **data: Any) -> None:
                 _check_rows(name, start, columns, limits)
                 _check_beside(name, start, columns)
                 longest = max(longest, int(columns["input_ids"].lengths.max()))
+            _check_id(name, part[0].get("id", 0))
             if made_for is not None and longest > made_for:
                 logger.warning(
                     "%s: the longest example has %d tokens, and the model was made for %d "
                     "(max_position_embeddings); give a smaller max_length, or scale its positions",
                     *(name, longest, made_for),
                 )
+
+
+def check_beside(dataset: datasets.Dataset, name: str) -> None:
+    """Check that no column beside tokens and labels says what is not read: packing, or a mask.
+
+    Raises:
+        ValueError: naming the column, and the row where it is a mask beside labels.
+    """
+    _refuse_columns(dataset.column_names, f"{name}: ")
+    if "labels" in dataset.column_names:
+        for start, columns in _scanned(dataset, name):
+            _check_beside(name, start, columns)
 
 
 class _Column(NamedTuple):
@@ -222,6 +235,10 @@ def _require_columns(columns: Any, place: str) -> None:
             f"{sorted(columns)} without {' and '.join(missing)}; `tokenize_examples` makes them "
             "from text, and where all tokens are learnt, labels are a copy of input_ids"
         )
+    _refuse_columns(columns, place)
+
+
+def _refuse_columns(columns: Any, place: str) -> None:
     for key, way in REFUSED.items():
         if key in columns:
             raise ValueError(f"{place}expected no column {key!r}, which is not read; {way}")
@@ -258,6 +275,16 @@ def _column(rows: Sequence[Any], start: int, name: str, key: str) -> _Column:
             )
     lengths = np.array([len(array) for array in arrays], dtype=np.int64)
     return _Column(np.concatenate(arrays).astype(np.int64), lengths)
+
+
+def _check_id(name: str, value: Any) -> None:
+    """Refuse ids that batches cannot carry; the first tells, as a column has one type."""
+    found = np.asarray(value)
+    if found.ndim or found.dtype.kind not in "iu":
+        raise ValueError(
+            f"{name}: row 0: expected id, where there is one, to be an integer, by which messages "
+            f"name the row, got {value!r:.60}; leave the column out, or rename it"
+        )
 
 
 def _check_beside(name: str, start: int, columns: dict[str, _Column]) -> None:

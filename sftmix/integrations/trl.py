@@ -11,26 +11,29 @@ import copy
 import dataclasses
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+from transformers import EarlyStoppingCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from sftmix.data.examples import content_hash
 from sftmix.data.weighting import WEIGHT
-from sftmix.integrations.reporters import REFERENCE, own_runs, reporters_apart
 from sftmix.integrations.tokens import has_targets, named_rows
 from sftmix.integrations.trl_data import ROW, TOKENS, with_ids, with_responses
 from sftmix.model.head import HeadAdapter, without_peft
 from sftmix.pairs.collator import PairedCollator
 from sftmix.pairs.partition import Partition, from_scores, match, read_partition
-from sftmix.pairs.pools import Confident, chosen
+from sftmix.pairs.pools import Confident, chosen, halves
+from sftmix.runs.failures import Naming
 from sftmix.training.config import SFTMixOptions
 from sftmix.training.example_weights import weights_of
-from sftmix.training.reference import finished_scores, score_while_training
+from sftmix.training.reference import finished_scores, refuse_optimizers, score_while_training
+from sftmix.training.reporters import REFERENCE, own_runs, reporters_apart
 from sftmix.training.trainer import SFTMixMixin
 
 # Options of TRL that the loss, the pairs or the collator would not heed: what they may be, and why
@@ -250,6 +253,8 @@ class SFTMixSFTTrainer(SFTMixMixin, SFTTrainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Evaluate as `SFTMixMixin` does; data given here are prepared like the trainer's own."""
+        if isinstance(eval_dataset, str):
+            eval_dataset = self._named_eval_dataset(eval_dataset)
         own = self.eval_dataset
         given: Any = own if eval_dataset is None else eval_dataset
         if given is None or isinstance(given, dict):  # evaluated one by one, each by a call of this
@@ -280,9 +285,10 @@ def score(
 
     It takes what the trainer takes, so that a script calls it with the same arguments. ``model``
     and ``peft_config`` are copied where they are objects: what is trained afterwards starts afresh.
-    Nothing is saved but by ``write_partition(path, partition)``. A column ``weight`` is not used.
-    Reporters get a run of the reference model's own (`reporters.py`): TensorBoard the folder
-    ``reference`` in the run's, W&B and Trackio a run whose name ends in ``-reference``.
+    Nothing is saved but by ``write_partition(path, partition)``. A column ``weight`` is not used,
+    nor is `EarlyStoppingCallback`, which waits for evaluations. Reporters get a run of the
+    reference model's own (`reporters.py`): TensorBoard the folder ``reference`` in the run's, W&B
+    and Trackio a run whose name ends in ``-reference``.
 
     Args:
         model: the reference model, a name or a model.
@@ -297,12 +303,14 @@ def score(
 
     Raises:
         TypeError: options that are not an `SFTMixSFTConfig`, or a data set that is a stream.
-        ValueError: rows without a token to learn, fewer steps than scorings, or as
+        ValueError: rows without a token to learn, fewer steps than scorings, ``optimizers``, or as
             `SFTMixSFTTrainer`.
         RunFailure: training ended before its last scoring.
     """
     require_config(args)
     require_dataset(train_dataset, "train_dataset")
+    refuse_optimizers(kwargs)
+    kwargs["callbacks"] = without_early_stopping(kwargs.get("callbacks") or ())
     if WEIGHT in train_dataset.column_names:
         train_dataset = train_dataset.remove_columns(WEIGHT)
     if kwargs.get("peft_config") is not None:
@@ -314,10 +322,10 @@ def score(
         **kwargs,
     )
     ids = require_all(trainer.train_dataset, len(train_dataset), args)
+    hashes = content_hashes(train_dataset)  # before an epoch is spent
     scores = score_while_training(trainer, num_scorings)
     with own_runs(trainer):
         trainer.train()
-    hashes = [content_hash(row) for row in train_dataset]
     found = finished_scores(scores, num_scorings)
     return from_scores(ids, [hashes[row] for row in ids], *found)
 
@@ -341,23 +349,32 @@ def reference_options(args: SFTMixSFTConfig) -> SFTMixSFTConfig:
     )
 
 
+def without_early_stopping(callbacks: Sequence[Any]) -> list[Any]:
+    """Return callbacks, or their classes, but those that need evaluations to train at all."""
+    kinds = [one if isinstance(one, type) else type(one) for one in callbacks]
+    pairs = zip(callbacks, kinds, strict=True)
+    return [one for one, kind in pairs if not issubclass(kind, EarlyStoppingCallback)]
+
+
 def confident_rows(dataset: datasets.Dataset, confident: Confident | str | Path) -> Confident:
     """Return ``confident`` for each row of the user's data, (S,).
 
     Raises:
-        ValueError: another number of rows, or a partition of other data.
+        ValueError: another number of rows, a value that is no boolean, or a partition of other
+            data.
     """
     if isinstance(confident, str | Path):
-        confident = read_partition(Path(confident))
-    if isinstance(confident, Partition):
-        return match(confident, np.arange(len(dataset)), [content_hash(row) for row in dataset])
-    halves = np.asarray(confident, dtype=bool)
-    if halves.shape != (len(dataset),):
-        raise ValueError(
-            f"confident: expected one value for each of {len(dataset)} rows of train_dataset, "
-            f"got shape {halves.shape}"
-        )
-    return halves
+        with Naming("confident"):
+            confident = read_partition(Path(confident))
+    if not isinstance(confident, Partition):
+        return halves(confident, len(dataset))
+    with Naming("confident", other="partition"):
+        return match(confident, np.arange(len(dataset)), content_hashes(dataset))
+
+
+def content_hashes(dataset: datasets.Dataset) -> list[str]:
+    """Return the content hashes of the user's rows, (S,), whatever format they are looked up in."""
+    return [content_hash(row) for row in dataset.with_format(None)]
 
 
 def require_config(args: Any) -> None:
@@ -379,8 +396,14 @@ def require_dataset(dataset: Any, name: str) -> None:
     Raises:
         TypeError: not a `datasets.Dataset`.
     """
-    if not isinstance(dataset, datasets.Dataset):
-        raise TypeError(f"{name}: expected a datasets.Dataset, got {type(dataset).__name__}")
+    if isinstance(dataset, datasets.Dataset):
+        return
+    way = ""
+    if isinstance(dataset, datasets.IterableDataset):
+        way = "; datasets.Dataset.from_list(list(stream.take(n))) makes one of a stream"
+    elif isinstance(dataset, dict):
+        way = f"; pass one of {', '.join(map(str, dataset))}"
+    raise TypeError(f"{name}: expected a datasets.Dataset, got {type(dataset).__name__}{way}")
 
 
 def require_all(prepared: datasets.Dataset, number: int, args: SFTMixSFTConfig) -> list[int]:

@@ -14,7 +14,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from sftmix.data.examples import Examples
-from sftmix.data.examples_check import BESIDE
+from sftmix.data.examples_check import BESIDE, check_beside
 from sftmix.data.formats import format_of, read_content
 from sftmix.data.messages import BadField, Notes
 from sftmix.data.rows import BadRowError
@@ -58,18 +58,21 @@ def with_responses(
 
     Raises:
         ValueError: nothing tells responses from prompts, and prompts were not asked for; a
-            conversation in which the responses are not found; or a ``formatting_func`` that TRL
-            would not read.
+            conversation in which the responses are not found; a ``formatting_func`` that TRL would
+            not read; or packed rows of tokens, or masks that learn less than the labels beside
+            them.
     """
     columns = set(dataset.column_names)
     is_whole = args.completion_only_loss is False
     is_text = formatting_func is not None and "input_ids" not in columns
-    if is_text and not columns.isdisjoint(CONVERSATIONS):
+    if is_text and not columns.isdisjoint((*CONVERSATIONS, "prompt")):
         raise ValueError(
-            "formatting_func: expected data without messages, which TRL reads in place of its "
-            f"text, got {sorted(columns)} in {name}; leave it out, or the column"
+            "formatting_func: expected data without messages or a prompt, which TRL reads in place "
+            f"of its text, got {sorted(columns)} in {name}; leave it out, or the column"
         )
     if "input_ids" in columns:
+        # TRL reads no mask beside labels, and takes a packed row for one example.
+        check_beside(dataset, name)
         is_told = not columns.isdisjoint(TOLD)
     elif is_text or {"prompt", "completion"} <= columns:
         is_told = not is_text

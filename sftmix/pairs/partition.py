@@ -353,8 +353,9 @@ def _refuse_another_order(
         return
     raise ValueError(
         f"partition: the data were put into another order after scoring: {np.sum(~same)} of "
-        f"{len(same)} examples have the content of others; keep the columns id and content_hash, "
-        "which `tokenize_examples` makes, while you shuffle, or score the data as they are now"
+        f"{len(same)} examples have the content of others; give them in the order that was scored, "
+        "or score them as they are now (SFTMixTrainer finds them in any order by the columns id "
+        "and content_hash, which `tokenize_examples` makes)"
     )
 
 

@@ -25,6 +25,26 @@ Pairing = Literal["outer", "neighbours", "rank"]
 JITTER = 0.05
 
 
+def halves(confident: Any, number: int) -> NDArray[np.bool_]:
+    """Return which of so many examples are in the confident half, (S,).
+
+    Raises:
+        ValueError: another number of values, or one that is neither true nor false.
+    """
+    values = np.asarray(confident)
+    if values.shape != (number,):
+        raise ValueError(
+            f"confident: expected one value for each of {number} training examples, "
+            f"got shape {values.shape}"
+        )
+    if not np.isin(values, (0, 1)).all():
+        raise ValueError(
+            "confident: expected a boolean for each training example, got "
+            f"{next(one for one in values.tolist() if one not in (0, 1))!r}"
+        )
+    return values.astype(bool)
+
+
 def chosen(confident: Confident, rows: Sequence[int]) -> Confident:
     """Return ``confident`` for the examples in ``rows``, in that order."""
     places = np.asarray(rows, dtype=np.int64)

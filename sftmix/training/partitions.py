@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard
@@ -76,9 +77,19 @@ def identities(dataset: Examples) -> tuple[list[int], list[str]]:
     They are those of the columns ``id`` and ``content_hash``. Where one of these is missing, an
     example is known by its row number and by the hash of its tokens and labels, as `sftmix score`
     knows a row of a file that holds tokens.
+
+    Raises:
+        ValueError: an id is there more than once, as where two data sets were joined.
     """
     if len(dataset) and dataset[0].keys() >= IDENTITY:
         ids, hashes = (column(dataset, name) for name in ("id", "content_hash"))
+        for one, number in Counter(ids).most_common(1):
+            if number > 1:
+                raise ValueError(
+                    f"id: expected another one in each row, got {one} in {number} rows; where data "
+                    "sets were joined, leave the columns id and content_hash out, or number the "
+                    "rows anew"
+                )
         return ids, hashes
     found = [
         content_hash({name: np.asarray(value).tolist() for name, value in row.items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sftmix.pairs.collator import PairedCollator
-from sftmix.pairs.partition import Partition
+from sftmix.pairs.partition import Partition, from_scores
 from sftmix.runs.failures import RunFailure
 from sftmix.training.config import ScoreConfig
-from sftmix.training.partitions import Examples, partition_of
+from sftmix.training.partitions import Examples, identities
+from sftmix.training.reporters import own_runs, reporters_apart
 from sftmix.training.scoring import ScoringCallback, score_examples, scoring_autocast, scoring_steps
 from sftmix.training.trainer import SFTMixMixin, SFTMixTrainer
 from sftmix_kernels import StreamingPerplexity
@@ -30,7 +32,8 @@ def score(
         confident = score(model, ScoreConfig("runs/score"), train_dataset=data)
         SFTMixTrainer(model, SFTMixConfig("runs/sftmix"), train_dataset=data, confident=confident)
 
-    What is trained is a copy of the model. `sftmix.write_partition` keeps the partition.
+    What is trained is a copy of the model. `sftmix.write_partition` keeps the partition. Reporters
+    get a run of the reference model's own, as `reporters.py` says.
 
     Args:
         model: the reference model, the target's own base model or another one.
@@ -43,7 +46,8 @@ def score(
 
     Raises:
         TypeError: ``args`` is no `ScoreConfig`.
-        ValueError: fewer steps than scorings, or an argument that `SFTMixTrainer` refuses.
+        ValueError: fewer steps than scorings, ``optimizers``, an id that is there twice, or an
+            argument that `SFTMixTrainer` refuses.
         RunFailure: training ended before its last scoring.
     """
     if not isinstance(args, ScoreConfig):
@@ -51,11 +55,28 @@ def score(
             f"args: expected ScoreConfig, got {type(args).__name__}; it has the options of "
             "SFTMixConfig, and trains one epoch of next-token prediction"
         )
+    refuse_optimizers(kwargs)
+    args = copy.copy(args)
+    args.report_to = reporters_apart(list(args.report_to or ()))
     trainer = SFTMixTrainer(copy.deepcopy(model), args, train_dataset=train_dataset, **kwargs)
     scores = score_while_training(trainer, args.num_scorings)
-    trainer.train()
-    finished_scores(scores, args.num_scorings)  # refuses fewer
-    return partition_of(scores, train_dataset)
+    ids, hashes = identities(train_dataset)  # refuses what it cannot know before it is trained on
+    with own_runs(trainer):
+        trainer.train()
+    return from_scores(ids, hashes, *finished_scores(scores, args.num_scorings))
+
+
+def refuse_optimizers(arguments: Mapping[str, Any]) -> None:
+    """Refuse a trainer's ``optimizers`` where the model that is trained is another one.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if any(one is not None for one in arguments.get("optimizers") or ()):
+        raise ValueError(
+            "optimizers: expected none, since score trains a model of its own, whose weights they "
+            "do not have; leave them out, or give optim and learning_rate in args"
+        )
 
 
 def reference_trainer(

@@ -27,7 +27,7 @@ from sftmix.model.saved_config import as_loaded, make_savable
 from sftmix.model.tiled_mlp import refuse_router, tile_mlps
 from sftmix.pairs.collator import PairedCollator, check_collator
 from sftmix.pairs.partition import Partition
-from sftmix.pairs.pools import Confident, Pool, pools_of
+from sftmix.pairs.pools import Confident, Pool, halves, pools_of
 from sftmix.pairs.sampling import (
     FilledExamples,
     FilledSampler,
@@ -210,17 +210,8 @@ class SFTMixMixin(WholeCheckpoints):
 
     def _pair(self, confident: Confident) -> None:
         dataset = self.train_dataset
-        values = confident.id if isinstance(confident, Partition) else np.asarray(confident)
-        if values.shape != (len(dataset),):
-            raise ValueError(
-                f"confident: expected one value for each of {len(dataset)} training examples, "
-                f"got shape {values.shape}"
-            )
-        if not isinstance(confident, Partition) and not np.isin(values, (0, 1)).all():
-            raise ValueError(
-                "confident: expected a boolean for each training example, got "
-                f"{next(one for one in values.tolist() if one not in (0, 1))!r}"
-            )
+        if not isinstance(confident, Partition):
+            confident = halves(confident, len(dataset))
         require_pairs(self.args.train_batch_size)
         self.pools = pools_of(confident, self.args.pairing)
         self.confident_rows = np.concatenate([pool.confident for pool in self.pools])
@@ -308,8 +299,14 @@ class SFTMixMixin(WholeCheckpoints):
         """Return what `sftmix.training.evaluation.evaluated` finds of a data set.
 
         Batches are those of `score_examples`; ``per_device_eval_batch_size`` is not used. Several
-        data sets, given as a dict, are evaluated one by one, as `Trainer` does.
+        data sets, given as a dict, are evaluated one by one, as `Trainer` does; a name stands for
+        one of the trainer's own.
+
+        Raises:
+            ValueError: no data set, none of that name, or one that the model cannot read.
         """
+        if isinstance(eval_dataset, str):
+            eval_dataset = self._named_eval_dataset(eval_dataset)
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):
             metrics: dict[str, float] = {}
@@ -336,6 +333,15 @@ class SFTMixMixin(WholeCheckpoints):
         handler = self.callback_handler
         self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _named_eval_dataset(self, name: str) -> Any:
+        own = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if name not in own:
+            raise ValueError(
+                "eval_dataset: expected a data set, or the name of one of the trainer's own "
+                f"({', '.join(own) or 'none has a name'}), got {name!r}"
+            )
+        return own[name]
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse to predict: logits are never made.

@@ -30,6 +30,7 @@ from ..checks import (
     check_ids,
     check_ignore_index,
     check_label_values,
+    check_tensor,
     values_are_free,
 )
 from ..schedules import PADDING
@@ -253,13 +254,7 @@ class StreamingPerplexity:
             )
         if vocab_chunk is not None:
             check_count("vocab_chunk", vocab_chunk, 1)
-        outside = (sample_ids < 0) | (sample_ids >= self.num_samples)
-        outside &= labels != ignore_index
-        if (validate or values_are_free(sample_ids)) and outside.any():
-            raise ValueError(
-                f"sample_ids: expected values in [0, {self.num_samples}), "
-                f"got {int(sample_ids[outside][0])}"
-            )
+        self._see(sample_ids, labels != ignore_index, validate=validate)
         check_label_values("labels", labels, weight.shape[0], ignore_index, validate=validate)
         add = add_sample_losses_op if torch.compiler.is_compiling() else add_sample_losses
         with torch.no_grad():
@@ -276,15 +271,32 @@ class StreamingPerplexity:
                 self._sum,
                 self._count,
             )
+
+    def _see(self, sample_ids: Tensor, counts: Tensor, *, validate: bool = False) -> None:
+        """Refuse an id outside ``[0, S)`` of a token that counts, or remember that one came."""
+        outside = counts & ((sample_ids < 0) | (sample_ids >= self.num_samples))
+        if (validate or values_are_free(sample_ids)) and outside.any():
+            raise ValueError(
+                f"sample_ids: expected values in [0, {self.num_samples}), "
+                f"got {int(sample_ids[outside][0])}"
+            )
         self._outside |= outside.any()
 
     def add(
         self,
-        losses: Tensor,  # (R,) nats
-        sample_ids: Tensor,  # (R,) int64, in [0, S)
+        losses: Tensor,  # (...) nats
+        sample_ids: Tensor,  # (...) int64, in [0, S)
     ) -> None:
-        """Add token losses made elsewhere, rounded as those of `update`."""
-        losses = losses.float()
+        """Add token losses made elsewhere, rounded as those of `update`; all of them count.
+
+        Raises:
+            TypeError, ValueError: sample ids of another dtype, shape or device, or outside
+                ``[0, S)``, as `update` refuses them.
+        """
+        check_tensor("losses", losses)
+        check_ids("sample_ids", sample_ids, losses.unsqueeze(-1), "losses")
+        losses, sample_ids = losses.detach().float().reshape(-1), sample_ids.reshape(-1)
+        self._see(sample_ids, losses.new_ones((), dtype=torch.bool))
         # A state of which the loss is log(1) - (0 - loss).
         state = torch.stack([losses, torch.ones_like(losses), torch.zeros_like(losses)])
         order = sample_ids.argsort(stable=True)

@@ -422,7 +422,7 @@ def test_a_partition_of_the_command_line_fits_the_same_rows(
     changed = pairs.map(
         lambda row, i: {"completion": row["completion"] + "!" * (i == 3)}, with_indices=True
     )
-    with pytest.raises(ValueError, match=r"^partition: the data changed after scoring: example 3"):
+    with pytest.raises(ValueError, match=r"^confident: the data changed after scoring: example 3"):
         ours(toy_model, tmp_path, changed, {"confident": scored})
 
 
@@ -486,11 +486,16 @@ def test_arguments_that_do_not_fit_are_refused(
     refused(
         ValueError, "^confident: expected one value for each of 16", given={"confident": [True]}
     )
+    refused(
+        ValueError, "^confident: expected a boolean .* got 'no'", given={"confident": ["no"] * 16}
+    )
+    with pytest.raises(ValueError, match=r"^confident: .*missing.parquet: cannot be read"):
+        ours(toy_model, tmp_path, pairs, {"confident": tmp_path / "missing.parquet"})
     refused(ValueError, "^data_collator: not", given={"data_collator": lambda rows: rows})
     refused(ValueError, "^compute_metrics: not", given={"compute_metrics": len})
     refused(
         TypeError,
-        "^train_dataset: expected a datasets.Dataset",
+        r"^train_dataset: expected a datasets.Dataset, got IterableDataset; .*stream.take\(n\)",
         pairs.to_iterable_dataset(),
         given={"confident": None},
     )

@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from sftmix.data.examples import load_examples
-from sftmix.integrations.trl import SFTMixSFTTrainer
+from sftmix.integrations.trl import SFTMixSFTTrainer, content_hashes
 from sftmix.integrations.trl_data import with_responses
 from sftmix.templates.tokenizing import tokenize_examples
 from tests.sftmix.integrations.test_trl import MARKED, ours
@@ -142,6 +142,37 @@ def test_of_tokens_what_a_mask_says_is_learnt(kind: str, toy_model: Path, tmp_pa
     assert sorted(trainer.examples.column_names) == ["id", "input_ids", "labels"]
 
 
+@pytest.mark.parametrize(
+    ("beside", "words"),
+    [
+        (
+            {"completion_mask": [0, 1, 1]},
+            r"row 0: completion_mask\[0\] is 0, .*set the label to -",
+        ),
+        ({"assistant_masks": [1, 1, 0]}, r"row 0: assistant_masks\[2\] is 0, .*set the label to"),
+        ({"attention_mask": [0, 1, 1]}, r"row 0: attention_mask\[0\] is 0, .*cut padding off"),
+        ({"position_ids": [0, 0, 1]}, r"row 0: position_ids\[1\] is 0, .*give every packed exam"),
+        ({"seq_lengths": [2, 1]}, "expected no column 'seq_lengths', .*give every packed example"),
+    ],
+)
+def test_columns_that_take_back_what_labels_say_are_refused(
+    beside: dict[str, Any], words: str, toy_model: Path, tmp_path: Path
+) -> None:
+    """TRL reads none of them beside labels, so that a prompt would be learnt."""
+    rows = datasets.Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [5, 6, 7], **beside}] * 4)
+    with pytest.raises(ValueError, match=f"^train_dataset: {words}"):
+        made(toy_model, tmp_path, rows)
+    with pytest.raises(ValueError, match=f"^eval_dataset: {words}"):
+        made(toy_model, tmp_path, data("tokens"), {"eval_dataset": rows})
+
+
+def test_columns_that_say_what_labels_say_are_taken(toy_model: Path, tmp_path: Path) -> None:
+    beside = {"completion_mask": [0, 1, 1], "attention_mask": [1, 1, 1], "id": "a"}
+    rows = datasets.Dataset.from_list([{**ROWS["tokens"], **beside}] * 4)
+    trainer = made(toy_model, tmp_path, rows, {"eval_dataset": rows})
+    assert trainer.examples["labels"][0] == trainer.eval_dataset["labels"][0] == [-100, 6, 7]
+
+
 ASKED: list[tuple[str, dict[str, Any]]] = [
     ("messages", {"assistant_only_loss": False}),
     ("messages", {"completion_only_loss": False}),
@@ -196,8 +227,9 @@ def test_the_text_of_a_function_is_refused(toy_model: Path, tmp_path: Path) -> N
     rows, given = data("instructions"), {"formatting_func": first}
     with pytest.raises(ValueError, match=r"^d: .* got the text of formatting_func; "):
         with_responses(rows, None, asked(), first, "d")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^formatting_func: expected data without messages"):
-        with_responses(data("messages"), None, asked(), first, "d")  # type: ignore[arg-type]
+    for kind in ("messages", "strings"):
+        with pytest.raises(ValueError, match=r"^formatting_func: expected data without messages"):
+            made(toy_model, tmp_path, data(kind), given, completion_only_loss=False)
     trainer = made(toy_model, tmp_path, rows, given, completion_only_loss=False)
     whole, learnt = parts(trainer)
     assert whole == learnt == TURNS[0] + trainer.processing_class.eos_token
@@ -246,6 +278,19 @@ def test_what_is_not_read_of_messages_is_said(
     with caplog.at_level(logging.WARNING, logger="sftmix"):
         made(toy_model, tmp_path, rows)
     assert any("train_dataset: not used: " in line and "mood" in line for line in caplog.messages)
+
+
+def test_rows_have_one_content_in_every_format() -> None:
+    """The text of a long tensor leaves most of it out."""
+    rows = [
+        {"input_ids": [*range(2000), 5], "labels": [*range(1000), one, *range(1000)]}
+        for one in (1, 2)
+    ]
+    data = datasets.Dataset.from_list(rows)
+    found = content_hashes(data)
+    assert len({*found}) == 2
+    for kind in ("torch", "numpy"):
+        assert content_hashes(data.with_format(kind)) == found
 
 
 def test_the_rest_of_trls_preparation_stays(toy_model: Path, tmp_path: Path) -> None:

@@ -10,13 +10,16 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import GenerationConfig
+from transformers import EarlyStoppingCallback, GenerationConfig
 from trl import LogCompletionsCallback
 
-from sftmix.integrations.reporters import reporters_apart
+import sftmix
+from sftmix import ScoreConfig, SFTMixTrainer
 from sftmix.integrations.trl import SFTMixSFTConfig, score
-from tests.sftmix import over_trl
+from sftmix.training.reporters import reporters_apart
+from tests.sftmix import over_trl, tiny
 from tests.sftmix.integrations.test_trl import options, ours
 from tools import families
 
@@ -138,6 +141,27 @@ def test_wandb_gets_two_runs(
     assert wandb.run is wandb.runs[1]  # transformers leaves the training's open
 
 
+def test_wandb_gets_two_runs_of_the_plain_trainer_too(wandb: FakeWandb, tmp_path: Path) -> None:
+    data, told = tiny.examples(8), {"report_to": "wandb", "logging_steps": 1, "use_cpu": True}
+    args = ScoreConfig(
+        str(tmp_path / "score"), num_scorings=1, run_name="scores", disable_tqdm=True, **told
+    )
+    partition = sftmix.score(tiny.build("Llama"), args, train_dataset=data)
+    assert args.report_to == ["wandb"]
+    made = SFTMixTrainer(
+        tiny.build("Llama"),
+        tiny.config(tmp_path / "run", run_name="mine", num_train_epochs=2, **told),
+        train_dataset=data,
+        confident=partition,
+    )
+    made.train()
+    steps = [
+        (run.name, [line["train/global_step"] for line in run.lines if "train/loss" in line])
+        for run in wandb.runs
+    ]
+    assert steps == [("scores", [1, 2]), ("mine", [1, 2, 3, 4])]
+
+
 @pytest.mark.parametrize("chosen", ["active", "id"])
 def test_a_run_of_wandb_that_is_active_stays_the_trainings(
     chosen: str,
@@ -173,6 +197,15 @@ def test_a_reporter_without_a_run_for_each_training_is_left_out(
     assert "is not reported to mlflow, swanlab, " in line
 
 
+def test_a_set_to_evaluate_has_a_name(
+    toy_model: Path, rows: datasets.Dataset, tmp_path: Path
+) -> None:
+    trainer = ours(toy_model, tmp_path, rows, {"eval_dataset": {"near": rows, "far": rows}})
+    assert trainer.evaluate("near")["eval_loss"] == trainer.evaluate()["eval_near_loss"]
+    with pytest.raises(ValueError, match=r"^eval_dataset: .*own \(near, far\), got 'nar'"):
+        trainer.evaluate("nar")
+
+
 @pytest.mark.parametrize("held", ["one", "several"])
 def test_data_to_evaluate_keep_the_columns_of_trl(
     held: str, toy_model: Path, rows: datasets.Dataset, tmp_path: Path
@@ -205,6 +238,35 @@ def test_trls_callback_writes_completions(
     assert steps == ("1", "1", "2", "2")
     assert prompts == ("Say red.", "Say blue.") * 2
     assert all(completions)
+
+
+def test_scoring_leaves_early_stopping_out(
+    toy_model: Path, rows: datasets.Dataset, tmp_path: Path
+) -> None:
+    """It evaluates nothing, which that callback asserts; a script gives both the same arguments."""
+    config = SFTMixSFTConfig(
+        **options(
+            tmp_path, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True
+        )
+    )
+    given = {"eval_dataset": rows, "train_dataset": rows}
+    for callback in (EarlyStoppingCallback(2), EarlyStoppingCallback):
+        found = score(str(toy_model), config, num_scorings=1, callbacks=[callback], **given)
+        assert len(found) == len(rows)
+
+
+def test_optimizers_of_another_model_are_refused(
+    toy_model: Path, rows: datasets.Dataset, tmp_path: Path
+) -> None:
+    """`score` trains a copy, which these would not move."""
+    model = tiny.build("Llama")
+    given = {"optimizers": (torch.optim.SGD(model.parameters(), lr=1.0), None)}
+    words = r"^optimizers: expected none, since score trains a model of its own"
+    config = SFTMixSFTConfig(**options(tmp_path))
+    with pytest.raises(ValueError, match=words):
+        score(str(toy_model), config, train_dataset=rows, **given)
+    with pytest.raises(ValueError, match=words):
+        sftmix.score(model, ScoreConfig(str(tmp_path)), train_dataset=tiny.examples(8), **given)
 
 
 def test_a_routers_loss_has_trls_name(tmp_path: Path) -> None:

@@ -107,6 +107,19 @@ def test_a_partition_without_data_is_refused(tmp_path: Path) -> None:
         trainer(None, scored(tiny.examples(8)), tmp_path)
 
 
+def test_an_id_that_is_there_twice_is_refused_before_training(tmp_path: Path) -> None:
+    """As where data sets were joined that `tokenize_examples` made; contents alone will do."""
+    joined = datasets.concatenate_datasets([tiny.examples(8), tiny.examples(8, seed=1)])
+    config = ScoreConfig(str(tmp_path), num_scorings=1, use_cpu=True, disable_tqdm=True)
+    words = r"id: expected another one in each row, got 10 in 2 rows; where data sets were joi"
+    with pytest.raises(ValueError, match=f"^{words}"):
+        sftmix.score(tiny.build("Llama"), config, train_dataset=joined)
+    assert not [*tmp_path.iterdir()]
+    with pytest.raises(ValueError, match=f"^confident: {words}"):
+        trainer(joined, scored(bare(joined)), tmp_path)
+    assert trainer(bare(joined), scored(bare(joined)), tmp_path).paired
+
+
 def test_booleans_are_taken_as_they_are() -> None:
     halves = tiny.halves(8)
     assert matched(halves, tiny.examples(8)) is halves

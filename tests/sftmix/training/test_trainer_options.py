@@ -34,6 +34,9 @@ def test_several_evaluation_sets_are_evaluated_one_by_one(tmp_path: Path) -> Non
     found = made.evaluate()
     assert found["eval_near_loss"] == made.evaluate(sets["near"])["eval_loss"]
     assert found["eval_far_loss"] == made.evaluate(sets["far"])["eval_loss"]
+    assert found["eval_far_loss"] == made.evaluate("far")["eval_loss"]
+    with pytest.raises(ValueError, match=r"^eval_dataset: .*own \(near, far\), got 'test'"):
+        made.evaluate("test")
 
 
 def test_nothing_to_evaluate_is_refused(tmp_path: Path) -> None:
@@ -124,6 +127,16 @@ def test_halves_that_are_no_booleans_are_refused(value: Any, tmp_path: Path) -> 
     """Anything but an empty text counts as true in Python."""
     with pytest.raises(ValueError, match=r"^confident: expected a boolean for each training exa"):
         tiny.trainer(tiny.build("Llama"), tmp_path, tiny.examples(8), confident=[value] * 8)
+
+
+@pytest.mark.parametrize("value", ["a", None, 1.5, [1]])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_ids_that_no_batch_carries_are_refused(value: Any, as_list: bool, tmp_path: Path) -> None:
+    data: Any = tiny.examples(8).select_columns(["input_ids", "labels"])
+    data = data.add_column("id", [value] * 8)
+    words = r"^train_dataset: row 0: expected id, .* to be an integer, .*; leave the column out, or"
+    with pytest.raises(ValueError, match=words):
+        tiny.trainer(tiny.build("Llama"), tmp_path, list(data) if as_list else data)
 
 
 def test_pairs_need_an_even_batch_for_the_baseline_too(tmp_path: Path) -> None:

@@ -305,6 +305,23 @@ def test_id_outside_on_a_device_is_never_lost() -> None:
         state.end_checkpoint()
 
 
+def test_losses_made_elsewhere_are_checked_as_tokens_are() -> None:
+    """A token of no example would be left out of the sums without a word."""
+    losses, ids = torch.rand(2, 2, requires_grad=True), torch.tensor([[0, 1], [1, 1]])
+    scores = StreamingPerplexity(2, "cpu")
+    scores.add(losses, ids)
+    assert scores.num_tokens.tolist() == [1, 3]
+    assert not scores.nll_sum.requires_grad
+    for bad, error, words in (
+        (torch.tensor([[0, 1], [1, 2]]), ValueError, r"expected values in \[0, 2\), got 2"),
+        (ids.int(), TypeError, "expected int64, got torch.int32"),
+        (ids[0], ValueError, r"expected shape \(2, 2\) to match losses, got \(2,\)"),
+    ):
+        with pytest.raises(error, match=f"^sample_ids: {words}"):
+            scores.add(losses, bad)
+    assert scores.num_tokens.tolist() == [1, 3]
+
+
 def test_one_checkpoint_is_confidence_without_spread(device: str) -> None:
     state = StreamingPerplexity(2, device)
     labels, ids = torch.tensor([1, 2, 3], device=device), torch.tensor([0, 1, 1], device=device)
