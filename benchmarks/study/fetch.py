@@ -100,18 +100,23 @@ def install(packages: tuple[str, ...], folder: str) -> None:
         raise OSError(f"pip could not install {' '.join(packages)}: see its message above")
 
 
+def file_hash(file: Path) -> str:
+    """Return the SHA-256 of a file, which need not fit into memory."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def check_hash(file: Path, expected: str) -> None:
     """Refuse a file with other bytes than those that are known.
 
     Raises:
         ValueError: its SHA-256 is another one.
     """
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(2**24):
-            digest.update(block)
-    if digest.hexdigest() != expected:
-        raise ValueError(f"{file.name}: expected the SHA-256 {expected}, got {digest.hexdigest()}")
+    if (found := file_hash(file)) != expected:
+        raise ValueError(f"{file.name}: expected the SHA-256 {expected}, got {found}")
 
 
 def convert(file: Path, output: Path, asked: str) -> None:

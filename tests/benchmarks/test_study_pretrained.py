@@ -24,7 +24,7 @@ from benchmarks.study.pretrained.data import (
     read_prepared,
     write_prepared,
 )
-from benchmarks.study.pretrained.frozen import activations, put_back, upper_part
+from benchmarks.study.pretrained.frozen import activations, upper_part
 from benchmarks.study.pretrained.plan import Plan, Run
 from benchmarks.study.pretrained.settings import QUICK, SEARCH_SEED, TRAINED, Sizes
 from sftmix.evaluation.medical import Questions
@@ -100,21 +100,6 @@ def test_losses_and_gradients_are_those_of_the_whole_model(
     own["model.norm.weight"] = whole.model.norm.weight
     for name, parameter in trained.items():
         torch.testing.assert_close(parameter.grad, own[name].grad)
-
-
-def test_the_whole_model_gets_what_its_upper_part_learnt(whole: LlamaForCausalLM) -> None:
-    tokens = examples()[0]["input_ids"]
-    upper = upper_part(copy.deepcopy(whole), 2, activations(whole, 2, [tokens]))
-    with torch.no_grad():
-        for parameter in upper.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter))
-        before = whole(torch.tensor([tokens])).logits
-        put_back(whole, upper)
-        after = whole(torch.tensor([tokens])).logits
-        found = upper(torch.arange(1, len(tokens) + 1)[None], use_cache=False).logits
-    torch.testing.assert_close(after, found)
-    assert (after - before).abs().max() > 0.1
 
 
 def test_activations_do_not_depend_on_who_shares_a_batch(whole: LlamaForCausalLM) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import tempfile
 import time
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 
+from benchmarks.study.fetch import file_hash
 from benchmarks.study.measures import on_held_out, on_training_data
 from benchmarks.study.parts import write_messages
 from benchmarks.study.runs import config_options, facts
@@ -100,11 +100,7 @@ def weights_hash(model: str) -> str:
     file = Path(model) / "model.safetensors"
     if not file.is_file():
         raise ValueError(f"--model: no file {file}; `fetch` makes such a folder")
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(2**24):
-            digest.update(block)
-    return digest.hexdigest()[:16]
+    return file_hash(file)[:16]
 
 
 def make_next(study: Study) -> Run | None:
