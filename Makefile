@@ -143,7 +143,9 @@ bench-quick: $(READY)
 results: $(READY)
 	"$(PYTHON)" -m benchmarks plot benchmarks/results --markdown benchmarks/RESULTS.md \
 		--readme README.md
-	"$(PYTHON)" -m benchmarks.study report --document docs/study.md
+	for study in smollm2 gemma3; do \
+		"$(PYTHON)" -m benchmarks.study report --study $$study \
+			--document docs/study.md || exit 1; done
 	"$(PYTHON)" -m benchmarks.study small report benchmarks/study/results \
 		--document docs/study_small.md
 	"$(PYTHON)" -m benchmarks.long_sequence plot benchmarks/long_sequence/results \

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .schedules import FAST_DTYPES, is_fake, runs_triton
+from .schedules import FAST_DTYPES, is_fake, rounds_once, runs_triton
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
@@ -26,8 +26,9 @@ class Gradients:
     """The gradients of one op call, filled chunk by chunk; what is not needed is not allocated.
 
     ``hidden`` (R, D) in its own dtype, or in float32 where ranks add theirs up; ``weight`` (V, D)
-    and ``bias`` (V,) in float32, since sums over many chunks diverge in bfloat16. ``scale``
-    multiplies all of them, at no cost: a product has a factor of its own.
+    and ``bias`` (V,) in float32, since sums over many chunks diverge in bfloat16; of one chunk it
+    may be made in bfloat16 (`rounds_once`). ``scale`` multiplies all of them, at no cost: a product
+    has a factor of its own.
 
     With ``keeps`` one chunk has all rows, and ``weight`` is its ``G`` (R, V). Backward multiplies
     it with ``gathered``, the rows of hidden (R, D): `weight_gradient`.
@@ -43,6 +44,7 @@ class Gradients:
         partial: bool = False,
         scale: float = 1.0,
         keeps: bool = False,
+        chunk_rows: int | None = None,
     ) -> None:
         self.needs_hidden, self.needs_weight, self.needs_bias = needs_gradient
         self.needed = any(needs_gradient)
@@ -51,7 +53,9 @@ class Gradients:
         self.hidden = unwritten(hidden, shape, torch.float32 if partial else hidden.dtype)
         # The first chunk overwrites dW, so that only an op without rows has to clear it.
         shape = weight.shape if self.needs_weight and not keeps else torch.Size((0,))
-        self.weight = weight.new_empty(shape, dtype=torch.float32)
+        rounds = chunk_rows is not None and rounds_once(hidden.shape[0], chunk_rows, weight)
+        dtype = weight.dtype if rounds and not partial else torch.float32
+        self.weight = weight.new_empty(shape, dtype=dtype)
         if num_rows == 0:
             self.weight.zero_()
         self.bias = weight.new_zeros(weight.shape[0] if self.needs_bias else 0, dtype=torch.float32)
@@ -129,12 +133,14 @@ def product(
 def add_product_(
     total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0, *, overwrite: bool
 ) -> None:
-    """Add ``scale * left @ right`` to ``total`` in float32, with no temporary of total's size.
+    """Add ``scale * left @ right`` to ``total`` in its dtype, with no temporary of total's size.
 
     On a GPU ``scale`` is 1 (`DividedBy`).
     """
     beta = 0 if overwrite else 1
-    if left.dtype == torch.float32:
+    if left.dtype == total.dtype == right.dtype:
+        torch.addmm(total, left, right, beta=beta, alpha=scale, out=total)
+    elif left.dtype == torch.float32:
         torch.addmm(total, left, right.float(), beta=beta, alpha=scale, out=total)
     elif not left.is_cuda:
         # A fast product in half precision is rounded to it, once a chunk.

@@ -112,6 +112,7 @@ def mixup_rows(
             partial=group is not None,
             scale=1.0 if divisor is None else float(divisor.reciprocal()),
             keeps=keeps,
+            chunk_rows=chunk_rows,
         )
         workspace = logits_workspace(weight, max(map(count_of, chunks), default=0))
         if runs_triton(weight):
@@ -141,9 +142,12 @@ def mixup_rows(
 
 
 @mixup_rows.register_fake
-def _(hidden, _u, weight, _b, _t, _s, row_weight, _scale, _cap, _rows, needs, _first=0, group=None,  # type: ignore[no-untyped-def]
-      keeps=False, _divisor=None, _old=None, _parameter=None, _kind=0, stats=False):  # fmt: skip
-    results = fake_results(hidden, weight, needs, partial=group is not None, keeps=keeps)
+def _(hidden, _u, weight, _b, _t, _s, row_weight, _scale, _cap, chunk_rows, needs, _first=0,  # type: ignore[no-untyped-def]
+      group=None, keeps=False, _divisor=None, _old=None, _parameter=None, _kind=0,
+      stats=False):  # fmt: skip
+    results = fake_results(
+        hidden, weight, needs, chunk_rows, partial=group is not None, keeps=keeps
+    )
     room = row_weight.new_empty(3, row_weight.shape[0] if stats else 0)
     return torch.empty_like(row_weight), *results, room
 

@@ -19,10 +19,11 @@ largest of these moments comes on top:
 | ``row_chunks``, CPU | a chunk: its rows gathered or mixed, its dH | ``l K V + 2 l K D`` |
 | | ... of half precision, slow: a tile of the weight | ``l K V + 2 l K D + t`` |
 | | ... of half precision, fast: a tile of dW | ``l K V + l K D + t w / 4 + t`` |
+| | ... bfloat16, fast, one chunk: dW has w bytes | ``l K V + 2 l K D`` (Mixup: 5) |
 | ``vocab_tiles`` | a group; filtered or not | ``w K C + (4 + w) K D`` |
 | | ... its dH rounded, half precision | ``w K C + (4 + 2 w) K D`` |
 | all, kernels | gradients handed out | half precision: ``w V D``; Mixup: ``w N D`` |
-| ``row_chunks``, CPU | ... | Mixup: ``w N D``; half precision: also ``w V D + t`` |
+| ``row_chunks``, CPU | ... | Mixup: ``w N D``; half precision, several chunks: also ``w V D + t`` |
 
 Where kernels make all logits at once (`keeps_gradients`), dW has w bytes a number, K is R, and the
 chunk is kept to the end, so that Mixup's dH comes on top: ``w R V + w V D + 2 w R D``. At N = 8192,
@@ -59,6 +60,7 @@ from .schedules import (
     VocabTiles,
     keeps_gradients,
     logits_dtype,
+    rounds_once,
 )
 from .vocab_tiles.groups import groups
 
@@ -96,7 +98,7 @@ def peak_bytes(task: str, schedule: RowChunks | VocabTiles, shape: Shape, kernel
     else:
         during = cpu_chunk_bytes(task, schedule, shape)
     kept = kept_bytes(task, schedule, shape, kernels)
-    handed_out = handed_out_bytes(task, shape, kernels)
+    handed_out = handed_out_bytes(task, schedule, shape, kernels)
     if kernels and keeps(task, schedule, shape):
         # dW is made in the dtype in which it is handed out; Mixup's dH goes to two inputs.
         of_both = shape.itemsize * shape.rows * shape.hidden_size
@@ -113,6 +115,14 @@ def keeps(task: str, schedule: RowChunks | VocabTiles, shape: Shape) -> bool:
     return keeps_gradients(logit_rows(task, shape), most, weight)
 
 
+def rounds(task: str, schedule: RowChunks | VocabTiles, shape: Shape) -> bool:
+    """Say whether the CPU makes dW in bfloat16 at once: see `rounds_once`."""
+    weight = torch.empty(0, shape.hidden_size, dtype=dtype_of(shape), device="cpu")
+    if isinstance(schedule, VocabTiles):
+        return False
+    return rounds_once(logit_rows(task, shape), schedule.rows_for(weight, shape.vocab_size), weight)
+
+
 def logit_rows(task: str, shape: Shape) -> int:
     """Return R: MIXUP interpolates hidden states before it projects them."""
     return shape.rows // 2 if task == MIXUP else shape.rows
@@ -124,22 +134,26 @@ def kept_bytes(
     """Return the bytes of dW and dH before they are scaled, and of the numbers of rows."""
     numbers = TILE_NUMBERS if isinstance(schedule, VocabTiles) else CHUNK_NUMBERS
     # float32, since sums over many chunks diverge in half precision. A row of dH is one sum.
-    width = shape.itemsize if kernels and keeps(task, schedule, shape) else 4
+    own = keeps(task, schedule, shape) if kernels else rounds(task, schedule, shape)
+    width = shape.itemsize if own else 4
     dw = width * shape.vocab_size * shape.hidden_size
     dh = shape.itemsize * logit_rows(task, shape) * shape.hidden_size
     return dw + dh + numbers[task] * shape.rows
 
 
-def handed_out_bytes(task: str, shape: Shape, kernels: bool) -> int:
+def handed_out_bytes(
+    task: str, schedule: RowChunks | VocabTiles, shape: Shape, kernels: bool
+) -> int:
     """Return the bytes of the gradients in the inputs' dtype, beside those kept.
 
-    A gradient that is kept in its dtype is multiplied in place; Mixup's dH goes to two inputs.
+    A gradient that is kept in its dtype is multiplied in place, or on the CPU by 1; Mixup's dH goes
+    to two inputs.
     """
     num_rows, size, vocab_size, width = shape
     dw, dh = width * vocab_size * size, width * num_rows * size
     if task != MIXUP:
         dh = 0
-    if width == 4:
+    if width == 4 or (not kernels and rounds(task, schedule, shape)):
         return dh
     return dh + dw if kernels else dh + dw + tile_bytes(shape)
 
@@ -185,9 +199,13 @@ def cpu_chunk_bytes(task: str, schedule: RowChunks, shape: Shape) -> int:
     hidden, tile = of_logits * num_rows * size, 0
     if width < of_logits:
         tile = tile_bytes(shape)
-    elif width < 4:
+    elif width < 4 and not rounds(task, schedule, shape):
         tile = max(0, tile_bytes(shape) * (width + 4) // 4 - hidden)
-    return of_logits * num_rows * vocab_size + 2 * hidden + tile
+    rows = 2 * hidden + tile
+    if task == MIXUP and of_logits < 4:
+        # Two are mixed in float32 and rounded.
+        rows = max(rows, 5 * hidden)
+    return of_logits * num_rows * vocab_size + rows
 
 
 def group_bytes(task: str, schedule: VocabTiles, shape: Shape) -> int:

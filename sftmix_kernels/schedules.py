@@ -194,6 +194,17 @@ def logits_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float32 if slow and not runs_triton(hidden) else hidden.dtype
 
 
+def rounds_once(num_rows: int, chunk_rows: int, weight: Tensor) -> bool:
+    """Say whether the CPU makes dW in bfloat16 at once: of one chunk, by a fast product.
+
+    Float32 sums of it would have to be written and converted: at 128 rows, D = 512, V = 32,000 half
+    of the time. Float16 is divided late, and would vanish.
+    """
+    fast = weight.dtype == torch.bfloat16 and weight.dtype in FAST_DTYPES
+    on_cpu = weight.device.type == "cpu" and not runs_triton(weight)
+    return fast and on_cpu and num_rows <= chunk_rows
+
+
 def runs_triton(tensor: Tensor) -> bool:
     """Say whether Triton kernels run on this tensor: on CUDA, and anywhere when interpreted."""
     return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"

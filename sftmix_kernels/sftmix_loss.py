@@ -134,6 +134,7 @@ def sftmix_rows(
             partial=group is not None,
             scale=1.0 if divisor is None else float(divisor.reciprocal()),
             keeps=keeps,
+            chunk_rows=chunk_rows,
         )
         sizes = chunk_sizes(num_rows, chunk_rows)
         workspace = logits_workspace(weight, max(sizes, default=0))
@@ -177,9 +178,11 @@ def sftmix_rows(
 
 @sftmix_rows.register_fake
 def _(hidden, weight, _b, _y, row_weight, _c, _u, pair_weight, _share, _single, _ratio, _scale,  # type: ignore[no-untyped-def]
-      _cap, _rows, needs, _first=0, group=None, keeps=False, _divisor=None, _old=None,
+      _cap, chunk_rows, needs, _first=0, group=None, keeps=False, _divisor=None, _old=None,
       _parameter=None, _kind=0, stats=False):  # fmt: skip
-    results = fake_results(hidden, weight, needs, partial=group is not None, keeps=keeps)
+    results = fake_results(
+        hidden, weight, needs, chunk_rows, partial=group is not None, keeps=keeps
+    )
     room = row_weight.new_empty(3, row_weight.shape[0] if stats else 0)
     return torch.empty_like(row_weight), torch.empty_like(pair_weight), *results, room
 

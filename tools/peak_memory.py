@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from unittest.mock import patch
 
 import numpy as np
 import torch
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 
 
 def peak_extra_bytes(step: Callable[[], object], device: str = "cpu") -> int:
@@ -16,7 +20,8 @@ def peak_extra_bytes(step: Callable[[], object], device: str = "cpu") -> int:
 
     Its results are included, and every allocation of PyTorch's allocator, inside of registered ops
     too. On the CPU, scratch memory that a BLAS library takes for itself is not counted, for any
-    provider; on CUDA it is PyTorch's, made once, in the warm-up here.
+    provider, whether by an allocator of its own, as MKL, or by PyTorch's, as oneDNN's products in
+    bfloat16 do; on CUDA it is PyTorch's, made once, in the warm-up here.
     """
     # What is garbage already must not be freed, and so subtracted, while the step is measured.
     gc.collect()
@@ -28,16 +33,32 @@ def peak_extra_bytes(step: Callable[[], object], device: str = "cpu") -> int:
     del kept
     results = profile.kineto_results
     assert results is not None
-    changes = sorted(
-        (event.start_ns(), event.nbytes())
-        for event in results.events()
-        if event.name() == "[memory]"
-    )
+    events = results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    products = sorted((e.start_ns(), e.end_ns()) for e in events if e.name() in PRODUCTS)
     alive = peak = 0
-    for _, change in changes:
+    for _, change in without_scratch(changes, products):
         alive += change
         peak = max(peak, alive)
     return peak
+
+
+def without_scratch(
+    changes: Sequence[tuple[int, int]],  # when, and bytes; in the order of time
+    products: Sequence[tuple[int, int]],  # begin and end of each matrix product, likewise
+) -> list[tuple[int, int]]:
+    """Return the changes of memory without what a matrix product takes and gives back itself."""
+    found: list[tuple[int, int]] = []
+    for when, change in changes:
+        at = bisect.bisect_right(products, (when, sys.maxsize)) - 1
+        if change < 0 and at >= 0 and when <= products[at][1]:
+            first = bisect.bisect_left(found, (products[at][0], -sys.maxsize))
+            taken = [place for place in range(first, len(found)) if found[place][1] == -change]
+            if taken:
+                del found[taken[-1]]
+                continue
+        found.append((when, change))
+    return found
 
 
 def peak_extra_cuda_bytes(step: Callable[[], object]) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .pretrained.settings import DATA, QUICK, SEEDS, Sizes
+from .pretrained.settings import DATA, QUICK, REGIMES, SMOLLM2
 
 if TYPE_CHECKING:
     from .pretrained.plan import Plan
@@ -59,17 +59,27 @@ def fetch(words: Sequence[str]) -> None:
 def planned(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which runs there are, and where."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the results")
+    of_study(parser)
     parser.add_argument("--data", nargs="+", choices=DATA, default=DATA, help="default: all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default: %(default)s")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="default: the study's")
     parser.add_argument("--quick", action="store_true", help="whether it works, on bundled data")
+
+
+def of_study(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names the model that is studied."""
+    parser.add_argument(
+        "--study", choices=tuple(REGIMES), default=SMOLLM2, help="of which model (%(default)s)"
+    )
 
 
 def plan_of(options: argparse.Namespace, cache: Path | None) -> Plan:
     """Return the plan that options ask for."""
     from .pretrained.plan import Plan
 
-    data, sizes = (("demo",), QUICK) if options.quick else (tuple(options.data), Sizes())
-    return Plan(data, tuple(options.seeds), sizes, options.out, cache)
+    regime = REGIMES[options.study]
+    seeds = tuple(options.seeds or regime.seeds)
+    data, sizes = (("demo",), QUICK) if options.quick else (tuple(options.data), regime.sizes)
+    return Plan(data, seeds, sizes, options.out, cache, regime.systems)
 
 
 def run(words: Sequence[str]) -> None:
@@ -119,10 +129,13 @@ def report(words: Sequence[str]) -> None:
     from .pretrained.report import RESULTS, write
 
     parser = parser_of("report", "Write tables and pictures from the runs' files.")
-    parser.add_argument("folder", type=Path, nargs="?", default=RESULTS, metavar="DIR")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", metavar="DIR", help="default: the committed results"
+    )
+    of_study(parser)
     parser.add_argument("--document", type=Path, metavar="FILE", help="whose block to renew")
     options = parser.parse_args(words)
-    write(options.folder, options.document)
+    write(options.folder or RESULTS / options.study, options.study, options.document)
 
 
 def small(words: Sequence[str]) -> None:

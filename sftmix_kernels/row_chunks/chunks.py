@@ -138,12 +138,15 @@ def fake_results(
     hidden: Tensor,
     weight: Tensor,
     needs_gradient: list[bool],
+    chunk_rows: int,
     *,
     partial: bool,
     keeps: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return what `Gradients.results` look like, for the fake kernels of ops of rows."""
-    gradients = Gradients(hidden, weight, needs_gradient, 0, partial=partial, keeps=keeps)
+    gradients = Gradients(
+        hidden, weight, needs_gradient, 0, partial=partial, keeps=keeps, chunk_rows=chunk_rows
+    )
     if keeps:
         gradients.weight = logits_workspace(weight, hidden.shape[0])
         gradients.gathered = hidden.new_empty(hidden.shape)

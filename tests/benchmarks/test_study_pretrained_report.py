@@ -13,7 +13,15 @@ import pytest
 from benchmarks.study.__main__ import main
 from benchmarks.study.pretrained.plan import Plan
 from benchmarks.study.pretrained.report import RESULTS, joined, markdown, points, read
-from benchmarks.study.pretrained.settings import BASE, DATA, SEARCH_SEED, SEEDS, Sizes
+from benchmarks.study.pretrained.settings import (
+    BASE,
+    DATA,
+    REGIMES,
+    SEARCH_SEED,
+    SEEDS,
+    SMOLLM2,
+    Sizes,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 FACTS = {"commit": "c", "cpu": "x", "cpu_capability": "AVX2", "torch_threads": "1"}
@@ -51,9 +59,9 @@ def some(folder: Path, seeds: int = 4) -> None:
 def test_the_block_says_what_the_runs_say(tmp_path: Path) -> None:
     some(tmp_path)
     records = read(tmp_path)
-    said = markdown(records, joined(records), ["a.svg", "b.svg"])
+    said = markdown(records, joined(records), ["a.svg", "b.svg"], SMOLLM2)
     planned = len(Plan(DATA, SEEDS, Sizes(), Path()).runs())
-    assert f"So far {len(records)} of {planned} runs." in said
+    assert f"SmolLM2-135M-Instruct, {len(records)} of {planned} runs." in said
     assert "SFTMix beside NTP, held-out loss (nats/token, 95 % interval): GSM8K -0.1000 (" in said
     assert "SFTMix beside SFTMix over random halves" in said
     assert "GSM8K -0.0500 (-0.0537 to -0.0463; significant)" in said
@@ -78,28 +86,33 @@ def test_some_runs_of_a_seed_are_enough(tmp_path: Path) -> None:
     (one,) = joined(records)
     assert one.systems == ("ntp", "sftmix", "sftmix-random")
     assert 0.0 not in points(one, "ntp")[0]
-    assert "| SFTMix | 2.9010 | 1 | -0.0990 | - | - | - |" in markdown(records, [one], ["a", "b"])
+    assert "| SFTMix | 2.9010 | 1 | -0.0990 | - | - | - |" in markdown(
+        records, [one], ["a", "b"], SMOLLM2
+    )
 
 
 def test_nothing_yet_is_said_and_other_sizes_are_refused(tmp_path: Path) -> None:
-    assert markdown([], [], []).startswith("So far 0 of ")
+    assert markdown([], [], [], SMOLLM2).startswith("SmolLM2-135M-Instruct, 0 of ")
     some(tmp_path, seeds=1)
     write_run(tmp_path, "gsm8k", 0, "dft", 3.0, sizes={"epochs": 1})
     with pytest.raises(ValueError, match="the results differ in their sizes"):
         read(tmp_path)
 
 
-def test_the_page_and_its_pictures_are_those_of_the_committed_results(tmp_path: Path) -> None:
+@pytest.mark.parametrize("study", REGIMES)
+def test_the_page_and_its_pictures_are_those_of_the_committed_results(
+    study: str, tmp_path: Path
+) -> None:
     pytest.importorskip("matplotlib")
-    folder = tmp_path / "benchmarks/study/results/pretrained"
+    folder = tmp_path / "benchmarks/study/results" / study
     folder.mkdir(parents=True)
-    for file in RESULTS.glob("*.json"):
+    for file in (RESULTS / study).glob("*.json"):
         shutil.copy(file, folder)
     document = tmp_path / "docs/study.md"
     document.parent.mkdir()
     text = (ROOT / "docs/study.md").read_text("utf-8")
     document.write_text(text, encoding="utf-8")
-    main(["report", str(folder), "--document", str(document)])
+    main(["report", str(folder), "--study", study, "--document", str(document)])
     assert document.read_text("utf-8") == text
     drawn = {file.name: file.read_bytes() for file in folder.glob("*.svg")}
-    assert drawn == {file.name: file.read_bytes() for file in RESULTS.glob("*.svg")}
+    assert drawn == {file.name: file.read_bytes() for file in (RESULTS / study).glob("*.svg")}

@@ -98,6 +98,9 @@ def upper_part(model: Any, trained_layers: int, read: Tensor) -> Any:
     config.tie_word_embeddings = False
     backbone.layers = backbone.layers[-trained_layers:]
     config.num_hidden_layers = trained_layers
+    # A layer finds its kind of attention by its place.
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[-trained_layers:]
     backbone.embed_tokens = nn.Embedding.from_pretrained(table, freeze=True)
     model.lm_head.weight = nn.Parameter(head.detach(), requires_grad=False)
     return model

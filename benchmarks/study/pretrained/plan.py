@@ -63,6 +63,7 @@ class Plan:
     sizes: Sizes
     out: Path
     cache: Path | None = None  # None: only looked at
+    systems: tuple[str, ...] = TRAINED
 
     def searched(self, data: str, kind: str) -> list[Run]:
         """Return the runs of the search for a rate or a mu."""
@@ -77,7 +78,9 @@ class Plan:
             found += [Run(data, SEARCH_SEED, REFERENCE), *self.searched(data, MU)]
         for seed in self.seeds:
             for data in self.data:
-                found += [Run(data, seed, what) for what in (PREPARE, REFERENCE, BASE, *TRAINED)]
+                found += [
+                    Run(data, seed, what) for what in (PREPARE, REFERENCE, BASE, *self.systems)
+                ]
         return found
 
     def needs(self, run: Run) -> list[Run]:

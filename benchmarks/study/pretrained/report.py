@@ -37,23 +37,25 @@ from benchmarks.tables import show, table
 from sftmix.report.comparison import compare
 
 from .plan import MU, RATE, Plan
-from .settings import BASE, DATA, SEARCH_SEED, SEEDS, TRAINED, Sizes
+from .settings import BASE, DATA, REGIMES, SEARCH_SEED, TRAINED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "pretrained"
-BEGIN = "<!-- pretrained: begin (python -m benchmarks.study report --document docs/study.md) -->"
-END = "<!-- pretrained: end -->"
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+BEGIN = (
+    "<!-- {0}: begin (python -m benchmarks.study report --study {0} --document docs/study.md) -->"
+)
+END = "<!-- {0}: end -->"
 CURVES, DIFFERENCES = "curves.svg", "differences.svg"
 # Whose difference to NTP is drawn by epoch, and how.
 DRAWN = {"sftmix": "#d55e00", "sftmix-random": "#0072b2", "label_smoothing": "#009e73"}
 RANDOM = "sftmix-random"
 
 
-def write(folder: Path, document: Path | None = None) -> None:
-    """Draw the pictures, and print the block or renew the document's.
+def write(folder: Path, study: str, document: Path | None = None) -> None:
+    """Draw the pictures, and print the study's block or renew the document's.
 
     Raises:
         ValueError: results do not belong together.
@@ -72,7 +74,8 @@ def write(folder: Path, document: Path | None = None) -> None:
             write_svg(folder / name, draw)
             beside = folder if document is None else document.parent
             pictures.append(Path(os.path.relpath(folder / name, beside)).as_posix())
-    show(markdown(records, results, pictures), document, BEGIN, END)
+    said = markdown(records, results, pictures, study)
+    show(said, document, BEGIN.format(study), END.format(study))
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -123,10 +126,13 @@ def of_seed(records: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
 
 
 def markdown(
-    records: Sequence[Mapping[str, Any]], results: Sequence[Results], pictures: Sequence[str]
+    records: Sequence[Mapping[str, Any]],
+    results: Sequence[Results],
+    pictures: Sequence[str],
+    study: str,
 ) -> str:
     """Return everything that the results say."""
-    parts = [progress(records)]
+    parts = [progress(records, study)]
     if not results:
         return parts[0]
     shown = [name for name in MEASURES if any(_has(one, name) for one in results)]
@@ -153,10 +159,11 @@ def _has(one: Results, measure: str) -> bool:
     return any(one.values(system, measure) for system in one.systems)
 
 
-def progress(records: Sequence[Mapping[str, Any]]) -> str:
+def progress(records: Sequence[Mapping[str, Any]], study: str) -> str:
     """Return how many of the planned runs there are, and their sizes."""
-    sizes = Sizes()
-    planned = Plan(DATA, SEEDS, sizes, Path()).runs()
+    regime = REGIMES[study]
+    sizes = regime.sizes
+    planned = Plan(DATA, regime.seeds, sizes, Path(), systems=regime.systems).runs()
     there = {(record["data"], record["seed"], record["what"]) for record in records}
     done = sum((run.data, run.seed, run.what) in there for run in planned)
     lengths = ", ".join(f"{SOURCES[data]} {sizes.max_length[data]}" for data in DATA)
@@ -165,12 +172,12 @@ def progress(records: Sequence[Mapping[str, Any]]) -> str:
         for numbers in (sizes.learning_rates, sizes.mus)
     )
     return (
-        f"So far {done} of {len(planned)} runs. {len(SEEDS)} seeds; for each "
+        f"{regime.model}, {done} of {len(planned)} runs. {len(regime.seeds)} seeds; for each "
         f"{sizes.train_examples} examples to train on for {sizes.epochs} epochs in batches of "
         f"{sizes.batch_size}, {sizes.held_out_examples} held out, {sizes.kept_examples} that a "
         f"grader kept, {sizes.questions} questions; at most so many tokens in an example: "
         f"{lengths}; {sizes.trained_layers} layers are trained. Learning rates of the search: "
-        f"{rates}; mus: {mus}.\n"
+        f"{rates}{'; mus: ' * bool(mus)}{mus}.\n"
     )
 
 
@@ -218,6 +225,8 @@ def searches(records: Sequence[Mapping[str, Any]]) -> str:
             if record["seed"] == SEARCH_SEED and record["what"].startswith(f"{kind}-"):
                 number = float(record["what"].partition("-")[2])
                 losses.setdefault(record["data"], {})[number] = record["measures"][measure]
+        if not losses:
+            continue
         numbers = sorted({number for own in losses.values() for number in own})
         lines = []
         for data in (name for name in SOURCES if name in losses):

@@ -49,6 +49,34 @@ class Sizes:
     mus: tuple[float, ...] = (0.05, 0.5, 2.0)
 
 
+@dataclass(frozen=True)
+class Regime:
+    """What is run with a model."""
+
+    model: str
+    sizes: Sizes
+    seeds: tuple[int, ...] = SEEDS
+    systems: tuple[str, ...] = TRAINED
+
+
+SMOLLM2, GEMMA3 = "smollm2", "gemma3"
+REGIMES = {
+    SMOLLM2: Regime("SmolLM2-135M-Instruct", Sizes()),
+    # Its head has six times the weights, so there are fewer examples, seeds and systems.
+    GEMMA3: Regime(
+        "Gemma 3 270M",
+        Sizes(
+            train_examples=64,
+            held_out_examples=32,
+            kept_examples=24,
+            questions=32,
+            evaluations=1,
+            mus=(),
+        ),
+        seeds=(0, 1, 2),
+        systems=(BASELINE, "sftmix", "sftmix-random"),
+    ),
+}
 QUICK = Sizes(
     trained_layers=1,
     train_examples=16,
