@@ -174,14 +174,17 @@ def fast_dtypes() -> frozenset[torch.dtype]:
     """Return the dtypes in which this CPU multiplies matrices at least as fast as in float32.
 
     Without instructions for it, products in bfloat16 take 6 to 250 times as long (AMD EPYC, AVX2,
-    torch 2.13: 51 GFLOP/s in float32; 8.0, 3.6 and 0.2 for the three products of a loss).
+    torch 2.13: 51 GFLOP/s in float32; 8.0, 3.6 and 0.2 for the three products of a loss). They are
+    oneDNN's, which ONEDNN_MAX_CPU_ISA may cap below what the processor has.
     """
     has = torch.cpu.get_capabilities()
     fast = {torch.float32}
+    if not torch.backends.mkldnn.is_available():
+        return frozenset(fast)
     if has.get("amx_bf16") or has.get("avx512_bf16"):
-        fast.add(torch.bfloat16)
+        fast |= {torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set()
     if has.get("amx_fp16") or has.get("avx512_fp16"):
-        fast.add(torch.float16)
+        fast |= {torch.float16} if torch.ops.mkldnn._is_mkldnn_fp16_supported() else set()
     return frozenset(fast)
 
 

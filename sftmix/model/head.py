@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sftmix.model.four_bits import keep_four_bits
 from sftmix.model.one_by_one import Saving
 from sftmix.model.probe import (
     CHECKED,
@@ -80,9 +81,10 @@ class HeadAdapter:
             ValueError: the model has no LM head or none that is called once for a batch; with
                 "fused" it is not linear, its weight is quantised, or the model's logits are not
                 ``cap * tanh(scale * (W h + b) / cap)``; the model's own loss has a term besides
-                next-token prediction and a router's auxiliary loss.
+                next-token prediction and a router's auxiliary loss. Or as `keep_four_bits`.
         """
         outer: nn.Module = model
+        keep_four_bits(model)
         model = without_peft(model)
         self.model, self.saving = model, saving
         self.fused = head == "fused"

@@ -22,6 +22,7 @@ from sftmix.data.mixture import mixed, mixture_line
 from sftmix.data.selection import columns_of, parse_selection, select
 from sftmix.data.summary import Reading
 from sftmix.data.weighting import WEIGHT, WeightColumn, described
+from sftmix.model.four_bits import keep_four_bits
 from sftmix.model.source import ReadingModel
 from sftmix.model.weights import refuse_not_finite, refuse_other_tensors, without_message
 from sftmix.recipe.arguments import RunArguments, TrainRunArguments
@@ -193,6 +194,7 @@ def _from_safetensors(
     loaded, info = found
     refuse_other_tensors(model, info)
     refuse_not_finite(model, loaded)
+    keep_four_bits(loaded)
     return loaded
 
 

@@ -206,6 +206,17 @@ def test_status_says_what_is_left(tmp_path: Path) -> None:
     assert lines[-1].endswith("1.0 core-hours spent")
 
 
+def test_each_model_has_its_own_seeds_and_systems(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["status", "--study", "gemma3", "--out", str(tmp_path)])
+    # Preparation and three rates; for each seed preparation, reference, base and three systems.
+    searches, seeds = 1 + 3 + 1, 3 * (3 + 3)
+    assert f"pubmedqa     0 of {searches + seeds} runs done" in capsys.readouterr().out
+    main(["status", "--study", "gemma3", "--seeds", "7", "--out", str(tmp_path)])
+    assert f"pubmedqa     0 of {searches + 6} runs done" in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> str:
     return runs.toy_model(tmp_path_factory.mktemp("toy") / "model")

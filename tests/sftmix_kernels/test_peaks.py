@@ -121,7 +121,7 @@ def test_row_chunks_by_kernels(
     """In float32 a chunk is the peak, since gradients are multiplied in place."""
     shape = Shape(rows, size, vocab_size, 4)
     chunk = peaks.chunk_bytes(task, schedule, shape)
-    assert chunk > peaks.handed_out_bytes(task, shape, kernels=True)
+    assert chunk > peaks.handed_out_bytes(task, schedule, shape, kernels=True)
     assert not peaks.keeps(task, schedule, shape)
     step = training_step(task, schedule, shape)
     assert_met(step, peak_bytes(task, schedule, shape, kernels=True))
@@ -194,7 +194,7 @@ def test_vocab_tiles(task: str, filter_eps: float, rows: int, size: int, vocab_s
     """In float32 a group is the peak, since gradients are multiplied in place."""
     shape, schedule = Shape(rows, size, vocab_size, 4), VocabTiles(filter_eps, max_bytes=2**16)
     group = peaks.group_bytes(task, schedule, shape)
-    assert group > peaks.handed_out_bytes(task, shape, kernels=True)
+    assert group > peaks.handed_out_bytes(task, schedule, shape, kernels=True)
     step = training_step(task, schedule, shape)
     assert_met(step, peak_bytes(task, schedule, shape, kernels=True))
 

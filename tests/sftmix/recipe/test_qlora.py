@@ -118,6 +118,20 @@ def test_weights_that_bitsandbytes_quantised_are_not_sharded(folder: Path) -> No
         check_parallelism(args, accelerator, adapted(in_four_bits(folder)))
 
 
+def test_a_weight_stays_as_it_was_quantised(folder: Path) -> None:
+    """On a CPU with AVX512-BF16 bitsandbytes packs it at the first pass without gradients."""
+    model = in_four_bits(folder)
+    layer = model.model.layers[0].mlp.up_proj
+    before = layer.weight.clone()
+    HeadAdapter(model)
+    with torch.no_grad():
+        model.eval()(torch.tensor([[1, 2, 3]]))
+    assert torch.equal(layer.weight, before)
+    layer.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ValueError, match=r"packed the weight of model.layers.0.mlp.up_proj"):
+        HeadAdapter(model)
+
+
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory, toy_model: Path, toy_data: Path) -> Path:
     """A run scored by a reference model that QLoRA trained."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from sftmix_kernels import RowChunks, fused_cross_entropy, fused_mixup_loss, fused_sftmix_loss
 from sftmix_kernels import gradients as made
 from sftmix_kernels.mixup_loss import mixup_rows
-from sftmix_kernels.schedules import keeps_gradients
+from sftmix_kernels.schedules import FAST_DTYPES, keeps_gradients
 from sftmix_kernels.sftmix_loss import sftmix_rows
 
 from ..budget import assert_same_bits, head_inputs, run, some_labels
@@ -172,7 +172,10 @@ def test_kept_rows_make_the_same_gradients(device: str, op: str, dtype: torch.dt
     ):
         assert torch.equal(one, other)
     exact = gradient.double().t() @ gathered.double()
-    assert ((weight.double() - exact).abs().amax() <= 1e-6 * exact.abs().amax()).all()
+    # A CPU with products in bfloat16 rounds each chunk's to it.
+    rounds = device == "cpu" and dtype != torch.float32 and dtype in FAST_DTYPES
+    near = torch.finfo(dtype).eps if rounds else 1e-6
+    assert ((weight.double() - exact).abs().amax() <= near * exact.abs().amax()).all()
     found = made.weight_gradient(gradient, gathered)
     assert found.dtype == dtype
     bound = 4 * torch.finfo(dtype).eps * exact.abs().amax()
