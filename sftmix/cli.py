@@ -61,6 +61,8 @@ LIBRARIES_SAY = (
     "`is_gradient_checkpointing` is deprecated",
     "'pin_memory' argument is set as true",
 )
+# A logger, and its tip for inference on a CPU with AVX512-BF16, given whenever PEFT is imported.
+LOGS = ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward")
 # The failed rank has so much time to print its message and end.
 RANK_ERROR_SECONDS = 5.0
 
@@ -125,6 +127,8 @@ def _main(words: list[str]) -> int:
         return 2
     _warn_on_first_rank()
     # A command's module imports transformers, which takes seconds.
+    name, says = LOGS
+    logging.getLogger(name).addFilter(lambda record: says not in record.getMessage())
     module = importlib.import_module(f"sftmix.commands.{command}")
     try:
         with warnings.catch_warnings():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import re
 import warnings
@@ -20,6 +21,15 @@ from sftmix.toy import build_toy_model
 
 QUIET = ["--use_cpu", "true", "--disable_tqdm", "true"]
 REAL_DATA = Path(__file__).parents[3] / "../shared/data"
+
+
+def test_what_a_library_says_of_inference_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """On a CPU with AVX512-BF16, before the output of each command."""
+    assert main(["data", "--formats"]) == 0
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "no module")
+    logger.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
 
 
 @pytest.fixture(scope="module")
