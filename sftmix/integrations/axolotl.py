@@ -11,7 +11,7 @@ scored is the data that axolotl prepared.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -24,17 +24,15 @@ from transformers import Trainer
 
 from sftmix.data.examples import content_hash
 from sftmix.integrations.tokens import has_targets, named_rows
-from sftmix.methods import METHODS, OPTIONS
+from sftmix.methods import METHODS
 from sftmix.pairs.collator import PairedCollator
 from sftmix.pairs.partition import Partition, read_partition, take
 from sftmix.training.config import SFTMixOptions, layout_for
 from sftmix.training.trainer import SFTMixMixin, make_collator
 
 HERE = "sftmix.integrations.axolotl"
-NAMES = (
-    *("method", *OPTIONS, "head", "loss_schedule", "layout", "row_length"),
-    *("memory", "mlp_tile_tokens", "activation_offload", "loss_max_bytes"),
-)
+# All options of the trainer but one that has to stay as it is.
+NAMES = tuple(one.name for one in fields(SFTMixOptions) if one.name != "remove_unused_columns")
 
 # Options of axolotl that the loss, the pairs or the collator would not heed.
 UNSUPPORTED = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from sftmix.data.examples import content_hash
 from sftmix.pairs.partition import from_scores, write_partition
+from sftmix.training.config import SFTMixOptions
 from tests.sftmix import tiny
 
 
@@ -124,6 +125,16 @@ def build(module: ModuleType, cfg: dict[str, Any], data: Any, model: Path, outpu
         processing_class=tokenizer,
         dataset_tags=["rows.jsonl"],
     )
+
+
+def test_each_option_of_the_trainer_is_a_key(axolotl: ModuleType) -> None:
+    keys = {f"sftmix_{one.name}" for one in fields(SFTMixOptions)}
+    found = set(axolotl.SFTMixArgs.model_fields)
+    assert keys - found == {"sftmix_remove_unused_columns"}
+    assert found - keys == {"sftmix_partition"}
+    given = {"sftmix_spike_threshold": 6.0, "sftmix_save_minutes": 30.0}
+    options = axolotl.SFTMixPlugin().get_training_args(given)
+    assert options == {"spike_threshold": 6.0, "save_minutes": 30.0}
 
 
 @pytest.fixture
