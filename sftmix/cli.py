@@ -173,15 +173,16 @@ def as_typed(message: str, options: Collection[str], words: Sequence[str] = ()) 
     """Return a message with the options that it names as the user wrote them.
 
     The one that it begins with becomes a flag, or the file of `--config` among `words` and the name
-    in it; `layout='packed'`, which is Python's, becomes `--layout packed`.
+    in it; `layout='packed'` and `save_total_limit=1`, which are Python's, become `--layout packed`
+    and `--save_total_limit 1`.
     """
     name, colon, rest = message.partition(": ")
     name = TYPED.get(name, name)
     if colon and name in options:
         message = f"{place_of(name, words)}: {rest}"
     message = re.sub(
-        r"\b(\w+)='(\w+)'",
-        lambda found: f"--{found[1]} {found[2]}" if found[1] in options else found[0],
+        r"\b(\w+)=(?:'(\w+)'|(\d+))",
+        lambda found: f"--{found[1]} {found[2] or found[3]}" if found[1] in options else found[0],
         message,
     )
     return spelt(message, words)

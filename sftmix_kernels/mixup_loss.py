@@ -96,10 +96,10 @@ def mixup_rows(
     stats: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return weighted row losses (R,), and the gradients of their sum with respect to the mixed
-    rows (R, D), weight (V, D) and bias (V,), the last two in float32; empty where not needed. With
-    a group, weight and bias are this rank's, and the first gradient is float32 too. With ``keeps``
-    G (R, V) takes dW's place, and the mixed rows (R, D) follow, which are else empty. The rows'
-    stats (3, R) come last, empty where not asked for."""
+    rows (R, D), weight (V, D) and bias (V,), the last two as `Gradients` has them; empty where not
+    needed. With a group, weight and bias are this rank's, and the first gradient is float32 too.
+    With ``keeps`` G (R, V) takes dW's place, and the mixed rows (R, D) follow, which are else
+    empty. The rows' stats (3, R) come last, empty where not asked for."""
     transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
     loss = unwritten(row_weight, row_weight.shape, row_weight.dtype)
     with torch.autocast(weight.device.type, enabled=False):

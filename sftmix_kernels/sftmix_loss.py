@@ -116,8 +116,8 @@ def sftmix_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return NTP losses of rows (R,), Mixup losses of pairs (P,), and the gradients of
     ``sum(ntp) + mix_ratio * sum(mixup)`` with respect to hidden (R, D), weight (V, D) and bias
-    (V,), the last two in float32; empty where not needed. Group, ``keeps``, divisor and stats mean
-    what they do in `mixup_rows`, and so does what follows the gradients."""
+    (V,), the last two as `Gradients` has them; empty where not needed. Group, ``keeps``, divisor
+    and stats mean what they do in `mixup_rows`, and so does what follows the gradients."""
     transform = LogitTransform(logit_scale, softcap, has_bias=bias is not None)
     ntp = unwritten(row_weight, row_weight.shape, row_weight.dtype)
     with torch.autocast(weight.device.type, enabled=False):

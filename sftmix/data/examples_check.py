@@ -149,11 +149,10 @@ def check_examples(model: Any, **data: Any) -> None:
             if len(part) == 0:
                 raise ValueError(f"{name}: expected at least one row, got none")
             longest = 0
-            for start, columns in _scanned(part, name):
+            for start, columns in _scanned(part, name, with_ids=True):
                 _check_rows(name, start, columns, limits)
                 _check_beside(name, start, columns)
                 longest = max(longest, int(columns["input_ids"].lengths.max()))
-            _check_id(name, part[0].get("id", 0))
             if made_for is not None and longest > made_for:
                 logger.warning(
                     "%s: the longest example has %d tokens, and the model was made for %d "
@@ -194,12 +193,20 @@ def _parts(argument: str, dataset: Any) -> Iterator[tuple[str, Any]]:
         yield argument, dataset
 
 
-def _scanned(dataset: Any, name: str) -> Iterator[tuple[int, dict[str, _Column]]]:
-    """Yield blocks of examples as arrays, each with the number of its first example."""
+def _scanned(
+    dataset: Any, name: str, *, with_ids: bool = False
+) -> Iterator[tuple[int, dict[str, _Column]]]:
+    """Yield blocks of examples as arrays, each with the number of its first example.
+
+    Raises:
+        ValueError: columns that are missing or refused, or, where asked for, ids.
+    """
     # A transform, or another format, gives other rows than Arrow has.
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None:
         _require_columns(dataset.column_names, f"{name}: ")
         keys = [key for key in (*COLUMNS, *BESIDE) if key in dataset.column_names]
+        if with_ids and "id" in dataset.column_names:
+            _check_ids(name, 0, dataset["id"][:])
         tables = dataset.select_columns(keys).with_format("arrow").iter(SCAN_ROWS)
         for block, table in enumerate(tables):
             yield (
@@ -218,6 +225,8 @@ def _scanned(dataset: Any, name: str) -> Iterator[tuple[int, dict[str, _Column]]
                 raise ValueError(
                     f"{name}: row {start + i}: expected {missing[0]}, which other rows have"
                 )
+        if with_ids and any("id" in row for row in rows):
+            _check_ids(name, start, [row.get("id") for row in rows])
         yield (
             start,
             {
@@ -277,14 +286,18 @@ def _column(rows: Sequence[Any], start: int, name: str, key: str) -> _Column:
     return _Column(np.concatenate(arrays).astype(np.int64), lengths)
 
 
-def _check_id(name: str, value: Any) -> None:
-    """Refuse ids that batches cannot carry; the first tells, as a column has one type."""
-    found = np.asarray(value)
-    if found.ndim or found.dtype.kind not in "iu":
-        raise ValueError(
-            f"{name}: row 0: expected id, where there is one, to be an integer, by which messages "
-            f"name the row, got {value!r:.60}; leave the column out, or rename it"
-        )
+def _check_ids(name: str, start: int, ids: Sequence[Any]) -> None:
+    """Refuse ids that batches cannot carry; where one row has an id, all have."""
+    for i, value in enumerate(ids):
+        if type(value) is int:
+            continue
+        found = np.asarray(value)
+        if found.ndim or found.dtype.kind not in "iu":
+            raise ValueError(
+                f"{name}: row {start + i}: expected id, where there is one, to be an integer, by "
+                f"which messages name the row, got {value!r:.60}; leave the column out, or rename "
+                "it"
+            )
 
 
 def _check_beside(name: str, start: int, columns: dict[str, _Column]) -> None:

@@ -105,7 +105,9 @@ class SFTMixSFTConfig(SFTMixOptions, SFTConfig):
     def _take_offloading(self) -> None:
         """Take TRL's name for the offloading of activations, whose own hooks are not used."""
         if self.activation_offloading:
-            if not self.checkpoints_activations and self.memory != "lean":
+            # What FSDP's own file says is read, and checked, with all other options.
+            known = not (self.fsdp and self.fsdp_config)
+            if known and not self.checkpoints_activations and self.memory != "lean":
                 raise ValueError(
                     "activation_offloading: expected gradient_checkpointing=True with it, or every "
                     "activation would go to the host"
@@ -332,6 +334,8 @@ def score(
 
 def reference_options(args: SFTMixSFTConfig) -> SFTMixSFTConfig:
     """Return the options of a reference model's training: one epoch of NTP that saves nothing."""
+    # A signal would write one too, with the versions of transformers that have the option.
+    by_signal = {"enable_jit_checkpoint": False} if hasattr(args, "enable_jit_checkpoint") else {}
     return dataclasses.replace(
         args,
         method="ntp",
@@ -342,10 +346,12 @@ def reference_options(args: SFTMixSFTConfig) -> SFTMixSFTConfig:
         eval_strategy="no",
         eval_on_start=False,
         save_strategy="no",
+        save_minutes=0.0,
         load_best_model_at_end=False,
         push_to_hub=False,
         report_to=reporters_apart(list(args.report_to or ())),
         run_name=f"{args.run_name or args.output_dir}-{REFERENCE}",
+        **by_signal,
     )
 
 

@@ -25,7 +25,7 @@ from sftmix.data.mixture import ids_by_source
 from sftmix.methods import method_of
 from sftmix.recipe.arguments import RunArguments
 from sftmix.recipe.lora import lora_options
-from sftmix.runs.checkpoints import list_checkpoints
+from sftmix.runs.checkpoints import latest_checkpoint
 from sftmix.runs.folders import read_manifest, write_json
 from sftmix.runs.provenance import PARTS, provenance
 from sftmix.runs.redaction import redacted
@@ -270,14 +270,14 @@ def lengthen(run: Path, recipe: Mapping[str, Any]) -> str:
     run that was lengthened is none that had its length from the start.
 
     Raises:
-        ValueError: there is no checkpoint to go on from.
+        ValueError: there is no checkpoint to go on from, or none that is whole.
     """
     earlier = read_manifest(run / MANIFEST, "resume")
     counted = STEPS if recipe[STEPS] > 0 else EPOCHS
-    if not list_checkpoints(run):
+    if latest_checkpoint(run) is None:
         raise ValueError(
-            f"{counted}: {run} was started with {earlier[counted]:g} and has no checkpoint to go "
-            "on from; start anew with another --output, or train its model further with "
+            f"{counted}: {run} was started with {earlier[counted]:.15g} and has no checkpoint to "
+            "go on from; start anew with another --output, or train its model further with "
             f"--model {run}"
         )
     # The card comes first: without it, the run does not pass for finished.
@@ -287,8 +287,8 @@ def lengthen(run: Path, recipe: Mapping[str, Any]) -> str:
     lengths = {EPOCHS: recipe[EPOCHS], STEPS: recipe[STEPS], LENGTHENED: before}
     write_json(run / MANIFEST, {**earlier, **lengths})
     return (
-        f"{run} goes on to --{counted} {recipe[counted]:g}, from {earlier[counted]:g}; the "
-        "learning rate is from now on that of the longer run"
+        f"{run} goes on to --{counted} {recipe[counted]:.15g}, from "
+        f"{earlier[counted]:.15g}; the learning rate is from now on that of the longer run"
     )
 
 

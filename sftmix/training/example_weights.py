@@ -50,7 +50,7 @@ def training_weights(dataset: Any, method: str) -> NDArray[np.float32] | None:
         able = ", ".join(name for name, one in METHODS.items() if one.weighs)
         raise ValueError(
             f"{WEIGHT}: the loss of --method {method} has no weights of examples, expected one of "
-            f"{able}; or none: --weight none"
+            f"{able}; or leave the column out (--weight none)"
         )
     if not weights.any():
         raise ValueError(

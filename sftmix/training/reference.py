@@ -57,6 +57,7 @@ def score(
         )
     refuse_optimizers(kwargs)
     args = copy.copy(args)
+    args.checkpoint_scorings = False  # nothing here would go on from one
     args.report_to = reporters_apart(list(args.report_to or ()))
     trainer = SFTMixTrainer(copy.deepcopy(model), args, train_dataset=train_dataset, **kwargs)
     scores = score_while_training(trainer, args.num_scorings)

@@ -133,13 +133,14 @@ def chunk_columns(hidden: Tensor, vocab_size: int, vocab_chunk: int | None) -> i
 def block_rows(hidden: Tensor, chunk: int) -> int:
     """Return the tokens of one block whose chunk of logits fits the workspace.
 
-    On the CPU blocks are few and of about equal size. On CUDA the workspace is half of L2, beside
-    the operands that the GEMM streams through it.
+    On the CPU blocks are as few as can be, of about equal size. On CUDA the workspace is half of L2,
+    beside the operands that the GEMM streams through it.
     """
     num_rows, row_bytes = max(1, hidden.shape[0]), chunk * hidden.element_size()
     if not hidden.is_cuda:
-        num_blocks = -(-num_rows // max(1, CPU_WORKSPACE // row_bytes))
-        return min(num_rows, round_up(-(-num_rows // num_blocks), GEMM_TILE))
+        most = max(1, CPU_WORKSPACE // row_bytes)
+        num_blocks = -(-num_rows // most)
+        return min(num_rows, most, round_up(-(-num_rows // num_blocks), GEMM_TILE))
     device = properties(hidden)
     most = max(1, device.L2_cache_size // 2 // row_bytes)
     return min(num_rows, wave_rows(most, chunk, device.multi_processor_count))

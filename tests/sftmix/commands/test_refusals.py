@@ -26,6 +26,11 @@ def _away(offline: None, monkeypatch: pytest.MonkeyPatch) -> None:
             "--warmup_ratio: sftmix train has no such option; did you mean --wa",
         ),
         ("--batch_size 4", "--batch_size: sftmix train has no such option; did you mean --per_dev"),
+        (
+            "--save_only_model true",
+            "--save_only_model: not supported here, got True: a run could not go on from such a "
+            "checkpoint; --save_total_limit 1 keeps one at a time",
+        ),
         ("--xyzzy", "--xyzzy: sftmix train has no such option; `sftmix train --help` lists them"),
         ("--warmup-ratio 1", "--warmup-ratio: sftmix train has no such option; did you mean --wa"),
         ("xyzzy", "'xyzzy': sftmix train has no such option; `sftmix train --help` lists them"),

@@ -11,7 +11,13 @@ import pytest
 from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from sftmix.integrations.trl import ARGUMENTS, UNSUPPORTED, SFTMixSFTConfig, score
+from sftmix.integrations.trl import (
+    ARGUMENTS,
+    UNSUPPORTED,
+    SFTMixSFTConfig,
+    reference_options,
+    score,
+)
 from sftmix.training import option_checks
 from tests.sftmix import over_trl, tiny
 from tests.sftmix.training.test_methods import dense_loss, flat_gradients
@@ -209,6 +215,18 @@ def test_a_reference_model_is_trained_without_the_targets_objective(
         )
         found.append(scored.nll_sum.tolist())
     assert found[0] == found[1] == found[2]
+
+
+def test_a_reference_model_leaves_no_checkpoint(tmp_path: Path) -> None:
+    """Its training has the folder of the one that follows, which would go on from it."""
+    made = over_trl.options(tmp_path, 4, learning_rate=0.1, save_minutes=1e-9)
+    args = SFTMixSFTConfig(**made, enable_jit_checkpoint=True)
+    found = reference_options(args)
+    assert found.save_seconds == float("inf")
+    assert not found.enable_jit_checkpoint
+    data, tokenizer = tiny.examples(4).remove_columns("id"), over_trl.tokenizer()
+    score(tiny.build("Llama"), args, train_dataset=data, num_scorings=1, processing_class=tokenizer)
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_a_coefficient_that_the_models_loss_does_not_have_is_refused(tmp_path: Path) -> None:

@@ -150,7 +150,11 @@ def test_scores_that_make_no_partition_are_refused() -> None:
         partition_of(scores, tiny.examples(4))
 
 
-def test_score_trains_a_copy_and_scores_the_data(tmp_path: Path) -> None:
+def test_score_trains_a_copy_and_scores_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A checkpoint at each step, where any are written: nothing would go on from them.
+    monkeypatch.setattr("sftmix.training.config.SAVE_MINUTES", 1e-9)
     data, model = tiny.examples(9), tiny.build("Llama")
     before = tiny.weights(model)
     options: dict[str, Any] = {"use_cpu": True, "disable_tqdm": True, "num_scorings": 2}
@@ -159,6 +163,7 @@ def test_score_trains_a_copy_and_scores_the_data(tmp_path: Path) -> None:
     assert tiny.same(tiny.weights(model), before)
     assert found.nll_sum.shape == (9, 2)
     assert found.id.tolist() == data["id"][:]
+    assert not list(tmp_path.glob("checkpoint-*"))
     assert trainer(data, split(found, "reversed"), tmp_path).paired
     with pytest.raises(TypeError, match=r"^args: expected ScoreConfig, got SFTMixConfig; it has"):
         sftmix.score(model, tiny.config(tmp_path), train_dataset=data)  # type: ignore[arg-type]

@@ -249,6 +249,21 @@ def test_another_recipe_is_refused(
     assert contents(run) == before
 
 
+def test_a_run_without_a_whole_checkpoint_is_not_lengthened(
+    finished: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It stays the finished run that it is."""
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    for checkpoint in run.glob("checkpoint-*"):
+        (checkpoint / "complete.json").write_text("{}")
+    before, words = contents(run), [*finished[1], "--output", str(run), "--resume"]
+    assert main([*words, "--num_train_epochs", "2"]) == 2
+    assert "expected a whole checkpoint in" in capsys.readouterr().err
+    assert contents(run) == before
+    assert read_run(run).finished
+
+
 def test_a_longer_run_ends_like_one_that_had_this_length_from_the_start(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

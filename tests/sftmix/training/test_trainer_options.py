@@ -139,6 +139,18 @@ def test_ids_that_no_batch_carries_are_refused(value: Any, as_list: bool, tmp_pa
         tiny.trainer(tiny.build("Llama"), tmp_path, list(data) if as_list else data)
 
 
+@pytest.mark.parametrize("kind", ["text", "none", "missing", "arrow"])
+def test_an_id_of_any_row_is_looked_at(kind: str, tmp_path: Path) -> None:
+    rows: Any = list(tiny.examples(8).select_columns(["id", "input_ids", "labels"]))
+    rows[5]["id"] = "a" if kind == "text" else None
+    if kind == "missing":
+        del rows[5]["id"]
+    data = datasets.Dataset.from_list(rows) if kind == "arrow" else rows
+    words = rf"^train_dataset: row 5: expected id, .*, got {rows[5].get('id')!r}; leave"
+    with pytest.raises(ValueError, match=words):
+        tiny.trainer(tiny.build("Llama"), tmp_path, data)
+
+
 def test_pairs_need_an_even_batch_for_the_baseline_too(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"even number .*got 3"):
         tiny.trainer(

@@ -190,6 +190,7 @@ def test_blocks_of_tokens(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = streaming_perplexity(hidden, weight, labels, ids, rows)
     monkeypatch.setattr(streaming, "CPU_WORKSPACE", 200 * 4 * 128)
     assert streaming.block_rows(hidden, 200) == min(rows, 128)
+    assert streaming.block_rows(hidden, 2000) == min(rows, 12)  # no tile of 128 rows fits
     assert torch.equal(streaming_perplexity(hidden, weight, labels, ids, rows), whole)
 
 
