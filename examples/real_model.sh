@@ -2,7 +2,7 @@
 # A real model from end to end on a CPU:
 #     bash examples/real_model.sh smollm2|gemma3 DATA.json FOLDER [ROWS]
 # DATA.json: a list of rows of instruction, input and output. The first ROWS (400 by default) are
-# trained on, the next 40 are held out, and the instructions of the four after these are asked.
+# trained on, the next 40 are held out, and the four after these are asked.
 set -euo pipefail
 model=$1
 data=$2
@@ -16,7 +16,13 @@ import json, sys
 with open(sys.argv[1], encoding="utf-8") as file:
     rows = json.load(file)
 end = int(sys.argv[3])
-asked = [{"dataset": "alpaca", "instruction": row["instruction"]} for row in rows[end + 40 : end + 44]]
+asked = [
+    {
+        "dataset": "alpaca",
+        "instruction": "\n\n".join(filter(None, (row["instruction"], row.get("input")))),
+    }
+    for row in rows[end + 40 : end + 44]
+]
 for name, part in (("train", rows[:end]), ("held_out", rows[end : end + 40]), ("asked", asked)):
     with open(f"{sys.argv[2]}/{name}.json", "w", encoding="utf-8") as file:
         json.dump(part, file, indent=1)
@@ -30,7 +36,7 @@ sftmix score "${recipe[@]}" --learning_rate 5e-5 --num_scorings 2 --output "$out
 sftmix split "$out/score" --by confidence
 
 mixed=(--partition "$out/score/confidence.parquet" "${once[@]}")
-sftmix plan "${recipe[@]}" --gpu_memory 8GB
+sftmix plan "${recipe[@]}" --gpu_memory 8GB || [ $? -eq 3 ] # 3: it would not fit
 sftmix train "${recipe[@]}" "${mixed[@]}" --learning_rate 5e-5 --method ntp --output "$out/ntp"
 sftmix train "${recipe[@]}" "${mixed[@]}" --learning_rate 5e-5 --output "$out/sftmix"
 sftmix train "${recipe[@]}" "${mixed[@]}" --learning_rate 5e-4 --lora_rank 16 --output "$out/lora"

@@ -109,16 +109,17 @@ def origin(results: Sequence[Results]) -> str:
     return f"{seeds}. {model}. {machine}.\n"
 
 
-def headline(found: Mapping[str, Sequence[Finding]]) -> str:
-    """Return SFTMix beside NTP in loss and in spread of confidence, a line each."""
+def headline(
+    found: Mapping[str, Sequence[Finding]], measures: Sequence[str] = (PRIMARY, SPREAD)
+) -> str:
+    """Return SFTMix beside NTP, a line for each measure: loss and spread of confidence."""
     lines = []
-    for measure in (PRIMARY, SPREAD):
+    for measure in measures:
         how, said = MEASURES[measure], []
         for one in found[measure]:
             if one.system == "sftmix":
                 difference, interval, _ = tested(one.test, how)
-                real = "significant" if one.significant else "not significant"
-                said.append(f"{SOURCES[one.source]} {difference} ({interval}; {real})")
+                said.append(f"{SOURCES[one.source]} {difference} ({interval}; {real(one)})")
         lines.append(
             f"- SFTMix beside NTP, {how.label} ({how.difference_unit}, 95 % interval): "
             f"{', '.join(said)}."
@@ -126,18 +127,25 @@ def headline(found: Mapping[str, Sequence[Finding]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def real(one: Finding) -> str:
+    """Say whether a difference is significant after the correction."""
+    if one.corrected is None:
+        return "not tested"
+    return "significant" if one.significant else "not significant"
+
+
 def verdict(found: Sequence[Finding]) -> str:
     """Return how many differences of the primary measure are significant, and which."""
     tests = [one for one in found if one.corrected is not None]
-    real = [one for one in tests if one.significant]
+    large = [one for one in tests if one.significant]
     how = MEASURES[PRIMARY]
     text = (
         f"Of {len(tests)} comparisons with NTP in {how.label}, "
-        f"{sum(bool(one.test.significant) for one in tests)} have p < 0.05, and {len(real)} after "
+        f"{sum(bool(one.test.significant) for one in tests)} have p < 0.05, and {len(large)} after "
         "Holm's correction"
     )
     said = []
-    for one in real:
+    for one in large:
         off = one.test.difference or 0.0
         said.append(
             f"{label(one.system)} on {SOURCES[one.source]} is {'worse' if off > 0 else 'better'} "

@@ -133,8 +133,8 @@ def chunk_columns(hidden: Tensor, vocab_size: int, vocab_chunk: int | None) -> i
 def block_rows(hidden: Tensor, chunk: int) -> int:
     """Return the tokens of one block whose chunk of logits fits the workspace.
 
-    On the CPU blocks are as few as can be, of about equal size. On CUDA the workspace is half of L2,
-    beside the operands that the GEMM streams through it.
+    On the CPU blocks are few and of about equal size. On CUDA the workspace is half of L2, beside
+    the operands that the GEMM streams through it.
     """
     num_rows, row_bytes = max(1, hidden.shape[0]), chunk * hidden.element_size()
     if not hidden.is_cuda:

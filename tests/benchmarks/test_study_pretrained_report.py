@@ -16,6 +16,7 @@ from benchmarks.study.pretrained.report import RESULTS, joined, markdown, points
 from benchmarks.study.pretrained.settings import (
     BASE,
     DATA,
+    GEMMA3,
     REGIMES,
     SEARCH_SEED,
     SEEDS,
@@ -61,7 +62,14 @@ def test_the_block_says_what_the_runs_say(tmp_path: Path) -> None:
     records = read(tmp_path)
     said = markdown(records, joined(records), ["a.svg", "b.svg"], SMOLLM2)
     planned = len(Plan(DATA, SEEDS, Sizes(), Path()).runs())
-    assert f"SmolLM2-135M-Instruct, {len(records)} of {planned} runs." in said
+    assert (
+        f"SmolLM2-135M-Instruct from a file of 4 bits a weight, {len(records)} of {planned}" in said
+    )
+    assert "- **A gain: yes.** SFTMix ends significantly below NTP on 2 and" in said
+    assert "- **Confidence helps: yes.** SFTMix ends significantly below random halves on 2" in said
+    assert "negligible" not in said
+    assert "minus its lowest (nats/token, mean over seeds): GSM8K 0.3000, Alpaca 0.3000." in said
+    assert "confidence, std. dev. (% of NTP's, 95 % interval): GSM8K " in said
     assert "SFTMix beside NTP, held-out loss (nats/token, 95 % interval): GSM8K -0.1000 (" in said
     assert "SFTMix beside SFTMix over random halves" in said
     assert "GSM8K -0.0500 (-0.0537 to -0.0463; significant)" in said
@@ -70,6 +78,25 @@ def test_the_block_says_what_the_runs_say(tmp_path: Path) -> None:
     assert "| GSM8K | 2.6000 | **2.4000** |" in said
     assert "| base, not tuned | 4.1500 ± 0.1291 | 4 |" in said
     assert "| PubMedQA |" not in said
+
+
+def test_small_and_opposite_differences_are_no_gain(tmp_path: Path) -> None:
+    """SFTMix ends 0.005 below NTP on one data set, and as much above on the other."""
+    some(tmp_path)
+    for data, off in (("gsm8k", -0.005), ("alpaca", 0.005)):
+        for seed in range(4):
+            write_run(tmp_path, data, seed, "sftmix", 3.0 + seed / 10 + off + (-1) ** seed * 1e-5)
+    records = read(tmp_path)
+    said = markdown(records, joined(records), ["a", "b"], SMOLLM2)
+    assert (
+        "- **A gain: no.** SFTMix ends significantly below NTP on 1 and significantly above" in said
+    )
+    assert "above it on 1 of 2 data sets." in said
+    assert "- **Confidence helps: no.**" in said
+    assert "- Its difference to NTP is negligible on GSM8K, Alpaca." in said
+    decides_nothing = markdown(records, joined(records), ["a", "b"], GEMMA3)
+    assert "A gain" not in decides_nothing
+    assert f"{len(records)} runs of other sizes than the study's of Gemma 3 270M" in decides_nothing
 
 
 def test_a_curve_begins_with_the_base(tmp_path: Path) -> None:
@@ -86,14 +113,17 @@ def test_some_runs_of_a_seed_are_enough(tmp_path: Path) -> None:
     (one,) = joined(records)
     assert one.systems == ("ntp", "sftmix", "sftmix-random")
     assert 0.0 not in points(one, "ntp")[0]
-    assert "| SFTMix | 2.9010 | 1 | -0.0990 | - | - | - |" in markdown(
-        records, [one], ["a", "b"], SMOLLM2
-    )
+    said = markdown(records, [one], ["a", "b"], SMOLLM2)
+    assert "held-out loss (nats/token, 95 % interval): GSM8K -0.0990 (-; not tested)." in said
+    assert "| SFTMix | 2.9010 | 1 | -0.0990 | - | - | - |" in said
 
 
 def test_nothing_yet_is_said_and_other_sizes_are_refused(tmp_path: Path) -> None:
-    assert markdown([], [], [], SMOLLM2).startswith("SmolLM2-135M-Instruct, 0 of ")
+    assert ", 0 of " in markdown([], [], [], SMOLLM2)
     some(tmp_path, seeds=1)
+    write_run(tmp_path, "gsm8k", 0, "dft", 3.0, learning_rate=2e-3)
+    with pytest.raises(ValueError, match="the results of gsm8k differ in their learning rate"):
+        read(tmp_path)
     write_run(tmp_path, "gsm8k", 0, "dft", 3.0, sizes={"epochs": 1})
     with pytest.raises(ValueError, match="the results differ in their sizes"):
         read(tmp_path)

@@ -175,7 +175,8 @@ def draw_questions(
     prompt = jinja2.Template(config["doc_to_text"])
     texts = [prompt.render(**document) for document in documents]
     right = [choices.index(document[config["doc_to_target"]]) for document in documents]
-    tokens = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+    # With the beginning of text, where the tokenizer has one, as the harness asks.
+    tokens = tokenizer(texts, verbose=False).input_ids
     return tokens, {
         "questions.right": torch.tensor(right),
         "questions.choices": torch.tensor(first),

@@ -9,6 +9,7 @@ import json
 import os
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from benchmarks.study.report import (
     headline,
     means_table,
     picture,
+    real,
     tested,
     verdict,
 )
@@ -37,7 +39,7 @@ from benchmarks.tables import show, table
 from sftmix.report.comparison import compare
 
 from .plan import MU, RATE, Plan
-from .settings import BASE, DATA, REGIMES, SEARCH_SEED, TRAINED
+from .settings import BASE, DATA, NEGLIGIBLE, REGIMES, SEARCH_SEED, TRAINED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,6 +54,7 @@ CURVES, DIFFERENCES = "curves.svg", "differences.svg"
 # Whose difference to NTP is drawn by epoch, and how.
 DRAWN = {"sftmix": "#d55e00", "sftmix-random": "#0072b2", "label_smoothing": "#009e73"}
 RANDOM = "sftmix-random"
+HEADLINE = (PRIMARY, LOWEST, SPREAD, "confidence_iqr")
 
 
 def write(folder: Path, study: str, document: Path | None = None) -> None:
@@ -82,12 +85,20 @@ def read(folder: Path) -> list[dict[str, Any]]:
     """Return the records of all runs of a folder.
 
     Raises:
-        ValueError: they were made with different sizes.
+        ValueError: they were made with different sizes, or those of a data set with different
+            learning rates.
     """
     records = [json.loads(file.read_text("utf-8")) for file in sorted(folder.glob("*.json"))]
+    rates: dict[str, float] = {}
     for record in records:
         if record["sizes"] != records[0]["sizes"]:
             raise ValueError(f"{folder}: the results differ in their sizes")
+        if "learning_rate" in record and not record["what"].startswith(RATE):
+            rate = record["learning_rate"]
+            if rates.setdefault(record["data"], rate) != rate:
+                raise ValueError(
+                    f"{folder}: the results of {record['data']} differ in their learning rate"
+                )
     return records
 
 
@@ -137,7 +148,11 @@ def markdown(
         return parts[0]
     shown = [name for name in MEASURES if any(_has(one, name) for one in results)]
     found = {measure: findings(results, measure) for measure in shown}
-    parts += [origin(records), headline(found), control(results), verdict(found[PRIMARY])]
+    parts += [origin(records)]
+    if REGIMES[study].decides:
+        parts += [answers(results, found[PRIMARY])]
+    parts += [headline(found, [measure for measure in HEADLINE if measure in found])]
+    parts += [control(results), overfitting(results), verdict(found[PRIMARY])]
     parts += [
         f"![Held-out loss by epoch, and its difference to NTP, on each data set]({pictures[0]})\n",
         f"![Differences of each system to NTP with 95 % intervals]({pictures[1]})\n",
@@ -163,6 +178,8 @@ def progress(records: Sequence[Mapping[str, Any]], study: str) -> str:
     """Return how many of the planned runs there are, and their sizes."""
     regime = REGIMES[study]
     sizes = regime.sizes
+    if records and records[0]["sizes"] != json.loads(json.dumps(asdict(sizes))):
+        return f"{len(records)} runs of other sizes than the study's of {regime.model}.\n"
     planned = Plan(DATA, regime.seeds, sizes, Path(), systems=regime.systems).runs()
     there = {(record["data"], record["seed"], record["what"]) for record in records}
     done = sum((run.data, run.seed, run.what) in there for run in planned)
@@ -209,8 +226,45 @@ def control(results: Sequence[Results]) -> str:
 def _said(results: Sequence[Results], one: Finding) -> str:
     (name,) = (of.name for of in results if of.source == one.source)
     difference, interval, _ = tested(one.test, MEASURES[PRIMARY])
-    real = "significant" if one.significant else "not significant"
-    return f"{name} {difference} ({interval}; {real})"
+    return f"{name} {difference} ({interval}; {real(one)})"
+
+
+def answers(results: Sequence[Results], found: Sequence[Finding]) -> str:
+    """Return the answers to the study's two questions, by its own rules."""
+    beside_ntp = [one for one in found if one.system == "sftmix"]
+    lines = []
+    for question, beside, tests in (
+        ("A gain", "NTP", beside_ntp),
+        ("Confidence helps", "random halves", findings(results, PRIMARY, RANDOM, ("sftmix",))),
+    ):
+        signs = [(one.test.difference or 0.0) < 0 for one in tests if one.significant]
+        below, above = sum(signs), len(signs) - sum(signs)
+        holds = "yes" if below >= 2 and not above else "no"
+        lines.append(
+            f"- **{question}: {holds}.** SFTMix ends significantly below {beside} on {below} and "
+            f"significantly above it on {above} of {len(tests)} data sets."
+        )
+    small = [
+        SOURCES[one.source]
+        for one in beside_ntp
+        if one.test.difference is not None and abs(one.test.difference) < NEGLIGIBLE
+    ]
+    if small:
+        lines.append(f"- Its difference to NTP is negligible on {', '.join(small)}.")
+    return "\n".join(lines) + "\n"
+
+
+def overfitting(results: Sequence[Results]) -> str:
+    """Return how far NTP's loss rises after its lowest, on each data set."""
+    said = []
+    for one in results:
+        last, lowest = one.values(BASELINE, PRIMARY), one.values(BASELINE, LOWEST)
+        rise = statistics.fmean(last[seed] - lowest[seed] for seed in last)
+        said.append(f"{one.name} {rise:.4f}")
+    return (
+        "- NTP's held-out loss after the last epoch minus its lowest (nats/token, mean over "
+        f"seeds): {', '.join(said)}.\n"
+    )
 
 
 def searches(records: Sequence[Mapping[str, Any]]) -> str:

@@ -31,7 +31,7 @@ from sftmix.training.reference import reference_trainer
 from sftmix.training.scoring import batches_by_length
 from sftmix.training.trainer import SFTMixTrainer
 
-from .data import Prepared, read_material, read_prepared, write_prepared
+from .data import FILES, Prepared, read_material, read_prepared, write_prepared
 from .frozen import PAD, upper_part
 from .plan import MU, PREPARE, RATE, REFERENCE, Plan, Run
 from .settings import ANOTHER_MU, BASE, NOISE, NOISE_ALPHA
@@ -52,10 +52,12 @@ class Study:
 
     def identity(self, run: Run) -> str:
         """Return what a prepared file belongs to: the model, the seed's data and the sizes."""
+        files = [] if self.data_folder is None else FILES.get(run.data, ())
         sizes = self.plan.sizes
         shape = {name: getattr(sizes, name) for name in ("trained_layers", "train_examples")}
         shape |= {name: getattr(sizes, name) for name in ("held_out_examples", "kept_examples")}
         shape |= {"questions": sizes.questions, "max_length": sizes.max_length[run.data]}
+        shape |= {"files": [file_hash(Path(self.data_folder or "") / name)[:16] for name in files]}
         return json.dumps(
             {"model": weights_hash(self.model), "data": run.data, "seed": run.seed, **shape}
         )
@@ -103,6 +105,12 @@ def weights_hash(model: str) -> str:
     return file_hash(file)[:16]
 
 
+@functools.cache
+def code() -> dict[str, str]:
+    """Return what a process runs, as it was when it began: the checkout may change meanwhile."""
+    return facts()
+
+
 def make_next(study: Study) -> Run | None:
     """Make the next run that nobody makes, and return it; None if there is none to make now."""
     for run in study.plan.ready():
@@ -124,6 +132,7 @@ def make(study: Study, run: Run) -> None:
     """Make a run and write its file."""
     for other in study.plan.needs(run)[:1]:
         check_sizes(study, other)
+    made_by = code()
     start, used = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         found = MAKERS.get(run.kind, make_system)(study, run, Path(folder))
@@ -132,7 +141,8 @@ def make(study: Study, run: Run) -> None:
         "seed": run.seed,
         "what": run.what,
         "sizes": json.loads(json.dumps(asdict(study.plan.sizes))),
-        "facts": facts(),
+        "facts": made_by,
+        "model": weights_hash(study.model),
         "seconds": round(time.perf_counter() - start, 1),
         "cpu_seconds": round(time.process_time() - used, 1),
         **found,

@@ -24,6 +24,7 @@ TRAINED = (
 # NEFTune's alpha, for noise as large beside activations as it is beside embeddings there.
 NOISE_ALPHA = 5.0
 DATA = ("gsm8k", "alpaca", "pubmedqa")
+NEGLIGIBLE = 0.01  # nats/token: 1 % of the perplexity
 __all__ = ["SEARCH_SEED", "SEEDS"]
 
 
@@ -57,14 +58,15 @@ class Regime:
     sizes: Sizes
     seeds: tuple[int, ...] = SEEDS
     systems: tuple[str, ...] = TRAINED
+    decides: bool = True  # whether it answers the study's questions
 
 
 SMOLLM2, GEMMA3 = "smollm2", "gemma3"
 REGIMES = {
-    SMOLLM2: Regime("SmolLM2-135M-Instruct", Sizes()),
+    SMOLLM2: Regime("SmolLM2-135M-Instruct from a file of 4 bits a weight", Sizes()),
     # Its head has six times the weights, so there are fewer examples, seeds and systems.
     GEMMA3: Regime(
-        "Gemma 3 270M",
+        "Gemma 3 270M from a file of 4 bits a weight",
         Sizes(
             train_examples=64,
             held_out_examples=32,
@@ -75,6 +77,7 @@ REGIMES = {
         ),
         seeds=(0, 1, 2),
         systems=(BASELINE, "sftmix", "sftmix-random"),
+        decides=False,
     ),
 }
 QUICK = Sizes(
