@@ -335,7 +335,9 @@ def score(
 def reference_options(args: SFTMixSFTConfig) -> SFTMixSFTConfig:
     """Return the options of a reference model's training: one epoch of NTP that saves nothing."""
     # A signal would write one too, with the versions of transformers that have the option.
-    by_signal = {"enable_jit_checkpoint": False} if hasattr(args, "enable_jit_checkpoint") else {}
+    by_signal: dict[str, Any] = {}
+    if hasattr(args, "enable_jit_checkpoint"):
+        by_signal["enable_jit_checkpoint"] = False
     return dataclasses.replace(
         args,
         method="ntp",
