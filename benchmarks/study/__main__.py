@@ -60,15 +60,15 @@ def planned(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which runs there are, and where."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the results")
     of_study(parser)
-    parser.add_argument("--data", nargs="+", choices=DATA, default=DATA, help="default: all")
+    parser.add_argument("--data", nargs="+", choices=DATA, help="default: the study's")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="default: the study's")
     parser.add_argument("--quick", action="store_true", help="whether it works, on bundled data")
 
 
 def of_study(parser: argparse.ArgumentParser) -> None:
-    """Add the option that names the model that is studied."""
+    """Add the option that names the study."""
     parser.add_argument(
-        "--study", choices=tuple(REGIMES), default=SMOLLM2, help="of which model (%(default)s)"
+        "--study", choices=tuple(REGIMES), default=SMOLLM2, help="which study (%(default)s)"
     )
 
 
@@ -78,7 +78,9 @@ def plan_of(options: argparse.Namespace, cache: Path | None) -> Plan:
 
     regime = REGIMES[options.study]
     seeds = tuple(options.seeds or regime.seeds)
-    data, sizes = (("demo",), QUICK) if options.quick else (tuple(options.data), regime.sizes)
+    data, sizes = tuple(options.data or regime.data), regime.sizes
+    if options.quick:
+        data, sizes = ("demo",), QUICK
     return Plan(data, seeds, sizes, options.out, cache, regime.systems)
 
 

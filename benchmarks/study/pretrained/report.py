@@ -180,20 +180,21 @@ def progress(records: Sequence[Mapping[str, Any]], study: str) -> str:
     sizes = regime.sizes
     if records and records[0]["sizes"] != json.loads(json.dumps(asdict(sizes))):
         return f"{len(records)} runs of other sizes than the study's of {regime.model}.\n"
-    planned = Plan(DATA, regime.seeds, sizes, Path(), systems=regime.systems).runs()
+    planned = Plan(regime.data, regime.seeds, sizes, Path(), systems=regime.systems).runs()
     there = {(record["data"], record["seed"], record["what"]) for record in records}
     done = sum((run.data, run.seed, run.what) in there for run in planned)
-    lengths = ", ".join(f"{SOURCES[data]} {sizes.max_length[data]}" for data in DATA)
+    lengths = ", ".join(f"{SOURCES[data]} {sizes.max_length[data]}" for data in regime.data)
     rates, mus = (
         ", ".join(f"{number:g}" for number in numbers)
         for numbers in (sizes.learning_rates, sizes.mus)
     )
+    searched = "Learning rates of the search" if "," in rates else "Learning rate"
     return (
         f"{regime.model}, {done} of {len(planned)} runs. {len(regime.seeds)} seeds; for each "
         f"{sizes.train_examples} examples to train on for {sizes.epochs} epochs in batches of "
         f"{sizes.batch_size}, {sizes.held_out_examples} held out, {sizes.kept_examples} that a "
         f"grader kept, {sizes.questions} questions; at most so many tokens in an example: "
-        f"{lengths}; {sizes.trained_layers} layers are trained. Learning rates of the search: "
+        f"{lengths}; {sizes.trained_layers} layers are trained. {searched}: "
         f"{rates}{'; mus: ' * bool(mus)}{mus}.\n"
     )
 

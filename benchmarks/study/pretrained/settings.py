@@ -56,14 +56,22 @@ class Regime:
 
     model: str
     sizes: Sizes
+    data: tuple[str, ...] = DATA
     seeds: tuple[int, ...] = SEEDS
     systems: tuple[str, ...] = TRAINED
     decides: bool = True  # whether it answers the study's questions
 
 
-SMOLLM2, GEMMA3 = "smollm2", "gemma3"
+SMOLLM2, OVERFITTING, GEMMA3 = "smollm2", "overfitting", "gemma3"
 REGIMES = {
     SMOLLM2: Regime("SmolLM2-135M-Instruct from a file of 4 bits a weight", Sizes()),
+    # With the highest rate that the study tried NTP overfits on these.
+    OVERFITTING: Regime(
+        "SmolLM2-135M-Instruct from a file of 4 bits a weight",
+        Sizes(learning_rates=(8e-4,), mus=()),
+        data=("alpaca", "pubmedqa"),
+        systems=(BASELINE, "sftmix", "sftmix-random", "equal"),
+    ),
     # Its head has six times the weights, so there are fewer examples, seeds and systems.
     GEMMA3: Regime(
         "Gemma 3 270M from a file of 4 bits a weight",
