@@ -275,12 +275,15 @@ def op_workspace(
             return cpu_chunk_bytes(task, schedule, shape)
         frozen_head = not needed_gradients(args)[1]
         chunk = chunk_bytes(task, schedule, shape, frozen_head=frozen_head)
-        if frozen_head or not keeps(task, schedule, shape):
+        if frozen_head:
             return chunk
-        # A plan for a GPU that is not here: the op returns dW in float32. What is kept for backward
-        # and the dW made there are what is held beside the gradients it returns.
-        missing = (4 - shape.itemsize) * shape.vocab_size * shape.hidden_size
-        return max(0, chunk - missing)
+        # A plan for a GPU that is not here: the op returns dW as this host's CPU would, in float32
+        # but where it rounds once. What is held beside that is the rest of a float32 dW; or, where
+        # all rows go at once, what is kept for backward and the dW made there.
+        on_cpu = args[1 if name.startswith("sftmix") else 2].device.type == "cpu"
+        returned = shape.itemsize if on_cpu and rounds(task, schedule, shape) else 4
+        wanted = shape.itemsize if keeps(task, schedule, shape) else 4
+        return max(0, chunk + (wanted - returned) * shape.vocab_size * shape.hidden_size)
     if name.endswith("_backward"):
         return group_bytes(task, schedule, shape)
     # A maximum and a sum in float32 of a row and its mixtures in every tile.

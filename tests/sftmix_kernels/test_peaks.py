@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sftmix_kernels import (
     RowChunks,
@@ -22,6 +23,7 @@ from sftmix_kernels import (
     streaming_perplexity,
 )
 from sftmix_kernels.extension import build_info
+from sftmix_kernels.gradients import Gradients
 from sftmix_kernels.peaks import BOTH, MIXUP, NTP, Shape, peak_bytes, perplexity_peak_bytes
 from tools.peak_memory import peak_extra_bytes, tidy_launches
 
@@ -172,6 +174,25 @@ def test_a_plan_holds_what_the_formula_says(rows: int, at_once: bool, frozen_hea
     held, chunk = inside + dh + 4 * weight.numel(), peaks.chunk_bytes(NTP, schedule, shape)
     assert held == chunk + dh + (2 if at_once else 4) * weight.numel()
     assert peaks.op_products("mixup_rows", (*args, needs)) == 3 * 2 * rows * weight.numel()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_plan_for_a_gpu_is_the_same_on_every_cpu(
+    fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One with fast products in bfloat16 makes dW of few rows in bfloat16, others in float32."""
+    dtypes = {torch.float32, torch.bfloat16} if fast else {torch.float32}
+    monkeypatch.setattr("sftmix_kernels.schedules.FAST_DTYPES", frozenset(dtypes))
+    shape, schedule = Shape(512, 64, 32000, 2), RowChunks()
+    with FakeTensorMode():
+        hidden = torch.empty(512, 64, dtype=torch.bfloat16)
+        weight = torch.empty(32000, 64, dtype=torch.bfloat16)
+        args = (hidden, None, weight, None, None, None, None, 1.0, None, 512, [True, True, False])
+        inside = peaks.op_workspace("mixup_rows", args, schedule, kernels=True)
+        found = Gradients(hidden, weight, [True, True, False], 512, chunk_rows=512)
+    assert found.weight.itemsize == (2 if fast else 4)
+    dw = found.weight.itemsize * weight.numel()
+    assert inside + dw == peaks.chunk_bytes(NTP, schedule, shape) + 2 * weight.numel()
 
 
 @pytest.mark.parametrize("stats", [False, True])
