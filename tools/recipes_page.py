@@ -22,7 +22,8 @@ sftmix score --config recipes/llama-3.1-8b-alpaca.yaml
 sftmix train --config recipes/llama-3.1-8b-alpaca.yaml
 sftmix generate --config recipes/llama-3.1-8b-alpaca.yaml \\
     --format mt_bench --questions question.jsonl --output answers
-sftmix evaluate --config recipes/llama-3.1-8b-medalpaca.yaml
+sftmix evaluate --config recipes/llama-3.1-8b-medalpaca.yaml \\
+    --pubmedqa_data ori_pqal.json --pubmedqa_ids test_ground_truth.json
 ```
 
 On the paper's 8 GPUs, the weights sharded over them:

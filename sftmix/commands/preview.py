@@ -48,6 +48,11 @@ class PreviewArguments(TrainRunArguments):
         None, "New HTML file to write the same to, with the whole examples", "ours"
     )
 
+    def _check_partition(self) -> None:
+        # A recipe may name the partition that scoring will write.
+        if self.partition is not None and Path(self.partition).exists():
+            super()._check_partition()
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.number < 0:
@@ -78,6 +83,9 @@ def preview(arguments: PreviewArguments, config: SFTMixConfig) -> None:
     if arguments.html is not None:
         with Naming("html"):
             Path(arguments.html).parent.mkdir(parents=True, exist_ok=True)
+    awaited = arguments.partition
+    if awaited is not None and not Path(awaited).exists():
+        arguments = dataclasses.replace(arguments, partition=None)
     scored = None if arguments.partition is None else Path(arguments.partition).parent
     tokenizer = load_tokenizer(arguments)
     set_template_date(tokenizer, kept_date(None, scored))
@@ -107,7 +115,7 @@ def preview(arguments: PreviewArguments, config: SFTMixConfig) -> None:
             screen.line(f"  {text}")
     lines = summary(examples.reading, len(tokens), Lengths.of(tokens), arguments.max_length)
     screen.summary("data", lines)
-    pairs, note = _pairs(config, tokens, partition, tokenizer)
+    pairs, note = _pairs(config, tokens, partition, awaited, tokenizer)
 
     def place(row: int) -> str:
         """Return the address and the half or level of an example of the data set."""
@@ -158,11 +166,20 @@ def _pairs(
     config: SFTMixConfig,
     tokens: datasets.Dataset,
     partition: Partition | None,
+    awaited: str | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[list[Pair], str]:
-    """Return the pairs of the first batch, and a sentence about them."""
+    """Return the pairs of the first batch, and a sentence about them.
+
+    A partition that is named and not there yet is `awaited`.
+    """
     if not method_of(config.method).mixed:
         return [], f"--method {config.method} mixes no pairs."
+    if partition is None and awaited is not None:
+        return (
+            [],
+            f"No pairs are shown: --partition {awaited} is not there; `sftmix score` makes it.",
+        )
     if partition is None:
         return [], (
             "No pairs are shown: --partition RUN/confidence.parquet of `sftmix score` says which "

@@ -11,6 +11,7 @@ weight, and is made whole for each product. The head, the embeddings and the nor
 from __future__ import annotations
 
 import importlib.util
+import logging
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +20,9 @@ from transformers import BitsAndBytesConfig, TrainingArguments
 
 from sftmix.recipe.arguments import RunArguments
 from sftmix.runs.failures import Naming
+from sftmix.training.config import SFTMixConfig
+
+logger = logging.getLogger(__name__)
 
 # PEFT's word for every linear layer except the head.
 ALL_LINEAR = "all-linear"
@@ -68,6 +72,12 @@ def check_lora(arguments: RunArguments, config: TrainingArguments) -> None:
     """
     if lora_options(arguments):
         require_peft()
+        if config.learning_rate == SFTMixConfig.learning_rate:
+            logger.warning(
+                "learning_rate is %g, which is for training all weights: updates of --lora_rank "
+                "want a larger one, such as --learning_rate 2e-4",
+                config.learning_rate,
+            )
     if not arguments.load_in_4bit:
         return
     if arguments.dtype == "auto":

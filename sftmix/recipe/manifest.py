@@ -54,6 +54,9 @@ BY_CONTENT = {
     "streaming": "data_hash",
     "weight": "weight_hash",
 }
+# Options that save memory and change results by roundings alone, which a run that ran out of memory
+# may go on with; but the packed layout makes other batches.
+UP_TO_ROUNDING = ("layout", "mlp_tile_tokens", "loss_max_bytes")
 SCORE_AGAIN = "score the data again"
 # What a resumed training may have more of, and where the manifest keeps what it had before.
 EPOCHS, STEPS, LENGTHENED = "num_train_epochs", "max_steps", "lengthened_from"
@@ -245,6 +248,13 @@ def start_manifest(run: Path, recipe: dict[str, Any], **files: Any) -> bool:
         if name in passed or (BY_CONTENT.get(name, "") in earlier.keys() & recipe):
             continue
         if recipe.get(name) != earlier.get(name):
+            if name in UP_TO_ROUNDING and "packed" not in (recipe.get(name), earlier.get(name)):
+                logger.warning(
+                    "%s was started with %s = %r, now it is %r: results are the same up to "
+                    "rounding, and not to the bit",
+                    *(run, name, earlier.get(name), recipe.get(name)),
+                )
+                continue
             raise ValueError(
                 f"resume: {run} was started with {name} = {earlier.get(name)!r}, "
                 f"now it is {recipe.get(name)!r}{what_differs(name, earlier, recipe)}; take what "

@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from sftmix.conventions import ADAPTER_CONFIG
+from sftmix.data.columns import parse_columns
 from sftmix.data.examples import Examples, data_hash, load_examples
 from sftmix.data.mixture import with_copies
 from sftmix.model.head import HeadAdapter
@@ -89,9 +90,12 @@ def sample_examples(run: Run, partition: Partition | None, number: int | None) -
         str(path) if path.exists() else name
         for path, name in zip(paths, run.recipe["data"], strict=True)
     ]
+    columns = run.recipe.get("columns")
     examples = load_examples(
         names,
-        on_bad_row="skip",
+        on_bad_row="mend" if run.recipe.get("on_bad_row") == "mend" else "skip",
+        columns=parse_columns(columns) if columns else None,
+        train_on=run.recipe.get("train_on", "responses"),
         split=run.recipe.get("data_split", "train"),
         encoding=run.recipe.get("encoding", "utf-8"),
         streaming=run.recipe.get("streaming", False),

@@ -11,7 +11,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 # What helps if not even the model fits.
 MODEL_WAYS = (
     "--dtype bfloat16",
-    "--lora_rank 16",
+    "--lora_rank 16 with a larger --learning_rate",
     "more GPUs with --fsdp",
     "`sftmix plan` says what fits",
 )

@@ -397,14 +397,16 @@ class SFTMixMixin(WholeCheckpoints):
         """Return what is left to try if memory does not suffice, the cheapest first."""
         args = self.args
         ways = {
-            "--memory lean, which changes no result": args.memory == "plain",
+            "--memory lean, which changes no result and may be given with --resume": (
+                args.memory == "plain"
+            ),
             "a smaller --per_device_train_batch_size with more --gradient_accumulation_steps": (
                 args.per_device_train_batch_size > 2 and args.layout != "sequential"
             ),
             "--bf16 true": not (args.bf16 or args.fp16),
             "--activation_offload true": args.memory == "lean" and not args.activation_offload,
             "a smaller --max_length": True,
-            "--lora_rank 16": not hasattr(self.model, "peft_config"),
+            "--lora_rank 16 with a larger --learning_rate": not hasattr(self.model, "peft_config"),
             "more GPUs with --fsdp": not self.is_fsdp_enabled,
         }
         return [*(way for way, open_ in ways.items() if open_), "`sftmix plan` says what fits"]

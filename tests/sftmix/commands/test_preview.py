@@ -107,6 +107,7 @@ def test_a_preview(
     ("flags", "says", "shown"),
     [
         (["--number", "0"], "No pairs are shown: --partition RUN/confidence.parquet of `sftmix", 0),
+        (["--partition", "s/c.parquet"], "--partition s/c.parquet is not there; `sftmix score`", 3),
         (["--number", "99", "--method", "ntp"], "--method ntp mixes no pairs.", 4),
         (["--eval_data", "rows.jsonl"], "Summary of --eval_data read 5 rows: 'rows.jsonl' 5", 3),
         (["--select", "longest:2"], "selected 2 of 4 rows (longest:2)", 2),

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from sftmix.cli import main
 from sftmix.model.head import HeadAdapter
 from sftmix.recipe.arguments import RunArguments
+from sftmix.recipe.loading import load_tokenizer
 from sftmix.recipe.lora import check_lora, four_bit, lora_options
 from sftmix.training.config import SFTMixConfig
 from sftmix.training.parallelism import check_parallelism
@@ -164,6 +165,8 @@ def test_a_run_is_an_adapter_that_merges_into_the_whole_model(
     before = AutoModelForCausalLM.from_pretrained(toy_model, dtype="bfloat16")
     model = peft.AutoPeftModelForCausalLM.from_pretrained(run, dtype="bfloat16")
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(run).save_pretrained(tmp_path / "merged")
+    load_tokenizer(RunArguments(str(tmp_path / "merged"), [], ""))
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     changed = [(type(one.lm_head), one.model.layers[0].mlp.up_proj) for one in (before, after)]
     assert changed[0][0] is changed[1][0] is nn.Linear
@@ -229,11 +232,16 @@ def arguments(**changes: Any) -> RunArguments:
     return RunArguments("m", ["d"], "o", **{"lora_rank": 2, "load_in_4bit": True, **changes})
 
 
-def test_what_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    config: Any = SimpleNamespace(fsdp="")
+def test_what_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config: Any = SimpleNamespace(fsdp="", learning_rate=1e-4)
     check_lora(arguments(), config)
+    assert not caplog.text
+    check_lora(arguments(), SimpleNamespace(fsdp="", learning_rate=2e-6))  # type: ignore[arg-type]
+    assert "learning_rate is 2e-06, which is for training all weights" in caplog.text
     with pytest.raises(ValueError, match=r"^load_in_4bit: not supported with --fsdp"):
-        check_lora(arguments(), SimpleNamespace(fsdp=[True]))  # type: ignore[arg-type]
+        check_lora(arguments(), SimpleNamespace(fsdp=[True], learning_rate=1e-4))  # type: ignore[arg-type]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"^load_in_4bit: needs bitsandbytes: pip install"):
         check_lora(arguments(), config)

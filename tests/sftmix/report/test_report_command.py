@@ -7,6 +7,7 @@ import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,6 +94,35 @@ def test_the_command_that_is_shown_gives_the_recipe(study: Path) -> None:
     assert arguments.partition == str(study / "scored" / "confidence.parquet")
     assert (arguments.on_bad_row, arguments.eval_split) == ("error", "train")
     assert {"--on_bad_row", "--eval_split"} <= set(words)
+
+
+@pytest.mark.parametrize(
+    ("row", "flags"),
+    [
+        ({"task": "Add {0}.", "reply": "{0}"}, ["--columns", "prompt=task,response=reply"]),
+        ({"text": "One and {0}."}, ["--train_on", "all"]),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Add {0}."},
+                    {"role": "user", "content": "Now."},
+                    {"role": "assistant", "content": "{0}"},
+                ]
+            },
+            ["--on_bad_row", "mend"],
+        ),
+    ],
+    ids=["columns", "train_on", "mend"],
+)
+def test_examples_are_read_as_the_run_read_them(
+    row: dict[str, Any], flags: list[str], toy_model: Path, tmp_path: Path
+) -> None:
+    text, data = json.dumps(row), tmp_path / "rows.jsonl"
+    data.write_text("\n".join(text.replace("{0}", str(n)) for n in range(8)))
+    words = ["--model", str(toy_model), "--data", str(data), *QUIET, "--method", "ntp", *flags]
+    words += ["--max_steps", "1", "--save_strategy", "no", "--output", str(tmp_path / "run")]
+    assert main(["train", *words]) == 0
+    assert len(sample_examples(read_run(tmp_path / "run"), None, None)) == 8
 
 
 def test_scores_and_means_are_the_models(study: Path, toy_data: Path) -> None:

@@ -232,6 +232,7 @@ def test_a_final_model_that_was_half_saved_is_saved_again(
         (["--gradient_accumulation_steps", "2"], "gradient_accumulation_steps = 1"),
         (["--max_length", "99"], "max_length = 2048, now it is 99"),
         (["--dtype", "bfloat16"], "dtype = 'float32', now it is 'bfloat16'"),
+        (["--layout", "packed"], "layout = 'padded', now it is 'packed'"),
     ],
 )
 def test_another_recipe_is_refused(
@@ -247,6 +248,18 @@ def test_another_recipe_is_refused(
     assert f"resume: {run} was started with {message}" in error
     assert "Traceback" not in error
     assert contents(run) == before
+
+
+def test_a_run_goes_on_with_less_memory(
+    finished: tuple[Path, list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one wants to that ran out of it."""
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    longer = [*finished[1], "--output", str(run), "--resume", "--num_train_epochs", "2"]
+    assert main([*longer, "--memory", "lean"]) == 0
+    assert "was started with layout = 'padded', now it is 'sequential': results are" in caplog.text
+    assert read_run(run).finished
 
 
 def test_a_run_without_a_whole_checkpoint_is_not_lengthened(

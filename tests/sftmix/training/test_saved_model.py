@@ -365,7 +365,7 @@ def test_out_of_memory_before_training(
     monkeypatch.setattr(sftmix.commands.train, "SFTMixTrainer", failing(error))
     assert main(train) == 1
     assert "out of memory: CUDA out of memory. Tried" in (line := capsys.readouterr().err)
-    assert "--dtype bfloat16; --lora_rank 16; more GPUs" in line
+    assert "--dtype bfloat16; --lora_rank 16 with a larger --learning_rate; more GPUs" in line
 
 
 def test_other_errors_of_torch_are_not_taken_for_it(
