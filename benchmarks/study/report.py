@@ -232,8 +232,16 @@ def search_table(results: Sequence[Results]) -> str:
     return table(["loss of NTP (nats/token)", *(f"{rate:g}" for rate in rates)], lines)
 
 
-def picture(results: Sequence[Results], shown: Sequence[str] = (PRIMARY, SPREAD)) -> Figure:
-    """Draw a line of panels for each measure, a column for each data set."""
+def picture(
+    results: Sequence[Results],
+    shown: Sequence[str] = (PRIMARY, SPREAD),
+    negligible: float | None = None,
+) -> Figure:
+    """Draw a line of panels for each measure, a column for each data set.
+
+    With a negligible difference the axis is linear up to it, where it is shaded, and then
+    logarithmic.
+    """
     from benchmarks import figures
 
     systems = [
@@ -247,9 +255,16 @@ def picture(results: Sequence[Results], shown: Sequence[str] = (PRIMARY, SPREAD)
         for axes, one in zip(line, results, strict=True):
             panel(axes, systems, {f.system: f for f in found if f.source == one.source})
             how = MEASURES[measure]
-            axes.set_title(f"{one.name}: {how.label}")
-            axes.set_xlabel(f"difference to NTP ({how.difference_unit})")
-    figure.supxlabel(CAPTION, fontsize=8)
+            if negligible is not None:
+                axes.set_xscale("symlog", linthresh=negligible)
+                axes.set_xticks(
+                    [-negligible, 0, negligible, 0.1, 1], [f"-{negligible}", "0", "", "0.1", "1"]
+                )
+                axes.axvspan(-negligible, negligible, color=figures.OTHERS, alpha=0.15, linewidth=0)
+            axes.set_title(f"{one.name}\n{how.label}")
+            axes.set_xlabel(f"difference to NTP\n({how.difference_unit})")
+    shaded = "" if negligible is None else " Shaded: negligible."
+    figure.supxlabel(CAPTION + shaded, fontsize=8)
     return figure
 
 

@@ -52,7 +52,11 @@ BEGIN = (
 END = "<!-- {0}: end -->"
 CURVES, DIFFERENCES = "curves.svg", "differences.svg"
 # Whose difference to NTP is drawn by epoch, and how.
-DRAWN = {"sftmix": "#d55e00", "sftmix-random": "#0072b2", "label_smoothing": "#009e73"}
+DRAWN = {"sftmix": "#d55e00", "sftmix-random": "#0072b2", "equal": "#009e73"}
+# Systems that end above the base would leave no room for the others.
+NOTE = (
+    "Bands: NTP's standard deviation; differences' 95 % intervals. Cut: what ends above the base."
+)
 RANDOM = "sftmix-random"
 HEADLINE = (PRIMARY, LOWEST, SPREAD, "confidence_iqr")
 
@@ -72,7 +76,7 @@ def write(folder: Path, study: str, document: Path | None = None) -> None:
         shown = (PRIMARY, LOWEST)
         for name, draw in (
             (CURVES, partial(curves, results)),
-            (DIFFERENCES, partial(picture, results, shown)),
+            (DIFFERENCES, partial(picture, results, shown, NEGLIGIBLE)),
         ):
             write_svg(folder / name, draw)
             beside = folder if document is None else document.parent
@@ -308,7 +312,9 @@ def curves(results: Sequence[Results]) -> Figure:
     grid[0][0].set_ylabel("held-out loss (nats/token)")
     grid[1][0].set_ylabel("difference to NTP")
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    legend: dict[str, Any] = {"ncols": 4, "frameon": False, "fontsize": 8}
+    legend |= {"title": NOTE, "title_fontsize": 8}
+    figure.legend(handles, labels, loc="outside lower center", **legend)
     return figure
 
 
@@ -339,6 +345,9 @@ def draw_losses(axes: Axes, one: Results) -> None:
             spreads = [statistics.stdev(curve[epoch] for curve in by_seed) for epoch in epochs]
             low, high = ([m + s * d for m, d in zip(means, spreads, strict=True)] for s in (-1, 1))
             axes.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0)
+    if base := one.values(BASE, PRIMARY):
+        bottom, top = axes.get_ylim()[0], statistics.fmean(base.values())
+        axes.set_ylim(bottom, top + 0.1 * (top - bottom))
     axes.grid(axis="y")
 
 
