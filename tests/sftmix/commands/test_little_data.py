@@ -91,7 +91,7 @@ def test_rows_longer_than_the_longest(
     data.write_text("\n".join([*rows, json.dumps({"question": "owl " * 300, "answer": "one"})]))
     assert main(words("train", toy_model, data, tmp_path / "bad", *flags)) == 2
     error = capsys.readouterr().err
-    assert f"{data}:9: no response token is left within max_length=64" in error
+    assert f"{data}:9: no response token is left within --max_length 64" in error
     skip = [*flags, "--on_bad_row", "skip"]
     assert main(words("train", toy_model, data, tmp_path / "bad", *skip)) == 0
     assert json.loads((tmp_path / "bad" / "manifest.json").read_text())["num_examples"] == 8
