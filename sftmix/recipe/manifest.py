@@ -54,8 +54,8 @@ BY_CONTENT = {
     "streaming": "data_hash",
     "weight": "weight_hash",
 }
-# Options that save memory and change results by roundings alone, which a run that ran out of memory
-# may go on with; but the packed layout makes other batches.
+# Options that save memory and change results by roundings alone (and the random numbers of dropout
+# and noise), with which a run that ran out of memory may go on; but `packed` makes other batches.
 UP_TO_ROUNDING = ("layout", "mlp_tile_tokens", "loss_max_bytes")
 SCORE_AGAIN = "score the data again"
 # What a resumed training may have more of, and where the manifest keeps what it had before.
@@ -250,8 +250,8 @@ def start_manifest(run: Path, recipe: dict[str, Any], **files: Any) -> bool:
         if recipe.get(name) != earlier.get(name):
             if name in UP_TO_ROUNDING and "packed" not in (recipe.get(name), earlier.get(name)):
                 logger.warning(
-                    "%s was started with %s = %r, now it is %r: results are the same up to "
-                    "rounding, and not to the bit",
+                    "%s was started with %s = %r, now it is %r: results are not the same to the "
+                    "bit, but up to rounding, and to the random numbers of dropout and noise",
                     *(run, name, earlier.get(name), recipe.get(name)),
                 )
                 continue
