@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .pretrained.settings import DATA, QUICK, REGIMES, SMOLLM2
+from .pretrained.settings import BY_WEAK, DATA, QUICK, REGIMES, SMOLLM2
 
 if TYPE_CHECKING:
     from .pretrained.plan import Plan
@@ -92,6 +92,9 @@ def run(words: Sequence[str]) -> None:
     which.add_argument("--all", action="store_true", help="until none is left")
     planned(parser)
     parser.add_argument("--model", metavar="DIR", help="what `fetch` made")
+    parser.add_argument(
+        "--weak-model", metavar="DIR", help="for gemma3: `fetch smollm2`'s, whose halves it tries"
+    )
     parser.add_argument("--data-folder", type=Path, metavar="DIR", help="with the data sets' files")
     parser.add_argument(
         "--cache", type=Path, required=True, metavar="DIR", help="3 GB of activations"
@@ -100,9 +103,13 @@ def run(words: Sequence[str]) -> None:
     options = parser.parse_args(words)
     if options.model is None and not options.quick:
         parser.error("--model: expected the folder that `fetch` made; or give --quick")
+    if BY_WEAK in REGIMES[options.study].systems and not (options.weak_model or options.quick):
+        parser.error("--weak-model: expected the folder that `fetch smollm2` made")
     import torch
     from transformers.utils.logging import disable_progress_bar
 
+    from .pretrained.plan import Plan
+    from .pretrained.report import RESULTS
     from .pretrained.runs import Study, make_all, make_next, toy_model
 
     torch.set_num_threads(options.threads)
@@ -110,7 +117,13 @@ def run(words: Sequence[str]) -> None:
     for folder in (options.out, options.cache):
         folder.mkdir(parents=True, exist_ok=True)
     model = toy_model(options.cache / "toy") if options.quick else options.model
-    study = Study(plan_of(options, options.cache), model, options.data_folder)
+    plan, regime = plan_of(options, options.cache), REGIMES[options.study]
+    weaker = Study(plan, model, None) if options.quick else None
+    if options.weak_model and not options.quick:
+        first = REGIMES[SMOLLM2]
+        done = Plan(first.data, first.seeds, first.sizes, RESULTS / SMOLLM2)
+        weaker = Study(done, options.weak_model, options.data_folder)
+    study = Study(plan, model, options.data_folder, regime.lora_rank, weaker)
     if options.all:
         make_all(study)
     elif make_next(study) is None:

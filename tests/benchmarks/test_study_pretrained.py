@@ -34,6 +34,7 @@ from sftmix.recipe.arguments import RunArguments
 from sftmix.recipe.loading import load_model, load_tokenizer
 from sftmix.training.config import SFTMixConfig
 from sftmix.training.loss import Counts, batch_counts, batch_loss
+from sftmix.training.trainer import SFTMixTrainer
 
 VOCAB = 40
 LENGTHS = (9, 5, 7, 12)
@@ -210,11 +211,11 @@ def test_each_model_has_its_own_seeds_and_systems(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["status", "--study", "gemma3", "--out", str(tmp_path)])
-    # Preparation and three rates; for each seed preparation, reference, base and three systems.
-    searches, seeds = 1 + 3 + 1, 3 * (3 + 3)
+    # Preparation and three rates; for each seed preparation, two references, base and four systems.
+    searches, seeds = 1 + 3 + 1, 3 * (4 + 4)
     assert f"pubmedqa     0 of {searches + seeds} runs done" in capsys.readouterr().out
     main(["status", "--study", "gemma3", "--seeds", "7", "--out", str(tmp_path)])
-    assert f"pubmedqa     0 of {searches + 6} runs done" in capsys.readouterr().out
+    assert f"pubmedqa     0 of {searches + 8} runs done" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -359,6 +360,59 @@ def test_a_quick_study_from_end_to_end(
     assert (out / "curves.svg").exists()
     main(["run", "--next", *words, "--cache", str(cache)])
     assert "no run to make now" in capsys.readouterr().out
+
+
+def quick_records(study: str, tmp_path: Path) -> dict[str, Any]:
+    """Return the records of a quick run of a study's systems with one seed, by what was run."""
+    words = ["--quick", "--seeds", "0", "--study", study, "--out", str(tmp_path / "out")]
+    main(["run", "--all", *words, "--cache", str(tmp_path / "cache")])
+    files = (tmp_path / "out").glob("demo-0-*.json")
+    return {
+        file.stem.removeprefix("demo-0-"): json.loads(file.read_text("utf-8")) for file in files
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
+def test_halves_of_another_model_are_those_that_it_scored(tmp_path: Path) -> None:
+    found = quick_records("gemma3", tmp_path)
+    # In a quick run the other model is the same one, so its halves and all that follows are.
+    assert found["sftmix-weak"]["same_half"] == 1
+    assert found["sftmix-weak"]["curve"] == found["sftmix"]["curve"]
+    assert found["sftmix-weak"]["curve"] != found["sftmix-random"]["curve"]
+    medians = [found[name]["median_confidence"] for name in ("weak", "reference")]
+    assert medians[0] == pytest.approx(medians[1])
+    assert found["weak"]["weak_model"] == found["weak"]["model"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora_trains_updates_of_the_upper_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    learnt: list[set[str]] = []
+
+    def tell(**given: Any) -> SFTMixTrainer:
+        names = {name for name, of in given["model"].named_parameters() if of.requires_grad}
+        learnt.append({name.rpartition(".layers.")[2] for name in names})
+        return SFTMixTrainer(**given)
+
+    monkeypatch.setattr(runs, "SFTMixTrainer", tell)
+    found = quick_records("lora", tmp_path)
+    assert found["ntp"]["measures"]["train_loss"] < found["base"]["measures"]["train_loss"]
+    assert learnt
+    for names in learnt:
+        assert {name.split(".")[0] for name in names} == {"0"}
+        assert {name.split(".")[3][:5] for name in names} == {"lora_"}
+
+
+def test_a_study_that_uses_a_weaker_model_wants_it(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--next", "--study", "gemma3", "--model", "m", "--out", "o", "--cache", "c"]
+    with pytest.raises(SystemExit):
+        main(["run", *words])
+    assert "--weak-model: expected the folder that `fetch smollm2` made" in capsys.readouterr().err
 
 
 def test_results_of_other_sizes_are_refused(tmp_path: Path) -> None:

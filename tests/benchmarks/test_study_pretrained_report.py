@@ -99,6 +99,19 @@ def test_small_and_opposite_differences_are_no_gain(tmp_path: Path) -> None:
     assert f"{len(records)} runs of other sizes than the study's of Gemma 3 270M" in decides_nothing
 
 
+def test_halves_of_a_weaker_model_stand_beside_the_models_own(tmp_path: Path) -> None:
+    some(tmp_path)
+    assert "SmolLM2's halves" not in markdown(read(tmp_path), joined(read(tmp_path)), "ab", GEMMA3)
+    for seed in range(4):
+        level = 2.9 + seed / 10
+        write_run(tmp_path, "gsm8k", seed, "sftmix-weak", level, same_half=0.5 + seed / 10)
+    records = read(tmp_path)
+    said = markdown(records, joined(records), "ab", GEMMA3)
+    line = next(line for line in said.splitlines() if "SmolLM2's halves beside" in line)
+    assert "95 % interval): GSM8K +0.0000 (-0.0018 to +0.0018; not significant)." in line
+    assert line.endswith("by both models (by chance: 50 %): GSM8K 65 %.")
+
+
 def test_a_curve_begins_with_the_base(tmp_path: Path) -> None:
     some(tmp_path)
     found = points(joined(read(tmp_path))[0], "ntp")

@@ -268,6 +268,12 @@ def _consecutive(start: int, lengths: Sequence[int]) -> Iterator[list[int]]:
         start += length
 
 
+def as_rows(part: datasets.Dataset) -> datasets.Dataset:
+    """Return examples in which tokens are rows of the activations' table, in their order."""
+    lengths = [len(ids) for ids in part["input_ids"]]
+    return part.remove_columns("input_ids").add_column("input_ids", list(_consecutive(1, lengths)))
+
+
 def _dataset(name: str, rows: list[list[int]], tensors: dict[str, Tensor]) -> datasets.Dataset:
     labels = tensors[f"{name}.labels"].split(tensors[f"{name}.lengths"].tolist())
     ids = tensors[f"{name}.id"].tolist()

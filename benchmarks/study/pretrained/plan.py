@@ -5,6 +5,7 @@ A run is one process' work of some minutes and one JSON file. Runs of one data s
     prepare     tokens, and what the lower layers give for them           (kept in --cache)
     rate-R      NTP with the learning rate R, on the search's seed
     reference   one epoch that scores the training examples               (kept in --cache)
+    weak        the same by a weaker model, whose halves another system uses    (likewise)
     mu-M        SFTMix with mu = M, on the search's seed
     base, ntp, sftmix, ...    the systems, on the seeds of the study
 """
@@ -19,14 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study.settings import SYSTEMS
 from sftmix.runs.folders import lock_run
 
-from .settings import ANOTHER_MU, BASE, SEARCH_SEED, TRAINED, Sizes
+from .settings import ANOTHER_MU, BASE, BY_WEAK, SEARCH_SEED, TRAINED, Sizes
 
-PREPARE, REFERENCE, RATE, MU = "prepare", "reference", "rate", "mu"
+PREPARE, REFERENCE, WEAK, RATE, MU = "prepare", "reference", "weak", "rate", "mu"
 LOCKS = "locks"
 # CPU seconds of a run of which none is done yet, to begin with.
-SECONDS = {PREPARE: 150.0, REFERENCE: 110.0, BASE: 30.0}
+SECONDS = {PREPARE: 150.0, REFERENCE: 110.0, WEAK: 110.0, BASE: 30.0}
 OTHERS = 180.0
 
 
@@ -36,7 +38,7 @@ class Run:
 
     data: str
     seed: int
-    what: str  # prepare, reference, rate-R, mu-M or a system
+    what: str  # prepare, reference, weak, rate-R, mu-M or a system
 
     @property
     def name(self) -> str:
@@ -46,7 +48,7 @@ class Run:
     @property
     def kind(self) -> str:
         """Return ``what`` without a number."""
-        return self.what if self.what in TRAINED else self.what.partition("-")[0]
+        return self.what if self.what in SYSTEMS else self.what.partition("-")[0]
 
     @property
     def number(self) -> float:
@@ -76,10 +78,11 @@ class Plan:
         for data in self.data:
             found += [Run(data, SEARCH_SEED, PREPARE), *self.searched(data, RATE)]
             found += [Run(data, SEARCH_SEED, REFERENCE), *self.searched(data, MU)]
+        scorings = (REFERENCE, WEAK) if BY_WEAK in self.systems else (REFERENCE,)
         for seed in self.seeds:
             for data in self.data:
                 found += [
-                    Run(data, seed, what) for what in (PREPARE, REFERENCE, BASE, *self.systems)
+                    Run(data, seed, what) for what in (PREPARE, *scorings, BASE, *self.systems)
                 ]
         return found
 
@@ -88,13 +91,14 @@ class Plan:
         prepared = Run(run.data, run.seed, PREPARE)
         if run.what == PREPARE:
             return []
-        if run.kind in (RATE, BASE):
+        if run.kind in (RATE, WEAK, BASE):
             return [prepared]
         rates = self.searched(run.data, RATE)
         if run.what == REFERENCE:
             return [prepared, *rates]
         mus = self.searched(run.data, MU) if run.what == ANOTHER_MU else []
-        return [prepared, *rates, Run(run.data, run.seed, REFERENCE), *mus]
+        weak = [Run(run.data, run.seed, WEAK)] if run.what == BY_WEAK else []
+        return [prepared, *rates, Run(run.data, run.seed, REFERENCE), *weak, *mus]
 
     def file(self, run: Run) -> Path:
         """Return the path of a run's result."""
@@ -102,7 +106,7 @@ class Plan:
 
     def kept(self, run: Run) -> Path | None:
         """Return the path of what a run leaves in the cache, None if nothing."""
-        ending = {PREPARE: "safetensors", REFERENCE: "parquet"}.get(run.what)
+        ending = {PREPARE: "safetensors", REFERENCE: "parquet", WEAK: "parquet"}.get(run.what)
         if ending is None or self.cache is None:
             return None
         return self.cache / f"{run.name}.{ending}"

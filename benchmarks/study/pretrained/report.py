@@ -39,7 +39,7 @@ from benchmarks.tables import show, table
 from sftmix.report.comparison import compare
 
 from .plan import MU, RATE, Plan
-from .settings import BASE, DATA, NEGLIGIBLE, REGIMES, SEARCH_SEED, TRAINED
+from .settings import BASE, BY_WEAK, DATA, NEGLIGIBLE, REGIMES, SEARCH_SEED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,12 @@ BEGIN = (
 END = "<!-- {0}: end -->"
 CURVES, DIFFERENCES = "curves.svg", "differences.svg"
 # Whose difference to NTP is drawn by epoch, and how.
-DRAWN = {"sftmix": "#d55e00", "sftmix-random": "#0072b2", "equal": "#009e73"}
+DRAWN = {
+    "sftmix": "#d55e00",
+    "sftmix-random": "#0072b2",
+    "equal": "#009e73",
+    BY_WEAK: "#009e73",
+}
 # Systems that end above the base would leave no room for the others.
 NOTE = (
     "Bands: NTP's standard deviation; differences' 95 % intervals. Cut: what ends above the base."
@@ -134,8 +139,9 @@ def of_seed(records: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
         "sizes": first["sizes"],
         "facts": first["facts"],
         "base": own[BASE]["measures"] if BASE in own else {},
-        "systems": {name: own[name]["measures"] for name in TRAINED if name in own},
-        "curves": {name: own[name]["curve"] for name in TRAINED if name in own},
+        "systems": {name: own[name]["measures"] for name in SYSTEMS if name in own},
+        "curves": {name: own[name]["curve"] for name in SYSTEMS if name in own},
+        "same_half": own.get(BY_WEAK, {}).get("same_half"),
         "mu": own.get("sftmix-mu", {}).get("options", {}).get("mu"),
     }
 
@@ -156,7 +162,8 @@ def markdown(
     if REGIMES[study].decides:
         parts += [answers(results, found[PRIMARY])]
     parts += [headline(found, [measure for measure in HEADLINE if measure in found])]
-    parts += [control(results), overfitting(results), verdict(found[PRIMARY])]
+    parts += [control(results), *filter(None, [weak(results)])]
+    parts += [overfitting(results), verdict(found[PRIMARY])]
     parts += [
         f"![Held-out loss by epoch, and its difference to NTP, on each data set]({pictures[0]})\n",
         f"![Differences of each system to NTP with 95 % intervals]({pictures[1]})\n",
@@ -225,6 +232,23 @@ def control(results: Sequence[Results]) -> str:
     return (
         "- SFTMix beside SFTMix over random halves, held-out loss (nats/token, 95 % interval): "
         f"{', '.join(said)}.\n"
+    )
+
+
+def weak(results: Sequence[Results]) -> str:
+    """Return SFTMix over the halves of a weaker model beside its own, and how far they agree."""
+    found = findings(results, PRIMARY, "sftmix", (BY_WEAK,))
+    said = [_said(results, one) for one in found if one.test.difference is not None]
+    if not said:
+        return ""
+    shares = []
+    for one in results:
+        own = [of["same_half"] for of in one.records if of["same_half"] is not None]
+        shares += [f"{one.name} {100 * statistics.fmean(own):.0f} %"] if own else []
+    return (
+        "- SFTMix over SmolLM2's halves beside SFTMix over the model's own, held-out loss "
+        f"(nats/token, 95 % interval): {', '.join(said)}. Of the examples as many are in the same "
+        f"half by both models (by chance: 50 %): {', '.join(shares)}.\n"
     )
 
 

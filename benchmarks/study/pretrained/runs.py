@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 
 from benchmarks.study.fetch import file_hash
@@ -24,17 +26,19 @@ from sftmix.pairs.collator import PairedCollator
 from sftmix.pairs.partition import Partition, from_scores, read_partition, split, write_partition
 from sftmix.recipe.arguments import RunArguments
 from sftmix.recipe.loading import load_model, load_tokenizer
+from sftmix.recipe.lora import add_lora
 from sftmix.runs.folders import write_json
+from sftmix.templates.tokenizing import tokenize_examples
 from sftmix.toy import build_toy_model
 from sftmix.training.config import ScoreConfig, SFTMixConfig
 from sftmix.training.reference import reference_trainer
 from sftmix.training.scoring import batches_by_length
 from sftmix.training.trainer import SFTMixTrainer
 
-from .data import FILES, Prepared, read_material, read_prepared, write_prepared
-from .frozen import PAD, upper_part
-from .plan import MU, PREPARE, RATE, REFERENCE, Plan, Run
-from .settings import ANOTHER_MU, BASE, NOISE, NOISE_ALPHA
+from .data import FILES, Prepared, as_rows, read_material, read_prepared, write_prepared
+from .frozen import PAD, activations, upper_part
+from .plan import MU, PREPARE, RATE, REFERENCE, WEAK, Plan, Run
+from .settings import ANOTHER_MU, BASE, BY_WEAK, NOISE, NOISE_ALPHA
 
 COLLATOR = PairedCollator(PAD)
 # Of a batch of an evaluation: 1,024 x V logits are held at most, 200 MB of V = 49,152.
@@ -49,6 +53,8 @@ class Study:
     plan: Plan
     model: str
     data_folder: Path | None
+    lora_rank: int | None = None
+    weaker: Study | None = None  # finished, of the model whose halves `BY_WEAK` uses
 
     def identity(self, run: Run) -> str:
         """Return what a prepared file belongs to: the model, the seed's data and the sizes."""
@@ -68,16 +74,17 @@ class Study:
         assert path is not None
         return read_prepared(path, self.identity(run))
 
-    def partition(self, run: Run) -> Partition:
+    def partition(self, run: Run, by: str = REFERENCE) -> Partition:
         """Return the scored partition of a run's seed."""
-        path = self.plan.kept(Run(run.data, run.seed, REFERENCE))
+        path = self.plan.kept(Run(run.data, run.seed, by))
         assert path is not None
         return read_partition(path)
 
-    def upper(self, prepared: Prepared) -> Any:
-        """Return a copy of the part of the model that is trained."""
-        model = load_model(RunArguments(self.model, [], ""))
-        return upper_part(model, self.plan.sizes.trained_layers, prepared.read)
+    def upper(self, read: Tensor, seed: int | None = None) -> Any:
+        """Return a copy of the upper part of the model, and with a seed what is trained of it."""
+        arguments = RunArguments(self.model, [], "", lora_rank=self.lora_rank)
+        upper = upper_part(load_model(arguments), self.plan.sizes.trained_layers, read)
+        return upper if seed is None else add_lora(upper, arguments, seed)
 
     def learning_rate(self, data: str) -> float:
         """Return the rate with which NTP reached the lowest loss, at whichever evaluation."""
@@ -184,15 +191,47 @@ def make_prepared(study: Study, run: Run, folder: Path) -> dict[str, Any]:
 
 def make_reference(study: Study, run: Run, folder: Path) -> dict[str, Any]:
     """Score the training examples over one epoch of NTP, and write the partition."""
-    path, prepared = study.plan.kept(run), study.prepared(run)
+    prepared = study.prepared(run)
+    upper = study.upper(prepared.read, run.seed)
+    rate = study.learning_rate(run.data)
+    return scored(study, run, folder, upper, prepared.parts["train"], rate)
+
+
+def make_weak(study: Study, run: Run, folder: Path) -> dict[str, Any]:
+    """Have the weaker model score the same examples, with the rate that was best for it."""
+    weaker = study.weaker
+    assert weaker is not None
+    chosen = study.prepared(run).parts["train"]
+    arguments = RunArguments(weaker.model, [], "")
+    pool = read_material(run.data, study.data_folder).source.pool
+    known = {example.id: example for example in pool}
+    tokens = tokenize_examples(
+        [known[number] for number in chosen["id"]],
+        load_tokenizer(arguments),
+        disable_progress=True,
+    )
+    read = activations(
+        load_model(arguments), weaker.plan.sizes.trained_layers, tokens["input_ids"][:]
+    )
+    train = as_rows(tokens.remove_columns("content_hash")).add_column(
+        "content_hash", chosen["content_hash"][:]
+    )
+    rate = weaker.learning_rate(run.data)
+    found = scored(study, run, folder, weaker.upper(read), train, rate)
+    return {**found, "weak_model": weights_hash(weaker.model)}
+
+
+def scored(
+    study: Study, run: Run, folder: Path, upper: Any, train: datasets.Dataset, rate: float
+) -> dict[str, Any]:
+    """Train an upper part by NTP for one epoch, and write the partition that it gives."""
+    path, sizes = study.plan.kept(run), study.plan.sizes
     assert path is not None
-    rate, sizes = study.learning_rate(run.data), study.plan.sizes
     options = {"num_scorings": sizes.num_scorings, "checkpoint_scorings": False}
     config = ScoreConfig(
         **config_options(folder, run.seed, sizes.batch_size, learning_rate=rate, **options)
     )
-    train = prepared.parts["train"]
-    trainer, scores = reference_trainer(study.upper(prepared), train, COLLATOR, config)
+    trainer, scores = reference_trainer(upper, train, COLLATOR, config)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     tokens, nll_sum = scores.num_tokens.numpy(), scores.nll_sum.numpy()
@@ -208,7 +247,7 @@ def _median(partition: Partition) -> float:
 def make_base(study: Study, run: Run, folder: Path) -> dict[str, Any]:
     """Measure the model before it is tuned."""
     prepared = study.prepared(run)
-    model = study.upper(prepared)
+    model = study.upper(prepared.read)
     head = HeadAdapter(model)
     held_out = on_held_out(model, head, prepared.parts["held_out"], COLLATOR, **BATCHES)
     return {"measures": {**held_out, **at_the_end(model, head, prepared)}}
@@ -230,8 +269,13 @@ def make_system(study: Study, run: Run, folder: Path) -> dict[str, Any]:
     system, options = SYSTEMS[run.what], dict(SYSTEMS[run.what].options)
     if run.what == ANOTHER_MU:
         options["mu"] = study.another_mu(run.data)
-    confident = split(study.partition(run), system.by, run.seed)
-    return trained(study, run, folder, study.learning_rate(run.data), confident, options)
+    by = WEAK if run.what == BY_WEAK else REFERENCE
+    confident = split(study.partition(run, by), system.by, run.seed)
+    found = trained(study, run, folder, study.learning_rate(run.data), confident, options)
+    if run.what == BY_WEAK:
+        same = confident.subset == split(study.partition(run), system.by).subset
+        found["same_half"] = float(same.mean())
+    return found
 
 
 def trained(
@@ -244,7 +288,7 @@ def trained(
 ) -> dict[str, Any]:
     """Train the upper part, and return its losses by epoch and its measures at the end."""
     sizes, prepared = study.plan.sizes, study.prepared(run)
-    model, held_out = study.upper(prepared), prepared.parts["held_out"]
+    model, held_out = study.upper(prepared.read, run.seed), prepared.parts["held_out"]
     if run.what == NOISE:
         options["neftune_noise_alpha"] = NOISE_ALPHA * prepared.scale
     common = {"learning_rate": learning_rate, "num_train_epochs": sizes.epochs}
@@ -334,6 +378,7 @@ def toy_model(folder: Path) -> str:
 MAKERS: dict[str, Callable[[Study, Run, Path], dict[str, Any]]] = {
     PREPARE: make_prepared,
     REFERENCE: make_reference,
+    WEAK: make_weak,
     BASE: make_base,
     RATE: make_rate,
     MU: make_mu,

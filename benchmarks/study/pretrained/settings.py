@@ -9,6 +9,7 @@ from benchmarks.study.settings import BASELINE, SEARCH_SEED, SEEDS
 
 BASE = "base"  # the model before it is tuned
 ANOTHER_MU, NOISE = "sftmix-mu", "noise"
+BY_WEAK = "sftmix-weak"  # on the halves of a weaker model
 # Systems of `benchmarks.study.settings.SYSTEMS`, in the order in which they are run.
 TRAINED = (
     BASELINE,
@@ -60,9 +61,10 @@ class Regime:
     seeds: tuple[int, ...] = SEEDS
     systems: tuple[str, ...] = TRAINED
     decides: bool = True  # whether it answers the study's questions
+    lora_rank: int | None = None  # None: all weights of the trained layers learn
 
 
-SMOLLM2, OVERFITTING, GEMMA3 = "smollm2", "overfitting", "gemma3"
+SMOLLM2, OVERFITTING, LORA, GEMMA3 = "smollm2", "overfitting", "lora", "gemma3"
 REGIMES = {
     SMOLLM2: Regime("SmolLM2-135M-Instruct from a file of 4 bits a weight", Sizes()),
     # With the highest rate that the study tried NTP overfits on these.
@@ -71,6 +73,15 @@ REGIMES = {
         Sizes(learning_rates=(8e-4,), mus=()),
         data=("alpaca", "pubmedqa"),
         systems=(BASELINE, "sftmix", "sftmix-random", "equal"),
+    ),
+    # As many seeds and examples as the study has, so that both can be laid side by side.
+    LORA: Regime(
+        "SmolLM2-135M-Instruct from a file of 4 bits a weight",
+        Sizes(learning_rates=(5e-4, 1e-3, 2e-3, 4e-3), mus=()),
+        data=("gsm8k", "alpaca"),
+        systems=(BASELINE, "sftmix", "sftmix-random"),
+        decides=False,
+        lora_rank=16,
     ),
     # Its head has six times the weights, so there are fewer examples, seeds and systems.
     GEMMA3: Regime(
@@ -84,7 +95,7 @@ REGIMES = {
             mus=(),
         ),
         seeds=(0, 1, 2),
-        systems=(BASELINE, "sftmix", "sftmix-random"),
+        systems=(BASELINE, "sftmix", "sftmix-random", BY_WEAK),
         decides=False,
     ),
 }
