@@ -68,3 +68,12 @@ def test_rows_of_a_chunk(optimised: bool, tmp_path: Path) -> None:
     assert build(source, program, "address,undefined", *(more if optimised else [])) == ""
     for capability in ("default", "avx2", "avx512"):
         assert run([program], ATEN_CPU_CAPABILITY=capability) == ""
+
+
+@pytest.mark.slow
+def test_rows_are_handed_out_to_threads(tmp_path: Path) -> None:
+    program, threads = tmp_path / "program", ROOT / "tests/csrc/threads"
+    require(tmp_path, "thread")
+    source = ROOT / "tests/csrc/parallel_test.cpp"
+    assert build(source, program, "thread", f"-I{threads}") == ""
+    assert run([program]) == ""
