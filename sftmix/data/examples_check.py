@@ -214,6 +214,7 @@ def _scanned(
                 {key: _arrow_column(table[key], name, key) for key in keys},
             )
         return
+    named = False  # whether rows have ids
     for start in range(0, len(dataset), SCAN_ROWS):
         rows = [dataset[i] for i in range(start, min(start + SCAN_ROWS, len(dataset)))]
         for i, row in enumerate(rows):
@@ -225,7 +226,10 @@ def _scanned(
                 raise ValueError(
                     f"{name}: row {start + i}: expected {missing[0]}, which other rows have"
                 )
-        if with_ids and any("id" in row for row in rows):
+        before, named = named, named or (with_ids and any("id" in row for row in rows))
+        if named and start and not before:
+            _check_ids(name, 0, [None])
+        if named:
             _check_ids(name, start, [row.get("id") for row in rows])
         yield (
             start,

@@ -100,6 +100,20 @@ def test_rows_are_counted_over_blocks(
             check_examples(model, train_dataset=kind(rows))
 
 
+@pytest.mark.parametrize(("named", "missing"), [((2, 3), 0), ((0, 1), 2), ((1, 3), 0)])
+def test_ids_of_some_rows_are_refused_over_blocks(
+    model: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    named: tuple[int, ...],
+    missing: int,
+) -> None:
+    monkeypatch.setattr("sftmix.data.examples_check.SCAN_ROWS", 2)
+    rows: Any = [{**GOOD, "id": row} if row in named else {**GOOD} for row in range(4)]
+    with pytest.raises(ValueError, match=rf"row {missing}: expected id, .*, got None"):
+        check_examples(model, train_dataset=rows)
+    check_examples(model, train_dataset=[{**GOOD, "id": row} for row in range(4)])
+
+
 def test_empty_lists_are_rows_without_a_target(model: PreTrainedModel) -> None:
     for rows in ([GOOD, EMPTY], [EMPTY, GOOD]):
         with pytest.raises(ValueError, match=rf"row {rows.index(EMPTY)}: .*in 0 tokens"):
