@@ -40,7 +40,7 @@ OTHERS = shlex.split(
     "--no-build-isolation --no-deps --multi_gpu --num_processes --nproc_per_node "
     "--document --gsm8k-train --gsm8k-test --alpaca --seeds --systems --quick --out --device "
     "--sdist --no-binary --largest --seconds --markdown --build --gpu --prepare --kit --renew "
-    "--next --all --data-folder --cache --record --study --weak-model"
+    "--next --all --data-folder --cache --record --study --other-model"
 )
 
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .pretrained.settings import BY_WEAK, DATA, QUICK, REGIMES, SMOLLM2
+from .pretrained.settings import BY_OTHER, DATA, QUICK, REGIMES, RESULTS, SMOLLM2
 
 if TYPE_CHECKING:
     from .pretrained.plan import Plan
@@ -93,7 +94,7 @@ def run(words: Sequence[str]) -> None:
     planned(parser)
     parser.add_argument("--model", metavar="DIR", help="what `fetch` made")
     parser.add_argument(
-        "--weak-model", metavar="DIR", help="for gemma3: `fetch smollm2`'s, whose halves it tries"
+        "--other-model", metavar="DIR", help="for gemma3: what `fetch smollm2` made"
     )
     parser.add_argument("--data-folder", type=Path, metavar="DIR", help="with the data sets' files")
     parser.add_argument(
@@ -103,27 +104,29 @@ def run(words: Sequence[str]) -> None:
     options = parser.parse_args(words)
     if options.model is None and not options.quick:
         parser.error("--model: expected the folder that `fetch` made; or give --quick")
-    if BY_WEAK in REGIMES[options.study].systems and not (options.weak_model or options.quick):
-        parser.error("--weak-model: expected the folder that `fetch smollm2` made")
+    regime = REGIMES[options.study]
+    if (BY_OTHER in regime.systems and not options.quick) != (options.other_model is not None):
+        parser.error(
+            "--other-model: expected the folder that `fetch smollm2` made with --study gemma3, and "
+            "none with other studies or --quick"
+        )
+    if regime.lora_rank is not None and find_spec("peft") is None:
+        parser.error("--study lora: needs PEFT: pip install peft")
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from .pretrained.plan import Plan
-    from .pretrained.report import RESULTS
-    from .pretrained.runs import Study, make_all, make_next, toy_model
+    from .pretrained.runs import Study, finished, make_all, make_next, toy_model
 
     torch.set_num_threads(options.threads)
     disable_progress_bar()
     for folder in (options.out, options.cache):
         folder.mkdir(parents=True, exist_ok=True)
     model = toy_model(options.cache / "toy") if options.quick else options.model
-    plan, regime = plan_of(options, options.cache), REGIMES[options.study]
-    weaker = Study(plan, model, None) if options.quick else None
-    if options.weak_model and not options.quick:
-        first = REGIMES[SMOLLM2]
-        done = Plan(first.data, first.seeds, first.sizes, RESULTS / SMOLLM2)
-        weaker = Study(done, options.weak_model, options.data_folder)
-    study = Study(plan, model, options.data_folder, regime.lora_rank, weaker)
+    plan = plan_of(options, options.cache)
+    other = Study(plan, model, None) if options.quick else None
+    if options.other_model is not None:
+        other = finished(SMOLLM2, options.other_model, options.data_folder)
+    study = Study(plan, model, options.data_folder, regime.lora_rank, other)
     if options.all:
         make_all(study)
     elif make_next(study) is None:
@@ -141,7 +144,7 @@ def status(words: Sequence[str]) -> None:
 
 def report(words: Sequence[str]) -> None:
     """Write tables and pictures."""
-    from .pretrained.report import RESULTS, write
+    from .pretrained.report import write
 
     parser = parser_of("report", "Write tables and pictures from the runs' files.")
     parser.add_argument(

@@ -76,7 +76,7 @@ SYSTEMS = {
     ),
     "rank": System("SFTMix, pairs by rank", {"pairing": "rank"}),
     "lam-batch": System("SFTMix, one lam a batch", {"lambda_scope": "batch"}),
-    "sftmix-weak": System("SFTMix, SmolLM2's halves"),
+    "sftmix-other": System("SFTMix, SmolLM2's halves"),
     "sftmix-mu": System("SFTMix, another mu"),
     "label_smoothing": System("Label smoothing", {"method": "label_smoothing"}),
     "dft": System("DFT", {"method": "dft"}),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.study.__main__ import main
+from benchmarks.study.parts import write_messages
 from benchmarks.study.pretrained import runs
 from benchmarks.study.pretrained.data import (
     Prepared,
@@ -32,6 +35,8 @@ from sftmix.model.head import HeadAdapter
 from sftmix.pairs.collator import PairedCollator
 from sftmix.recipe.arguments import RunArguments
 from sftmix.recipe.loading import load_model, load_tokenizer
+from sftmix.toy import build_toy_model
+from sftmix.training import reference
 from sftmix.training.config import SFTMixConfig
 from sftmix.training.loss import Counts, batch_counts, batch_loss
 from sftmix.training.trainer import SFTMixTrainer
@@ -362,27 +367,42 @@ def test_a_quick_study_from_end_to_end(
     assert "no run to make now" in capsys.readouterr().out
 
 
-def quick_records(study: str, tmp_path: Path) -> dict[str, Any]:
-    """Return the records of a quick run of a study's systems with one seed, by what was run."""
-    words = ["--quick", "--seeds", "0", "--study", study, "--out", str(tmp_path / "out")]
-    main(["run", "--all", *words, "--cache", str(tmp_path / "cache")])
-    files = (tmp_path / "out").glob("demo-0-*.json")
-    return {
-        file.stem.removeprefix("demo-0-"): json.loads(file.read_text("utf-8")) for file in files
-    }
+def quick_study(tmp_path: Path, systems: tuple[str, ...], **more: Any) -> runs.Study:
+    """Return a study of the bundled data with one seed and no mus."""
+    for name in ("out", "cache"):
+        (tmp_path / name).mkdir(parents=True)
+    sizes = Sizes(**{**vars(QUICK), "mus": (), **more.pop("sizes", {})})
+    own = Plan(("demo",), (0,), sizes, tmp_path / "out", tmp_path / "cache", systems)
+    return runs.Study(own, runs.toy_model(tmp_path / "toy"), None, **more)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
 def test_halves_of_another_model_are_those_that_it_scored(tmp_path: Path) -> None:
-    found = quick_records("gemma3", tmp_path)
-    # In a quick run the other model is the same one, so its halves and all that follows are.
-    assert found["sftmix-weak"]["same_half"] == 1
-    assert found["sftmix-weak"]["curve"] == found["sftmix"]["curve"]
-    assert found["sftmix-weak"]["curve"] != found["sftmix-random"]["curve"]
-    medians = [found[name]["median_confidence"] for name in ("weak", "reference")]
-    assert medians[0] == pytest.approx(medians[1])
-    assert found["weak"]["weak_model"] == found["weak"]["model"]
+    other = quick_study(tmp_path / "other", ("ntp",), sizes={"learning_rates": (7e-3,)})
+    examples = tmp_path / "examples.jsonl"
+    write_messages(examples, read_material("demo", None).source.pool)
+    wider = {"vocab_size": 400, "hidden_size": 24, "num_layers": 2}
+    build_toy_model(tmp_path / "wider", [examples], **wider, max_length=96, seed=1)
+    other = dataclasses.replace(other, model=str(tmp_path / "wider"))
+    runs.make_all(other)
+    study = quick_study(tmp_path / "own", ("sftmix", "sftmix-other"), other=other)
+    runs.make_all(study)
+    record = {run.what: study.plan.record(run) for run in study.plan.runs() if run.seed == 0}
+    assert record["other"]["learning_rate"] == 7e-3
+    assert record["other"]["other_model"] == runs.weights_hash(other.model)
+    assert record["other"]["partition"] != record["reference"]["partition"]
+    # The other study drew the same examples, and its reference is what scores here.
+    own = other.plan.record(Run("demo", 0, "reference"))
+    assert record["other"]["median_confidence"] == pytest.approx(own["median_confidence"])
+    run = Run("demo", 0, "sftmix-other")
+    assert study.partition(run, "other").id.tolist() == study.partition(run).id.tolist()
+    assert 0 < record["sftmix-other"]["same_half"] < 1
+    assert record["sftmix-other"]["curve"] != record["sftmix"]["curve"]
+    # What another study left in the same cache is not taken.
+    shutil.copy(tmp_path / "other/cache/demo-0-reference.parquet", tmp_path / "own/cache")
+    with pytest.raises(ValueError, match=r"--cache: .*demo-0-reference.parquet is not what .*json"):
+        study.partition(run)
 
 
 @pytest.mark.slow
@@ -392,27 +412,58 @@ def test_lora_trains_updates_of_the_upper_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("peft")
-    learnt: list[set[str]] = []
+    learnt: list[dict[str, tuple[int, ...]]] = []
 
     def tell(**given: Any) -> SFTMixTrainer:
-        names = {name for name, of in given["model"].named_parameters() if of.requires_grad}
-        learnt.append({name.rpartition(".layers.")[2] for name in names})
+        of = given["model"].named_parameters()
+        learnt.append({name: tuple(p.shape) for name, p in of if p.requires_grad})
+        assert given["model"].peft_config["default"].lora_alpha == 32
         return SFTMixTrainer(**given)
 
     monkeypatch.setattr(runs, "SFTMixTrainer", tell)
-    found = quick_records("lora", tmp_path)
-    assert found["ntp"]["measures"]["train_loss"] < found["base"]["measures"]["train_loss"]
-    assert learnt
-    for names in learnt:
+    monkeypatch.setattr(reference, "SFTMixTrainer", tell)
+    study = quick_study(tmp_path, ("ntp",), lora_rank=16)
+    runs.make_all(study)
+    # Two rates and two references, and NTP.
+    assert len(learnt) == 5
+    layers = ("q", "k", "v", "o", "gate", "up", "down")
+    for shapes in learnt:
+        names = {name.partition(".layers.")[2] for name in shapes}
+        assert {name.split(".")[2] for name in names} == {f"{layer}_proj" for layer in layers}
         assert {name.split(".")[0] for name in names} == {"0"}
-        assert {name.split(".")[3][:5] for name in names} == {"lora_"}
+        assert len(names) == 2 * len(layers)
+        assert all(16 in shape for shape in shapes.values())
+    ntp, base = (study.plan.record(Run("demo", 0, what)) for what in ("ntp", "base"))
+    assert ntp["measures"]["train_loss"] < base["measures"]["train_loss"]
+    full = dataclasses.replace(study, lora_rank=None)
+    with pytest.raises(ValueError, match=r"made with lora_rank = 16, now it is None; give another"):
+        runs.make(full, Run("demo", 0, "ntp"))
 
 
-def test_a_study_that_uses_a_weaker_model_wants_it(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--next", "--study", "gemma3", "--model", "m", "--out", "o", "--cache", "c"]
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (
+            ["gemma3", "--model", "m"],
+            "--other-model: expected the folder that",
+        ),
+        (["lora", "--model", "m", "--other-model", "o"], "and none with other studies or --quick"),
+        (["gemma3", "--quick", "--other-model", "o"], "and none with other studies or --quick"),
+    ],
+)
+def test_another_model_is_given_where_it_is_used(
+    words: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        main(["run", *words])
-    assert "--weak-model: expected the folder that `fetch smollm2` made" in capsys.readouterr().err
+        main(["run", "--next", "--out", "o", "--cache", "c", "--study", *words])
+    assert reason in capsys.readouterr().err
+
+
+def test_another_model_has_to_be_the_one_of_the_results(toy: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--other-model: expected the weights that .* `fetch sm"):
+        runs.finished("smollm2", toy, None)
+    with pytest.raises(ValueError, match=r"--other-model: no file"):
+        runs.finished("smollm2", str(tmp_path), None)
 
 
 def test_results_of_other_sizes_are_refused(tmp_path: Path) -> None:
@@ -421,7 +472,7 @@ def test_results_of_other_sizes_are_refused(tmp_path: Path) -> None:
     record = {"sizes": {"epochs": 7}}
     own.file(run).write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(ValueError, match=r"--out: .* give another folder"):
-        runs.check_sizes(runs.Study(own, "nowhere", None), run)
+        runs.check_alike(runs.Study(own, "nowhere", None), run)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ A run is one process' work of some minutes and one JSON file. Runs of one data s
     prepare     tokens, and what the lower layers give for them           (kept in --cache)
     rate-R      NTP with the learning rate R, on the search's seed
     reference   one epoch that scores the training examples               (kept in --cache)
-    weak        the same by a weaker model, whose halves another system uses    (likewise)
+    other       the same by another model, whose halves a system uses     (likewise)
     mu-M        SFTMix with mu = M, on the search's seed
     base, ntp, sftmix, ...    the systems, on the seeds of the study
 """
@@ -23,13 +23,13 @@ from typing import Any
 from benchmarks.study.settings import SYSTEMS
 from sftmix.runs.folders import lock_run
 
-from .settings import ANOTHER_MU, BASE, BY_WEAK, SEARCH_SEED, TRAINED, Sizes
+from .settings import ANOTHER_MU, BASE, BY_OTHER, SEARCH_SEED, TRAINED, Sizes
 
-PREPARE, REFERENCE, WEAK, RATE, MU = "prepare", "reference", "weak", "rate", "mu"
+PREPARE, REFERENCE, OTHER, RATE, MU = "prepare", "reference", "other", "rate", "mu"
 LOCKS = "locks"
 # CPU seconds of a run of which none is done yet, to begin with.
-SECONDS = {PREPARE: 150.0, REFERENCE: 110.0, WEAK: 110.0, BASE: 30.0}
-OTHERS = 180.0
+SECONDS = {PREPARE: 150.0, REFERENCE: 110.0, OTHER: 110.0, BASE: 30.0}
+OTHERWISE = 180.0
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Run:
 
     data: str
     seed: int
-    what: str  # prepare, reference, weak, rate-R, mu-M or a system
+    what: str  # prepare, reference, other, rate-R, mu-M or a system
 
     @property
     def name(self) -> str:
@@ -78,7 +78,7 @@ class Plan:
         for data in self.data:
             found += [Run(data, SEARCH_SEED, PREPARE), *self.searched(data, RATE)]
             found += [Run(data, SEARCH_SEED, REFERENCE), *self.searched(data, MU)]
-        scorings = (REFERENCE, WEAK) if BY_WEAK in self.systems else (REFERENCE,)
+        scorings = (REFERENCE, OTHER) if BY_OTHER in self.systems else (REFERENCE,)
         for seed in self.seeds:
             for data in self.data:
                 found += [
@@ -91,14 +91,14 @@ class Plan:
         prepared = Run(run.data, run.seed, PREPARE)
         if run.what == PREPARE:
             return []
-        if run.kind in (RATE, WEAK, BASE):
+        if run.kind in (RATE, BASE):
             return [prepared]
         rates = self.searched(run.data, RATE)
-        if run.what == REFERENCE:
+        if run.what in (REFERENCE, OTHER):
             return [prepared, *rates]
         mus = self.searched(run.data, MU) if run.what == ANOTHER_MU else []
-        weak = [Run(run.data, run.seed, WEAK)] if run.what == BY_WEAK else []
-        return [prepared, *rates, Run(run.data, run.seed, REFERENCE), *weak, *mus]
+        other = [Run(run.data, run.seed, OTHER)] if run.what == BY_OTHER else []
+        return [prepared, *rates, Run(run.data, run.seed, REFERENCE), *other, *mus]
 
     def file(self, run: Run) -> Path:
         """Return the path of a run's result."""
@@ -106,7 +106,7 @@ class Plan:
 
     def kept(self, run: Run) -> Path | None:
         """Return the path of what a run leaves in the cache, None if nothing."""
-        ending = {PREPARE: "safetensors", REFERENCE: "parquet", WEAK: "parquet"}.get(run.what)
+        ending = {PREPARE: "safetensors", REFERENCE: "parquet", OTHER: "parquet"}.get(run.what)
         if ending is None or self.cache is None:
             return None
         return self.cache / f"{run.name}.{ending}"
@@ -152,7 +152,7 @@ class Plan:
             alike = [s for (_, kind), values in known.items() if kind == run.kind for s in values]
             if same or alike:
                 return statistics.fmean(same or alike)
-            return SECONDS.get(run.what, OTHERS)
+            return SECONDS.get(run.what, OTHERWISE)
 
         return estimate
 

@@ -38,14 +38,13 @@ from benchmarks.study.settings import BASELINE, SYSTEMS
 from benchmarks.tables import show, table
 from sftmix.report.comparison import compare
 
-from .plan import MU, RATE, Plan
-from .settings import BASE, BY_WEAK, DATA, NEGLIGIBLE, REGIMES, SEARCH_SEED
+from .plan import MU, OTHER, RATE, Plan
+from .settings import BASE, BY_OTHER, DATA, NEGLIGIBLE, REGIMES, SEARCH_SEED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
 BEGIN = (
     "<!-- {0}: begin (python -m benchmarks.study report --study {0} --document docs/study.md) -->"
 )
@@ -56,7 +55,7 @@ DRAWN = {
     "sftmix": "#d55e00",
     "sftmix-random": "#0072b2",
     "equal": "#009e73",
-    BY_WEAK: "#009e73",
+    BY_OTHER: "#009e73",
 }
 # Systems that end above the base would leave no room for the others.
 NOTE = (
@@ -102,7 +101,10 @@ def read(folder: Path) -> list[dict[str, Any]]:
     for record in records:
         if record["sizes"] != records[0]["sizes"]:
             raise ValueError(f"{folder}: the results differ in their sizes")
-        if "learning_rate" in record and not record["what"].startswith(RATE):
+        if record.get("lora_rank") != records[0].get("lora_rank"):
+            raise ValueError(f"{folder}: the results differ in the rank of LoRA")
+        searched = record["what"].startswith(RATE)
+        if "learning_rate" in record and not searched and record["what"] != OTHER:
             rate = record["learning_rate"]
             if rates.setdefault(record["data"], rate) != rate:
                 raise ValueError(
@@ -141,7 +143,7 @@ def of_seed(records: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
         "base": own[BASE]["measures"] if BASE in own else {},
         "systems": {name: own[name]["measures"] for name in SYSTEMS if name in own},
         "curves": {name: own[name]["curve"] for name in SYSTEMS if name in own},
-        "same_half": own.get(BY_WEAK, {}).get("same_half"),
+        "same_half": own.get(BY_OTHER, {}).get("same_half"),
         "mu": own.get("sftmix-mu", {}).get("options", {}).get("mu"),
     }
 
@@ -162,7 +164,7 @@ def markdown(
     if REGIMES[study].decides:
         parts += [answers(results, found[PRIMARY])]
     parts += [headline(found, [measure for measure in HEADLINE if measure in found])]
-    parts += [control(results), *filter(None, [weak(results)])]
+    parts += [control(results), *filter(None, [of_other(results)])]
     parts += [overfitting(results), verdict(found[PRIMARY])]
     parts += [
         f"![Held-out loss by epoch, and its difference to NTP, on each data set]({pictures[0]})\n",
@@ -189,8 +191,12 @@ def progress(records: Sequence[Mapping[str, Any]], study: str) -> str:
     """Return how many of the planned runs there are, and their sizes."""
     regime = REGIMES[study]
     sizes = regime.sizes
-    if records and records[0]["sizes"] != json.loads(json.dumps(asdict(sizes))):
-        return f"{len(records)} runs of other sizes than the study's of {regime.model}.\n"
+    alike = json.loads(json.dumps({"sizes": asdict(sizes), "lora_rank": regime.lora_rank}))
+    if records and any(records[0].get(name) != value for name, value in alike.items()):
+        return (
+            f"{len(records)} runs of other sizes, or trained otherwise, than the study's of "
+            f"{regime.model}.\n"
+        )
     planned = Plan(regime.data, regime.seeds, sizes, Path(), systems=regime.systems).runs()
     there = {(record["data"], record["seed"], record["what"]) for record in records}
     done = sum((run.data, run.seed, run.what) in there for run in planned)
@@ -200,12 +206,17 @@ def progress(records: Sequence[Mapping[str, Any]], study: str) -> str:
         for numbers in (sizes.learning_rates, sizes.mus)
     )
     searched = "Learning rates of the search" if "," in rates else "Learning rate"
+    more = ""
+    if "alpaca" in regime.data:
+        more += f", {sizes.kept_examples} that a grader kept"
+    if "pubmedqa" in regime.data:
+        more += f", {sizes.questions} questions"
+    by = f" by LoRA of rank {regime.lora_rank}" * (regime.lora_rank is not None)
     return (
         f"{regime.model}, {done} of {len(planned)} runs. {len(regime.seeds)} seeds; for each "
         f"{sizes.train_examples} examples to train on for {sizes.epochs} epochs in batches of "
-        f"{sizes.batch_size}, {sizes.held_out_examples} held out, {sizes.kept_examples} that a "
-        f"grader kept, {sizes.questions} questions; at most so many tokens in an example: "
-        f"{lengths}; {sizes.trained_layers} layers are trained. {searched}: "
+        f"{sizes.batch_size}, {sizes.held_out_examples} held out{more}; at most so many tokens in "
+        f"an example: {lengths}; {sizes.trained_layers} layers are trained{by}. {searched}: "
         f"{rates}{'; mus: ' * bool(mus)}{mus}.\n"
     )
 
@@ -235,9 +246,9 @@ def control(results: Sequence[Results]) -> str:
     )
 
 
-def weak(results: Sequence[Results]) -> str:
-    """Return SFTMix over the halves of a weaker model beside its own, and how far they agree."""
-    found = findings(results, PRIMARY, "sftmix", (BY_WEAK,))
+def of_other(results: Sequence[Results]) -> str:
+    """Return SFTMix over the halves of another model beside its own, and how far they agree."""
+    found = findings(results, PRIMARY, "sftmix", (BY_OTHER,))
     said = [_said(results, one) for one in found if one.test.difference is not None]
     if not said:
         return ""

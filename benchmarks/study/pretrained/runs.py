@@ -23,7 +23,14 @@ from benchmarks.study.runs import config_options, facts
 from benchmarks.study.settings import SYSTEMS
 from sftmix.model.head import HeadAdapter
 from sftmix.pairs.collator import PairedCollator
-from sftmix.pairs.partition import Partition, from_scores, read_partition, split, write_partition
+from sftmix.pairs.partition import (
+    Partition,
+    from_scores,
+    partition_hash,
+    read_partition,
+    split,
+    write_partition,
+)
 from sftmix.recipe.arguments import RunArguments
 from sftmix.recipe.loading import load_model, load_tokenizer
 from sftmix.recipe.lora import add_lora
@@ -37,8 +44,8 @@ from sftmix.training.trainer import SFTMixTrainer
 
 from .data import FILES, Prepared, as_rows, read_material, read_prepared, write_prepared
 from .frozen import PAD, activations, upper_part
-from .plan import MU, PREPARE, RATE, REFERENCE, WEAK, Plan, Run
-from .settings import ANOTHER_MU, BASE, BY_WEAK, NOISE, NOISE_ALPHA
+from .plan import MU, OTHER, PREPARE, RATE, REFERENCE, Plan, Run
+from .settings import ANOTHER_MU, BASE, BY_OTHER, NOISE, NOISE_ALPHA, REGIMES, RESULTS
 
 COLLATOR = PairedCollator(PAD)
 # Of a batch of an evaluation: 1,024 x V logits are held at most, 200 MB of V = 49,152.
@@ -54,7 +61,7 @@ class Study:
     model: str
     data_folder: Path | None
     lora_rank: int | None = None
-    weaker: Study | None = None  # finished, of the model whose halves `BY_WEAK` uses
+    other: Study | None = None  # finished, of the model whose halves `BY_OTHER` uses
 
     def identity(self, run: Run) -> str:
         """Return what a prepared file belongs to: the model, the seed's data and the sizes."""
@@ -75,10 +82,23 @@ class Study:
         return read_prepared(path, self.identity(run))
 
     def partition(self, run: Run, by: str = REFERENCE) -> Partition:
-        """Return the scored partition of a run's seed."""
-        path = self.plan.kept(Run(run.data, run.seed, by))
+        """Return the scored partition of a run's seed.
+
+        Raises:
+            ValueError: it is not the one that the scoring's result belongs to.
+        """
+        scoring = Run(run.data, run.seed, by)
+        path = self.plan.kept(scoring)
         assert path is not None
-        return read_partition(path)
+        partition = read_partition(path)
+        # Results from before it was recorded have none.
+        expected = self.plan.record(scoring).get("partition")
+        if expected not in (None, partition_hash(partition)):
+            raise ValueError(
+                f"--cache: {path} is not what {self.plan.file(scoring)} was made with; give "
+                "another folder"
+            )
+        return partition
 
     def upper(self, read: Tensor, seed: int | None = None) -> Any:
         """Return a copy of the upper part of the model, and with a seed what is trained of it."""
@@ -100,7 +120,7 @@ class Study:
 
 
 @functools.cache
-def weights_hash(model: str) -> str:
+def weights_hash(model: str, option: str = "--model") -> str:
     """Return the first 16 digits of the SHA-256 of a model's weights.
 
     Raises:
@@ -108,7 +128,7 @@ def weights_hash(model: str) -> str:
     """
     file = Path(model) / "model.safetensors"
     if not file.is_file():
-        raise ValueError(f"--model: no file {file}; `fetch` makes such a folder")
+        raise ValueError(f"{option}: no file {file}; `fetch` makes such a folder")
     return file_hash(file)[:16]
 
 
@@ -116,6 +136,23 @@ def weights_hash(model: str) -> str:
 def code() -> dict[str, str]:
     """Return what a process runs, as it was when it began: the checkout may change meanwhile."""
     return facts()
+
+
+def finished(study: str, model: str, data_folder: Path | None) -> Study:
+    """Return a study of which the results are committed.
+
+    Raises:
+        ValueError: the folder has no weights, or not those that the results were made with.
+    """
+    regime = REGIMES[study]
+    plan = Plan(regime.data, regime.seeds, regime.sizes, RESULTS / study)
+    expected = plan.record(plan.runs()[0])["identity"]["model"]
+    if (found := weights_hash(model, "--other-model")) != expected:
+        raise ValueError(
+            f"--other-model: expected the weights that the results of --study {study} were made "
+            f"with (SHA-256 {expected}...), got {found}... in {model}; `fetch {study}` makes them"
+        )
+    return Study(plan, model, data_folder)
 
 
 def make_next(study: Study) -> Run | None:
@@ -138,7 +175,7 @@ def make_all(study: Study) -> None:
 def make(study: Study, run: Run) -> None:
     """Make a run and write its file."""
     for other in study.plan.needs(run)[:1]:
-        check_sizes(study, other)
+        check_alike(study, other)
     made_by = code()
     start, used = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
@@ -150,6 +187,7 @@ def make(study: Study, run: Run) -> None:
         "sizes": json.loads(json.dumps(asdict(study.plan.sizes))),
         "facts": made_by,
         "model": weights_hash(study.model),
+        "lora_rank": study.lora_rank,
         "seconds": round(time.perf_counter() - start, 1),
         "cpu_seconds": round(time.process_time() - used, 1),
         **found,
@@ -160,18 +198,21 @@ def make(study: Study, run: Run) -> None:
     print(f"{run.name}: {record['seconds']:.0f} s{said}", flush=True)
 
 
-def check_sizes(study: Study, run: Run) -> None:
-    """Refuse to go on with results of other sizes.
+def check_alike(study: Study, run: Run) -> None:
+    """Refuse to go on with results of another study.
 
     Raises:
-        ValueError: the result of a run was made with other sizes than those of the plan.
+        ValueError: the result of a run was made with other sizes than those of the plan, or with
+            another rank of LoRA.
     """
-    sizes = json.loads(json.dumps(asdict(study.plan.sizes)))
-    if (found := study.plan.record(run)["sizes"]) != sizes:
-        raise ValueError(
-            f"--out: {study.plan.file(run)} was made with {found}, now the sizes are {sizes}; "
-            "give another folder"
-        )
+    record = study.plan.record(run)
+    for name, value in (("sizes", asdict(study.plan.sizes)), ("lora_rank", study.lora_rank)):
+        expected = json.loads(json.dumps(value))
+        if (found := record.get(name)) != expected:
+            raise ValueError(
+                f"--out: {study.plan.file(run)} was made with {name} = {found}, now it is "
+                f"{expected}; give another folder"
+            )
 
 
 def make_prepared(study: Study, run: Run, folder: Path) -> dict[str, Any]:
@@ -197,12 +238,12 @@ def make_reference(study: Study, run: Run, folder: Path) -> dict[str, Any]:
     return scored(study, run, folder, upper, prepared.parts["train"], rate)
 
 
-def make_weak(study: Study, run: Run, folder: Path) -> dict[str, Any]:
-    """Have the weaker model score the same examples, with the rate that was best for it."""
-    weaker = study.weaker
-    assert weaker is not None
+def make_other(study: Study, run: Run, folder: Path) -> dict[str, Any]:
+    """Have the other model score the same examples, with the rate that was best for it."""
+    other = study.other
+    assert other is not None
     chosen = study.prepared(run).parts["train"]
-    arguments = RunArguments(weaker.model, [], "")
+    arguments = RunArguments(other.model, [], "")
     pool = read_material(run.data, study.data_folder).source.pool
     known = {example.id: example for example in pool}
     tokens = tokenize_examples(
@@ -211,14 +252,14 @@ def make_weak(study: Study, run: Run, folder: Path) -> dict[str, Any]:
         disable_progress=True,
     )
     read = activations(
-        load_model(arguments), weaker.plan.sizes.trained_layers, tokens["input_ids"][:]
+        load_model(arguments), other.plan.sizes.trained_layers, tokens["input_ids"][:]
     )
     train = as_rows(tokens.remove_columns("content_hash")).add_column(
         "content_hash", chosen["content_hash"][:]
     )
-    rate = weaker.learning_rate(run.data)
-    found = scored(study, run, folder, weaker.upper(read), train, rate)
-    return {**found, "weak_model": weights_hash(weaker.model)}
+    rate = other.learning_rate(run.data)
+    found = scored(study, run, folder, other.upper(read), train, rate)
+    return {**found, "other_model": weights_hash(other.model)}
 
 
 def scored(
@@ -237,7 +278,11 @@ def scored(
     tokens, nll_sum = scores.num_tokens.numpy(), scores.nll_sum.numpy()
     partition = from_scores(train["id"][:], train["content_hash"][:], tokens, nll_sum)
     write_partition(path, partition)
-    return {"learning_rate": rate, "median_confidence": float(_median(partition))}
+    return {
+        "learning_rate": rate,
+        "median_confidence": float(_median(partition)),
+        "partition": partition_hash(partition),
+    }
 
 
 def _median(partition: Partition) -> float:
@@ -269,10 +314,10 @@ def make_system(study: Study, run: Run, folder: Path) -> dict[str, Any]:
     system, options = SYSTEMS[run.what], dict(SYSTEMS[run.what].options)
     if run.what == ANOTHER_MU:
         options["mu"] = study.another_mu(run.data)
-    by = WEAK if run.what == BY_WEAK else REFERENCE
+    by = OTHER if run.what == BY_OTHER else REFERENCE
     confident = split(study.partition(run, by), system.by, run.seed)
     found = trained(study, run, folder, study.learning_rate(run.data), confident, options)
-    if run.what == BY_WEAK:
+    if run.what == BY_OTHER:
         same = confident.subset == split(study.partition(run), system.by).subset
         found["same_half"] = float(same.mean())
     return found
@@ -378,7 +423,7 @@ def toy_model(folder: Path) -> str:
 MAKERS: dict[str, Callable[[Study, Run, Path], dict[str, Any]]] = {
     PREPARE: make_prepared,
     REFERENCE: make_reference,
-    WEAK: make_weak,
+    OTHER: make_other,
     BASE: make_base,
     RATE: make_rate,
     MU: make_mu,

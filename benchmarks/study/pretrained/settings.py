@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from benchmarks.study.settings import BASELINE, SEARCH_SEED, SEEDS
 
 BASE = "base"  # the model before it is tuned
 ANOTHER_MU, NOISE = "sftmix-mu", "noise"
-BY_WEAK = "sftmix-weak"  # on the halves of a weaker model
+BY_OTHER = "sftmix-other"  # on the halves of another model
 # Systems of `benchmarks.study.settings.SYSTEMS`, in the order in which they are run.
 TRAINED = (
     BASELINE,
@@ -25,6 +26,7 @@ TRAINED = (
 # NEFTune's alpha, for noise as large beside activations as it is beside embeddings there.
 NOISE_ALPHA = 5.0
 DATA = ("gsm8k", "alpaca", "pubmedqa")
+RESULTS = Path(__file__).resolve().parent.parent / "results"  # a folder for each study
 NEGLIGIBLE = 0.01  # nats/token: 1 % of the perplexity
 __all__ = ["SEARCH_SEED", "SEEDS"]
 
@@ -95,7 +97,7 @@ REGIMES = {
             mus=(),
         ),
         seeds=(0, 1, 2),
-        systems=(BASELINE, "sftmix", "sftmix-random", BY_WEAK),
+        systems=(BASELINE, "sftmix", "sftmix-random", BY_OTHER),
         decides=False,
     ),
 }
