@@ -263,7 +263,7 @@ def picture(
                 axes.axvspan(-negligible, negligible, color=figures.OTHERS, alpha=0.15, linewidth=0)
             axes.set_title(f"{one.name}\n{how.label}")
             axes.set_xlabel(f"difference to NTP\n({how.difference_unit})")
-    shaded = "" if negligible is None else " Shaded: negligible."
+    shaded = "" if negligible is None else f"\nShaded: below {negligible}, negligible."
     figure.supxlabel(CAPTION + shaded, fontsize=8)
     return figure
 
