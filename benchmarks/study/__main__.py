@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .pretrained.settings import BY_OTHER, DATA, QUICK, REGIMES, RESULTS, SMOLLM2
+from .pretrained.settings import BY_OTHER, DATA, QUICK, QUICK_TOKENS, REGIMES, RESULTS, SMOLLM2
 
 if TYPE_CHECKING:
     from .pretrained.plan import Plan
@@ -126,7 +126,10 @@ def run(words: Sequence[str]) -> None:
     other = Study(plan, model, None) if options.quick else None
     if options.other_model is not None:
         other = finished(SMOLLM2, options.other_model, options.data_folder)
-    study = Study(plan, model, options.data_folder, regime.lora_rank, other)
+    tokens = regime.max_new_tokens
+    if options.quick and tokens is not None:
+        tokens = QUICK_TOKENS
+    study = Study(plan, model, options.data_folder, regime.lora_rank, other, tokens)
     if options.all:
         make_all(study)
     elif make_next(study) is None:

@@ -54,6 +54,10 @@ MEASURES = {
     "epoch_of_lowest": Measure("epoch of the lowest", "", 1),
     "kept_loss": Measure("loss on rows that a grader kept", "nats/token", 4),
     "question_accuracy": Measure("accuracy on questions", "%", 1, factor=100),
+    "exact_match": Measure("exact match of answers", "%", 1, factor=100),
+    "answer_tokens": Measure("length of an answer", "tokens", 1),
+    "answers_ended": Measure("answers that end", "%", 1, factor=100),
+    "distinct_bigrams": Measure("distinct bigrams of answers", "%", 1, factor=100),
 }
 SMALL = tuple(MEASURES)[:7]  # of the study of small models
 

@@ -18,6 +18,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 from benchmarks.study.__main__ import main
 from benchmarks.study.parts import write_messages
 from benchmarks.study.pretrained import runs
+from benchmarks.study.pretrained.answers import distinct_bigrams, exact_match, last_number
 from benchmarks.study.pretrained.data import (
     Prepared,
     draw,
@@ -27,7 +28,7 @@ from benchmarks.study.pretrained.data import (
     read_prepared,
     write_prepared,
 )
-from benchmarks.study.pretrained.frozen import activations, upper_part
+from benchmarks.study.pretrained.frozen import activations, put_back, upper_part
 from benchmarks.study.pretrained.plan import Plan, Run
 from benchmarks.study.pretrained.settings import QUICK, SEARCH_SEED, TRAINED, Sizes
 from sftmix.evaluation.medical import Questions
@@ -120,6 +121,25 @@ def test_activations_do_not_depend_on_who_shares_a_batch(whole: Any) -> None:
     alone = torch.cat([activations(whole, 1, [ids]) for ids in tokens])
     torch.testing.assert_close(activations(whole, 1, tokens), alone)
     assert len(whole.model.layers) == whole.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("trained_layers", [1, 2])
+@torch.no_grad()
+def test_what_was_learnt_goes_back_into_the_whole_model(whole: Any, trained_layers: int) -> None:
+    whole.eval()
+    tokens = [one["input_ids"] for one in examples()]
+    read = activations(whole, trained_layers, tokens)
+    upper = upper_part(copy.deepcopy(whole), trained_layers, read).eval()
+    before = whole(torch.tensor([tokens[0]])).logits
+    for parameter in upper.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    put_back(whole, upper)
+    rows = [one["input_ids"] for one in as_rows(examples())]
+    for ids, own in zip(tokens, rows, strict=True):
+        logits = whole(torch.tensor([ids])).logits
+        torch.testing.assert_close(logits, upper(torch.tensor([own]), use_cache=False).logits)
+    assert not torch.allclose(before, whole(torch.tensor([tokens[0]])).logits)
 
 
 @pytest.mark.parametrize("trained_layers", [0, 3])
@@ -326,6 +346,70 @@ def test_accuracy_is_that_of_the_whole_model(toy: str) -> None:
     assert runs.accuracy(upper, given) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("So 3 + 4 = <<3+4=7>>7 eggs.\n#### 7", "7"),
+        ("It costs $1,250.", "1250"),
+        ("It costs $12.50.", "12.50"),
+        ("-5 degrees", "-5"),
+        ("7 eggs... 3 left", "3"),
+        # As the harness has it.
+        ("7 eggs...", ".."),
+        ("none", None),
+    ],
+)
+def test_the_last_number_is_what_the_harness_takes(text: str, number: str | None) -> None:
+    assert last_number(text) == number
+
+
+def test_an_answer_matches_by_its_last_number() -> None:
+    responses = ["So $1,200.\n#### 1,200", "#### 7", "#### 7"]
+    assert exact_match(["#### 1200", "6 or 7", "7 or 6"], responses) == pytest.approx(2 / 3)
+    assert exact_match(["7", "7"], ["#### 7", "seven"]) is None
+
+
+def test_bigrams_are_counted_over_all_texts_and_none_spans_two() -> None:
+    assert distinct_bigrams(["a b c", "b c", "d"]) == pytest.approx(2 / 3)
+    assert distinct_bigrams(["a", ""]) is None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
+def test_answers_are_those_of_the_trained_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    weights: list[torch.Tensor] = []
+    answer = runs.answers_of
+
+    def tell(model: Any, tokenizer: Any, chosen: Any, tokens: int) -> dict[str, float]:
+        asked.append([one.messages[0]["content"] for one in chosen])
+        weights.append(model.model.layers[-1].mlp.down_proj.weight.detach().clone())
+        return answer(model, tokenizer, chosen, tokens)
+
+    monkeypatch.setattr(runs, "answers_of", tell)
+    study = quick_study(tmp_path, ("ntp",), max_new_tokens=3)
+    runs.make_all(study)
+    run, base = Run("demo", 0, "ntp"), Run("demo", 0, "base")
+    found = study.plan.record(run)
+    assert found["max_new_tokens"] == 3
+    assert 0 < found["measures"]["answer_tokens"] <= 3
+    assert 0 <= found["measures"]["answers_ended"] <= 1
+    assert study.plan.record(base)["responses"]["answer_tokens"] > 3
+    # The base and NTP, on the same questions; the search asks none.
+    assert len(asked) == 2
+    assert asked[0] == asked[1] == [one.messages[0]["content"] for one in study.held_out(run)]
+    ids = {one.id for one in read_material("demo", None).source.held_out}
+    assert set(study.prepared(run).parts["held_out"]["id"][:]) <= ids
+    untrained = load_model(RunArguments(study.model, [], "")).model.layers[-1].mlp.down_proj.weight
+    assert torch.equal(weights[0], untrained)
+    assert not torch.equal(weights[1], untrained)
+    silent = dataclasses.replace(study, max_new_tokens=None)
+    with pytest.raises(ValueError, match=r"made with max_new_tokens = 3, now it is None; give"):
+        runs.make(silent, run)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
 def test_a_quick_study_from_end_to_end(
@@ -443,10 +527,7 @@ def test_lora_trains_updates_of_the_upper_layers(
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (
-            ["gemma3", "--model", "m"],
-            "--other-model: expected the folder that",
-        ),
+        (["gemma3", "--model", "m"], "--other-model: expected the folder that"),
         (["lora", "--model", "m", "--other-model", "o"], "and none with other studies or --quick"),
         (["gemma3", "--quick", "--other-model", "o"], "and none with other studies or --quick"),
     ],

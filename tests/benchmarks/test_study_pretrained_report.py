@@ -15,6 +15,7 @@ from benchmarks.study.__main__ import main
 from benchmarks.study.pretrained.plan import Plan
 from benchmarks.study.pretrained.report import joined, markdown, points, read
 from benchmarks.study.pretrained.settings import (
+    ANSWERS,
     BASE,
     DATA,
     GEMMA3,
@@ -117,6 +118,27 @@ def test_halves_of_another_model_stand_beside_the_models_own(tmp_path: Path) -> 
     line = next(line for line in said.splitlines() if "SmolLM2's halves beside" in line)
     assert "95 % interval): GSM8K +0.0000 (-0.0018 to +0.0018; not significant)." in line
     assert line.endswith("by both models (by chance: 50 %): GSM8K 65 %.")
+
+
+def test_answers_stand_beside_the_responses(tmp_path: Path) -> None:
+    some(tmp_path)
+    for seed in range(4):
+        own = {"answer_tokens": 70.0 + seed, "distinct_bigrams": 0.5}
+        write_run(tmp_path, "gsm8k", seed, BASE, 4.0, responses=own)
+        for system, length in (("ntp", 60 + seed % 2), ("sftmix", 62.0 + seed)):
+            measured = {"held_out_loss": 3.0 + seed, "held_out_loss_min": 2.0, "exact_match": 0.03}
+            measured |= {"answer_tokens": length, "distinct_bigrams": 0.4}
+            write_run(tmp_path, "gsm8k", seed, system, 3.0, measures=measured)
+    records = read(tmp_path)
+    said = markdown(records, joined(records), [], ANSWERS)
+    assert "held-out loss" not in said
+    assert "own responses: GSM8K 71.5 tokens and 50.0 % distinct bigrams.\n" in said
+    assert "length of an answer (tokens, 95 % interval): GSM8K +3.0 (+1.2 to +4.8;" in said
+    assert "exact match of answers (%, 95 % interval): GSM8K +0.0 (-; not tested)." in said
+    other = "the results differ in their answers"
+    write_run(tmp_path, "gsm8k", 0, "dft", 3.0, max_new_tokens=128)
+    with pytest.raises(ValueError, match=other):
+        read(tmp_path)
 
 
 def test_a_curve_begins_with_the_base(tmp_path: Path) -> None:

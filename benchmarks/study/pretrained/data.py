@@ -9,6 +9,7 @@ Legend: S examples, T tokens of all of them, D hidden size, Q questions.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class Material:
     questions: Questions | None = None
 
 
+@functools.cache
 def read_material(name: str, folder: Path | None) -> Material:
     """Return a data set from its files in a folder; "demo" is the bundled one.
 

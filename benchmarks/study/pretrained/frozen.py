@@ -104,3 +104,10 @@ def upper_part(model: Any, trained_layers: int, read: Tensor) -> Any:
     backbone.embed_tokens = nn.Embedding.from_pretrained(table, freeze=True)
     model.lm_head.weight = nn.Parameter(head.detach(), requires_grad=False)
     return model
+
+
+def put_back(model: Any, upper: Any) -> None:
+    """Copy what the upper part of a model has learnt into the whole model."""
+    trained = upper.model.layers
+    model.model.layers[-len(trained) :].load_state_dict(trained.state_dict())
+    model.model.norm.load_state_dict(upper.model.norm.state_dict())

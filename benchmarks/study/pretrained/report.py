@@ -62,11 +62,12 @@ NOTE = (
     "Bands: NTP's standard deviation; differences' 95 % intervals. Cut: what ends above the base."
 )
 RANDOM = "sftmix-random"
+ANSWERS = ("exact_match", "answer_tokens", "answers_ended", "distinct_bigrams")
 HEADLINE = (PRIMARY, LOWEST, SPREAD, "confidence_iqr")
 
 
 def write(folder: Path, study: str, document: Path | None = None) -> None:
-    """Draw the pictures, and print the study's block or renew the document's.
+    """Draw the pictures, if there are any, and print the study's block or renew the document's.
 
     Raises:
         ValueError: results do not belong together.
@@ -74,7 +75,7 @@ def write(folder: Path, study: str, document: Path | None = None) -> None:
     records = read(folder)
     results = joined(records)
     pictures = []
-    if results:
+    if results and REGIMES[study].max_new_tokens is None:
         from benchmarks.figures import write_svg  # it needs matplotlib
 
         shown = (PRIMARY, LOWEST)
@@ -101,8 +102,9 @@ def read(folder: Path) -> list[dict[str, Any]]:
     for record in records:
         if record["sizes"] != records[0]["sizes"]:
             raise ValueError(f"{folder}: the results differ in their sizes")
-        if record.get("lora_rank") != records[0].get("lora_rank"):
-            raise ValueError(f"{folder}: the results differ in the rank of LoRA")
+        for name, words in (("lora_rank", "the rank of LoRA"), ("max_new_tokens", "their answers")):
+            if record.get(name) != records[0].get(name):
+                raise ValueError(f"{folder}: the results differ in {words}")
         searched = record["what"].startswith(RATE)
         if "learning_rate" in record and not searched and record["what"] != OTHER:
             rate = record["learning_rate"]
@@ -158,9 +160,11 @@ def markdown(
     parts = [progress(records, study)]
     if not results:
         return parts[0]
+    parts += [origin(records)]
+    if REGIMES[study].max_new_tokens is not None:
+        return "\n".join([*parts, *written(records, results)])
     shown = [name for name in MEASURES if any(_has(one, name) for one in results)]
     found = {measure: findings(results, measure) for measure in shown}
-    parts += [origin(records)]
     if REGIMES[study].decides:
         parts += [answers(results, found[PRIMARY])]
     parts += [headline(found, [measure for measure in HEADLINE if measure in found])]
@@ -183,6 +187,17 @@ def markdown(
     return "\n".join(parts)
 
 
+def written(records: Sequence[Mapping[str, Any]], results: Sequence[Results]) -> list[str]:
+    """Return what the models' answers are like: the trainings themselves are in another study."""
+    found = {measure: findings(results, measure) for measure in ANSWERS}
+    return [
+        headline(found, [measure for measure in ANSWERS if found[measure]]),
+        responses(records),
+        MEANS,
+        *(means_table(one, found) for one in results),
+    ]
+
+
 def _has(one: Results, measure: str) -> bool:
     return any(one.values(system, measure) for system in one.systems)
 
@@ -191,7 +206,8 @@ def progress(records: Sequence[Mapping[str, Any]], study: str) -> str:
     """Return how many of the planned runs there are, and their sizes."""
     regime = REGIMES[study]
     sizes = regime.sizes
-    alike = json.loads(json.dumps({"sizes": asdict(sizes), "lora_rank": regime.lora_rank}))
+    how = {"lora_rank": regime.lora_rank, "max_new_tokens": regime.max_new_tokens}
+    alike = json.loads(json.dumps({"sizes": asdict(sizes), **how}))
     if records and any(records[0].get(name) != value for name, value in alike.items()):
         return (
             f"{len(records)} runs of other sizes, or trained otherwise, than the study's of "
@@ -207,6 +223,8 @@ def progress(records: Sequence[Mapping[str, Any]], study: str) -> str:
     )
     searched = "Learning rates of the search" if "," in rates else "Learning rate"
     more = ""
+    if regime.max_new_tokens is not None:
+        more += f" and answered in at most {regime.max_new_tokens} tokens"
     if "alpaca" in regime.data:
         more += f", {sizes.kept_examples} that a grader kept"
     if "pubmedqa" in regime.data:
@@ -261,6 +279,20 @@ def of_other(results: Sequence[Results]) -> str:
         f"(nats/token, 95 % interval): {', '.join(said)}. Of the examples as many are in the same "
         f"half by both models (by chance: 50 %): {', '.join(shares)}.\n"
     )
+
+
+def responses(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return what the held-out examples' own responses are like, beside which answers stand."""
+    said: list[str] = []
+    for data in SOURCES:
+        own = [r["responses"] for r in records if r["data"] == data and "responses" in r]
+        if own:
+            of = {name: statistics.fmean(one[name] for one in own) for name in own[0]}
+            said.append(
+                f"{SOURCES[data]} {of['answer_tokens']:.1f} tokens and "
+                f"{100 * of['distinct_bigrams']:.1f} % distinct bigrams"
+            )
+    return f"- The held-out examples' own responses: {', '.join(said)}.\n"
 
 
 def _said(results: Sequence[Results], one: Finding) -> str:

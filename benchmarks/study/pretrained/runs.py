@@ -21,6 +21,7 @@ from benchmarks.study.measures import on_held_out, on_training_data
 from benchmarks.study.parts import write_messages
 from benchmarks.study.runs import config_options, facts
 from benchmarks.study.settings import SYSTEMS
+from sftmix.data.examples import Example
 from sftmix.model.head import HeadAdapter
 from sftmix.pairs.collator import PairedCollator
 from sftmix.pairs.partition import (
@@ -42,8 +43,9 @@ from sftmix.training.reference import reference_trainer
 from sftmix.training.scoring import batches_by_length
 from sftmix.training.trainer import SFTMixTrainer
 
+from .answers import answers_of, of_responses
 from .data import FILES, Prepared, as_rows, read_material, read_prepared, write_prepared
-from .frozen import PAD, activations, upper_part
+from .frozen import PAD, activations, put_back, upper_part
 from .plan import MU, OTHER, PREPARE, RATE, REFERENCE, Plan, Run
 from .settings import ANOTHER_MU, BASE, BY_OTHER, NOISE, NOISE_ALPHA, REGIMES, RESULTS
 
@@ -62,6 +64,7 @@ class Study:
     data_folder: Path | None
     lora_rank: int | None = None
     other: Study | None = None  # finished, of the model whose halves `BY_OTHER` uses
+    max_new_tokens: int | None = None  # None: no answers are written
 
     def identity(self, run: Run) -> str:
         """Return what a prepared file belongs to: the model, the seed's data and the sizes."""
@@ -105,6 +108,22 @@ class Study:
         arguments = RunArguments(self.model, [], "", lora_rank=self.lora_rank)
         upper = upper_part(load_model(arguments), self.plan.sizes.trained_layers, read)
         return upper if seed is None else add_lora(upper, arguments, seed)
+
+    def held_out(self, run: Run) -> list[Example]:
+        """Return the held-out examples of a run's seed."""
+        chosen = self.prepared(run).parts["held_out"]["id"][:]
+        source = read_material(run.data, self.data_folder).source
+        known = {example.id: example for example in source.held_out}
+        return [known[number] for number in chosen]
+
+    def answers(self, run: Run, upper: Any) -> dict[str, float]:
+        """Return what is measured of a finished model's answers to held-out examples."""
+        if self.max_new_tokens is None:
+            return {}
+        arguments = RunArguments(self.model, [], "")
+        whole = load_model(arguments)
+        put_back(whole, upper)
+        return answers_of(whole, load_tokenizer(arguments), self.held_out(run), self.max_new_tokens)
 
     def learning_rate(self, data: str) -> float:
         """Return the rate with which NTP reached the lowest loss, at whichever evaluation."""
@@ -188,6 +207,7 @@ def make(study: Study, run: Run) -> None:
         "facts": made_by,
         "model": weights_hash(study.model),
         "lora_rank": study.lora_rank,
+        "max_new_tokens": study.max_new_tokens,
         "seconds": round(time.perf_counter() - start, 1),
         "cpu_seconds": round(time.process_time() - used, 1),
         **found,
@@ -202,11 +222,15 @@ def check_alike(study: Study, run: Run) -> None:
     """Refuse to go on with results of another study.
 
     Raises:
-        ValueError: the result of a run was made with other sizes than those of the plan, or with
-            another rank of LoRA.
+        ValueError: the result of a run was made with other sizes than those of the plan, with
+            another rank of LoRA, or with other answers.
     """
     record = study.plan.record(run)
-    for name, value in (("sizes", asdict(study.plan.sizes)), ("lora_rank", study.lora_rank)):
+    for name, value in (
+        ("sizes", asdict(study.plan.sizes)),
+        ("lora_rank", study.lora_rank),
+        ("max_new_tokens", study.max_new_tokens),
+    ):
         expected = json.loads(json.dumps(value))
         if (found := record.get(name)) != expected:
             raise ValueError(
@@ -295,7 +319,11 @@ def make_base(study: Study, run: Run, folder: Path) -> dict[str, Any]:
     model = study.upper(prepared.read)
     head = HeadAdapter(model)
     held_out = on_held_out(model, head, prepared.parts["held_out"], COLLATOR, **BATCHES)
-    return {"measures": {**held_out, **at_the_end(model, head, prepared)}}
+    measures = {**held_out, **at_the_end(model, head, prepared), **study.answers(run, model)}
+    if study.max_new_tokens is None:
+        return {"measures": measures}
+    tokenizer = load_tokenizer(RunArguments(study.model, [], ""))
+    return {"measures": measures, "responses": of_responses(tokenizer, study.held_out(run))}
 
 
 def make_rate(study: Study, run: Run, folder: Path) -> dict[str, Any]:
@@ -357,7 +385,7 @@ def trained(
     measures = {name: value for name, value in curve.points[-1].items() if name != "epoch"}
     measures |= {"held_out_loss_min": lowest["held_out_loss"], "epoch_of_lowest": lowest["epoch"]}
     if run.kind not in (RATE, MU):
-        measures |= at_the_end(model, trainer.head, prepared)
+        measures |= at_the_end(model, trainer.head, prepared) | study.answers(run, model)
     return {**common, "options": options, "curve": curve.points, "measures": measures}
 
 

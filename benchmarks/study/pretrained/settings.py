@@ -64,9 +64,11 @@ class Regime:
     systems: tuple[str, ...] = TRAINED
     decides: bool = True  # whether it answers the study's questions
     lora_rank: int | None = None  # None: all weights of the trained layers learn
+    max_new_tokens: int | None = None  # of an answer to a held-out example; None: none is written
 
 
-SMOLLM2, OVERFITTING, LORA, GEMMA3 = "smollm2", "overfitting", "lora", "gemma3"
+SMOLLM2, OVERFITTING, ANSWERS = "smollm2", "overfitting", "answers"
+LORA, GEMMA3 = "lora", "gemma3"
 REGIMES = {
     SMOLLM2: Regime("SmolLM2-135M-Instruct from a file of 4 bits a weight", Sizes()),
     # With the highest rate that the study tried NTP overfits on these.
@@ -75,6 +77,15 @@ REGIMES = {
         Sizes(learning_rates=(8e-4,), mus=()),
         data=("alpaca", "pubmedqa"),
         systems=(BASELINE, "sftmix", "sftmix-random", "equal"),
+    ),
+    # What the models write, at that rate: GSM8K's best, while Alpaca is overfitted.
+    ANSWERS: Regime(
+        "SmolLM2-135M-Instruct from a file of 4 bits a weight",
+        Sizes(learning_rates=(8e-4,), mus=()),
+        data=("gsm8k", "alpaca"),
+        systems=(BASELINE, "sftmix", "sftmix-random"),
+        decides=False,
+        max_new_tokens=128,
     ),
     # As many seeds and examples as the study has, so that both can be laid side by side.
     LORA: Regime(
@@ -111,3 +122,4 @@ QUICK = Sizes(
     learning_rates=(1e-3, 4e-3),
     mus=(0.5, 2.0),
 )
+QUICK_TOKENS = 8  # of an answer
