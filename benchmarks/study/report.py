@@ -140,9 +140,9 @@ def verdict(found: Sequence[Finding]) -> str:
     large = [one for one in tests if one.significant]
     how = MEASURES[PRIMARY]
     text = (
-        f"Of {len(tests)} comparisons with NTP in {how.label}, "
-        f"{sum(bool(one.test.significant) for one in tests)} have p < 0.05, and {len(large)} after "
-        "Holm's correction"
+        f"Of {len(tests)} comparisons with NTP in {how.label}, p < 0.05 in "
+        f"{sum(bool(one.test.significant) for one in tests)}, and in {len(large)} after Holm's "
+        "correction"
     )
     said = []
     for one in large:

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.study.__main__ import main
 from benchmarks.study.pretrained.plan import Plan
-from benchmarks.study.pretrained.report import joined, markdown, points, read
+from benchmarks.study.pretrained.report import curves, joined, markdown, points, read
 from benchmarks.study.pretrained.settings import (
     ANSWERS,
     BASE,
@@ -145,6 +145,19 @@ def test_a_curve_begins_with_the_base(tmp_path: Path) -> None:
     some(tmp_path)
     found = points(joined(read(tmp_path))[0], "ntp")
     assert found[1] == pytest.approx({0.0: 4.1, 1: 2.9, 2: 2.8, 3: 3.1})
+
+
+def test_the_picture_shows_what_ends_above_the_base(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    some(tmp_path)
+    for seed in range(4):
+        write_run(tmp_path, "gsm8k", seed, BASE, 2.5)
+        write_run(tmp_path, "gsm8k", seed, "dft", 9.0)
+    figure = curves(joined(read(tmp_path)))
+    # NTP's loss ends at 3.15 on average, and DFT's out of sight.
+    bottom, top = figure.axes[0].get_ylim()
+    assert bottom < 2.5
+    assert 3.15 < top < 3.5
 
 
 def test_some_runs_of_a_seed_are_enough(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_differences_are_paired_and_corrected_over_all_data_sets(tmp_path: Path)
     assert not found["alpaca", "mixup"].significant
     p_values = [one.test.p_value or 0.0 for one in found.values()]
     assert [one.corrected for one in found.values()] == holm(p_values)
-    assert "2 have p < 0.05, and 2 after" in markdown(results, "x.svg")
+    assert "p < 0.05 in 2, and in 2 after" in markdown(results, "x.svg")
     assert "SFTMix on GSM8K is better by 0.1015 nats/token" in markdown(results, "x.svg")
     assert "SFTMix on Alpaca is worse by 0.2030 nats/token" in markdown(results, "x.svg")
 

@@ -57,9 +57,10 @@ DRAWN = {
     "equal": "#009e73",
     BY_OTHER: "#009e73",
 }
-# Systems that end above the base would leave no room for the others.
+# Grey systems that end far above would leave no room for the others.
 NOTE = (
-    "Bands: NTP's standard deviation; differences' 95 % intervals. Cut: what ends above the base."
+    "Bands: NTP's standard deviation; differences' 95 % intervals. Cut: what lies above the base "
+    "and all coloured lines."
 )
 RANDOM = "sftmix-random"
 ANSWERS = ("exact_match", "answer_tokens", "answers_ended", "distinct_bigrams")
@@ -401,7 +402,7 @@ def draw_losses(axes: Axes, one: Results) -> None:
     """Draw each system's mean over seeds; NTP's with its standard deviation as a band."""
     from benchmarks import figures
 
-    styles = {BASELINE: figures.INK, **DRAWN}
+    styles, highest = {BASELINE: figures.INK, **DRAWN}, 0.0
     for system in one.systems:
         by_seed = list(points(one, system).values())
         epochs = sorted(set.intersection(*(set(curve) for curve in by_seed)))
@@ -409,12 +410,14 @@ def draw_losses(axes: Axes, one: Results) -> None:
         colour = styles.get(system, figures.OTHERS)
         axes.plot(epochs, means, color=colour, linewidth=1.8 if system in styles else 0.9)
         axes.lines[-1].set_label(SYSTEMS[system].label)
+        if system in styles:
+            highest = max(highest, *means)
         if system == BASELINE and len(by_seed) > 1:
             spreads = [statistics.stdev(curve[epoch] for curve in by_seed) for epoch in epochs]
             low, high = ([m + s * d for m, d in zip(means, spreads, strict=True)] for s in (-1, 1))
             axes.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0)
     if base := one.values(BASE, PRIMARY):
-        bottom, top = axes.get_ylim()[0], statistics.fmean(base.values())
+        bottom, top = axes.get_ylim()[0], max(highest, statistics.fmean(base.values()))
         axes.set_ylim(bottom, top + 0.1 * (top - bottom))
     axes.grid(axis="y")
 
