@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# A real model from end to end on a CPU:
+# A real model from end to end on a CPU, with the extras plots and peft installed:
 #     bash examples/real_model.sh smollm2|gemma3 DATA.json FOLDER [ROWS]
 # DATA.json: a list of rows of instruction, input and output. The first ROWS (400 by default) are
-# trained on, the next 40 are held out, and the four after these are asked.
+# trained on, the next 40 are held out, and the four after these are asked. FOLDER is a new one.
 set -euo pipefail
-model=$1
-data=$2
-out=$3
+usage="usage: real_model.sh smollm2|gemma3 DATA.json FOLDER [ROWS]"
+model=${1:?$usage}
+data=$(realpath -e "${2:?$usage}")
+out=$(realpath -m "${3:?$usage}")
 rows=${4:-400}
+# Before the half hour that it takes, what fails only at its end.
+python -c "import matplotlib, peft, scipy, sklearn"
+cd "$(dirname "$0")/.." # where benchmarks.study is
 mkdir -p "$out"
 
 python -m benchmarks.study fetch "$model" --output "$out/model"
@@ -45,12 +49,13 @@ for run in sftmix lora; do
     sftmix generate --model "$out/$run" --format alpaca_eval --questions "$out/asked.json" \
         --output "$out/answers-$run.json" --max_new_tokens 96 --use_cpu true --disable_tqdm true
 done
-sftmix report "$out/score" "$out/ntp" "$out/sftmix" "$out/lora" --output "$out/report.html"
+sftmix report "$out/score" "$out/ntp" "$out/sftmix" "$out/lora" --examples 100 \
+    --output "$out/report.html"
 
 python - "$out/sftmix" <<'END'
 import sys
 from transformers import pipeline
-answer = pipeline("text-generation", model=sys.argv[1])
+answer = pipeline("text-generation", model=sys.argv[1], device="cpu")
 turn = [{"role": "user", "content": "What is the capital of France?"}]
 (found,) = answer(turn, max_new_tokens=96, do_sample=False)
 print(found["generated_text"][-1])

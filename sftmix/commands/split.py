@@ -48,3 +48,4 @@ def main(words: Sequence[str]) -> None:
             noted = {"by": arguments.by, "seed": arguments.seed}
             write_json(kept, {**manifest, "split": noted})
     print(summary(partition))
+    print(f"wrote {path}")
