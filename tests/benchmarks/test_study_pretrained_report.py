@@ -19,6 +19,7 @@ from benchmarks.study.pretrained.settings import (
     BASE,
     DATA,
     GEMMA3,
+    OVERFITTING,
     REGIMES,
     RESULTS,
     SEARCH_SEED,
@@ -201,6 +202,19 @@ def test_the_page_and_its_pictures_are_those_of_the_committed_results(
     assert document.read_text("utf-8") == text
     drawn = {file.name: file.read_bytes() for file in folder.glob("*.svg")}
     assert drawn == {file.name: file.read_bytes() for file in (RESULTS / study).glob("*.svg")}
+
+
+def test_answers_are_those_of_the_other_studies_trainings() -> None:
+    compared = 0
+    for file in (RESULTS / ANSWERS).glob("*.json"):
+        own = json.loads(file.read_text("utf-8"))
+        if own["seed"] != SEARCH_SEED and "curve" in own:
+            study = SMOLLM2 if own["data"] == "gsm8k" else OVERFITTING
+            other = json.loads((RESULTS / study / file.name).read_text("utf-8"))
+            for point, beside in zip(own["curve"], other["curve"], strict=True):
+                assert point == pytest.approx(beside, abs=1e-6)
+            compared += 1
+    assert compared == 30
 
 
 def test_the_answers_figures_are_those_of_the_tables() -> None:
