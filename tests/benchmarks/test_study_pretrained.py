@@ -356,6 +356,9 @@ def test_accuracy_is_that_of_the_whole_model(toy: str) -> None:
         ("7 eggs... 3 left", "3"),
         # As the harness has it.
         ("7 eggs...", ".."),
+        ("It is 12., so", "12"),
+        ("It costs 18.$", "18"),
+        ("3-2", "-2"),
         ("none", None),
     ],
 )

@@ -19,7 +19,7 @@ from sftmix.evaluation.questions import Question
 BATCH = 64
 # lm-evaluation-harness's gsm8k.yaml, filter "flexible-extract": the last of these, without those.
 NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
-IGNORED = re.compile(r",|\$|\.$")
+IGNORED = (",", r"\$", r"\.$")
 MARK = "#### "  # before the number that ends a response of GSM8K
 
 
@@ -32,13 +32,18 @@ def last_number(text: str) -> str | None:
     '1200'
     """
     found = NUMBER.findall(text)
-    return IGNORED.sub("", found[-1]) if found else None
+    if not found:
+        return None
+    number: str = found[-1]
+    for one in IGNORED:  # one after another: a point may be last once a comma is gone
+        number = re.sub(one, "", number)
+    return number
 
 
 def exact_match(answers: Sequence[str], responses: Sequence[str]) -> float | None:
     """Return the share of answers whose last number is the one that ends the response.
 
-    None where a response ends with none, as GSM8K's all do.
+    None if a response has no number after its mark; GSM8K's all have one.
     """
     numbers = [response.partition(MARK)[2].strip().replace(",", "") for response in responses]
     if not all(numbers):
@@ -48,7 +53,7 @@ def exact_match(answers: Sequence[str], responses: Sequence[str]) -> float | Non
 
 
 def distinct_bigrams(texts: Sequence[str]) -> float | None:
-    """Return distinct-2: how many pairs of adjacent words differ, as a share of all, of all texts.
+    """Return distinct-2: distinct pairs of adjacent words as a share of all pairs of all texts.
 
     None where no text has two words. Source: Li et al. 2016, arXiv 1510.03055, where the divisor is
     the number of words.
